@@ -1,0 +1,52 @@
+# Two commands do everything, set-up included:
+#   make reproduce   the main job: draws RefShapes, trains the core ablation of the paper's Table 2, prints it beside the paper
+#   make test        export check, all notebooks, pytest, browser tests, lint
+# A virtual environment of your own is used with  make VENV=/path/to/env ...
+
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.refseg-installed
+JOBS   ?= 2
+NB     ?= nbs/*.ipynb
+
+.PHONY: reproduce test lab export readme run lint clean
+
+$(READY): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "refseg_nb needs Python 3.11 or newer; name one with  make PYTHON=python3.12 ..."; exit 1; }
+	@if command -v uv >/dev/null; then \
+	  { [ -x $(BIN)/python ] || uv venv -q --python $(PYTHON) $(VENV); } && uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+	else \
+	  { [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); } && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	fi
+	@touch $(READY)
+
+reproduce: $(READY)
+	$(BIN)/refseg reproduce --budget quick
+
+test: $(READY)
+	@PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) bash tests/run_all.sh
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs/00_tour.ipynb
+
+# From the notebooks to the package, and to the README
+export: $(READY)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: $(READY)
+	$(BIN)/python -m refseg_nb.course readme
+
+# Run chapters and keep their outputs:  make run NB=nbs/05_pictures.ipynb
+run: $(READY)
+	$(BIN)/python -m refseg_nb.course stubs $(NB)
+	$(BIN)/nbdev_export
+	$(BIN)/jupyter execute --inplace --skip-cells-with-tag=skip-execution $(NB)
+	$(BIN)/nbdev_clean
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

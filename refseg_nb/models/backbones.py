@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOC_CHECKPOINT', 'BACKBONES', 'Backbone', 'ResNetBackbone', 'load_voc_checkpoint', 'Block', 'RefShapesBackbone',
-           'LeakWarning', 'create_backbone']
+           'LeakWarning', 'create_backbone', 'PixelLabels', 'pixel_labels', 'appearance', 'PixelHeads', 'mean_iou',
+           'PretrainResult', 'pretrain_backbone']
 
 # %% ../../nbs/05_pictures.ipynb #002
 import time
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from ..data.refer import Refer
 
 # %% ../../nbs/05_pictures.ipynb #003
 class Backbone(nn.Module):
@@ -32,13 +35,19 @@ class Backbone(nn.Module):
         std: tuple[float, ...] = (0.229, 0.224, 0.225),   # their RGB standard deviation
     ):
         super().__init__()
-        self.channels, self.strides, self.frozen = tuple(channels), tuple(strides), False
+        self.channels, self.strides = tuple(channels), tuple(strides)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def freeze(self, frozen: bool = True):
-        "Freeze (or thaw) every parameter and every BatchNorm statistic; returns the backbone."
-        self.frozen = frozen
+    @property
+    def frozen(self) -> bool:
+        "Whether no parameter wants a gradient."
+        return not any(p.requires_grad for p in self.parameters())
+
+    def freeze(
+        self, frozen: bool = True,  # False: thaw it, to train it
+    ) -> "Backbone":
+        "Freeze (or thaw) every parameter and every BatchNorm statistic."
         self.requires_grad_(not frozen)
         return self.train(not frozen)
 
@@ -63,8 +72,7 @@ class Backbone(nn.Module):
         self, images: UInt8[Tensor, "K 3 S S"] | Float[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
     ) -> list[Tensor]:                                                      # V2, V3, V4: [K, channels[i], S/strides[i], S/strides[i]]
         "The raw levels V2, V3, V4 of a batch of images."
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.levels(self.normalise(images))
+        return self.levels(self.normalise(images))
 
 # %% ../../nbs/05_pictures.ipynb #004
 class ResNetBackbone(Backbone):
@@ -155,7 +163,7 @@ class RefShapesBackbone(Backbone):
         self,
         channels: tuple[int, int, int] = (48, 96, 160),  # channels of the levels
         blocks: tuple[int, int, int] = (3, 3, 1),        # residual blocks of each level
-        stem: int = 24,                                  # channels at stride 2
+        stem: int = 20,                                  # channels at stride 2
     ):
         super().__init__(channels, (4, 8, 16), mean=(.5, .5, .5), std=(.25, .25, .25))
         self.stem = _down(3, stem)
@@ -230,3 +238,170 @@ def create_backbone(
         state, where, unused = (load_voc_checkpoint(path), path, ()) if deeplab else (_read_checkpoint(path), path, ("fc.",))
     net.body.load_state_dict(_check_keys(where, state, net.body.state_dict(), unused), strict=False)
     return net.freeze(frozen)
+
+# %% ../../nbs/05_pictures.ipynb #008
+@dataclass
+class PixelLabels:
+    "What `pretrain_backbone` teaches: images and their per-pixel labels, all in memory."
+    images: UInt8[Tensor, "M 3 S S"]
+    category: UInt8[Tensor, "M S S"]         # 0: no thing; k: the k-th of `names`
+    instance: UInt8[Tensor, "M S S"]         # 0: no thing; i: the i-th thing of the image
+    names: list[str]                         # "background", then the categories
+    attributes: dict[str, tuple[list[str], UInt8[Tensor, "M S S"]]]  # name -> (values, label map: 0 unknown, k the k-th value)
+
+
+def pixel_labels(
+    refer: Refer,              # a RefShapes data set
+    split: str = "train",      # its images
+    limit: int | None = None,  # at most so many images
+) -> PixelLabels:
+    "Every image of a split with the category, and the attributes where the file has them, of every pixel."
+    ids = sorted({sample.image_id for sample in refer.samples(split)})[:limit]
+    categories = sorted(refer.categories)
+    values = {}
+    for annotation in refer.annotations.values():
+        for name, value in (annotation.get("attributes") or {}).items():
+            if isinstance(value, str): values.setdefault(name, set()).add(value)
+    values = {name: sorted(v) for name, v in sorted(values.items())}
+    images = torch.stack([torch.from_numpy(np.array(refer.load_image(i))).permute(2, 0, 1) for i in ids])
+    maps = {name: torch.zeros(len(ids), *images.shape[-2:], dtype=torch.uint8) for name in ("category", "instance", *values)}
+    for row, image_id in enumerate(ids):
+        for number, annotation in enumerate(refer.annotations_of(image_id), 1):
+            mask = torch.from_numpy(refer.mask(annotation["id"]))
+            maps["category"][row][mask] = 1 + categories.index(annotation["category_id"])
+            maps["instance"][row][mask] = number
+            for name, known in values.items():
+                value = (annotation.get("attributes") or {}).get(name)
+                if value in known: maps[name][row][mask] = 1 + known.index(value)
+    return PixelLabels(images, maps["category"], maps["instance"], ["background", *(refer.categories[c] for c in categories)],
+                       {name: (known, maps[name]) for name, known in values.items()})
+
+# %% ../../nbs/05_pictures.ipynb #009
+def appearance(
+    images: Float[Tensor, "K 3 S S"],   # in [0, 1]
+    instance: UInt8[Tensor, "K S S"],   # 0: no thing; i: the i-th thing
+) -> Float[Tensor, "K 6 S S"]:          # mean and standard deviation of R, G, B over the pixel's thing
+    "The colours of the thing that a pixel belongs to: a label that needs no annotator."
+    k, _, s, _ = images.shape
+    n = int(instance.max()) + 1
+    index = (instance.long() + n * torch.arange(k, device=images.device)[:, None, None]).flatten()
+    colours = images.permute(0, 2, 3, 1).reshape(-1, 3)
+    count = torch.bincount(index, minlength=k * n).clamp(min=1)[:, None].to(images.dtype)
+    mean = torch.zeros(k * n, 3, device=images.device).index_add_(0, index, colours) / count
+    square = torch.zeros(k * n, 3, device=images.device).index_add_(0, index, colours ** 2) / count
+    return torch.cat([mean, (square - mean ** 2).clamp(min=0).sqrt()], 1)[index].view(k, s, s, 6).permute(0, 3, 1, 2)
+
+# %% ../../nbs/05_pictures.ipynb #010
+class PixelHeads(nn.Module):
+    "Throwaway heads over the three levels: a category at every pixel, attributes and appearance at every fourth."
+    def __init__(
+        self,
+        channels: tuple[int, int, int],   # the backbone's
+        classes: int,                     # categories and background
+        attributes: dict[str, int],       # attribute -> number of values
+        width: int = 64,                  # of the map that the levels are summed into
+    ):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.sizes = {"category": 16 * classes, "appearance": 6, **attributes}
+        self.out = nn.Conv2d(width, sum(self.sizes.values()), 1)
+
+    def forward(self, levels: list[Tensor]) -> dict[str, Tensor]:
+        "Predictions by name; the category's at full resolution (each place of stride 4 predicts its 4 x 4 pixels)."
+        x = sum(F.interpolate(lateral(v), levels[0].shape[-2:], mode="bilinear", align_corners=False) for lateral, v in zip(self.lateral, levels))
+        out = dict(zip(self.sizes, self.out(F.relu(x)).split(list(self.sizes.values()), 1)))
+        return out | {"category": F.pixel_shuffle(out["category"], 4)}
+
+
+def mean_iou(
+    predicted: Int[Tensor, "..."],  # class of every pixel
+    true: Int[Tensor, "..."],       # the same shape
+    classes: int,
+) -> tuple[float, Float[Tensor, " classes"]]:  # over the classes that occur, and each one's (nan: absent)
+    "Mean intersection over union, from one confusion matrix."
+    table = torch.bincount((true.long() * classes + predicted.long()).flatten(), minlength=classes ** 2).view(classes, classes).double()
+    union = table.sum(0) + table.sum(1) - table.diag()
+    iou = torch.where(union > 0, table.diag() / union, torch.nan)
+    return float(iou.nanmean()), iou
+
+# %% ../../nbs/05_pictures.ipynb #011
+@dataclass
+class PretrainResult:
+    "What `pretrain_backbone` gives."
+    backbone: RefShapesBackbone     # frozen
+    heads: PixelHeads               # for looking at; SHNet does not use them
+    names: list[str]                # the classes
+    mean_iou: float                 # on the validation images
+    iou: dict[str, float]           # each class's
+    attributes: dict[str, float]    # attribute -> share of the things' pixels that are right
+    seconds: float                  # of training
+    losses: list[float] = field(default_factory=list, repr=False)  # mean loss of each epoch
+
+
+def pretrain_backbone(
+    root: str | Path,               # where the data set is
+    name: str = "refshapes",        # a RefShapes data set
+    *,
+    epochs: int = 25,
+    batch_size: int = 32,           # images
+    lr: float = 4e-3,               # AdamW, one cycle
+    seed: int = 0,
+    limit: int | None = None,       # at most so many training images
+    device: str = "cpu",
+    out: str | Path | None = None,  # file for the backbone's weights (.safetensors)
+    progress: bool = True,          # a line an epoch
+) -> PretrainResult:
+    "Train the RefShapes backbone to name every pixel of the training images, throw the heads away, and freeze it."
+    if out is not None and Path(out).suffix != ".safetensors": raise ValueError(f"{out}: the weights file must end in .safetensors")
+    refer = Refer(root, name)
+    data, held = pixel_labels(refer, "train", limit), pixel_labels(refer, "val", 300)
+    if data.images.shape[-1] % 16: raise ValueError(f"images of {data.images.shape[-1]} px: the side must be a multiple of 16")
+    torch.manual_seed(seed)
+    order = torch.Generator().manual_seed(seed)
+    net = RefShapesBackbone().to(device)
+    heads = PixelHeads(net.channels, len(data.names), {k: len(v) for k, (v, _) in data.attributes.items()}).to(device)
+    parameters = [*net.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=.01)
+    steps = epochs * -(-len(data.images) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=.15)
+    side, begin, losses = data.images.shape[-1], time.perf_counter(), []
+    for epoch in range(epochs):
+        net.train(); total = 0.
+        batches = torch.randperm(len(data.images), generator=order).split(batch_size)
+        for rows in batches:
+            maps = torch.stack([data.category[rows], data.instance[rows], *(m[rows] for _, m in data.attributes.values())], 1)
+            x = torch.cat([data.images[rows], maps], 1).to(device)
+            if torch.rand((), generator=order) < .5: x = x.flip(-1)
+            dy, dx = torch.randint(-6, 7, (2,), generator=order).tolist()
+            x = x.roll((dy, dx), (-2, -1))
+            images, labels = x[:, :3].float() / 255, x[:, 3:].long()
+            p = heads(net(images))
+            loss = F.cross_entropy(p["category"], labels[:, 0])
+            coarse = labels[:, :, 2::4, 2::4]
+            inside = coarse[:, 1] > 0
+            look = F.smooth_l1_loss(p["appearance"], appearance(images, labels[:, 1])[:, :, 2::4, 2::4], beta=.1, reduction="none").mean(1)
+            loss = loss + 2 * look[inside].mean() if inside.any() else loss
+            for k, attribute in enumerate(data.attributes):
+                loss = loss + .5 * F.cross_entropy(p[attribute], coarse[:, 2 + k] - 1, ignore_index=-1)
+            optimizer.zero_grad(); loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.)
+            optimizer.step(); schedule.step()
+            total += loss.item() / len(batches)
+        losses.append(total)
+        if progress: print(f"epoch {epoch + 1:3d} of {epochs}: loss {total:.3f}, {time.perf_counter() - begin:.0f} s", flush=True)
+    seconds = time.perf_counter() - begin
+    net.freeze(); heads.eval()
+    with torch.no_grad():
+        p = [heads(net(chunk.to(device))) for chunk in held.images.split(64)]
+    overall, each = mean_iou(torch.cat([q["category"].argmax(1) for q in p]).cpu(), held.category, len(data.names))
+    right = {}
+    for attribute, (_, label) in held.attributes.items():
+        guess, true = torch.cat([q[attribute].argmax(1) for q in p]).cpu() + 1, label[:, 2::4, 2::4].long()
+        right[attribute] = float((guess == true)[true > 0].float().mean())
+    result = PretrainResult(net.cpu(), heads.cpu(), data.names, overall, dict(zip(data.names, each.tolist())), right, seconds, losses)
+    if out is not None:
+        out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(out.name + ".part")
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part, metadata={"mean_iou": f"{overall:.4f}", "data": name, "seed": str(seed), "epochs": str(epochs)})
+        part.replace(out)
+    return result

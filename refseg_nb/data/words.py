@@ -201,27 +201,26 @@ class VectorsError(ValueError):
 
 
 @contextmanager
-def _open_vectors(path: Path):
-    "The lines of a vector file, as bytes: plain text, or the one text file in a zip (GloVe's own packaging; it is not unpacked)."
+def _open_vectors(path: Path, member: str):
+    "The lines of a vector file, as bytes: plain text, or a text file in a zip (GloVe's own packaging; it is not unpacked)."
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
-            members = [m for m in archive.namelist() if m.endswith(".txt")]
-            wanted = f"{path.stem}.txt"
-            member = wanted if wanted in members else members[0] if len(members) == 1 else None
-            if member is None: raise VectorsError(f"{path}: holds {', '.join(members) or 'no .txt file'}, not {wanted}")
-            with archive.open(member) as lines: yield lines
+            texts = [name for name in archive.namelist() if name.endswith(".txt")]
+            if member not in texts and len(texts) != 1: raise VectorsError(f"holds {', '.join(texts) or 'no .txt file'}, but not {member}")
+            with archive.open(member if member in texts else texts[0]) as lines: yield lines
     else:
         with open(path, "rb") as lines: yield lines
 
 
 def filter_vectors(
-    path: str | Path,        # word vectors in GloVe's text format: a word and D numbers a line; .txt, or .zip with one
-    wanted: set[str],        # the words to keep
-    out: str | Path,         # where the kept lines go
-) -> int:                    # how many were kept
+    path: str | Path,           # word vectors in GloVe's text format, a word and D numbers a line: .txt, or .zip that holds it
+    wanted: set[str],           # the words to keep
+    out: str | Path,            # where the kept lines go
+    member: str | None = None,  # which text file of a zip; by default the one of the same name
+) -> int:                       # how many were kept
     "Copy the lines of the wanted words, in one pass that holds one line at a time in memory."
     keys, kept = {word.encode("utf-8", "surrogatepass") for word in wanted}, 0
-    with _open_vectors(Path(path)) as lines, open(out, "wb") as file:
+    with _open_vectors(Path(path), member or f"{Path(path).stem}.txt") as lines, open(out, "wb") as file:
         for line in lines:
             word = line.split(b" ", 1)[0]
             if word in keys:
@@ -281,9 +280,9 @@ def load_vectors(
     with tempfile.TemporaryDirectory() as temporary:
         part = Path(temporary) / "kept.txt"
         try:
-            if not filter_vectors(source, set(words), part): raise VectorsError("has a vector for none of the words; is it a text file with a word and its numbers on each line?")
+            if not filter_vectors(source, set(words), part, f"{stem}.txt"): raise VectorsError("has a vector for none of the words; is it a text file with a word and its numbers on each line?")
             table = _parse(part)
-        except VectorsError as error: raise VectorsError(f"{source}: {error}".replace(f"{source}: {source}", str(source))) from error
+        except VectorsError as error: raise VectorsError(f"{source}: {error}") from error
         except Exception as error: raise VectorsError(f"{source}: not readable as word vectors ({type(error).__name__}: {error})") from error
     vectors = torch.zeros(len(vocabulary), table.dim)
     for i, word in enumerate(words, start=len(_SPECIALS)):

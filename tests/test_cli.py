@@ -1,0 +1,215 @@
+"""The command line as a person uses it: what it prints, what it writes, and one clear line with exit code 2 when the person is mistaken."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from refseg_nb.cli import app, parse_overrides, read_config
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "TERM": "dumb"}
+
+
+def refseg(*args, cwd=None, timeout=120):
+    return subprocess.run([sys.executable, "-m", "refseg_nb.cli", *map(str, args)], capture_output=True, text=True, cwd=cwd, env=ENV, timeout=timeout)
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, list(map(str, args)))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    import torch
+
+    from refseg_nb.data.words import Vocabulary
+    from refseg_nb.models.shnet import create_model
+    from refseg_nb.training.learner import save_model
+    torch.manual_seed(0)
+    vocabulary = Vocabulary.build(["the red car on the left"])
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, create_model("shnet", "refshapes", vocab_size=len(vocabulary), backbone_weights="none", prior=.5), vocabulary, {})
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def one_line(result, code, *words):
+    "Exit code, an empty stdout, and one line on stderr that holds the words."
+    stderr = result.stderr
+    assert (result.returncode if hasattr(result, "returncode") else result.exit_code) == code, (stderr, getattr(result, "exception", None))
+    assert len(stderr.strip().splitlines()) == 1 and stderr.startswith("refseg: "), stderr
+    for word in words: assert word in stderr, stderr
+    assert "Traceback" not in stderr
+
+
+# ---- help and version
+
+def test_help_is_quick_and_names_every_command():
+    start = time.time(); result = refseg("--help"); seconds = time.time() - start
+    assert result.returncode == 0 and seconds < 5  # 0.5 s alone on a machine; here others run beside it
+    for command in ("data", "pretrain", "train", "evaluate", "segment", "reproduce"): assert command in result.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from refseg_nb.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'numpy', 'matplotlib', 'PIL') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV).stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("args", [[], ["data"], ["data", "make", "--help"], ["data", "info", "-h"], ["train", "--help"], ["evaluate", "-h"], ["segment", "-h"],
+                                  ["pretrain", "-h"], ["reproduce", "-h"]])
+def test_every_command_has_help(args):
+    result = invoke(*args)
+    assert result.exit_code == 0 and "Usage" in result.stdout
+
+
+def test_version():
+    import refseg_nb
+    assert invoke("--version").stdout.strip() == f"refseg {refseg_nb.__version__}"
+
+
+# ---- segment
+
+def test_segment_writes_mask_and_overlay_beside_the_image(picture, model_folder):
+    start = time.time(); result = refseg("segment", picture, "the red car", "--model", model_folder); seconds = time.time() - start
+    assert result.returncode == 0, result.stderr
+    assert seconds < 30  # 10 s is the promise, alone on a machine
+    mask, overlay = Image.open(picture.with_name("photo.mask.png")), Image.open(picture.with_name("photo.overlay.png"))
+    assert mask.size == overlay.size == (60, 40) and mask.mode == "L" and overlay.mode == "RGB"
+    assert set(np.unique(mask)) <= {0, 255}
+    assert "score" in result.stdout and "photo.mask.png" in result.stdout and result.stderr == ""
+    assert sorted(p.name for p in picture.parent.iterdir()) == ["photo.mask.png", "photo.overlay.png", "photo.png"]
+
+
+def test_segment_out_and_json(picture, model_folder, tmp_path):
+    out = tmp_path / "new" / "folder"
+    result = invoke("segment", picture, "the purple car", "--model", model_folder, "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["unknown_words"] == ["purple"] and 0 <= answer["score"] <= 1 and Path(answer["mask"]).exists() and Path(answer["overlay"]).exists()
+    assert not picture.with_name("photo.mask.png").exists()
+
+
+def test_segment_mistakes_are_one_line(picture, model_folder, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken"); (tmp_path / "text.png").write_text("no picture")
+    whole = tmp_path / "whole.jpg"; Image.open(picture).resize((300, 300)).save(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:3000])
+    m = ("--model", model_folder)
+    one_line(refseg("segment", tmp_path / "broken.jpg", "car", *m), 2, "broken.jpg")
+    one_line(refseg("segment", picture, "  ", *m), 2, "the phrase is empty")
+    one_line(refseg("segment", tmp_path / "none.png", "car", *m), 2, "there is no image at", "none.png")
+    one_line(invoke("segment", tmp_path / "text.png", "car", *m), 2, "text.png", "not an image")
+    one_line(invoke("segment", tmp_path / "cut.jpg", "car", *m), 2, "cut.jpg")
+    one_line(invoke("segment", tmp_path, "car", *m), 2, "is a folder")
+    one_line(invoke("segment", picture, "car", "--model", tmp_path / "nothing"), 2, "there is no model at")
+    one_line(invoke("segment", picture, "car", *m, "--device", "tpu"), 2, "device", "tpu")
+    one_line(invoke("segment", picture, "car", *m, "--out", picture), 2, "photo.png")
+    one_line(invoke("segment", picture), 2, "Missing argument")
+    one_line(invoke("segmint", picture), 2, "segmint")
+    one_line(invoke("segment", picture, "car", "--colour", "red"), 2, "--colour")
+    assert not list(tmp_path.glob("*.mask.png")) and not list(tmp_path.glob(".*tmp"))
+
+
+def test_segment_never_leaves_half_a_picture(picture, model_folder, monkeypatch):
+    from refseg_nb import cli
+    def fail(self, path, *args, **kwargs):
+        Path(path).write_bytes(b"half"); raise OSError(28, "No space left on device", str(path))
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError): cli._write_pictures({picture.with_name("a.png"): Image.new("L", (4, 4))})
+    assert sorted(p.name for p in picture.parent.iterdir()) == ["photo.png"]
+
+
+def test_model_files_that_are_damaged_are_one_line(picture, model_folder, tmp_path):
+    import shutil
+    shutil.copytree(model_folder, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"x" * 100)
+    one_line(invoke("segment", picture, "car", "--model", tmp_path / "m"), 2)
+    (tmp_path / "m" / "config.json").write_text("{")
+    one_line(invoke("segment", picture, "car", "--model", tmp_path / "m"), 2)
+
+
+# ---- configuration
+
+def test_config_files(tmp_path):
+    (tmp_path / "a.json").write_text('{"lr": 0.1}'); (tmp_path / "a.toml").write_text("lr = 0.1\n")
+    assert read_config(tmp_path / "a.json") == read_config(tmp_path / "a.toml") == {"lr": .1}
+    (tmp_path / "b.json").write_text("{"); (tmp_path / "c.json").write_text("[]"); (tmp_path / "d.json").write_text('{"learning": 1}')
+    one_line(invoke("train", "--config", tmp_path / "b.json"), 2, "b.json", "JSON")
+    one_line(invoke("train", "--config", tmp_path / "c.json"), 2, "c.json")
+    one_line(invoke("train", "--config", tmp_path / "d.json"), 2, "learning", "weight_decay")
+    one_line(invoke("train", "--config", tmp_path / "e.json"), 2, "e.json")
+
+
+def test_overrides():
+    assert parse_overrides(["use_hcam=false", "grid=12", "backbone=refshapes"]) == {"use_hcam": False, "grid": 12, "backbone": "refshapes"}
+    with pytest.raises(ValueError, match="FIELD=VALUE"): parse_overrides(["grid"])
+
+
+# ---- data, train, evaluate
+
+def test_data_make_and_info(tmp_path):
+    result = refseg("data", "make", "--size", "tiny", "--root", tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = invoke("data", "info", "refshapes", "--root", tmp_path)
+    assert result.exit_code == 0 and "train" in result.stdout and "whole" in result.stdout
+    one_line(invoke("data", "info", "refcoco", "--root", tmp_path), 2, "refcoco")
+    one_line(invoke("data", "make", "--size", "enormous", "--root", tmp_path), 2, "enormous")
+    one_line(invoke("data", "make", "refcocoplus", "--root", tmp_path), 2, "refcocoplus")
+
+
+def test_data_info_on_real_files(real_data):
+    result = invoke("data", "info", "refcoco", "--root", real_data)
+    assert result.exit_code == 0 and "testA" in result.stdout
+
+
+def test_train_then_evaluate_then_segment(tiny_root, tmp_path, picture):
+    out = tmp_path / "run"
+    args = ["train", "--data", "refshapes", "--root", tiny_root, "--steps", 3, "--images-per-batch", 4, "--expressions-per-image", 2, "--set", "backbone_weights=none",
+            "--out", out, "--device", "cpu", "--lr", "1e-3", "--model", "baseline"]
+    result = refseg(*args)
+    assert result.returncode == 0, result.stderr
+    assert (out / "model" / "model.safetensors").exists()
+    record = tmp_path / "r.json"
+    result = invoke("evaluate", out / "model", "--root", tiny_root, "--split", "val", "--out", record)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert json.loads(record.read_text())["metrics"]["overall_iou"]["value"] >= 0 and "overall_iou" in result.stdout
+    result = invoke("evaluate", out, "--root", tiny_root, "--text-control", "shuffled", "--limit", 4, "--out", tmp_path / "s.json")
+    assert result.exit_code == 0 and json.loads((tmp_path / "s.json").read_text())["protocol"]["text_control"] == "shuffled"
+    assert invoke("segment", picture, "the red car", "--model", out).exit_code == 0
+    one_line(invoke("evaluate", out, "--root", tiny_root, "--split", "test"), 2, "no split 'test'")
+    one_line(invoke("evaluate", out, "--root", tiny_root, "--text-control", "loud"), 2, "loud")
+    one_line(invoke("train", "--data", "refshapes", "--root", tmp_path / "nothing"), 2)
+    one_line(invoke("train", "--root", tiny_root, "--model", "resnet", "--out", tmp_path / "o"), 2, "resnet")
+    one_line(invoke("train", "--root", tiny_root, "--set", "grids=3", "--out", tmp_path / "o"), 2, "grids")
+
+
+# ---- stopping
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_is_exit_code_130(tiny_root, tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "refseg_nb.cli", "train", "--root", tiny_root, "--steps", "100000", "--set", "backbone_weights=none", "--out", tmp_path / "run",
+                                "--device", "cpu", "--checkpoint-every", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    for _ in range(600):
+        if list((tmp_path / "run").glob("checkpoint/*")): break
+        time.sleep(.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr.strip().splitlines()[-1] == "refseg: stopped" and "Traceback" not in stderr
+
+
+def test_debug_keeps_the_traceback(picture, monkeypatch):
+    monkeypatch.setenv("REFSEG_DEBUG", "1")
+    assert isinstance(invoke("segment", picture.with_name("none.png"), "car").exception, FileNotFoundError)

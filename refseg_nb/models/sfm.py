@@ -79,15 +79,17 @@ class JointAttention(nn.Module):
             c_where = {"qk": 2 * c, "qkv": 3 * c}[self.positions]
             qkv = qkv + F.pad(F.linear(where, self.qkv.weight[:c_where]), (0, 3 * c - c_where))
         q, k, v = qkv.view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        keys = None if mask is None else mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.
-        if return_attention:
-            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-            weights = (scores if keys is None else scores.masked_fill(~keys, -math.inf)).softmax(-1)
+        if return_attention or q.device.type == "cpu" and q.dtype is torch.bfloat16:  # the fused kernel's backward is slow in bf16 on a CPU
+            bias = q.new_zeros(b, 1, n) if mask is None else q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)[:, None]
+            bias = bias.repeat_interleave(self.heads, 0).expand(-1, n, n)
+            scores = torch.baddbmm(bias, q.flatten(0, 1) / math.sqrt(q.shape[-1]), k.flatten(0, 1).transpose(1, 2))
+            weights = scores.softmax(-1).view(b, self.heads, n, n)
             y = F.dropout(weights, dropout) @ v
         else:
-            weights, y = None, F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
-        return self.out(y.transpose(1, 2).reshape(b, n, c)), weights
+            weights = None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :], dropout_p=dropout)
+        return self.out(y.transpose(1, 2).reshape(b, n, c)), weights if return_attention else None
 
 # %% ../../nbs/09_sfm.ipynb #005
 class SFMLayer(nn.Module):

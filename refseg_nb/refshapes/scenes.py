@@ -172,17 +172,21 @@ def _fill(role, thing):
 INK = {"white": .42, "black": .45}   # softer contrast, so that black with white stripes is not white with black stripes
 PERIOD = .05   # of stripes, dots and squares, as a share of the side, whatever the thing's size: 5 pixels of 96
 
+def _tiled(polygon, offsets) -> Outline:
+    "One path with a copy of a polygon at every offset."
+    vertices = np.concatenate([polygon, polygon[:1]])[None] + np.asarray(offsets)[:, None]
+    codes = np.array([Outline.MOVETO] + [Outline.LINETO] * (len(polygon) - 1) + [Outline.CLOSEPOLY], Outline.code_type)
+    return Outline(vertices.reshape(-1, 2), np.tile(codes, len(vertices)))
+
 def _pattern(thing) -> Outline:
     "Stripes, dots or squares that cover the thing's box, in picture coordinates."
-    p, r = PERIOD, .75 * max(thing.width, thing.height); n = int(r / p) + 1
-    steps = np.arange(-n, n + 1) * p
-    if thing.texture == "striped": polygons = [_rect(s, -r, s + p * .48, r) for s in steps]
-    elif thing.texture == "dotted": polygons = [_oval(s + (j % 2) * p / 2, j * p * .87, p * .27, p * .27, n=8) for s in steps for j in range(-n, n + 1)]
-    else: polygons = [_rect(s, t, s + p * .55, t + p * .55) for i, s in enumerate(steps * 1.1) for j, t in enumerate(steps * .55 * 1) if j % 2 == 0] + \
-                     [_rect(s + p * .55, t, s + p * 1.1, t + p * .55) for i, s in enumerate(steps * 1.1) for j, t in enumerate(steps * .55) if j % 2]
+    p, r = PERIOD, .75 * max(thing.width, thing.height); n = int(r / p) + 1; steps = np.arange(-n, n + 1)
+    if thing.texture == "striped": polygon, offsets = _rect(0, -r, p * .48, r), [(s * p, 0) for s in steps]
+    elif thing.texture == "dotted": polygon, offsets = _oval(0, 0, p * .27, p * .27, n=8), [((s + j % 2 / 2) * p, j * p * .87) for s in steps for j in steps]
+    else: polygon, offsets = _rect(0, 0, p * .55, p * .55), [((2 * s + (t + n) % 2) * p * .55, t * p * .55) for s in steps for t in steps]
     turn = math.radians((0, 90, 45, 135)[thing.variant % 4]) if thing.texture == "striped" else 0.
-    c, s = math.cos(turn), math.sin(turn)
-    return _compound([q @ np.array([(c, s), (-s, c)]) + (thing.x, thing.y) for q in polygons])
+    rotation = np.array([(math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))])
+    return _tiled(polygon @ rotation, np.array(offsets) @ rotation + (thing.x, thing.y))
 
 # %% ../../nbs/01_scenes.ipynb #009
 @dataclass

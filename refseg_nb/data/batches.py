@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from .refer import Refer, Sample
 from .words import Vocabulary, pad_words
 
-# %% ../../nbs/06_batches.ipynb #003
+# %% ../../nbs/06_batches.ipynb #011
 def squash(
     image: Image.Image,   # RGB, any size
     size: int,            # S
@@ -27,7 +27,7 @@ def squash(
     "Resize an image to a square, antialiased; its sides are scaled each on its own, so nothing is cut off."
     return v2.Resize((size, size), antialias=True)(pil_to_tensor(image))
 
-# %% ../../nbs/06_batches.ipynb #004
+# %% ../../nbs/06_batches.ipynb #018
 def soft_target(
     mask: np.ndarray,     # [H, W] bool
     size: int,            # h = w
@@ -35,7 +35,7 @@ def soft_target(
     "The area-averaged mask: what a pixel of a coarse output should say."
     return F.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(mask)).float()[None], size)[0]
 
-# %% ../../nbs/06_batches.ipynb #005
+# %% ../../nbs/06_batches.ipynb #028
 @dataclass
 class Batch:
     "K images and B expressions about them."
@@ -58,7 +58,7 @@ class Batch:
 
     def __len__(self): return len(self.samples)
 
-# %% ../../nbs/06_batches.ipynb #006
+# %% ../../nbs/06_batches.ipynb #030
 class RISDataset(Dataset):
     "A split, ready for training or evaluation: images at S x S, words as numbers, soft targets; what is small stays decoded in memory."
     def __init__(
@@ -130,7 +130,7 @@ class RISDataset(Dataset):
 
     def __repr__(self): return f"RISDataset({self.refer.name}, {self.split}: {len(self.groups):,} images, {self.report})"
 
-# %% ../../nbs/06_batches.ipynb #007
+# %% ../../nbs/06_batches.ipynb #039
 def epoch_batches(
     dataset: RISDataset,                        # the split
     images_per_batch: int,                      # K
@@ -152,7 +152,7 @@ def epoch_batches(
         chosen.append((g, list(indices)))
     return [chosen[i:i + images_per_batch] for i in range(0, len(chosen), images_per_batch)]
 
-
+# %% ../../nbs/06_batches.ipynb #042
 def _as_it_is(batch): return batch
 
 

@@ -156,7 +156,7 @@ def _get(record: dict, key: str, kind: type, where: str):
 
 
 def _optional(record: dict, key: str, where: str) -> str | None:
-    return None if record.get(key) is None else _get(record, key, str, where)
+    return (_get(record, key, str, where) or None) if record.get(key) is not None else None
 
 
 def read_instances(

@@ -26,7 +26,7 @@ from torchtext.vocab import GloVe, Vectors, Vocab
 
 from .refer import Refer, _replace
 
-# %% ../../nbs/04_words.ipynb #004
+# %% ../../nbs/04_words.ipynb #009
 PAD = 0  # fills short expressions up to the longest of the batch
 UNK = 1  # any word that is not in the vocabulary
 _SPECIALS = ["<pad>", "<unk>"]
@@ -38,7 +38,7 @@ def tokenize(
     "Split an expression into tokens: torchtext's `basic_english`."
     return get_tokenizer("basic_english")(text)
 
-# %% ../../nbs/04_words.ipynb #005
+# %% ../../nbs/04_words.ipynb #018
 @dataclass(frozen=True)
 class EncodingReport:
     "What happened to the words of a list of expressions when they became numbers."
@@ -54,7 +54,7 @@ class EncodingReport:
         return (f"{self.expressions:,} expressions of {self.words / max(self.expressions, 1):.2f} words; {self.unknown:,} of {self.words:,} words unknown, "
                 f"{self.empty:,} expressions empty, {self.cut:,} cut at {self.max_words} words (the longest has {self.longest})")
 
-
+# %% ../../nbs/04_words.ipynb #019
 class Vocabulary:
     "The words a model knows, each with its number: torchtext's `Vocab` with `<pad>` = 0 and `<unk>` = 1."
     def __init__(
@@ -141,14 +141,14 @@ class Vocabulary:
 
     def __repr__(self): return f"Vocabulary({len(self):,} words: {', '.join(self.itos[2:7])}, ...)"
 
-
+# %% ../../nbs/04_words.ipynb #026
 def pad_words(
     numbers: list[list[int]],   # B encoded expressions
 ) -> torch.Tensor:              # [B, T] long; T = the longest of them
     "Stack expressions of different lengths, filled up with PAD."
     return pad_sequence([torch.tensor(n, dtype=torch.long) for n in numbers], batch_first=True, padding_value=PAD)
 
-# %% ../../nbs/04_words.ipynb #006
+# %% ../../nbs/04_words.ipynb #029
 def _writable(folder: Path) -> bool:
     "Whether files may be put there; a folder without any write permission is left alone, whoever runs this."
     return folder.is_dir() and bool(folder.stat().st_mode & 0o222)
@@ -179,7 +179,7 @@ def vocabulary_for(
     _store(path, json.dumps({"of": key, "vocabulary": json.loads(vocabulary.to_json())}, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return vocabulary
 
-# %% ../../nbs/04_words.ipynb #007
+# %% ../../nbs/04_words.ipynb #041
 @dataclass(frozen=True)
 class Coverage:
     "How much of a vocabulary has a pretrained vector."
@@ -199,7 +199,7 @@ class Coverage:
 class VectorsError(ValueError):
     "A file of word vectors is missing or damaged; the message says which, and what to do."
 
-
+# %% ../../nbs/04_words.ipynb #042
 @contextmanager
 def _open_vectors(path: Path, member: str):
     "The lines of a vector file, as bytes: plain text, or a text file in a zip (GloVe's own packaging; it is not unpacked)."
@@ -228,7 +228,7 @@ def filter_vectors(
                 file.write(line.rstrip() + b"\n")
     return kept
 
-
+# %% ../../nbs/04_words.ipynb #047
 def _parse(path: Path) -> Vectors:
     "torchtext's parser, with its side effects undone: it switches off the checking of TLS certificates for the whole process, and it reports on stderr."
     import ssl

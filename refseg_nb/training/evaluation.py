@@ -433,7 +433,7 @@ def _plain(value):
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     if isinstance(value, np.generic): value = value.item()
-    if isinstance(value, Path): return value.name
+    if isinstance(value, Path) or isinstance(value, str) and os.path.isabs(value): return Path(value).name  # no path of this machine
     if isinstance(value, float): return float(f"{value:.8g}") if np.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SHIPPED_BACKBONES', 'CheckpointError', 'atomic_folder', 'write_json', 'optimizer_tensors', 'load_optimizer',
            'rng_tensors', 'load_rng', 'model_tensors', 'load_tensors', 'save_checkpoint', 'checkpoints',
-           'load_checkpoint', 'save_model', 'load_model', 'create_stored', 'TrainConfig', 'dice_loss', 'Objective',
-           'polynomial_decay', 'available_memory', 'FeatureCache', 'logits_size', 'first_images', 'TrainResult',
-           'comparable', 'check_same_config', 'read_history', 'Learner', 'unfreeze', 'train']
+           'load_checkpoint', 'fingerprint', 'save_model', 'load_model', 'create_stored', 'TrainConfig', 'dice_loss',
+           'Objective', 'polynomial_decay', 'available_memory', 'FeatureCache', 'logits_size', 'first_images',
+           'TrainResult', 'comparable', 'check_same_config', 'read_history', 'Learner', 'unfreeze', 'train']
 
 # %% ../../nbs/12_training.ipynb #002
+import hashlib
 import json
 import math
 import os
@@ -199,6 +200,17 @@ def load_checkpoint(
                               "remove that folder to go on from the one before") from error
 
 # %% ../../nbs/12_training.ipynb #008
+def fingerprint(
+    tensors: dict[str, Tensor],
+) -> str:
+    "Sixteen characters that change when any bit of the tensors does."
+    digest = hashlib.sha256()
+    for k, v in sorted(tensors.items()):
+        digest.update(k.encode())
+        digest.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+# %% ../../nbs/12_training.ipynb #009
 SHIPPED_BACKBONES = ("refshapes",)  # small enough to be stored with the model; the others are fetched once per machine
 
 
@@ -252,7 +264,7 @@ def create_stored(
     if stored["backbone_stored"]: config["backbone_weights"] = "none"
     return SHNet(SHNetConfig.from_dict(config), len(vocabulary)), vocabulary
 
-# %% ../../nbs/12_training.ipynb #009
+# %% ../../nbs/12_training.ipynb #010
 @dataclass
 class TrainConfig:
     "Everything that decides how a training ends, and a few things that only decide how it looks."
@@ -323,7 +335,7 @@ class TrainConfig:
         if self.cache_features is True and self.train_backbone:
             raise ValueError("cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs change")
 
-# %% ../../nbs/12_training.ipynb #010
+# %% ../../nbs/12_training.ipynb #011
 def dice_loss(
     logits: Tensor,   # [B, h, w]
     targets: Tensor,  # [B, h, w] in [0, 1]
@@ -362,7 +374,7 @@ class Objective(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits, targets)
         return loss + self.dice_weight * dice_loss(logits, targets) if self.loss == "bce+dice" else loss
 
-# %% ../../nbs/12_training.ipynb #011
+# %% ../../nbs/12_training.ipynb #012
 def polynomial_decay(
     step: int,           # optimizer steps done, from 0
     total: int,          # of the whole training
@@ -374,7 +386,7 @@ def polynomial_decay(
     decayed = lr * max(0., 1 - step / total) ** power
     return min(decayed, lr * (step + 1) / warmup) if step < warmup else decayed
 
-# %% ../../nbs/12_training.ipynb #012
+# %% ../../nbs/12_training.ipynb #013
 def available_memory(
     device: str | torch.device = "cpu",
 ) -> int:  # bytes
@@ -431,7 +443,7 @@ class FeatureCache:
     @property
     def nbytes(self) -> int: return sum(v.nbytes for v in self.levels)
 
-# %% ../../nbs/12_training.ipynb #013
+# %% ../../nbs/12_training.ipynb #014
 def logits_size(
     model: nn.Module,
     image_size: int,  # S
@@ -452,7 +464,7 @@ def first_images(dataset, limit: int | None):
     if limit is not None: dataset.groups = dataset.groups[:limit]
     return dataset
 
-# %% ../../nbs/12_training.ipynb #014
+# %% ../../nbs/12_training.ipynb #015
 @dataclass
 class TrainResult:
     "What `train` returns."
@@ -466,7 +478,7 @@ class TrainResult:
     resumed_from: int | None = None  # the step that this call went on from
     history: list[dict] = field(default_factory=list, repr=False)  # one entry an epoch, as in history.jsonl
 
-# %% ../../nbs/12_training.ipynb #015
+# %% ../../nbs/12_training.ipynb #016
 def comparable(config: TrainConfig) -> dict:
     "The fields that a resumed run must not change, as plain JSON data."
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in TrainConfig.FREE}))
@@ -493,7 +505,7 @@ def read_history(path: Path, step: int | None = None) -> list[dict]:
         except json.JSONDecodeError: break  # the run was killed while it wrote this line
     return [r for r in rows if step is None or r["step"] <= step]
 
-# %% ../../nbs/12_training.ipynb #016
+# %% ../../nbs/12_training.ipynb #017
 class Learner:
     "Data, model, optimizer and loop of one training."
 
@@ -502,7 +514,7 @@ class Learner:
         config: TrainConfig,
         model: nn.Module | None = None,  # instead of `create_model`
     ):
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator
         from accelerate.state import AcceleratorState, PartialState
         self.config = c = config
         if c.threads: torch.set_num_threads(c.threads)
@@ -510,8 +522,7 @@ class Learner:
         elif PartialState._shared_state: AcceleratorState._reset_state()
         if c.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device is 'cuda' but torch sees no GPU: use device='cpu' or 'auto'")
         self.out = Path(c.out)
-        options = {"kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
-        if c.tracker: options |= {"log_with": c.tracker, "project_dir": str(self.out)}
+        options = {"log_with": c.tracker, "project_dir": str(self.out)} if c.tracker else {}
         self.accelerator = Accelerator(cpu=c.device == "cpu", mixed_precision=c.mixed_precision, **options)
         self.device = self.accelerator.device
         if c.mixed_precision == "fp16" and self.device.type == "cpu": raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
@@ -529,6 +540,7 @@ class Learner:
         self.train_data = first_images(self.dataset(c.train_split), c.limit)
         if not self.train_data.groups: raise ValueError(f"split {c.train_split!r} of {c.data} has no samples")
         self.val = self.dataset(c.val_split) if c.val_split else None
+        self.backbone_print = fingerprint(self.model.backbone.state_dict())
         self.batches_per_epoch = len(self.plan(0))
         if self.batches_per_epoch == 0:
             raise ValueError(f"{len(self.train_data.groups)} images give no batch for each of {self.world} processes: lower images_per_batch")
@@ -602,6 +614,11 @@ class Learner:
         self.step += 1
         return float(total)
 
+    def share_buffers(self):
+        "Give every process the first one's BatchNorm statistics, so that all evaluate the model that is saved."
+        if self.world > 1:
+            for b in self.model.buffers(): torch.distributed.broadcast(b, 0)
+
     def evaluate(self) -> dict:  # overall_iou, mean_iou, precision@X, samples
         "Score the validation split, or the part that `eval_limit` says, at original resolution."
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):  # training's random numbers stay as they were
@@ -625,7 +642,7 @@ class Learner:
         if not self.main: return
         scaler = self.accelerator.scaler
         state = {"config": comparable(self.config), "best": self.best, "seconds": self.seconds, "epoch_loss": self.epoch_loss, "words": len(self.vocabulary),
-                 "world": self.world, "images": len(self.train_data.groups), "scaler": scaler.state_dict() if scaler else None}
+                 "world": self.world, "images": len(self.train_data.groups), "backbone": self.backbone_print, "scaler": scaler.state_dict() if scaler else None}
         save_checkpoint(self.out / "checkpoint", self.step, self.model, self.optimizer.optimizer, rng, state, self.config.train_backbone)
 
     def restore(self, found: dict) -> dict:  # this process's random state, to be put back when the loader has begun
@@ -635,6 +652,8 @@ class Learner:
         for name, now in (("words", len(self.vocabulary)), ("images", len(self.train_data.groups)), ("world", self.world)):
             if state[name] != now:
                 raise CheckpointError(f"the checkpoint was made with {name}={state[name]}, and now it is {now}: the data or the number of processes changed")
+        if state["backbone"] != self.backbone_print and not self.config.train_backbone:
+            raise CheckpointError("the checkpoint was made with other weights of the frozen backbone: use those, or begin again with resume=False")
         load_tensors(self.model, found["model"], f"checkpoint step-{state['step']:08d}", self.config.train_backbone)
         load_optimizer(self.optimizer.optimizer, found["optimizer"], state["param_groups"])
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -707,6 +726,7 @@ class Learner:
     def end_epoch(self, epoch: int, clock):
         "Evaluate if it is time, write the history line, and a checkpoint."
         c = self.config
+        self.share_buffers()
         row = {"step": self.step, "epoch": epoch, "loss": self.epoch_loss[0] / max(1, self.epoch_loss[1]), "lr": self.optimizer.param_groups[0]["lr"]}
         if self.evaluator is not None and (epoch % c.eval_every == 0 or self.step == self.total):
             row |= self.evaluate()
@@ -752,7 +772,7 @@ def unfreeze(model: nn.Module):
     "Let the backbone be trained too."
     model.backbone.freeze(False)
 
-# %% ../../nbs/12_training.ipynb #017
+# %% ../../nbs/12_training.ipynb #018
 def train(
     config: TrainConfig,
     resume: bool | str = "auto",     # "auto": go on if there is a checkpoint; True: there must be one; False: begin again

@@ -1,0 +1,369 @@
+"""Training: resume after SIGKILL bit for bit, the cache, the schedule, checkpoints, processes, and what is refused."""
+
+import json
+import math
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_refer import SMALL, make_toy
+
+from refseg_nb.data.batches import make_loader
+from refseg_nb.training import learner as module
+from refseg_nb.training.learner import (
+    CheckpointError,
+    FeatureCache,
+    Learner,
+    Objective,
+    TrainConfig,
+    atomic_folder,
+    checkpoints,
+    dice_loss,
+    load_checkpoint,
+    load_model,
+    polynomial_decay,
+    read_history,
+    save_model,
+    train,
+)
+
+CONTEXT = torch.multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["accelerate", "refseg_nb.training.learner"])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory): return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+def config(root, out, **changes) -> TrainConfig:
+    usual = {"root": root, "data": "toy", "split_by": "unc", "overrides": SMALL, "epochs": 4, "images_per_batch": 3, "accumulate": 2, "expressions_per_image": 2,
+             "lr": 1e-3, "warmup": 2, "clip": 1., "checkpoint_every": 1, "out": out, "device": "cpu", "threads": 1, "quiet": True}
+    return TrainConfig(**usual | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """A run that nothing stopped."""
+    return train(config(root, tmp_path_factory.mktemp("whole") / "run"))
+
+
+def weights(out) -> dict: return load_file(Path(out) / "model" / "model.safetensors")
+
+
+def same(a, b) -> bool: return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def strip(history): return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+
+
+# --- killed and resumed
+
+def run_and_die(values, die_at=None):
+    """Train in a process of its own; `die_at` = (name, number): SIGKILL instead of that call of os.fsync, os.rename, rmtree or of an optimizer step."""
+    if die_at:
+        name, number = die_at
+        count = [0]
+        def deadly(function):
+            def wrapper(*args, **kwargs):
+                count[0] += 1
+                if count[0] == number: os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+            return wrapper
+        if name == "step": Learner.optimizer_step = deadly(Learner.optimizer_step)
+        elif name == "rename": Path.rename = deadly(Path.rename)
+        elif name == "evaluate": Learner.evaluate = deadly(Learner.evaluate)
+        elif name == "write": module.save_file = deadly(module.save_file)
+        elif name == "remove": module.shutil.rmtree = deadly(module.shutil.rmtree)
+        else: module._fsync = deadly(module._fsync)
+    train(TrainConfig(**values))
+
+
+def start(values, die_at=None):
+    process = CONTEXT.Process(target=run_and_die, args=(values, die_at))
+    process.start()
+    return process
+
+
+def values_of(c: TrainConfig) -> dict: return dict(vars(c).items())
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_killed_at_chosen_calls(root, whole, tmp_path, keep):
+    """Each leg dies in the middle of something else; the last one ends with the same weights, bit for bit."""
+    c = config(root, tmp_path / "run", keep=keep)
+    legs = [("step", 1), ("step", 2), ("fsync", 2), ("write", 2), ("rename", 1), ("remove", 2), ("evaluate", 1), ("write", 3), ("rename", 3), ("fsync", 9)]
+    for leg in legs:
+        process = start(values_of(c), leg)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, f"{leg}: the run should have died there"
+    last = start(values_of(c))
+    last.join(120)
+    assert last.exitcode == 0
+    history = read_history(Path(c.out) / "history.jsonl")
+    if keep == "last":
+        assert same(weights(c.out), weights(whole.out))
+        assert strip(history) == strip(whole.history)
+    else:
+        assert max(r["overall_iou"] for r in history) == json.loads((Path(c.out) / "model" / "config.json").read_text())["meta"]["best"]["overall_iou"]
+    leftovers = [p.name for p in (Path(c.out) / "checkpoint").iterdir() if p.name.startswith(".")]
+    assert not leftovers, leftovers
+
+
+def test_killed_at_random_moments(root, whole, tmp_path):
+    c, rng, killed = config(root, tmp_path / "run"), random.Random(os.urandom(4)), 0
+    seed = rng.randrange(10**6)
+    rng.seed(seed)
+    for _ in range(6):
+        process = start(values_of(c))
+        time.sleep(rng.uniform(.1, 2.5))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join(120)
+    process = start(values_of(c))
+    process.join(120)
+    assert process.exitcode == 0, f"seed {seed}"
+    assert same(weights(c.out), weights(whole.out)), f"seed {seed}, killed {killed} times"
+    assert strip(read_history(Path(c.out) / "history.jsonl")) == strip(whole.history), f"seed {seed}"
+
+
+def test_stopped_at_every_step(root, whole, tmp_path, monkeypatch):
+    """The same within one process: an exception at each step in turn, then the rest."""
+    class Stop(Exception): pass
+    c = config(root, tmp_path / "run")
+    step = Learner.optimizer_step
+    for last in range(1, whole.steps):
+        def stops(self, batches, last=last):
+            if self.step == last: raise Stop
+            return step(self, batches)
+        monkeypatch.setattr(Learner, "optimizer_step", stops)
+        with pytest.raises(Stop): train(c)
+        assert load_checkpoint(Path(c.out) / "checkpoint")["state"]["step"] == last
+    monkeypatch.setattr(Learner, "optimizer_step", step)
+    result = train(c, resume=True)
+    assert result.resumed_from == whole.steps - 1 and same(weights(c.out), weights(whole.out))
+    again = train(c)
+    assert again.resumed_from == again.steps == whole.steps and same(weights(c.out), weights(whole.out)), "a finished run has nothing left to do"
+
+
+def test_dropout_is_part_of_the_state(root, whole, tmp_path):
+    """Without the stored random state a resumed run would go another way: this is what the two tests above would miss without dropout."""
+    model = whole.model
+    assert any(m.p > 0 for m in model.modules() if isinstance(m, torch.nn.Dropout)) or model.config.sfm_dropout > 0
+    other = train(config(root, tmp_path / "other", seed=1))
+    assert not same(weights(other.out), weights(whole.out))
+
+
+# --- checkpoints
+
+def test_atomic_folder(tmp_path):
+    target = tmp_path / "model"
+    with atomic_folder(target) as new: (new / "a").write_text("1")
+    with pytest.raises(RuntimeError), atomic_folder(target) as new:
+        (new / "a").write_text("2")
+        raise RuntimeError
+    assert (target / "a").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["model"]
+    with atomic_folder(target) as new: (new / "b").write_text("3")
+    assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_no_pickle_and_two_kept(whole):
+    found = checkpoints(whole.out / "checkpoint")
+    assert len(found) == 2 and found[-1].name == f"step-{whole.steps:08d}"
+    assert {p.name for p in found[-1].iterdir()} == {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
+    assert not any(k.startswith("backbone.") for k in load_file(found[-1] / "model.safetensors")), "the frozen backbone need not be written each time"
+    json.loads((found[-1] / "state.json").read_text())
+
+
+def test_a_broken_checkpoint_is_said(root, whole, tmp_path):
+    c = config(root, tmp_path / "run", max_steps=2)
+    train(c)
+    newest = checkpoints(tmp_path / "run" / "checkpoint")[-1]
+    (newest / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="step-00000002 cannot be read"): train(c)
+    for p in newest.iterdir(): p.unlink()
+    newest.rmdir()
+    assert train(c).resumed_from == 1, "the one before is still whole"
+
+
+def test_resume_with_another_configuration(root, whole, tmp_path):
+    c = values_of(config(root, tmp_path / "run", max_steps=2))
+    train(TrainConfig(**c))
+    for name, value in {"lr": 5e-4, "epochs": 9, "seed": 3, "max_steps": 3, "overrides": {**SMALL, "channels": 32}, "accumulate": 1}.items():
+        with pytest.raises(CheckpointError, match=f"{name}="): train(TrainConfig(**c | {name: value}))
+    assert train(TrainConfig(**c | {"checkpoint_every": 5, "quiet": True})).resumed_from == 2, "how often it is saved changes no weight"
+    assert train(TrainConfig(**c | {"lr": 5e-4}), resume=False).resumed_from is None
+    with pytest.raises(CheckpointError, match="no checkpoint"): train(config(root, tmp_path / "new"), resume=True)
+
+
+# --- models on disk
+
+def test_save_and_load_model(whole, tmp_path):
+    model, vocabulary, meta = load_model(whole.out / "model")
+    assert vocabulary == whole.vocabulary and meta["image_size"] == 32 and meta["threshold"] == .5 and meta["training"]["seed"] == 0
+    assert not model.training and same(model.state_dict(), whole.model.state_dict())
+    half = save_model(tmp_path / "half", model, vocabulary, {"model": "shnet"}, torch.float16)
+    small, _, meta = load_model(half)
+    assert meta["dtype"] == "float16" and all(v.dtype == torch.float32 for v in small.state_dict().values() if v.is_floating_point())
+    assert (half / "model.safetensors").stat().st_size < .6 * (whole.out / "model" / "model.safetensors").stat().st_size
+    images, words = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), torch.tensor([[2, 3], [4, 0]])
+    assert torch.allclose(model(images, words), small(images, words), atol=.05)
+    for file in (whole.out / "model" / "config.json", whole.out / "checkpoint" / f"step-{whole.steps:08d}" / "state.json"):
+        assert str(whole.out.parent) not in file.read_text(), "no path of this machine"
+
+
+def test_broken_model_folders(whole, tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"): load_model(tmp_path)
+    for name, content, message in (("config.json", b"{", "not JSON"), ("config.json", b'{"format": 9}', "format 9"),
+                                   ("model.safetensors", b"x" * 40, "cannot be read")):
+        folder = save_model(tmp_path / "m", whole.model, whole.vocabulary)
+        (folder / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=message): load_model(folder)
+    folder = save_model(tmp_path / "m", whole.model, whole.vocabulary)
+    stored = json.loads((folder / "config.json").read_text())
+    stored["config"]["channels"] = 24
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="does not fit the model"): load_model(folder)
+
+
+# --- the loop
+
+def test_the_cache_changes_nothing(root, tmp_path):
+    runs = [train(config(root, tmp_path / f"{cache}", cache_features=cache, max_steps=6)) for cache in (True, False)]
+    a, b = (weights(r.out) for r in runs)
+    assert a.keys() == b.keys() and all(torch.allclose(a[k].float(), b[k].float(), atol=1e-5) for k in a)
+    assert runs[0].history[-1]["overall_iou"] == pytest.approx(runs[1].history[-1]["overall_iou"], abs=.2)
+
+
+def test_cached_levels_are_the_backbones(root, tmp_path):
+    learner = Learner(config(root, tmp_path / "run"))
+    learner.model.train()
+    cache = FeatureCache(learner.model, learner.train_data, 4)
+    half = FeatureCache(learner.model, learner.train_data, 4, torch.float16)
+    for batch in make_loader(learner.train_data, 3, shuffle=True):
+        for kept, small, fresh in zip(cache(batch.image_ids), half(batch.image_ids), learner.model.backbone(batch.images)):
+            assert torch.allclose(kept, fresh, atol=1e-5) and torch.allclose(small, fresh, atol=2e-2) and small.dtype == torch.float32
+    assert half.nbytes * 2 == cache.nbytes
+
+
+def test_schedule():
+    rates = [polynomial_decay(s, 100, 1., .7) for s in range(101)]
+    assert rates[0] == 1 and rates[100] == 0 and rates[50] == pytest.approx(.5 ** .7) and rates == sorted(rates, reverse=True)
+    warm = [polynomial_decay(s, 100, 1., .7, warmup=10) for s in range(100)]
+    assert warm[0] == .1 and warm[5] == pytest.approx(.6) and warm[10:] == rates[10:100] and max(warm) < 1
+
+
+def test_history_and_the_rates_used(whole):
+    assert [r["epoch"] for r in whole.history] == [1, 2, 3, 4] and whole.history == read_history(whole.out / "history.jsonl")
+    assert whole.steps == 4 * math.ceil(math.ceil(14 / 3) / 2)
+    assert whole.history[-1]["lr"] == pytest.approx(polynomial_decay(whole.steps - 1, whole.steps, 1e-3, .7, 2))
+    assert all(math.isfinite(r["loss"]) and r["samples"] > 7 for r in whole.history)
+    assert whole.best["overall_iou"] == max(r["overall_iou"] for r in whole.history)
+
+
+def test_accumulation_is_the_larger_batch(root, tmp_path):
+    """Without BatchNorm and dropout, two batches of two images with equal numbers of expressions are one of four."""
+    still = dict(SMALL, sfm_dropout=0., aspp_dropout=0., decoder_dropout=0.)
+    learner = Learner(config(root, tmp_path / "a", overrides=still, expressions_per_image=1, clip=None))
+    learner.model.eval()
+    data = learner.train_data
+    big, small = list(make_loader(data, 4, 1))[0], list(make_loader(data, 2, 1))[:2]
+    objective = Objective(learner.model)
+    loss = lambda b: objective(b.images, None, b.words, b.image_index, b.targets)
+    one, two = loss(big), sum(loss(b) for b in small) / 2
+    assert one.item() == pytest.approx(two.item(), rel=1e-5)
+
+
+def test_losses():
+    torch.manual_seed(0)
+    y = (torch.rand(3, 8, 8) > .6).float()
+    assert dice_loss(100 * (y - .5), y) == pytest.approx(0, abs=1e-5) and dice_loss(-100 * (y - .5), y) > .9
+    class Fixed(torch.nn.Module):
+        def encode(self, images): return images
+        def adapt(self, levels): return levels
+        def segment(self, features, words, index): return features
+    logits, soft = torch.randn(3, 8, 8), torch.rand(3, 8, 8)
+    bce = -(soft * torch.sigmoid(logits).log() + (1 - soft) * torch.sigmoid(-logits).log()).mean()
+    value = lambda y=soft, **k: Objective(Fixed(), **k)(logits, None, None, None, y).item()
+    assert value() == pytest.approx(bce.item(), rel=1e-5)
+    assert value(loss="bce+dice", dice_weight=2.) == pytest.approx((bce + 2 * dice_loss(logits, soft)).item(), rel=1e-5)
+    assert value(targets="dilated") == pytest.approx(value((soft > 0).float())) and value(targets="hard") == pytest.approx(value((soft >= .5).float()))
+    fine = soft.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert value(fine) == pytest.approx(value()), "finer targets are averaged to the logits' size"
+
+
+def test_bf16_on_a_cpu(root, tmp_path):
+    result = train(config(root, tmp_path / "bf16", mixed_precision="bf16", max_steps=6))
+    assert all(v.dtype == torch.float32 for v in weights(result.out).values() if v.is_floating_point()) and math.isfinite(result.history[-1]["loss"])
+
+
+def test_a_trained_backbone_is_trained_and_saved(root, tmp_path):
+    c = config(root, tmp_path / "run", train_backbone=True, max_steps=4)
+    result = train(c)
+    torch.manual_seed(c.seed)
+    fresh = Learner(config(root, tmp_path / "fresh")).model.backbone.state_dict()
+    assert not same(fresh, result.model.backbone.state_dict())
+    assert same(load_model(result.out / "model")[0].state_dict(), result.model.state_dict())
+    (checkpoints(result.out / "checkpoint")[-1]).rename(tmp_path / "gone")
+    again = train(c)
+    assert again.resumed_from == 3 and same(again.model.state_dict(), result.model.state_dict())
+
+
+def test_the_last_batch_and_the_last_epoch(root, tmp_path):
+    result = train(config(root, tmp_path / "run", epochs=3, max_steps=7, checkpoint_every=None, eval_every=2, eval_limit=2))
+    assert result.steps == 7 and [r["epoch"] for r in result.history] == [1, 2, 3]
+    assert ["overall_iou" in r for r in result.history] == [False, True, True], "every second epoch, and at the end"
+
+
+def test_tensorboard_if_asked(root, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(config(root, tmp_path / "run", tracker="tensorboard", max_steps=2))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_what_is_refused(root, tmp_path):
+    for name, value in {"loss": "mse", "targets": "sharp", "mixed_precision": "fp8", "tracker": "mlflow", "epochs": 0, "lr": -1., "preset": "huge",
+                        "keep": "all"}.items():
+        with pytest.raises(ValueError, match=name): config(root, tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="cache_features"): config(root, tmp_path, cache_features=True, train_backbone=True)
+    with pytest.raises(ValueError, match="fp16"): train(config(root, tmp_path / "a", mixed_precision="fp16"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no GPU"): train(config(root, tmp_path / "a", device="cuda"))
+    with pytest.raises(ValueError, match="resume"): train(config(root, tmp_path / "a"), resume="yes")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(Learner, "loss", lambda self, batch: self.objective.model.decoder.parameters().__next__().sum() * float("nan"))
+    with pytest.raises(FloatingPointError, match="step 1"): train(config(root, tmp_path / "run"))
+
+
+# --- two processes
+
+def member(rank, world, port, values):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    result = train(TrainConfig(**values))
+    torch.save(dict(result.model.state_dict().items()), f"{values['out']}/rank{rank}.pt")
+    Path(f"{values['out']}/history{rank}.json").write_text(json.dumps(strip(result.history)))
+
+
+def test_two_processes_train_one_model(root, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    c = config(root, tmp_path / "run", epochs=2, accumulate=1)
+    processes = [CONTEXT.Process(target=member, args=(rank, 2, port, values_of(c))) for rank in range(2)]
+    for p in processes: p.start()
+    for p in processes: p.join(150)
+    assert [p.exitcode for p in processes] == [0, 0]
+    a, b = (torch.load(tmp_path / "run" / f"rank{r}.pt", weights_only=True) for r in range(2))
+    assert same(a, b), "all processes hold the model that was saved, its BatchNorm statistics too"
+    histories = [json.loads((tmp_path / "run" / f"history{r}.json").read_text()) for r in range(2)]
+    assert [r["overall_iou"] for r in histories[0]] == [r["overall_iou"] for r in histories[1]] and histories[0][-1]["samples"] == histories[1][-1]["samples"]
+    assert np.isfinite(histories[0][-1]["loss"])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..data.refer import Refer
 
-# %% ../../nbs/05_pictures.ipynb #003
+# %% ../../nbs/05_pictures.ipynb #009
 class Backbone(nn.Module):
     "A picture encoder: images in, three raw levels out. Frozen by default: always in eval mode, never with gradients."
     def __init__(
@@ -74,7 +74,7 @@ class Backbone(nn.Module):
         "The raw levels V2, V3, V4 of a batch of images."
         return self.levels(self.normalise(images))
 
-# %% ../../nbs/05_pictures.ipynb #004
+# %% ../../nbs/05_pictures.ipynb #017
 class ResNetBackbone(Backbone):
     "ResNet-101's layers 2, 3 and 4, at output stride 32 (as published), 16 or 8 (the last strides replaced by dilation)."
     def __init__(
@@ -97,7 +97,7 @@ class ResNetBackbone(Backbone):
         v2 = body.layer2(x); v3 = body.layer3(v2)
         return [v2, v3, body.layer4(v3)]
 
-# %% ../../nbs/05_pictures.ipynb #005
+# %% ../../nbs/05_pictures.ipynb #023
 def _read_checkpoint(path: str | Path) -> dict:
     "A torch file, read without running anything that is stored in it."
     path = Path(path)
@@ -135,7 +135,7 @@ def load_voc_checkpoint(
     used = _check_keys(path, state, {f"backbone.{k}": v for k, v in expected.items()}, unused=("aspp.", "decoder."))
     return {k.removeprefix("backbone."): v for k, v in used.items()}
 
-# %% ../../nbs/05_pictures.ipynb #006
+# %% ../../nbs/05_pictures.ipynb #028
 class Block(nn.Module):
     "A residual block: 5x5 depthwise convolution, then two 1x1 convolutions with a ReLU between them."
     def __init__(
@@ -177,7 +177,7 @@ class RefShapesBackbone(Backbone):
             x = layer(x); out.append(x)
         return out
 
-# %% ../../nbs/05_pictures.ipynb #007
+# %% ../../nbs/05_pictures.ipynb #034
 class LeakWarning(UserWarning):
     "The weights have seen the test images."
 
@@ -239,7 +239,7 @@ def create_backbone(
     net.body.load_state_dict(_check_keys(where, state, net.body.state_dict(), unused), strict=False)
     return net.freeze(frozen)
 
-# %% ../../nbs/05_pictures.ipynb #008
+# %% ../../nbs/05_pictures.ipynb #037
 @dataclass
 class PixelLabels:
     "What `pretrain_backbone` teaches: images and their per-pixel labels, all in memory."
@@ -276,7 +276,7 @@ def pixel_labels(
     return PixelLabels(images, maps["category"], maps["instance"], ["background", *(refer.categories[c] for c in categories)],
                        {name: (known, maps[name]) for name, known in values.items()})
 
-# %% ../../nbs/05_pictures.ipynb #009
+# %% ../../nbs/05_pictures.ipynb #040
 def appearance(
     images: Float[Tensor, "K 3 S S"],   # in [0, 1]
     instance: UInt8[Tensor, "K S S"],   # 0: no thing; i: the i-th thing
@@ -291,7 +291,7 @@ def appearance(
     square = torch.zeros(k * n, 3, device=images.device).index_add_(0, index, colours ** 2) / count
     return torch.cat([mean, (square - mean ** 2).clamp(min=0).sqrt()], 1)[index].view(k, s, s, 6).permute(0, 3, 1, 2)
 
-# %% ../../nbs/05_pictures.ipynb #010
+# %% ../../nbs/05_pictures.ipynb #043
 class PixelHeads(nn.Module):
     "Throwaway heads over the three levels: a category at every second pixel, attributes and appearance at every fourth."
     def __init__(
@@ -324,7 +324,7 @@ def mean_iou(
     iou = torch.where(union > 0, table.diag() / union, torch.nan)
     return float(iou.nanmean()), iou
 
-# %% ../../nbs/05_pictures.ipynb #011
+# %% ../../nbs/05_pictures.ipynb #046
 @dataclass
 class PretrainResult:
     "What `pretrain_backbone` gives."

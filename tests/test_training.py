@@ -16,23 +16,9 @@ from safetensors.torch import load_file
 from toy_refer import SMALL, make_toy
 
 from refseg_nb.data.batches import make_loader
-from refseg_nb.training import learner as module
-from refseg_nb.training.learner import (
-    CheckpointError,
-    FeatureCache,
-    Learner,
-    Objective,
-    TrainConfig,
-    atomic_folder,
-    checkpoints,
-    dice_loss,
-    load_checkpoint,
-    load_model,
-    polynomial_decay,
-    read_history,
-    save_model,
-    train,
-)
+from refseg_nb.training import checkpoint as module
+from refseg_nb.training.checkpoint import CheckpointError, atomic_folder, checkpoints, load_checkpoint, load_model, save_model
+from refseg_nb.training.learner import FeatureCache, Learner, Objective, TrainConfig, dice_loss, polynomial_decay, read_history, train
 
 CONTEXT = torch.multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["accelerate", "refseg_nb.training.learner"])
@@ -43,8 +29,8 @@ def root(tmp_path_factory): return make_toy(tmp_path_factory.mktemp("toy"))
 
 
 def config(root, out, **changes) -> TrainConfig:
-    usual = {"root": root, "data": "toy", "split_by": "unc", "overrides": SMALL, "epochs": 4, "images_per_batch": 3, "accumulate": 2, "expressions_per_image": 2,
-             "lr": 1e-3, "warmup": 2, "clip": 1., "checkpoint_every": 1, "out": out, "device": "cpu", "threads": 1, "quiet": True}
+    usual = {"root": root, "data": "toy", "split_by": "unc", "overrides": SMALL, "epochs": 4, "images_per_batch": 3, "accumulate": 2,
+             "expressions_per_image": 2, "lr": 1e-3, "warmup": 2, "clip": 1., "checkpoint_every": 1, "out": out, "device": "cpu", "threads": 1, "quiet": True}
     return TrainConfig(**usual | changes)
 
 

@@ -22,8 +22,8 @@ def real(real_data):
 
 
 def equal(a, b):
-    return (torch.equal(a.images, b.images) and torch.equal(a.words, b.words) and torch.equal(a.targets, b.targets) and torch.equal(a.image_index, b.image_index)
-            and a.samples == b.samples and a.image_ids == b.image_ids)
+    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "words", "targets", "image_index"))
+    return (tensors and a.samples == b.samples and a.image_ids == b.image_ids)
 
 
 def test_a_batch_fits_together(real):

@@ -35,7 +35,7 @@ def soft_target(
     "The area-averaged mask: what a pixel of a coarse output should say."
     return F.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(mask)).float()[None], size)[0]
 
-# %% ../../nbs/06_batches.ipynb #028
+# %% ../../nbs/06_batches.ipynb #030
 @dataclass
 class Batch:
     "K images and B expressions about them."
@@ -58,7 +58,7 @@ class Batch:
 
     def __len__(self): return len(self.samples)
 
-# %% ../../nbs/06_batches.ipynb #030
+# %% ../../nbs/06_batches.ipynb #032
 class RISDataset(Dataset):
     "A split, ready for training or evaluation: images at S x S, words as numbers, soft targets; what is small stays decoded in memory."
     def __init__(
@@ -71,9 +71,11 @@ class RISDataset(Dataset):
         max_words: int = 25,              # longer expressions are cut; `.report` says how many
         cache_gb: float = 2.,             # decoded images and targets are kept in memory up to this size
     ):
-        if image_size < 1 or (target_size is not None and target_size < 1): raise ValueError(f"image_size and target_size must be positive, not {image_size} and {target_size}")
+        if image_size < 1 or (target_size is not None and target_size < 1):
+            raise ValueError(f"image_size and target_size must be positive, not {image_size} and {target_size}")
         if max_words < 1: raise ValueError(f"max_words must be at least 1, not {max_words}")
-        self.refer, self.split, self.vocabulary, self.image_size, self.target_size, self.max_words = refer, split, vocabulary, image_size, target_size, max_words
+        self.refer, self.split, self.vocabulary = refer, split, vocabulary
+        self.image_size, self.target_size, self.max_words = image_size, target_size, max_words
         self.samples = refer.samples(split)
         numbers, self.report = vocabulary.encode_all([s.text for s in self.samples], max_words)
         self.lengths = torch.tensor([len(n) for n in numbers], dtype=torch.long)
@@ -130,7 +132,7 @@ class RISDataset(Dataset):
 
     def __repr__(self): return f"RISDataset({self.refer.name}, {self.split}: {len(self.groups):,} images, {self.report})"
 
-# %% ../../nbs/06_batches.ipynb #039
+# %% ../../nbs/06_batches.ipynb #042
 def epoch_batches(
     dataset: RISDataset,                        # the split
     images_per_batch: int,                      # K
@@ -141,7 +143,8 @@ def epoch_batches(
 ) -> list[list[tuple[int, list[int]]]]:         # for each batch, its (group, indices of samples)
     "The batches of an epoch: a pure function of its arguments, so that a run can be taken up again at any batch."
     if images_per_batch < 1: raise ValueError(f"images_per_batch must be at least 1, not {images_per_batch}")
-    if expressions_per_image is not None and expressions_per_image < 1: raise ValueError(f"expressions_per_image must be at least 1 or None, not {expressions_per_image}")
+    if expressions_per_image is not None and expressions_per_image < 1:
+        raise ValueError(f"expressions_per_image must be at least 1 or None, not {expressions_per_image}")
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(dataset.groups)).tolist() if shuffle else range(len(dataset.groups))
     chosen = []
@@ -152,7 +155,7 @@ def epoch_batches(
         chosen.append((g, list(indices)))
     return [chosen[i:i + images_per_batch] for i in range(0, len(chosen), images_per_batch)]
 
-# %% ../../nbs/06_batches.ipynb #042
+# %% ../../nbs/06_batches.ipynb #048
 def _as_it_is(batch): return batch
 
 

@@ -34,7 +34,8 @@ class _PlainUnpickler(pickle.Unpickler):
         self.path = path
 
     def find_class(self, module, name):
-        raise ReferError(f"{self.path}: asks for the Python object {module}.{name}; a refs file may hold only lists, dicts, strings and numbers, so it is refused")
+        raise ReferError(f"{self.path}: asks for the Python object {module}.{name}; "
+                         "a refs file may hold only lists, dicts, strings and numbers, so it is refused")
 
 
 def load_pickle(
@@ -75,7 +76,8 @@ def _runs_rle(runs, h, w, where):
             raise ReferError(f"{where}: the run lengths must be whole numbers that add up to {h} x {w} = {h * w} pixels")
         return coco_mask.frPyObjects({"counts": counts, "size": [h, w]}, h, w)
     if isinstance(counts, str): counts = counts.encode("utf-8", "replace")
-    if not isinstance(counts, bytes) or not _PACKED.fullmatch(counts): raise ReferError(f"{where}: 'counts' is neither a list of run lengths nor a packed string of them")
+    if not isinstance(counts, bytes) or not _PACKED.fullmatch(counts):
+        raise ReferError(f"{where}: 'counts' is neither a list of run lengths nor a packed string of them")
     return {"counts": counts, "size": [h, w]}
 
 
@@ -206,7 +208,8 @@ def read_refs(
         image_id, ann_id = _get(record, "image_id", int, where), _get(record, "ann_id", int, where)
         if image_id not in images: raise ReferError(f"{where} is about image {image_id}, which instances.json does not list")
         if ann_id not in annotations: raise ReferError(f"{where} points at annotation {ann_id}, which instances.json does not list")
-        if annotations[ann_id]["image_id"] != image_id: raise ReferError(f"{where} is about image {image_id}, but its annotation {ann_id} lies on image {annotations[ann_id]['image_id']}")
+        other = annotations[ann_id]["image_id"]
+        if other != image_id: raise ReferError(f"{where} is about image {image_id}, but its annotation {ann_id} lies on image {other}")
         sentences, ids = [], set()
         for sentence in _get(record, "sentences", list, where):
             if not isinstance(sentence, dict): raise ReferError(f"{where}: a sentence is {type(sentence).__name__}, not a dict")
@@ -214,7 +217,8 @@ def read_refs(
             if sent_id in ids: raise ReferError(f"{where} has sentence {sent_id} twice")
             ids.add(sent_id)
             tokens = sentence.get("tokens", sent.split())
-            if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, str) for token in tokens): raise ReferError(f"{where}: the tokens of sentence {sent_id} are not strings")
+            if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, str) for token in tokens):
+                raise ReferError(f"{where}: the tokens of sentence {sent_id} are not strings")
             sentences.append(Sentence(sent_id, sent, _optional(sentence, "raw", where) or sent, tuple(tokens),
                                       *(_optional(sentence, key, where) for key in ("kind", "group", "program"))))
         refs.append(Ref(ref_id, ann_id, image_id, _get(record, "category_id", int, where), _get(record, "split", str, where), tuple(sentences)))
@@ -244,11 +248,13 @@ class Refer:
         image_folder: str | Path | None = None,  # where the images are, if not at the usual place under the root
     ):
         self.root, self.name, self.folder = Path(root), name, Path(root) / name
-        if not self.folder.is_dir(): raise FileNotFoundError(f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name")
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name")
         found = sorted(path.name[5:-3] for path in self.folder.glob("refs(*).p"))
         self.split_by = split_by or PARTITIONS.get(name) or (found[0] if len(found) == 1 and name != "refcocog" else None)
         if self.split_by is None:
-            raise ValueError(f"{name} has more than one partition, whose numbers cannot be compared: name one with split_by= (in {self.folder}: {', '.join(found) or 'none'})")
+            raise ValueError(f"{name} has more than one partition, whose numbers cannot be compared: "
+                             f"name one with split_by= (in {self.folder}: {', '.join(found) or 'none'})")
         if self.split_by not in found:
             raise FileNotFoundError(f"{self.folder / f'refs({self.split_by}).p'}: no such file; partitions in this folder: {', '.join(found) or 'none'}")
         self.image_folder = Path(image_folder) if image_folder else self.root / image_folder_of(name)
@@ -300,7 +306,8 @@ class Refer:
         "The file of an image; it never lies outside of the image folder."
         path = self.image_folder / self.image(image_id).file_name
         if not path.resolve().is_relative_to(self.image_folder.resolve()):
-            raise ReferError(f"{self.folder / 'instances.json'}: the file name of image {image_id}, {self.image(image_id).file_name!r}, leads out of the image folder")
+            raise ReferError(f"{self.folder / 'instances.json'}: the file name of image {image_id}, "
+                             f"{self.image(image_id).file_name!r}, leads out of the image folder")
         return path
 
     def load_image(self, image_id: int) -> Image.Image:
@@ -381,8 +388,8 @@ class CountReport:
     def __str__(self):
         lines = [f"{self.name}: {self.message}"]
         for row in self.rows:
-            lines.append(f"  {row['split']:8s}" + "".join(f"  {what} {row['found'][what]:>7,}" + (f" of {row['published'][what]:>7,}" if row["published"].get(what) else "")
-                                                          for what in ("images", "refs", "expressions")))
+            want = {what: f" of {n:>7,}" if n else "" for what, n in row["published"].items()}
+            lines.append(f"  {row['split']:8s}" + "".join(f"  {what} {n:>7,}{want.get(what, '')}" for what, n in row["found"].items()))
         return "\n".join(lines)
 
 
@@ -406,11 +413,13 @@ def verify_counts(
     "Compare the number of images, refs and expressions in each split with the published ones."
     name, found, published = f"{refer.name} ({refer.split_by})", refer.counts(), published_counts(refer)
     if published is None:
-        why = "'micro' is a small sample with its own splits, never the whole data set" if refer.split_by == "micro" else "no counts are published for it, so there is nothing to compare with"
+        why = "no counts are published for it, so there is nothing to compare with"
+        if refer.split_by == "micro": why = "'micro' is a small sample with its own splits, never the whole data set"
         return CountReport(name, "unpublished", why, [{"split": s, "found": c, "published": {}} for s, c in found.items()])
     zero = {"images": 0, "refs": 0, "expressions": 0}
     rows = [{"split": s, "found": found.get(s, zero), "published": published.get(s, {})} for s in dict.fromkeys([*published, *found])]
-    differ = [(r["split"], what, r["found"][what], want) for r in rows for what, want in r["published"].items() if want is not None and r["found"][what] != want]
+    differ = [(r["split"], what, r["found"][what], want) for r in rows for what, want in r["published"].items()
+              if want is not None and r["found"][what] != want]
     differ += [(split, "expressions", found[split]["expressions"], 0) for split in found if split not in published]
     if not differ: return CountReport(name, "whole", "every count is the published one", rows)
     more = [d for d in differ if d[2] > d[3]]

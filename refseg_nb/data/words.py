@@ -141,14 +141,14 @@ class Vocabulary:
 
     def __repr__(self): return f"Vocabulary({len(self):,} words: {', '.join(self.itos[2:7])}, ...)"
 
-# %% ../../nbs/04_words.ipynb #026
+# %% ../../nbs/04_words.ipynb #028
 def pad_words(
     numbers: list[list[int]],   # B encoded expressions
 ) -> torch.Tensor:              # [B, T] long; T = the longest of them
     "Stack expressions of different lengths, filled up with PAD."
     return pad_sequence([torch.tensor(n, dtype=torch.long) for n in numbers], batch_first=True, padding_value=PAD)
 
-# %% ../../nbs/04_words.ipynb #029
+# %% ../../nbs/04_words.ipynb #032
 def _writable(folder: Path) -> bool:
     "Whether files may be put there; a folder without any write permission is left alone, whoever runs this."
     return folder.is_dir() and bool(folder.stat().st_mode & 0o222)
@@ -179,7 +179,7 @@ def vocabulary_for(
     _store(path, json.dumps({"of": key, "vocabulary": json.loads(vocabulary.to_json())}, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return vocabulary
 
-# %% ../../nbs/04_words.ipynb #041
+# %% ../../nbs/04_words.ipynb #046
 @dataclass(frozen=True)
 class Coverage:
     "How much of a vocabulary has a pretrained vector."
@@ -192,14 +192,15 @@ class Coverage:
     missing: tuple[str, ...] = ()  # the most frequent words without one
 
     def __str__(self):
-        return (f"{self.source}: vectors for {self.types_found:,} of {self.types:,} words, which are {self.tokens_found / max(self.tokens, 1):.1%} of all words read"
-                + (f"; without: {', '.join(self.missing)}" if self.missing else ""))
+        share = self.tokens_found / max(self.tokens, 1)
+        without = f"; without: {', '.join(self.missing)}" if self.missing else ""
+        return f"{self.source}: vectors for {self.types_found:,} of {self.types:,} words, which are {share:.1%} of all words read{without}"
 
 
 class VectorsError(ValueError):
     "A file of word vectors is missing or damaged; the message says which, and what to do."
 
-# %% ../../nbs/04_words.ipynb #042
+# %% ../../nbs/04_words.ipynb #047
 @contextmanager
 def _open_vectors(path: Path, member: str):
     "The lines of a vector file, as bytes: plain text, or a text file in a zip (GloVe's own packaging; it is not unpacked)."
@@ -228,7 +229,7 @@ def filter_vectors(
                 file.write(line.rstrip() + b"\n")
     return kept
 
-# %% ../../nbs/04_words.ipynb #047
+# %% ../../nbs/04_words.ipynb #053
 def _parse(path: Path) -> Vectors:
     "torchtext's parser, with its side effects undone: it switches off the checking of TLS certificates for the whole process, and it reports on stderr."
     import ssl
@@ -240,12 +241,11 @@ def _parse(path: Path) -> Vectors:
 
 def _locate(name: str, cache: Path) -> Path:
     "The file of a vector set that torchtext knows by name, downloaded if it is not there."
-    match = name.split(".")  # glove.840B.300d, glove.twitter.27B.50d
-    known = {key: url for key, url in GloVe.url.items()}
-    key = ".".join(match[1:-1])
-    if match[0] != "glove" or key not in known:
-        raise VectorsError(f"{name}: no such file, and no name of a vector set; names are glove.<set>.<size>d with a set of {', '.join(known)}, as in glove.840B.300d")
-    url = known[key]
+    family, key = name.split(".")[0], ".".join(name.split(".")[1:-1])  # of glove.840B.300d, glove.twitter.27B.50d
+    if family != "glove" or key not in GloVe.url:
+        raise VectorsError(f"{name}: no such file, and no name of a vector set; "
+                           f"names are glove.<set>.<size>d with a set of {', '.join(GloVe.url)}, as in glove.840B.300d")
+    url = GloVe.url[key]
     archive = cache / url.rsplit("/", 1)[-1]
     for path in (cache / f"{name}.txt", cache / f"{name}.zip", archive):
         if path.is_file(): return path
@@ -280,7 +280,8 @@ def load_vectors(
     with tempfile.TemporaryDirectory() as temporary:
         part = Path(temporary) / "kept.txt"
         try:
-            if not filter_vectors(source, set(words), part, f"{stem}.txt"): raise VectorsError("has a vector for none of the words; is it a text file with a word and its numbers on each line?")
+            if not filter_vectors(source, set(words), part, f"{stem}.txt"):
+                raise VectorsError("has a vector for none of the words; is it a text file with a word and its numbers on each line?")
             table = _parse(part)
         except VectorsError as error: raise VectorsError(f"{source}: {error}") from error
         except Exception as error: raise VectorsError(f"{source}: not readable as word vectors ({type(error).__name__}: {error})") from error
@@ -290,7 +291,8 @@ def load_vectors(
     if not torch.isfinite(vectors).all(): raise VectorsError(f"{source}: holds a number that is not finite")
     counts = vocabulary.vocab.freqs
     missing = [word for word in words if word not in table.stoi]
-    coverage = Coverage(source.name, table.dim, len(words), len(words) - len(missing), sum(counts[w] for w in words), sum(counts[w] for w in words if w in table.stoi), tuple(missing[:10]))
+    found = [word for word in words if word in table.stoi]
+    coverage = Coverage(source.name, table.dim, len(words), len(found), sum(counts[w] for w in words), sum(counts[w] for w in found), tuple(missing[:10]))
     if kept is not None and _store(kept.with_name(kept.name + ".safetensors"), save({"vectors": vectors})):
         _store(kept.with_name(kept.name + ".json"), json.dumps({"stamp": stamp, "coverage": coverage.__dict__}).encode())
     return vectors, coverage

@@ -6,8 +6,6 @@
 __all__ = ['check_exact_target', 'check_take_expressions', 'check_flip_words']
 
 # %% ../../nbs/exercises/ch06.ipynb #002
-import random
-
 import numpy as np
 import torch
 
@@ -20,7 +18,8 @@ def check_exact_target(fn):
         want = np.kron(mask, np.ones((h, h))).reshape(h, H, h, W).mean((1, 3))
         got = np.asarray(fn(mask, h), dtype=float)
         assert got.shape == (h, h), f"the target must be {h} x {h}, not {got.shape}"
-        assert abs(got.mean() - mask.mean()) < 1e-6, f"the mean must stay {mask.mean():.4f}, yours is {got.mean():.4f}: each row of the weights sums to 1, and each column to h / H"
+        assert abs(got.mean() - mask.mean()) < 1e-6, (f"the mean must stay {mask.mean():.4f}, yours is {got.mean():.4f}: "
+                                                      "each row of the weights sums to 1, and each column to h / H")
         assert np.allclose(got, want, atol=1e-6), "a cell is not the share of it that the mask covers"
     return "check_exact_target: correct"
 
@@ -40,8 +39,9 @@ def check_take_expressions(fn):
 # %% ../../nbs/exercises/ch06.ipynb #011
 def check_flip_words(fn):
     "Compare with the swapped sentences."
-    pairs = [("the man on the left", "the man on the right"), ("leftmost car right of the tree", "rightmost car left of the tree"), ("red ball", "red ball"), ("the bright light", "the bright light"), ("", "")]
-    for text, want in pairs:
+    pairs = {"the man on the left": "the man on the right", "leftmost car right of the tree": "rightmost car left of the tree",
+             "red ball": "red ball", "the bright light": "the bright light", "": ""}
+    for text, want in pairs.items():
         got = fn(text)
         if text == "the bright light" and got != want: raise AssertionError("only whole words: 'bright' has a 'right' in it")
         assert got == want, f"{text!r} should become {want!r}, not {got!r}"

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FLAVOURS', 'GAP', 'DISTANCE_RATIO', 'SIZE_RATIO', 'BIG', 'NOT_BIG', 'SMALL', 'NOT_SMALL', 'MIX', 'Noun',
-           'Program', 'Expression', 'parse_program', 'World', 'world', 'execute', 'shorter', 'is_minimal', 'kind_of',
-           'enumerate_programs', 'realise', 'flip_share', 'sample_expressions', 'reference_execute']
+           'Program', 'Expression', 'parse_program', 'Sets', 'Orders', 'Distances', 'Relations', 'World', 'world',
+           'execute', 'shorter', 'is_minimal', 'kind_of', 'enumerate_programs', 'realise', 'flip_share',
+           'sample_expressions', 'reference_execute', 'blind_readers']
 
 # %% ../../nbs/02_expressions.ipynb #002
 import math
@@ -17,14 +18,16 @@ import numpy as np
 
 from .scenes import CATEGORIES, COLORS, HELDOUT, Rendering, Scene, render
 
-# %% ../../nbs/02_expressions.ipynb #003
+# %% ../../nbs/02_expressions.ipynb #013
 KINDS = ("attribute", "superlative", "relation", "composition")
-FLAVOURS = ("refshapes", "refshapes+")
+FLAVOURS = ("refshapes", "refshapes+")   # with words for places, as RefCOCO; without, as RefCOCO+
 GAP = .06            # of position, between the thing meant and the next, as a share of the side
 DISTANCE_RATIO = 1.35
 SIZE_RATIO = 1.25    # of `Thing.size`; 1.56 in area
-BIG, NOT_BIG, SMALL, NOT_SMALL = .25, .205, .145, .18   # sizes between them are neither big nor not big: phrases that need to know are rejected
+BIG, NOT_BIG, SMALL, NOT_SMALL = .25, .205, .145, .18   # sizes between them are neither: phrases that need to know are rejected
+_SIDES = ("left", "right", "top", "bottom", "biggest", "smallest")
 
+# %% ../../nbs/02_expressions.ipynb #015
 @dataclass(frozen=True)
 class Noun:
     "A set of things: of a category (or kind of category, or any thing), and of a colour, a texture, a size where they are given."
@@ -38,6 +41,7 @@ class Noun:
     def attributes(self) -> tuple[str, ...]: return tuple(k for k in ("color", "texture", "size") if getattr(self, k))
     def without(self, slot) -> "Noun": return Noun(**{**self.__dict__, slot: "any" if slot == "noun" else ""})
 
+# %% ../../nbs/02_expressions.ipynb #018
 @dataclass(frozen=True)
 class Program:
     "An operation and its arguments: `Noun`s, words, numbers and other programs."
@@ -55,7 +59,7 @@ class Expression:
     program: str        # what the phrase means, as text: `parse_program` reads it
     group: str = ""     # expressions of one image with the same group differ in one slot and in their referent
 
-# %% ../../nbs/02_expressions.ipynb #004
+# %% ../../nbs/02_expressions.ipynb #020
 _ATOM = re.compile(r"\s*([(),]|[^(),\s]+)")
 
 def parse_program(
@@ -82,26 +86,18 @@ def parse_program(
     if not isinstance(program, Program): raise ValueError(f"{text!r} is not a program: it has no operation")
     return program
 
-_SIDES = ("left", "right", "top", "bottom", "biggest", "smallest")
-
-# %% ../../nbs/02_expressions.ipynb #005
-class World:
-    "What is true in a scene, with margins. Sets of things are the bits of an int; None means: nothing, several, or too close to call."
+# %% ../../nbs/02_expressions.ipynb #024
+class Sets:
+    "Sets of a scene's things as bits of an int, and the words that name them."
     def __init__(self, scene: Scene):
         self.things = scene.things; self.n = n = len(scene.things); self.all = (1 << n) - 1; self.memo = {}
         bits = lambda test: sum(1 << i for i, t in enumerate(self.things) if test(t))
         self.words = {"any": self.all, "thing": bits(lambda t: CATEGORIES[t.category] != "person"), "": self.all}
         for t in self.things:
             for w in (t.category, CATEGORIES[t.category], t.color, t.texture):
-                if w not in self.words: self.words[w] = bits(lambda u: w in (u.category, CATEGORIES[u.category], u.color, u.texture))
+                if w not in self.words: self.words[w] = bits(lambda u: w in (u.category, CATEGORIES[u.category], u.color, u.texture))  # noqa: B023 - used at once
         self.words["big"], self.words["small"] = bits(lambda t: t.size >= BIG), bits(lambda t: t.size <= SMALL)
         self.unsure = {"": 0, "big": bits(lambda t: NOT_BIG < t.size < BIG), "small": bits(lambda t: SMALL < t.size < NOT_SMALL)}
-        self.key = {"left": [t.x for t in self.things], "top": [t.y for t in self.things], "size": [math.log(t.size) for t in self.things]}
-        self.key["right"], self.key["bottom"], self.key["smallest"] = [-v for v in self.key["left"]], [-v for v in self.key["top"]], self.key["size"]
-        self.key["biggest"] = [-v for v in self.key["size"]]
-        self.gap = {"left": GAP, "right": GAP, "top": GAP, "bottom": GAP, "biggest": math.log(SIZE_RATIO), "smallest": math.log(SIZE_RATIO)}
-        self.centre = [[math.hypot(a.x - b.x, a.y - b.y) for b in self.things] for a in self.things]
-        self.clear = [[math.hypot(max(a.box[0] - b.box[2], b.box[0] - a.box[2], 0), max(a.box[1] - b.box[3], b.box[1] - a.box[3], 0)) for b in self.things] for a in self.things]
 
     def members(self, bits: int) -> list[int]: return [i for i in range(self.n) if bits >> i & 1]
 
@@ -113,12 +109,22 @@ class World:
         if bits & self.unsure[noun.size]: return None
         return bits & w[noun.size] if noun.size else bits
 
+# %% ../../nbs/02_expressions.ipynb #027
+class Orders(Sets):
+    "Superlatives: the first, or the second, of a set from one side."
+    def __init__(self, scene: Scene):
+        super().__init__(scene)
+        self.key = {"left": [t.x for t in self.things], "top": [t.y for t in self.things], "smallest": [math.log(t.size) for t in self.things]}
+        for side, other in (("right", "left"), ("bottom", "top"), ("biggest", "smallest")): self.key[side] = [-v for v in self.key[other]]
+        self.gap = dict.fromkeys(_SIDES[:4], GAP) | dict.fromkeys(_SIDES[4:], math.log(SIZE_RATIO))
+
     def most(self, side: str, rank: int, bits: int) -> int | None:
         "The `rank`-th of a set from one side, if its neighbours in that order keep their distance."
         key = ("most", side, rank, bits)
         if key not in self.memo:
             order = sorted((self.key[side][i], i) for i in self.members(bits)); found = None
-            if len(order) > max(rank, 1) and all(order[k + 1][0] - order[k][0] >= self.gap[side] for k in (rank - 2, rank - 1) if k >= 0): found = order[rank - 1][1]
+            around = [k for k in (rank - 2, rank - 1) if k >= 0]
+            if len(order) > rank and all(order[k + 1][0] - order[k][0] >= self.gap[side] for k in around): found = order[rank - 1][1]
             self.memo[key] = found
         return self.memo[key]
 
@@ -126,6 +132,18 @@ class World:
         "Of exactly three, the one between the other two in the horizontal."
         order = sorted((self.key["left"][i], i) for i in self.members(bits))
         return order[1][1] if len(order) == 3 and min(order[1][0] - order[0][0], order[2][0] - order[1][0]) >= GAP else None
+
+# %% ../../nbs/02_expressions.ipynb #030
+def _gap(a, b):
+    "Distance between the boxes of two things."
+    return math.hypot(max(a.box[0] - b.box[2], b.box[0] - a.box[2], 0), max(a.box[1] - b.box[3], b.box[1] - a.box[3], 0))
+
+class Distances(Orders):
+    "Closest to and farthest from one anchor, or a set of them."
+    def __init__(self, scene: Scene):
+        super().__init__(scene)
+        self.centre = [[math.hypot(a.x - b.x, a.y - b.y) for b in self.things] for a in self.things]
+        self.clear = [[_gap(a, b) for b in self.things] for a in self.things]
 
     def near(self, bits: int, anchors: int, far: bool = False) -> int | None:
         "The thing of a set that is closest to (farthest from) the nearest of the anchors, by centres and by edges alike."
@@ -145,6 +163,9 @@ class World:
         self.memo[key] = found
         return found
 
+# %% ../../nbs/02_expressions.ipynb #032
+class Relations(Distances):
+    "Relations with one side of an anchor, and with two anchors."
     def beside(self, side: str, bits: int, anchor: int) -> int | None:
         "The nearest of those of a set that lie to one side of the anchor; there must be two of them, so that this is not the outermost one in disguise."
         bits &= ~(1 << anchor); key = self.key[side]; here = []
@@ -161,21 +182,28 @@ class World:
         "The only one of a set near the middle of the line from one anchor to the other, the rest clearly elsewhere."
         key = ("between", min(a, b), max(a, b))
         if key not in self.memo:
-            ax, ay, bx, by = self.things[a].x, self.things[a].y, self.things[b].x, self.things[b].y; L = math.hypot(bx - ax, by - ay); inside = unsure = 0
+            ax, ay, bx, by = self.things[a].x, self.things[a].y, self.things[b].x, self.things[b].y
+            L = math.hypot(bx - ax, by - ay); inside = unsure = 0
             for i, t in enumerate(self.things):
                 if i in (a, b): continue
-                along = ((t.x - ax) * (bx - ax) + (t.y - ay) * (by - ay)) / L ** 2; off = abs((t.x - ax) * (by - ay) - (t.y - ay) * (bx - ax)) / L ** 2
+                along = ((t.x - ax) * (bx - ax) + (t.y - ay) * (by - ay)) / L ** 2
+                off = abs((t.x - ax) * (by - ay) - (t.y - ay) * (bx - ax)) / L ** 2
                 if .2 < along < .8 and off < .25: inside |= 1 << i
                 elif 0 < along < 1 and off < .38: unsure |= 1 << i
             self.memo[key] = (inside, unsure, L)
         inside, unsure, L = self.memo[key]; bits &= ~(1 << a | 1 << b)
         return self.one(inside & bits) if L >= .28 and not unsure & bits and bits & (bits - 1) else None
 
+# %% ../../nbs/02_expressions.ipynb #035
+class World(Relations):
+    "What is true in a scene, with margins. None means: nothing, several, or too close to call."
     def run(self, program: Program) -> int | None:
         "Execute a program."
         op, args = program.op, program.args
         if op == "most": bits = self.set_of(args[2]); return None if bits is None else self.most(args[0], args[1], bits)
-        if op == "beside": bits, anchor = self.set_of(args[1]), self.run(args[2]); return None if bits is None or anchor is None else self.beside(args[0], bits, anchor)
+        if op == "beside":
+            bits, anchor = self.set_of(args[1]), self.run(args[2])
+            return None if bits is None or anchor is None else self.beside(args[0], bits, anchor)
         bits = self.set_of(args[0])
         if bits is None: return None
         if op == "the": return self.one(bits)
@@ -189,6 +217,7 @@ class World:
             return None if a is None or b is None or a == b else self.between(bits, a, b)
         raise ValueError(f"unknown operation {op!r} in the program {program}")
 
+# %% ../../nbs/02_expressions.ipynb #036
 def world(scene: Scene) -> World:
     "The scene's `World`, made once."
     if "_world" not in scene.__dict__: scene.__dict__["_world"] = World(scene)
@@ -201,12 +230,14 @@ def execute(
     "Run a program on a scene."
     return world(scene).run(parse_program(program) if isinstance(program, str) else program)
 
-# %% ../../nbs/02_expressions.ipynb #006
+# %% ../../nbs/02_expressions.ipynb #040
 def _slots(noun: Noun) -> tuple[str, ...]:
     "The content words of a noun phrase."
     return noun.attributes + ("noun",) * (noun.noun not in ("thing", "any"))
 
-def _nouns_in(part) -> list: return [part] if isinstance(part, Noun) else [n for a in part.args for n in _nouns_in(a)] if isinstance(part, Program) else []
+def _nouns_in(part) -> list:
+    if isinstance(part, Noun): return [part]
+    return [n for a in part.args for n in _nouns_in(a)] if isinstance(part, Program) else []
 
 def shorter(
     program: Program,
@@ -225,6 +256,7 @@ def shorter(
         return out
     return of(program)
 
+# %% ../../nbs/02_expressions.ipynb #042
 def is_minimal(
     program: Program,
     scene: Scene,
@@ -233,15 +265,16 @@ def is_minimal(
     w = world(scene); r = w.run(program)
     return r is not None and all(w.run(p) != r for p in shorter(program))
 
+# %% ../../nbs/02_expressions.ipynb #045
 def kind_of(program: Program) -> str:
     "Attribute, superlative, relation, or composition: a relation with a superlative, another relation, or attributes on both sides."
     if program.op == "the": return "attribute"
     if program.op in ("most", "middle"): return "superlative"
-    nouns = [n for a in program.args for n in ([a] if isinstance(a, Noun) else [])]; anchors = [a for a in program.args if isinstance(a, Program)]
+    nouns, anchors = [a for a in program.args if isinstance(a, Noun)], [a for a in program.args if isinstance(a, Program)]
     if any(a.op not in ("the", "a") for a in anchors): return "composition"
     return "composition" if nouns[0].attributes and any(n.attributes for a in anchors for n in _nouns_in(a)) else "relation"
 
-# %% ../../nbs/02_expressions.ipynb #007
+# %% ../../nbs/02_expressions.ipynb #048
 def _noun_phrases(w: World):
     "Every noun with at most two attributes, each of which narrows the set down; as (noun, set)."
     out = {}
@@ -254,11 +287,38 @@ def _noun_phrases(w: World):
                     for size in ("", big) if big else ("",):
                         if bool(color) + bool(texture) + bool(size) > 2: continue
                         phrase = Noun(noun, color, texture, size)
-                        if phrase in out or noun == "thing" and (size or not color and not texture): continue
+                        if phrase in out or noun == "thing" and (size or not (color or texture)): continue
                         bits = w.set_of(phrase)
                         if bits and all(w.set_of(phrase.without(s)) != bits for s in _slots(phrase)): out[phrase] = bits
     return list(out.items())
 
+# %% ../../nbs/02_expressions.ipynb #051
+def _compositions(w, several, drops, supers, keep, out):
+    "Relations whose anchor is found by a superlative or by another relation."
+    nested = [(p, r) for p, r, name in out if name == "nearest" and not p.args[0].attributes and len(p.args[1].args[0].attributes) < 2]
+    for p, b in several:
+        if len(p.attributes) > 1: continue
+        ds = [d for d in drops[p] if d]
+        for program, a in supers:
+            side, _, q = program.args
+            r = w.near(b, 1 << a)
+            if r is None or r == a: continue
+            tests = [w.near(d, 1 << a) for d in ds]
+            for s in _slots(q):
+                d = w.set_of(q.without(s)); a2 = None if d is None else w.most(side, 1, d)
+                tests.append(None if a2 is None else w.near(b, 1 << a2))
+            keep(Program("nearest", (p, program)), r, "nearest " + ("size" if side in _SIDES[4:] else "place"), tests)
+        if p.attributes: continue
+        for program, a in nested:
+            if program.args[0] == p: continue
+            r = w.near(b, 1 << a)
+            if r is None or r == a: continue
+            c = w.run(program.args[1])
+            a2 = w.near(w.all, 1 << c)
+            tests = [w.near(d, 1 << a) for d in ds] + [None if a2 is None else w.near(b, 1 << a2)]
+            if c != r: keep(Program("nearest", (p, program)), r, "nested", tests)
+
+# %% ../../nbs/02_expressions.ipynb #052
 def enumerate_programs(
     scene: Scene,
     flavour: str = "refshapes",   # "refshapes+" has no words for places
@@ -282,51 +342,36 @@ def enumerate_programs(
                 r = w.most(side, rank, b)
                 if r is None: continue
                 program = Program("most", (side, rank, p)); tests = [w.most(side, rank, d) for d in ds] + ([w.most(side, 1, b)] if rank > 1 else [])
-                n0 = len(out); keep(program, r, "size" if side in _SIDES[4:] else "place" if rank == 1 else "rank", tests)
+                n0 = len(out)
+                keep(program, r, "size" if side in _SIDES[4:] else "place" if rank == 1 else "rank", tests)
                 if len(out) > n0 and rank == 1: supers.append((program, r))
         if places: keep(Program("middle", (p,)), w.middle(b), "middle", [w.middle(d) for d in ds])
         for far in (False, True):
             op = "farthest" if far else "nearest"
             for q, a in unique:
                 r = w.near(b, 1 << a, far)
-                if r is not None and r != a: keep(Program(op, (p, Program("the", (q,)))), r, op, [w.near(d, 1 << a, far) for d in ds])
+                program = Program(op, (p, Program("the", (q,))))
+                if r is not None and r != a: keep(program, r, op, [w.near(d, 1 << a, far) for d in ds])
         for q, a in several:
             if a & b: continue
             r = w.near(b, a)
-            if r is not None: keep(Program("nearest", (p, Program("a", (q,)))), r, "nearest a", [w.near(d, a) for d in ds] + [w.near(b, d) for d in drops[q] if d])
+            tests = [w.near(d, a) for d in ds] + [w.near(b, d) for d in drops[q] if d] if r is not None else []
+            if r is not None: keep(Program("nearest", (p, Program("a", (q,)))), r, "nearest a", tests)
         for i, (q, a) in enumerate(unique):
             for q2, a2 in unique[i + 1:]:
                 if a == a2: continue
                 r = w.between(b, a, a2)
-                if r is not None: keep(Program("between", (p, Program("the", (q,)), Program("the", (q2,)))), r, "between", [w.between(d, a, a2) for d in ds])
+                program = Program("between", (p, Program("the", (q,)), Program("the", (q2,))))
+                if r is not None: keep(program, r, "between", [w.between(d, a, a2) for d in ds])
             if places:
                 for side in _SIDES[:4]:
                     r = w.beside(side, b, a)
-                    if r is not None: keep(Program("beside", (side, p, Program("the", (q,)))), r, "beside", [w.beside(side, d, a) for d in ds] + [w.near(b, 1 << a)])
-    nested = [(p, r, w.set_of(p.args[0])) for p, r, name in out if name == "nearest" and not p.args[0].attributes and len(p.args[1].args[0].attributes) < 2]
-    for p, b in several:
-        if len(p.attributes) > 1: continue
-        ds = [d for d in drops[p] if d]
-        for program, a in supers:
-            side, _, q = program.args
-            r = w.near(b, 1 << a)
-            if r is None or r == a: continue
-            tests = [w.near(d, 1 << a) for d in ds]
-            for s in _slots(q):
-                d = w.set_of(q.without(s)); a2 = None if d is None else w.most(side, 1, d)
-                tests.append(None if a2 is None else w.near(b, 1 << a2))
-            keep(Program("nearest", (p, program)), r, "nearest " + ("size" if side in _SIDES[4:] else "place"), tests)
-        if p.attributes: continue
-        for program, a, b2 in nested:
-            if program.args[0] == p: continue
-            r = w.near(b, 1 << a)
-            if r is None or r == a: continue
-            c = w.run(program.args[1])
-            tests = [w.near(d, 1 << a) for d in ds]; a2 = w.near(w.all, 1 << c); tests.append(None if a2 is None else w.near(b, 1 << a2))
-            if c != r: keep(Program("nearest", (p, program)), r, "nested", tests)
+                    program = Program("beside", (side, p, Program("the", (q,))))
+                    if r is not None: keep(program, r, "beside", [w.beside(side, d, a) for d in ds] + [w.near(b, 1 << a)])
+    _compositions(w, several, drops, supers, keep, out)
     return out
 
-# %% ../../nbs/02_expressions.ipynb #008
+# %% ../../nbs/02_expressions.ipynb #058
 _NOUNS = {"man": ("man", "man", "guy"), "woman": ("woman", "woman", "lady"), "child": ("child", "kid"), "plane": ("plane", "plane", "airplane"),
           "thing": ("thing", "object")}
 _TEXTURE = {"striped": ("striped", "with stripes"), "dotted": ("dotted", "spotted", "with dots"), "checked": ("checked", "checkered")}
@@ -350,9 +395,11 @@ def _noun_text(noun: Noun, rng, terse: bool) -> tuple[str, str]:
             elif terse: return size, f"{worn} {garment} {word}"
             else: tail = f"with {article}{worn} {garment}"
         return size, f"{word} {tail}".strip()
-    front = [size] + ([noun.color] if texture.startswith("with") else [texture, noun.color] if rng.random() < .85 else [noun.color, texture])
+    front = [size]
+    front += [noun.color] if texture.startswith("with") else [texture, noun.color] if rng.random() < .85 else [noun.color, texture]
     return " ".join(x for x in front if x), word + (f" {texture}" if texture.startswith("with") else "")
 
+# %% ../../nbs/02_expressions.ipynb #061
 def _join(*words): return " ".join(x for x in words if x)
 
 def realise(
@@ -367,38 +414,48 @@ def realise(
         if p.op == "a":
             text = noun(p.args[0]); return _join("an" if text[0] in "aeiou" else "a", text)
         return _join(the, phrase(p))
+    def place(p, side, n, text):
+        bits = w.set_of(n); r = w.run(p); key = w.key[side]; centre = .5 if side in ("left", "top") else -.5
+        halves = key[r] < centre - .04 and all(key[i] > centre + .04 for i in w.members(bits) if i != r)
+        u = rng.random()
+        if side in ("left", "right"):
+            if halves and u < .5: return _join(text, "on the", side) if u < .3 else _join(side, text)
+            return _join(f"{side}most", text) if u < .75 else _join(text, "on the far", side) if u < .9 else _join(side, text)
+        if halves and u < .4: return _join(text, "at the", side)
+        return _join(side, text) if u < .7 else _join({"top": "highest", "bottom": "lowest"}[side], text)
+    def touching(p):
+        r = w.run(p); anchors = w.set_of(p.args[1].args[0]) if p.args[1].op == "a" else 1 << w.run(p.args[1]); bits = w.set_of(p.args[0])
+        reach = lambda i: min(w.clear[i][j] for j in w.members(anchors) if j != i)
+        return reach(r) < .12 and all(reach(i) > .2 for i in w.members(bits & ~anchors) if i != r)
     def phrase(p):
         if p.op in ("the", "a"): return noun(p.args[0])
-        if p.op == "middle": n = noun(p.args[0]); return _join("middle", n) if rng.random() < .6 else _join(n, "in the middle")
+        if p.op == "middle":
+            n = noun(p.args[0]); return _join("middle", n) if rng.random() < .6 else _join(n, "in the middle")
         if p.op == "most":
             side, rank, n = p.args; text = noun(n)
             if side in _SUPER: return _join("second" if rank == 2 else "", _SUPER[side][0] if rank == 2 else pick(_SUPER[side]), text)
             if rank == 2: return _join("second", text, "from", the if side != "bottom" else "the", side)
-            bits = w.set_of(n); r = w.run(p); key = w.key[side]; centre = .5 if side in ("left", "top") else -.5
-            halves = key[r] < centre - .04 and all(key[i] > centre + .04 for i in w.members(bits) if i != r)
-            u = rng.random()
-            if side in ("left", "right"):
-                if halves and u < .5: return _join(text, "on the", side) if u < .3 else _join(side, text)
-                return _join(f"{side}most", text) if u < .75 else _join(text, "on the far", side) if u < .9 else _join(side, text)
-            if halves and u < .4: return _join(text, "at the", side)
-            return _join(side, text) if u < .7 else _join({"top": "highest", "bottom": "lowest"}[side], text)
-        if p.op == "beside": return _join(noun(p.args[1]), "just", {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[p.args[0]], anchor(p.args[2]))
+            return place(p, side, n, text)
+        if p.op == "beside":
+            way = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[p.args[0]]
+            return _join(noun(p.args[1]), "just", way, anchor(p.args[2]))
         head = noun(p.args[0])
         if p.op == "farthest": return _join(head, pick(("farthest from", "furthest from", "farthest away from")), anchor(p.args[1]))
-        if p.op == "between": a = [anchor(q) for q in p.args[1:]]; return _join(head, "between", *((a[0], "and", a[1]) if rng.random() < .5 else (a[1], "and", a[0])))
-        ways = ("closest to", "closest to", "nearest to", "nearest")
-        r = w.run(p); anchors = w.set_of(p.args[1].args[0]) if p.args[1].op == "a" else 1 << w.run(p.args[1]); bits = w.set_of(p.args[0])
-        reach = lambda i: min(w.clear[i][j] for j in w.members(anchors) if j != i)
-        if reach(r) < .12 and all(reach(i) > .2 for i in w.members(bits & ~anchors) if i != r): ways += ("next to", "next to", "by")
-        return _join(head, pick(ways), anchor(p.args[1]))
+        if p.op == "between":
+            a = [anchor(q) for q in p.args[1:]]
+            return _join(head, "between", *((a[0], "and", a[1]) if rng.random() < .5 else (a[1], "and", a[0])))
+        return _join(head, pick(("closest to", "closest to", "nearest to", "nearest") + ("next to", "next to", "by") * touching(p)), anchor(p.args[1]))
     text = phrase(program)
     return text if terse else _join("the", text)
 
-# %% ../../nbs/02_expressions.ipynb #009
-MIX = {"attribute": .15, "superlative": .11, "relation": .56, "composition": .18}   # what is drawn; contrast sets and what a scene allows shift it
-_WEIGHTS = {"noun": .25, "attribute": 1., "size": 1., "place": 1., "rank": .45, "middle": .4, "nearest": 1., "nearest a": .45, "farthest": .13, "between": 1., "beside": .5,
+# %% ../../nbs/02_expressions.ipynb #064
+# what is drawn; contrast sets, and what a scene allows, shift it
+MIX = {"attribute": .15, "superlative": .11, "relation": .56, "composition": .18}
+_WEIGHTS = {"noun": .25, "attribute": 1., "size": 1., "place": 1., "rank": .45, "middle": .4, "nearest": 1., "nearest a": .45, "farthest": .13,
+            "between": 1., "beside": .5,
             "nearest size": .5, "nearest place": .4, "nested": .35}
 
+# %% ../../nbs/02_expressions.ipynb #066
 def _frames(program: Program) -> list[str]:
     "The program with one slot left open, in every way: two programs that share a frame differ in that slot only."
     out = []
@@ -418,6 +475,7 @@ def _frames(program: Program) -> list[str]:
     if program.op == "nearest" and program.args[1].op == "a": out.append("swap:" + "|".join(sorted((str(program.args[0]), str(program.args[1].args[0])))))
     return out
 
+# %% ../../nbs/02_expressions.ipynb #069
 def flip_share(
     program: Program,
     scene: Scene,
@@ -427,18 +485,41 @@ def flip_share(
     if op == "between":
         b, (a, c) = w.set_of(program.args[0]), (w.run(p) for p in program.args[1:]); key = ("flip", op, b, a, c)
     else:
-        b, last = w.set_of(program.args[-2]), program.args[-1]; anchors = w.set_of(last.args[0]) if last.op == "a" else 1 << w.run(last)
+        b, last = w.set_of(program.args[-2]), program.args[-1]
+        anchors = w.set_of(last.args[0]) if last.op == "a" else 1 << w.run(last)
         key = ("flip", op, program.args[0], b, anchors) if op == "beside" else ("flip", op, b, anchors)
     if key not in w.memo:
         if op == "between": swaps = [w.between(b, i, k) for k in (a, c) for i in range(w.n) if i not in (a, c, r)]
         else:
             others = [i for i in range(w.n) if i != r and not anchors >> i & 1]
-            swaps = [w.beside(program.args[0], b, i) for i in others] if op == "beside" else [w.near(b, 1 << i, op == "farthest") for i in others]
+            if op == "beside": swaps = [w.beside(program.args[0], b, i) for i in others]
+            else: swaps = [w.near(b, 1 << i, op == "farthest") for i in others]
         swaps = [i for i in swaps if i is not None]
         w.memo[key] = sum(i != r for i in swaps) / len(swaps) if swaps else None
     return w.memo[key]
 
-# %% ../../nbs/02_expressions.ipynb #010
+# %% ../../nbs/02_expressions.ipynb #071
+def _weight(program, name, kind, scene) -> float:
+    "How much we like a program: contentful nouns, many rivals of the head, an anchor that matters."
+    w = world(scene); weight = _WEIGHTS[name]; r = w.run(program)
+    for q in _nouns_in(program):
+        weight *= (.4 if q.size else 1) * (2.5 if q.texture else 1) * (1.5 if q.color else 1) * (.12 if q.noun == "thing" else 1)
+    if kind in ("relation", "composition"):
+        head = w.set_of(program.args[1] if program.op == "beside" else program.args[0]); weight *= (.2, .2, .2, 1., 1.4)[min(bin(head).count("1"), 4)]
+        share = flip_share(program, scene); weight *= .1 if share is None else 1e-3 if share < .4 else share ** 2
+    color = scene.things[r].color
+    if color == HELDOUT[scene.things[r].category] and not any(n.color == color for n in _nouns_in(program)[:1]): weight *= .1
+    return weight
+
+def _draw(rng, items):
+    "One of (item, weight), by weight."
+    u = rng.random() * sum(x for _, x in items)
+    for item, x in items:
+        u -= x
+        if u <= 0: return item
+    return items[-1][0]
+
+# %% ../../nbs/02_expressions.ipynb #072
 def sample_expressions(
     scene: Scene,
     rng: random.Random,          # only `rng.random()` is called
@@ -447,118 +528,142 @@ def sample_expressions(
     referents: list[int] | None = None,  # the things that may be meant; all by default
 ) -> list[Expression]:
     "Expressions of one image: referents drawn evenly, kinds drawn from `MIX`, and contrast sets wherever two of them can share a frame."
-    programs = enumerate_programs(scene, flavour); n = len(scene.things)
-    allowed = list(range(n)) if referents is None else list(referents)
+    if count < 1: raise ValueError(f"count is {count}: ask for at least one expression")
+    allowed = list(range(len(scene.things))) if referents is None else list(referents)
     pools, frames = {}, {}
-    w = world(scene)
-    for p, r, name in programs:
+    for p, r, name in enumerate_programs(scene, flavour):
         if r not in allowed: continue
-        kind = kind_of(p); weight = _WEIGHTS[name]
-        for q in _nouns_in(p): weight *= (.4 if q.size else 1) * (2.5 if q.texture else 1) * (1.5 if q.color else 1) * (.12 if q.noun == "thing" else 1)
-        if kind in ("relation", "composition"):
-            head = w.set_of(p.args[1] if p.op == "beside" else p.args[0]); weight *= (.2, .2, .2, 1., 1.4)[min(bin(head).count("1"), 4)]
-            share = flip_share(p, scene); weight *= .1 if share is None else 1e-3 if share < .4 else share ** 2
-        if scene.things[r].color == HELDOUT[scene.things[r].category] and not any(n.color == scene.things[r].color for n in _nouns_in(p)[:1]): weight *= .1
+        kind = kind_of(p); weight = _weight(p, name, kind, scene)
         pools.setdefault((kind, r), {}).setdefault(name, []).append((p, weight))
         for f in _frames(p): frames.setdefault(f, []).append((p, r, weight))
-    def draw(items):
-        total = sum(x for _, x in items); u = rng.random() * total
-        for item, x in items:
-            u -= x
-            if u <= 0: return item
-        return items[-1][0]
     turn = []
-    while len(turn) < count: turn += [i for _, i in sorted((rng.random(), i) for i in allowed)]
+    while allowed and len(turn) < count: turn += [i for _, i in sorted((rng.random(), i) for i in allowed)]
     waiting, out, used, sets = turn[:count], [], set(), 0
     def say(p, r, group=""):
         used.add(str(p)); out.append(Expression(realise(p, scene, rng), r, kind_of(p), str(p), group))
     while waiting:
-        r = waiting.pop(0)
-        kinds = {}
+        r = waiting.pop(0); kinds = {}
+        fresh = {k: {name: left for name, items in pools.get((k, r), {}).items() if (left := [x for x in items if str(x[0]) not in used])} for k in KINDS}
         for k, v in MIX.items():
-            best = max((x for items in pools.get((k, r), {}).values() for p, x in items if str(p) not in used), default=0)
+            best = max((x for items in fresh[k].values() for _, x in items), default=0)
             if best: kinds[k] = v * min(1., best / .03) if k in ("relation", "composition") else v
         if not kinds: continue
-        kind = draw(list(kinds.items()))
-        fresh = {name: [(p, x) for p, x in items if str(p) not in used] for name, items in pools[kind, r].items()}
-        fresh = {name: items for name, items in fresh.items() if items}
-        name = draw([(name, _WEIGHTS[name] * max(x for _, x in items)) for name, items in fresh.items()])
-        program = draw(fresh[name])
-        partners = []
-        for f in _frames(program):
-            for q, r2, x in frames[f]:
-                if r2 != r and r2 in waiting and str(q) not in used: partners.append(((q, r2), x * (4 if f.startswith("swap:") else 1)))
+        fresh = fresh[_draw(rng, list(kinds.items()))]
+        program = _draw(rng, fresh[_draw(rng, [(name, _WEIGHTS[name] * max(x for _, x in items)) for name, items in fresh.items()])])
+        partners = [((q, r2), x * (4 if f.startswith("swap:") else 1)) for f in _frames(program) for q, r2, x in frames[f]
+                    if r2 != r and r2 in waiting and str(q) not in used]
         if partners and rng.random() < .8:
-            q, r2 = draw(partners); waiting.remove(r2); sets += 1
+            q, r2 = _draw(rng, partners); waiting.remove(r2); sets += 1
             say(program, r, f"{sets}"); say(q, r2, f"{sets}")
         else: say(program, r)
     return out
 
-# %% ../../nbs/02_expressions.ipynb #012
-_SAYS = {"guy": "man", "lady": "woman", "kid": "child", "airplane": "plane", "object": "thing", "large": "big", "little": "small", "stripes": "striped", "spotted": "dotted", "dots": "dotted",
-         "checkered": "checked"}
-_CUES = [(r"^(.*?)\b(?:closest to|nearest to|nearest|next to|by)\b(.*)$", "near"), (r"^(.*?)\b(?:farthest|furthest)(?: away)? from\b(.*)$", "far"), (r"^(.*?)\bjust (left of|right of|above|below)\b(.*)$", "just")]
+# %% ../../nbs/02_expressions.ipynb #079
+_SAYS = {"guy": "man", "lady": "woman", "kid": "child", "airplane": "plane", "object": "thing", "large": "big", "little": "small", "stripes": "striped",
+         "spotted": "dotted", "dots": "dotted", "checkered": "checked"}
+_CUES = [(r"^(.*?)\b(?:closest to|nearest to|nearest|next to|by)\b(.*)$", "near"),
+         (r"^(.*?)\b(?:farthest|furthest)(?: away)? from\b(.*)$", "far"),
+         (r"^(.*?)\bjust (left of|right of|above|below)\b(.*)$", "just")]
 
+# %% ../../nbs/02_expressions.ipynb #080
+class _Measured:
+    "Centres and sizes of a scene's things, as measured on their silhouettes; and plain noun phrases."
+    def __init__(self, scene, rendering):
+        self.things = scene.things; side = rendering.image.shape[0]
+        boxes = [(xs.min() / side, ys.min() / side, (xs.max() + 1) / side, (ys.max() + 1) / side) for ys, xs in map(np.nonzero, rendering.full)]
+        left, top, right, bottom = np.array(boxes).T
+        self.cx, self.cy, self.size = (left + right) / 2, (top + bottom) / 2, np.sqrt((right - left) * (bottom - top))
+
+    def called(self, text) -> list[int]:
+        "Indices of the things that a plain noun phrase can mean."
+        words, out = {_SAYS.get(v, v) for v in text.split()}, []
+        nouns, colors, textures = words & ({"person", "animal", "thing"} | set(CATEGORIES)), words & set(COLORS), words & {"striped", "dotted", "checked"}
+        for i, t in enumerate(self.things):
+            names = {t.category, CATEGORIES[t.category]} | ({"thing"} if CATEGORIES[t.category] != "person" else set())
+            wrong_size = "big" in words and self.size[i] < .243 or "small" in words and self.size[i] > .177
+            if nouns <= names and colors <= {t.color} and textures <= {t.texture} and not wrong_size: out.append(i)
+        return out
+
+def _first(indices, value, ratio=0.):
+    "The index with the smallest value, unless the next is about as small."
+    order = sorted(indices, key=lambda i: value[i])
+    if len(order) > 1 and value[order[1]] - value[order[0]] <= ratio * abs(value[order[1]]) + 1e-9: return None
+    return order[0] if order else None
+
+# %% ../../nbs/02_expressions.ipynb #082
+def _superlative(m: _Measured, text: str) -> int | None:
+    "Read a noun phrase that may hold a superlative."
+    words, cx, cy, size = f" {text} ", m.cx, m.cy, m.size
+    axis = {"left": cx, "right": -cx, "top": cy, "bottom": -cy, "highest": cy, "lowest": -cy, "biggest": -size, "largest": -size,
+            "smallest": size, "tiniest": size}
+    def take(pattern):
+        nonlocal words
+        found = re.search(pattern, words)
+        if found: words = words.replace(found[0], " ")
+        return found
+    def second(by): return sorted(m.called(words), key=lambda i: by[i])[1]
+    if take(r" in the middle ") or take(r" middle "): return second(cx)
+    if f := take(r" from (?:the )?(left|right|bottom) "): return take(" second ") and second(axis[f[1]])
+    if f := take(r" second (biggest|smallest) "): return second(axis[f[1]])
+    if f := take(r" (?:on|at) the (left|right|top|bottom) "):
+        half = [i for i in m.called(words) if axis[f[1]][i] < (.5 if f[1] in ("left", "top") else -.5)]
+        return half[0] if len(half) == 1 else None
+    f = take(r" on the far (left|right) ") or take(r" (left|right)(?:most)? ") or take(r" (top|bottom|highest|lowest|biggest|largest|smallest|tiniest) ")
+    if f: return _first(m.called(words), axis[f[1]])
+    found = m.called(words)
+    return found[0] if len(found) == 1 else None
+
+# %% ../../nbs/02_expressions.ipynb #083
 def reference_execute(
     text: str,        # the phrase itself, not its program
     scene: Scene,     # for the names of things and colours
     rendering: Rendering | None = None,  # for places and sizes: they are measured on the masks
 ) -> int | None:      # index into `scene.things`
     "Find what a phrase means by reading its words and measuring the drawn silhouettes; shares nothing with `execute`."
-    rendering = rendering or render(scene); side = rendering.image.shape[0]; things = scene.things
-    boxes = [(xs.min() / side, ys.min() / side, (xs.max() + 1) / side, (ys.max() + 1) / side) for ys, xs in map(np.nonzero, rendering.full)]
-    cx = np.array([(b[0] + b[2]) / 2 for b in boxes]); cy = np.array([(b[1] + b[3]) / 2 for b in boxes]); size = np.array([math.sqrt((b[2] - b[0]) * (b[3] - b[1])) for b in boxes])
-
-    def called(words):
-        "Indices of the things that a plain noun phrase can mean."
-        words = {_SAYS.get(v, v) for v in words.split()}; out = []
-        for i, t in enumerate(things):
-            names = {t.category, CATEGORIES[t.category]} | ({"thing"} if CATEGORIES[t.category] != "person" else set())
-            nouns = words & ({"person", "animal", "thing"} | set(CATEGORIES))
-            if nouns <= names and words & set(COLORS) <= {t.color} and words & {"striped", "dotted", "checked"} <= {t.texture} \
-                    and not ("big" in words and size[i] < .243) and not ("small" in words and size[i] > .177): out.append(i)
-        return out
-    def first(indices, value, ratio=0.):
-        "The index with the smallest value, unless the next is about as small."
-        order = sorted(indices, key=lambda i: value[i])
-        if len(order) > 1 and value[order[1]] - value[order[0]] <= ratio * abs(value[order[1]]) + 1e-9: return None
-        return order[0] if order else None
-    def simple(words):
-        "A noun phrase that may hold a superlative."
-        words = " " + words + " "
-        def take(pattern):
-            nonlocal words
-            m = re.search(pattern, words)
-            if m: words = words.replace(m.group(0), " ")
-            return m
-        axis = {"left": cx, "right": -cx, "top": cy, "bottom": -cy, "highest": cy, "lowest": -cy, "biggest": -size, "largest": -size, "smallest": size, "tiniest": size}
-        if take(r" in the middle ") or take(r" middle "): return sorted(called(words), key=lambda i: cx[i])[1]
-        if m := take(r" from (?:the )?(left|right|bottom) "): take(" second "); return sorted(called(words), key=lambda i: axis[m[1]][i])[1]
-        if m := take(r" second (biggest|largest|smallest|tiniest) "): return sorted(called(words), key=lambda i: axis[m[1]][i])[1]
-        if m := take(r" (?:on|at) the (left|right|top|bottom) "):
-            half = [i for i in called(words) if axis[m[1]][i] < (.5 if m[1] in ("left", "top") else -.5)]
-            return half[0] if len(half) == 1 else None
-        if m := (take(r" on the far (left|right) ") or take(r" (left|right)(?:most)? ") or take(r" (top|bottom|highest|lowest|biggest|largest|smallest|tiniest) ")): return first(called(words), axis[m[1]])
-        found = called(words); return found[0] if len(found) == 1 else None
+    m = _Measured(scene, rendering or render(scene)); cx, cy = m.cx, m.cy
     def anchors(words):
         words = words.strip()
-        if re.match(r"an? ", words): return called(words)
+        if re.match(r"an? ", words): return m.called(words)
         found = meaning(words); return [] if found is None else [found]
+    def between(head, a, b):
+        def opening(i):   # cosine of the angle under which the thing sees the two anchors: -1 in the middle of the line
+            u, v = np.array([cx[a] - cx[i], cy[a] - cy[i]]), np.array([cx[b] - cx[i], cy[b] - cy[i]])
+            return u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+        return min((i for i in m.called(head) if i not in (a, b)), key=opening, default=None)
     def meaning(words):
-        if m := re.match(r"^(.*?)\bbetween\b(.*)\band\b(.*)$", words):
-            (a,), (b,) = anchors(m[2]), anchors(m[3])
-            def opening(i):   # cosine of the angle under which the thing sees the two anchors: -1 in the middle of the line
-                u, v = np.array([cx[a] - cx[i], cy[a] - cy[i]]), np.array([cx[b] - cx[i], cy[b] - cy[i]]); return u @ v / np.linalg.norm(u) / np.linalg.norm(v)
-            return min((i for i in called(m[1]) if i not in (a, b)), key=opening)
-        for pattern, name in _CUES:
-            if not (m := re.match(pattern, words)): continue
-            around = anchors(m[m.lastindex]); heads = [i for i in called(m[1]) if i not in around]
-            if not around or len(heads) < 2: return None
-            distance = {i: min(math.hypot(cx[i] - cx[j], cy[i] - cy[j]) for j in around) for i in heads}
-            if name == "far": return first(heads, {i: -d for i, d in distance.items()}, .05)
-            if name == "just":
-                a = around[0]; ahead = {"left of": cx[a] - cx, "right of": cx - cx[a], "above": cy[a] - cy, "below": cy - cy[a]}[m[2]]
-                heads = [i for i in heads if ahead[i] > 0]
-            return first(heads, distance, .05)
-        return simple(words)
+        if f := re.match(r"^(.*?)\bbetween\b(.*)\band\b(.*)$", words):
+            a, b = anchors(f[2]), anchors(f[3])
+            return between(f[1], a[0], b[0]) if len(a) == len(b) == 1 else None
+        cue = next(((f, name) for pattern, name in _CUES if (f := re.match(pattern, words))), None)
+        if cue is None: return _superlative(m, words)
+        f, name = cue
+        around = anchors(f[f.lastindex]); heads = [i for i in m.called(f[1]) if i not in around]
+        if not around or len(heads) < 2: return None
+        if name == "just":
+            a = around[0]; ahead = {"left of": cx[a] - cx, "right of": cx - cx[a], "above": cy[a] - cy, "below": cy - cy[a]}[f[2]]
+            heads = [i for i in heads if ahead[i] > 0]
+        distance = {i: min(math.hypot(cx[i] - cx[j], cy[i] - cy[j]) for j in around) * (-1 if name == "far" else 1) for i in heads}
+        return _first(heads, distance, .05)
     return meaning(text)
+
+# %% ../../nbs/02_expressions.ipynb #089
+def blind_readers(
+    expression: Expression,
+    scene: Scene,
+) -> dict[str, float]:   # reader -> the weight that it gives to the referent, 0..1; the anchor-blind ones only where there is an anchor
+    "How well readers do that lack something."
+    w = world(scene); p = parse_program(expression.program); r = expression.referent; everything = range(w.n)
+    def share(indices): indices = list(indices); return (r in indices) / len(indices) if indices else 1 / w.n
+    def best(score): top = max(map(score, everything)); return share(i for i in everything if score(i) == top)
+    nouns = _nouns_in(p); head = next(a for a in p.args if isinstance(a, Noun)); true = [v for n in nouns for v in (n.noun, n.color, n.texture, n.size) if v]
+    out = {"no text: any": 1 / w.n, "no text: largest": best(lambda i: w.things[i].size),
+           "no text: central": best(lambda i: -math.hypot(w.things[i].x - .5, w.things[i].y - .5)),
+           "head noun only": share(w.members(w.words[head.noun])),
+           "bag of words": best(lambda i: sum(w.words.get(v, 0) >> i & 1 for v in true)),
+           "true program": float(w.run(p) == r)}
+    if kind_of(p) in ("relation", "composition"):
+        candidates = w.set_of(head); out["anchor-blind: any"] = share(w.members(candidates))
+        votes = [w.near(candidates, 1 << i, p.op == "farthest") for i in everything]
+        count = {i: votes.count(i) for i in w.members(candidates)}; top = max(count.values())
+        out["anchor-blind: usual"] = share(i for i, n in count.items() if n == top)
+    return out

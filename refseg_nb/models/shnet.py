@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'RECIPES', 'ABLATIONS', 'MODELS', 'SHNetConfig', 'Recipe', 'differences', 'training_target', 'SHNet',
-           'count_parameters', 'create_model']
+           'count_parameters', 'create_model', 'count_flops']
 
 # %% ../../nbs/11_shnet.ipynb #002
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,7 +19,7 @@ from .decoder import ASPP, BaselineFusion, ConcatLevels, LevelAdapter, TextEncod
 from .hcam import HCAM, Conv3dLevels, average_words
 from .sfm import SFM, SFMAttention
 
-# %% ../../nbs/11_shnet.ipynb #003
+# %% ../../nbs/11_shnet.ipynb #005
 @dataclass(frozen=True)
 class SHNetConfig:
     "What SHNet is made of. Defaults are the paper's; where the paper is silent, the comment says so."
@@ -107,14 +107,14 @@ class Recipe:
     keep_digits: bool = True           # released: words with a digit are dropped
     grayscale: float = 0.              # chance that a training image loses its colours: none in the paper; released: 0.3
 
-# %% ../../nbs/11_shnet.ipynb #004
+# %% ../../nbs/11_shnet.ipynb #007
 PRESETS: dict[str, SHNetConfig] = {
     "paper": SHNetConfig(),
     "released": SHNetConfig(grid=20, pool=2, adapter_norm=True, train_words=False, max_words=30, sfm_layers=2, sfm_ffn=512, sfm_residual=True,
                             sfm_final_norm=True, sfm_dropout=.2, sfm_positions="qk", hcam_gates="level", hcam_norm=True, hcam_dropout=.1),
     "refshapes": SHNetConfig(backbone="refshapes", image_size=96, grid=12, channels=64, pool=2, adapter_norm=True, word_dim=64, sfm_layers=2, sfm_heads=4,
-                             sfm_ffn=128, sfm_residual=True, sfm_final_norm=True, sfm_dropout=.1, sfm_attention_dropout=0., sfm_base=100., hcam_gates="level",
-                             hcam_norm=True, aspp_rates=(2, 4, 8), aspp_dropout=.1, decoder_widths=(48, 32, 24), decoder_dropout=0., prior=.05),
+                             sfm_ffn=128, sfm_residual=True, sfm_final_norm=True, sfm_dropout=0., sfm_attention_dropout=0., sfm_base=100., hcam_gates="level",
+                             hcam_norm=True, aspp_rates=(2, 4, 8), aspp_dropout=0., decoder_widths=(48, 32, 24), decoder_dropout=0., prior=.05),
 }
 RECIPES: dict[str, Recipe] = {
     "paper": Recipe(),
@@ -135,7 +135,7 @@ def differences(
     "The fields in which two configurations differ."
     return {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)}
 
-# %% ../../nbs/11_shnet.ipynb #005
+# %% ../../nbs/11_shnet.ipynb #014
 def training_target(
     masks: Float[Tensor, "B H0 W0"] | Bool[Tensor, "B H0 W0"],  # masks at their original resolution
     size: int,                  # pixels a side of the target
@@ -148,7 +148,7 @@ def training_target(
     soft = F.adaptive_avg_pool2d(masks, size)[:, 0]
     return soft if policy == "soft" else (soft >= .5).float()
 
-# %% ../../nbs/11_shnet.ipynb #006
+# %% ../../nbs/11_shnet.ipynb #018
 class SHNet(nn.Module):
     "SHNet (Figure 2), and with `use_sfm` or `use_hcam` off the other rows of Table 2."
     def __init__(
@@ -248,7 +248,7 @@ def count_parameters(
     counts = {part: sum(p.numel() for m in modules for p in m.parameters()) for part, modules in model.parts().items()}
     return counts | {"total": sum(counts.values())}
 
-# %% ../../nbs/11_shnet.ipynb #007
+# %% ../../nbs/11_shnet.ipynb #020
 MODELS = {"shnet": {}, **{row.lower().replace(" ", "-"): changes for row, changes in ABLATIONS.items()}}
 
 
@@ -266,3 +266,21 @@ def create_model(
     if vocab_size is None and vectors is None: raise ValueError("vocab_size is needed: how many words the vocabulary has")
     config = SHNetConfig.from_dict(PRESETS[preset].to_dict() | MODELS[name] | overrides)
     return SHNet(config, len(vectors) if vocab_size is None else vocab_size, vectors, backbone)
+
+# %% ../../nbs/11_shnet.ipynb #029
+def count_flops(
+    config: SHNetConfig,  # any row, any preset
+    words: int = 25,      # T
+) -> dict[str, float]:    # part -> GFLOP (2 x multiply-adds) for one image and one phrase
+    "Floating-point operations by part, counted on a model without data."
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        model = SHNet(replace(config, backbone_weights="none"), vocab_size=2).eval()
+        image, phrase = torch.empty(1, 3, config.image_size, config.image_size), torch.ones(1, words, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: model(image, phrase)
+    of = {name: sum(flops.values()) / 1e9 for name, flops in counter.get_flop_counts().items()}
+    def part(name): return of.get(f"SHNet.{name}", 0.)
+    table = {"backbone": part("backbone"), "level adapters": sum(part(f"adapters.{i}") for i in range(3)), "text encoder": part("text")}
+    table |= {"SFM": sum(part(f"sfm.{i}") for i in range(3))} if config.use_sfm else {"concatenation": part("fusion")}
+    table |= {"HCAM gates": part("hcam") - part("hcam.aggregate"), "HCAM Conv3d": part("hcam.aggregate")} if config.use_hcam else {"level fusion": part("levels")}
+    return table | {"ASPP": part("aspp"), "decoder": part("decoder")}

@@ -1,5 +1,6 @@
 """The rules of the course: what every chapter has, what none may contain, and that its exercises hold."""
 
+import ast
 import importlib
 import re
 import statistics
@@ -50,15 +51,21 @@ def test_no_notebook_is_too_large_or_carries_machine_paths_warnings_or_traceback
             assert output.output_type != "error", f"cell {number} shows a traceback"
             text = str({k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}) + str(output.get("text", ""))
             assert not re.search(r"(?<![\w.])/(tmp|work|root|home|opt|Users)/", text), f"cell {number} shows a path of a machine"
-            assert "Warning" not in text, f"cell {number} shows a warning"
+            assert not re.search(r"\w*Warning: ", text), f"cell {number} shows a warning"
         assert not re.search(r"(?<![\w.])/(tmp|work|root|home|opt|Users)/\w", cell.source), f"cell {number} names a path of a machine"
 
 
-@by_name(NOTEBOOKS)
-def test_committed_outputs_are_there_and_in_order(path):
-    counts = [c.execution_count for c in read(path).cells if runs(c)]
-    assert None not in counts, "a code cell has never been run"
-    assert counts == sorted(counts), "the cells were run out of order"
+def ends_in_a_value(cell):
+    source = "\n".join(x for x in cell.source.splitlines() if not x.startswith(("%", "!")))
+    tree = ast.parse(source).body
+    return bool(tree) and isinstance(tree[-1], ast.Expr) and not source.rstrip().endswith(";")
+
+
+@by_name(CHAPTERS)
+def test_committed_outputs_are_there(path):
+    values = [c for c in read(path).cells if visible(c) and ends_in_a_value(c)]
+    without = [c.source for c in values if not c.outputs]
+    assert len(without) <= .2 * len(values), f"{len(without)} of {len(values)} cells that end in a value show none: run the chapter. The first:\n{without[0]}"
 
 
 @by_name(CHAPTERS)

@@ -11,6 +11,7 @@ __all__ = ['TEXT_CONTROLS', 'IMAGE_CONTROLS', 'PACKAGES', 'WORD_BINS', 'probabil
 # %% ../../nbs/13_evaluation.ipynb #002
 import copy
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -33,7 +34,7 @@ from ..data.batches import make_loader
 from ..data.words import pad_words, tokenize
 from .metrics import COMPARATORS, THRESHOLDS, intersection_union
 
-# %% ../../nbs/13_evaluation.ipynb #003
+# %% ../../nbs/13_evaluation.ipynb #010
 def probability_at(
     logits: Tensor,         # [B, h, w] the model's answer, at its own resolution
     size: tuple[int, int],  # (H, W) of the original image
@@ -44,7 +45,7 @@ def probability_at(
     smaller = size[0] < p.shape[-2] or size[1] < p.shape[-1]
     return F.interpolate(p[:, None], size=tuple(size), mode="bilinear", align_corners=False, antialias=smaller)[:, 0]
 
-# %% ../../nbs/13_evaluation.ipynb #004
+# %% ../../nbs/13_evaluation.ipynb #017
 TEXT_CONTROLS = (None, "shuffled", "none", "other")
 IMAGE_CONTROLS = (None, "none")
 
@@ -77,7 +78,7 @@ def controlled_texts(
         out[g][i] = texts[h][j]
     return out
 
-# %% ../../nbs/13_evaluation.ipynb #005
+# %% ../../nbs/13_evaluation.ipynb #021
 class Evaluator:
     "Everything of an evaluation that does not depend on the weights, read once: which images, which texts, the true masks."
 
@@ -181,7 +182,7 @@ class Evaluator:
                          for b, r in zip(part, torch.stack([inter, union, area], 1).tolist())]
         return rows
 
-# %% ../../nbs/13_evaluation.ipynb #006
+# %% ../../nbs/13_evaluation.ipynb #023
 def gather_rows(
     rows: dict[str, np.ndarray],  # this process's rows; "index" says which sample a row is
 ) -> dict[str, np.ndarray]:       # all processes' rows, by index, each sample once
@@ -193,7 +194,7 @@ def gather_rows(
     _, first = np.unique(rows["index"], return_index=True)
     return {k: v[first] for k, v in rows.items()}
 
-# %% ../../nbs/13_evaluation.ipynb #007
+# %% ../../nbs/13_evaluation.ipynb #027
 def metric_columns(
     intersection: np.ndarray,  # [n] int64
     union: np.ndarray,         # [n] int64
@@ -216,7 +217,7 @@ def metrics_of_sums(
         out = {"overall_iou": 100 * sums[..., 0] / sums[..., 1], "mean_iou": 100 * sums[..., 3] / sums[..., 2]}
         return out | {f"precision@{x:g}": 100 * sums[..., 4 + i] / sums[..., 2] for i, x in enumerate(thresholds)}
 
-# %% ../../nbs/13_evaluation.ipynb #008
+# %% ../../nbs/13_evaluation.ipynb #032
 def cluster_sums(
     columns: np.ndarray,   # [n, c] one row a sample
     clusters: np.ndarray,  # [n] cluster number of each row, 0..C-1
@@ -252,7 +253,7 @@ def interval(
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-# %% ../../nbs/13_evaluation.ipynb #009
+# %% ../../nbs/13_evaluation.ipynb #035
 def bootstrap(
     intersection: np.ndarray,   # [n] int64
     union: np.ndarray,          # [n] int64
@@ -281,7 +282,7 @@ def bootstrap(
             out[name][metric] = {"value": float(value[metric][g]), "low": low, "high": high}
     return out
 
-# %% ../../nbs/13_evaluation.ipynb #010
+# %% ../../nbs/13_evaluation.ipynb #041
 @dataclass
 class Record:
     "What an evaluation leaves behind: what was measured, how, of what, where, and each sample's pixel counts."
@@ -302,7 +303,7 @@ class Record:
         o, m = self.metrics["overall_iou"], self.metrics["mean_iou"]
         return f"{self.name}: overall IoU {o['value']:.1f} [{o['low']:.1f}, {o['high']:.1f}], mean IoU {m['value']:.1f}, {self.metrics['samples']} samples"
 
-# %% ../../nbs/13_evaluation.ipynb #011
+# %% ../../nbs/13_evaluation.ipynb #043
 PACKAGES = ("refseg_nb", "torch", "torchvision", "torchtext", "numpy", "accelerate", "torchmetrics", "pycocotools")
 
 
@@ -328,14 +329,15 @@ def machine(device: str | torch.device = "cpu") -> dict:
 
 def git_commit() -> str | None:  # "<hash>" or "<hash>+changes"; None outside a checkout
     "The commit of the checkout that this package runs from."
+    home = Path(importlib.util.find_spec("refseg_nb").origin)
     def git(*args):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(home.parent), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     try:
-        if not git("ls-files", "--", Path(__file__).name): return None  # installed inside some other repository
+        if not git("ls-files", "--", home.name): return None  # installed inside some other repository
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError): return None
 
-# %% ../../nbs/13_evaluation.ipynb #012
+# %% ../../nbs/13_evaluation.ipynb #046
 WORD_BINS = {"1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "over 10": (11, 10**9)}
 
 
@@ -350,7 +352,7 @@ def sample_groups(
     out["area"] = {"small": share <= a, "middle": (share > a) & (share <= b), "large": share > b}
     return {family: {name: keep for name, keep in parts.items() if keep.any()} for family, parts in out.items()}
 
-# %% ../../nbs/13_evaluation.ipynb #013
+# %% ../../nbs/13_evaluation.ipynb #047
 def make_record(
     name: str,
     arrays: dict[str, np.ndarray],  # as in `Record.arrays`
@@ -374,7 +376,7 @@ def make_record(
                   config=config or {}, seeds=seeds or {}, versions=versions(), machine=machine(device), commit=git_commit(), seconds=round(seconds, 2),
                   created=datetime.now(UTC).isoformat(timespec="seconds"), arrays=arrays)
 
-# %% ../../nbs/13_evaluation.ipynb #014
+# %% ../../nbs/13_evaluation.ipynb #048
 def evaluate(
     model,                            # a `SHNet` or any model with `encode` and `segment`
     dataset,                          # a `RISDataset`: the split is scored whole, every sentence once
@@ -415,7 +417,7 @@ def evaluate(
     if config is None: config = asdict(model.config) if is_dataclass(getattr(model, "config", None)) else {}
     return make_record(name, arrays, protocol, config, {"evaluation": seed} | (seeds or {}), time.perf_counter() - start, device, resamples, comparator, empty)
 
-# %% ../../nbs/13_evaluation.ipynb #015
+# %% ../../nbs/13_evaluation.ipynb #049
 def sample_arrays(
     evaluator: Evaluator,          # knows the samples
     rows: dict[str, np.ndarray],   # of `gather_rows`
@@ -427,7 +429,7 @@ def sample_arrays(
             "words": np.array([len(tokenize(s.text)) for s in samples], dtype=np.int64),
             **{k: rows[k] for k in ("area", "pixels", "intersection", "union")}}
 
-# %% ../../nbs/13_evaluation.ipynb #016
+# %% ../../nbs/13_evaluation.ipynb #058
 def _plain(value):
     "NaN becomes null, numpy becomes Python: strict JSON."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
@@ -477,7 +479,7 @@ def load_record(
                   for k, v in arrays.items()}
     return Record(**fields, arrays=arrays)
 
-# %% ../../nbs/13_evaluation.ipynb #017
+# %% ../../nbs/13_evaluation.ipynb #061
 def paired_bootstrap(
     a,                      # a `Record`, or a list of them: the same model trained with several seeds
     b,                      # the same for the other model, on the same samples

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'dice_loss', 'Objective', 'polynomial_decay', 'available_memory', 'FeatureCache', 'logits_size',
-           'first_images', 'TrainResult', 'comparable', 'check_same_config', 'read_history', 'Learner', 'unfreeze',
-           'train']
+           'first_images', 'TrainResult', 'comparable', 'check_same_config', 'read_history', 'unfreeze', 'LearnerParts',
+           'LearnerSteps', 'LearnerState', 'Learner', 'train']
 
 # %% ../../nbs/12_training.ipynb #002
 import json
@@ -46,7 +46,7 @@ from refseg_nb.training.checkpoint import (
 from .evaluation import Evaluator, gather_rows, git_commit, versions
 from .metrics import SegmentationMetric
 
-# %% ../../nbs/12_training.ipynb #003
+# %% ../../nbs/12_training.ipynb #011
 @dataclass
 class TrainConfig:
     "Everything that decides how a training ends, and a few things that only decide how it looks."
@@ -117,7 +117,7 @@ class TrainConfig:
         if self.cache_features is True and self.train_backbone:
             raise ValueError("cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs change")
 
-# %% ../../nbs/12_training.ipynb #004
+# %% ../../nbs/12_training.ipynb #015
 def dice_loss(
     logits: Tensor,   # [B, h, w]
     targets: Tensor,  # [B, h, w] in [0, 1]
@@ -156,7 +156,7 @@ class Objective(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits, targets)
         return loss + self.dice_weight * dice_loss(logits, targets) if self.loss == "bce+dice" else loss
 
-# %% ../../nbs/12_training.ipynb #005
+# %% ../../nbs/12_training.ipynb #018
 def polynomial_decay(
     step: int,           # optimizer steps done, from 0
     total: int,          # of the whole training
@@ -168,7 +168,7 @@ def polynomial_decay(
     decayed = lr * max(0., 1 - step / total) ** power
     return min(decayed, lr * (step + 1) / warmup) if step < warmup else decayed
 
-# %% ../../nbs/12_training.ipynb #006
+# %% ../../nbs/12_training.ipynb #021
 def available_memory(
     device: str | torch.device = "cpu",
 ) -> int:  # bytes
@@ -225,7 +225,7 @@ class FeatureCache:
     @property
     def nbytes(self) -> int: return sum(v.nbytes for v in self.levels)
 
-# %% ../../nbs/12_training.ipynb #007
+# %% ../../nbs/12_training.ipynb #029
 def logits_size(
     model: nn.Module,
     image_size: int,  # S
@@ -246,7 +246,7 @@ def first_images(dataset, limit: int | None):
     if limit is not None: dataset.groups = dataset.groups[:limit]
     return dataset
 
-# %% ../../nbs/12_training.ipynb #008
+# %% ../../nbs/12_training.ipynb #030
 @dataclass
 class TrainResult:
     "What `train` returns."
@@ -260,7 +260,7 @@ class TrainResult:
     resumed_from: int | None = None  # the step that this call went on from
     history: list[dict] = field(default_factory=list, repr=False)  # one entry an epoch, as in history.jsonl
 
-# %% ../../nbs/12_training.ipynb #009
+# %% ../../nbs/12_training.ipynb #031
 def comparable(config: TrainConfig) -> dict:
     "The fields that a resumed run must not change, as plain JSON data."
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in TrainConfig.FREE}))
@@ -287,9 +287,25 @@ def read_history(path: Path, step: int | None = None) -> list[dict]:
         except json.JSONDecodeError: break  # the run was killed while it wrote this line
     return [r for r in rows if step is None or r["step"] <= step]
 
-# %% ../../nbs/12_training.ipynb #010
-class Learner:
-    "Data, model, optimizer and loop of one training."
+# %% ../../nbs/12_training.ipynb #032
+def _as_it_is(batch): return batch
+
+
+class _Bars:
+    "A rich progress whose tasks all have the `note` field."
+    def __init__(self, progress: Progress): self.progress = progress
+    def add_task(self, text: str, total: int): return self.progress.add_task(text, total=total, note="")
+    def advance(self, task, n: int): self.progress.advance(task, n)
+    def remove_task(self, task): self.progress.remove_task(task)
+
+
+def unfreeze(model: nn.Module):
+    "Let the backbone be trained too."
+    model.backbone.freeze(False)
+
+
+class LearnerParts:
+    "Data, model and optimizer of one training: what does not change while it runs."
 
     def __init__(
         self,
@@ -374,6 +390,10 @@ class Learner:
         return iter(DataLoader(self.train_data, batch_size=None, sampler=self.plan(epoch)[skip:], collate_fn=_as_it_is, num_workers=self.config.num_workers,
                                pin_memory=self.device.type == "cuda", generator=torch.Generator().manual_seed(0)))
 
+# %% ../../nbs/12_training.ipynb #035
+class LearnerSteps(LearnerParts):
+    "One step, one evaluation."
+
     def loss(self, batch) -> Tensor:
         "The loss of one batch; from cached features if there are any."
         to = lambda x: x.to(self.device, non_blocking=True)
@@ -409,6 +429,10 @@ class Learner:
         metric.update_counts(torch.from_numpy(rows["intersection"]), torch.from_numpy(rows["union"]))
         return metric.compute() | {"samples": len(rows["index"])}
 
+# %% ../../nbs/12_training.ipynb #038
+class LearnerState(LearnerSteps):
+    "What a run leaves on the disk, and how it is taken up again."
+
     def meta(self) -> dict:
         "What is stored with the model."
         c = {k: v for k, v in asdict(self.config).items() if k not in ("root", "out")}
@@ -442,6 +466,27 @@ class Learner:
         self.step = self.resumed_from = state["step"]
         self.best, self.seconds, self.epoch_loss = state["best"], state["seconds"], state["epoch_loss"]
         return {k.split(".")[0]: v for k, v in found["rng"].items() if k.endswith(f".{self.rank}")}
+
+    def open_run(self, resume: bool | str) -> dict | None:
+        "The checkpoint to go on from, after the old run was cleared if it is not wanted."
+        if resume not in (True, False, "auto", "never"): raise ValueError(f"resume must be 'auto', True or False, got {resume!r}")
+        if resume == "never": resume = False
+        self.accelerator.wait_for_everyone()
+        if resume is False and self.main:
+            shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
+            for name in ("history.jsonl", "result.json"): (self.out / name).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        found = load_checkpoint(self.out / "checkpoint")
+        if found is None and resume is True: raise CheckpointError(f"{self.out.name} has no checkpoint to go on from: begin with resume='auto'")
+        if self.main and found is None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "history.jsonl").unlink(missing_ok=True)
+        if self.main: write_json(self.out / "config.json", asdict(self.config))
+        return found
+
+# %% ../../nbs/12_training.ipynb #040
+class Learner(LearnerState):
+    "Data, model, optimizer and loop of one training."
 
     def fit(
         self,
@@ -488,23 +533,6 @@ class Learner:
             self.seconds = clock()
         return self.finish()
 
-    def open_run(self, resume: bool | str) -> dict | None:
-        "The checkpoint to go on from, after the old run was cleared if it is not wanted."
-        if resume not in (True, False, "auto", "never"): raise ValueError(f"resume must be 'auto', True or False, got {resume!r}")
-        if resume == "never": resume = False
-        self.accelerator.wait_for_everyone()
-        if resume is False and self.main:
-            shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
-            for name in ("history.jsonl", "result.json"): (self.out / name).unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
-        found = load_checkpoint(self.out / "checkpoint")
-        if found is None and resume is True: raise CheckpointError(f"{self.out.name} has no checkpoint to go on from: begin with resume='auto'")
-        if self.main and found is None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "history.jsonl").unlink(missing_ok=True)
-        if self.main: write_json(self.out / "config.json", asdict(self.config))
-        return found
-
     def end_epoch(self, epoch: int, clock):
         "Evaluate if it is time, write the history line, and a checkpoint."
         c = self.config
@@ -538,23 +566,7 @@ class Learner:
         model = load_model(self.out / "model")[0].to(self.device) if c.keep == "best" else self.model
         return TrainResult(model.eval(), self.vocabulary, c, self.out, self.step, self.seconds, self.best, self.resumed_from, self.history)
 
-
-def _as_it_is(batch): return batch
-
-
-class _Bars:
-    "A rich progress whose tasks all have the `note` field."
-    def __init__(self, progress: Progress): self.progress = progress
-    def add_task(self, text: str, total: int): return self.progress.add_task(text, total=total, note="")
-    def advance(self, task, n: int): self.progress.advance(task, n)
-    def remove_task(self, task): self.progress.remove_task(task)
-
-
-def unfreeze(model: nn.Module):
-    "Let the backbone be trained too."
-    model.backbone.freeze(False)
-
-# %% ../../nbs/12_training.ipynb #011
+# %% ../../nbs/12_training.ipynb #041
 def train(
     config: TrainConfig,
     resume: bool | str = "auto",     # "auto": go on if there is a checkpoint; True: there must be one; False: begin again

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from torchmetrics import Metric
 
-# %% ../../nbs/07_metrics.ipynb #003
+# %% ../../nbs/07_metrics.ipynb #010
 def intersection_union(
     pred: Bool[Tensor, "*n h w"],    # [..., H, W] predicted masks, bool
     target: Bool[Tensor, "*n h w"],  # [..., H, W] true masks, bool, at the same size
@@ -24,7 +24,7 @@ def intersection_union(
         raise ValueError(f"pred is {tuple(pred.shape)} but target is {tuple(target.shape)}: resize the prediction to the original size of the image first")
     return (pred & target).sum((-2, -1)), (pred | target).sum((-2, -1))
 
-# %% ../../nbs/07_metrics.ipynb #004
+# %% ../../nbs/07_metrics.ipynb #015
 def iou_of_counts(
     intersection: Int64[Tensor, "*n"],  # pixels in both
     union: Int64[Tensor, "*n"],         # pixels in either
@@ -43,7 +43,7 @@ def iou(
     "Intersection over union of each pair of masks: |P ∩ Y| / |P ∪ Y|."
     return iou_of_counts(*intersection_union(pred, target), empty=empty)
 
-# %% ../../nbs/07_metrics.ipynb #005
+# %% ../../nbs/07_metrics.ipynb #023
 THRESHOLDS = (.5, .6, .7, .8, .9)  # the X of precision@X, as every paper of the field prints them
 COMPARATORS = {">": torch.gt, ">=": torch.ge}
 

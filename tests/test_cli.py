@@ -19,7 +19,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", "TERM": "dumb"}
 
 
 def refseg(*args, cwd=None, timeout=120):
-    return subprocess.run([sys.executable, "-m", "refseg_nb.cli", *map(str, args)], capture_output=True, text=True, cwd=cwd, env=ENV, timeout=timeout)
+    return subprocess.run([sys.executable, "-m", "refseg_nb", *map(str, args)], capture_output=True, text=True, cwd=cwd, env=ENV, timeout=timeout)
 
 
 def invoke(*args):
@@ -32,7 +32,7 @@ def model_folder(tmp_path_factory):
 
     from refseg_nb.data.words import Vocabulary
     from refseg_nb.models.shnet import create_model
-    from refseg_nb.training.learner import save_model
+    from refseg_nb.training.checkpoint import save_model
     torch.manual_seed(0)
     vocabulary = Vocabulary.build(["the red car on the left"])
     folder = tmp_path_factory.mktemp("model")
@@ -65,7 +65,8 @@ def test_help_is_quick_and_names_every_command():
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from refseg_nb.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'numpy', 'matplotlib', 'PIL') if m in sys.modules])"
+    code = ("import sys; from refseg_nb.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
+            "print([m for m in ('torch', 'numpy', 'matplotlib', 'PIL') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV).stdout.strip().endswith("[]")
 
 
@@ -177,8 +178,8 @@ def test_data_info_on_real_files(real_data):
 
 def test_train_then_evaluate_then_segment(tiny_root, tmp_path, picture):
     out = tmp_path / "run"
-    args = ["train", "--data", "refshapes", "--root", tiny_root, "--steps", 3, "--images-per-batch", 4, "--expressions-per-image", 2, "--set", "backbone_weights=none",
-            "--out", out, "--device", "cpu", "--lr", "1e-3", "--model", "baseline"]
+    args = ["train", "--data", "refshapes", "--root", tiny_root, "--steps", 3, "--images-per-batch", 4, "--expressions-per-image", 2,
+            "--set", "backbone_weights=none", "--out", out, "--device", "cpu", "--lr", "1e-3", "--model", "baseline"]
     result = refseg(*args)
     assert result.returncode == 0, result.stderr
     assert (out / "model" / "model.safetensors").exists()
@@ -200,8 +201,9 @@ def test_train_then_evaluate_then_segment(tiny_root, tmp_path, picture):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_is_exit_code_130(tiny_root, tmp_path):
-    process = subprocess.Popen([sys.executable, "-m", "refseg_nb.cli", "train", "--root", tiny_root, "--steps", "100000", "--set", "backbone_weights=none", "--out", tmp_path / "run",
-                                "--device", "cpu", "--checkpoint-every", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    args = [sys.executable, "-m", "refseg_nb", "train", "--root", tiny_root, "--steps", "100000", "--set", "backbone_weights=none", "--out", tmp_path / "run",
+            "--device", "cpu", "--checkpoint-every", "1"]
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
     for _ in range(600):
         if list((tmp_path / "run").glob("checkpoint/*")): break
         time.sleep(.1)

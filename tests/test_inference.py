@@ -1,5 +1,8 @@
 """The library's answer on every kind of picture that a person has, with a small untrained model: what comes back, and at which size."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ import refseg_nb
 from refseg_nb.data.words import Vocabulary
 from refseg_nb.inference import LONGEST_SIDE, ImageError, Segmenter, load, read_image
 from refseg_nb.models.shnet import create_model
-from refseg_nb.training.learner import save_model
+from refseg_nb.training.checkpoint import save_model
 
 
 def small_model(prior=.5):
@@ -154,6 +157,23 @@ def test_score_is_the_mean_probability_inside_the_mask():
     assert not nothing.found and nothing.score == 0 and nothing.message.startswith("nothing found")
     everything = Segmenter(*small_model(), threshold=0.).segment(picture(), "the red car")
     assert everything.mask.all() and np.isclose(everything.score, everything.probability.mean())
+
+
+def test_the_short_cuts_are_the_same_as_training_and_evaluation():
+    "inference.py has its own squash and probability_at, to start within seconds: they must not drift from the ones that they stand for."
+    from refseg_nb import inference
+    from refseg_nb.data import batches
+    from refseg_nb.training import evaluation
+    for h, w in ((37, 53), (300, 200), (96, 96), (500, 31)):
+        image = picture(h, w)
+        assert torch.equal(inference.squash(image, 96), batches.squash(Image.fromarray(image), 96))
+        logits = torch.randn(48, 48, generator=torch.Generator().manual_seed(h))
+        assert np.array_equal(inference.probability_at(logits, (h, w)), evaluation.probability_at(logits[None], (h, w))[0].numpy())
+
+
+def test_inference_imports_nothing_that_it_does_not_need():
+    code = "import sys, refseg_nb.inference; print([m for m in ('torchvision', 'torchmetrics', 'accelerate', 'matplotlib', 'scipy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_attention_on_request(seg):

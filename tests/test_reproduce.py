@@ -27,7 +27,8 @@ def test_the_papers_numbers():
     assert round(R.paper_value("Only HCAM") - R.paper_value("Baseline"), 2) == 4.83
     assert round(R.paper_value("Only SFM") - R.paper_value("Baseline"), 2) == 7.46
     assert round(R.paper_value("Only HCAM", "prec@0.9") - R.paper_value("Baseline", "prec@0.9"), 1) == 2.5
-    assert R.PAPER["table1"]["rows"]["SHNet* (320x320)"][0] == R.paper_value("SHNet") == R.PAPER["table3"]["rows"]["DeepLabv3+ 320x320"][0] == R.PAPER["table4"]["rows"]["HCAM"][0]
+    one, three, four = (R.PAPER[f"table{i}"]["rows"] for i in (1, 3, 4))
+    assert R.paper_value("SHNet") == one["SHNet* (320x320)"][0] == three["DeepLabv3+ 320x320"][0] == four["HCAM"][0]
     for table in R.PAPER.values(): assert all(len(v) == len(table["columns"]) for v in table["rows"].values())
 
 
@@ -65,7 +66,8 @@ def test_summary_is_made_of_the_records(records):
         assert np.isclose(s["rows"][row]["ours"]["prec@0.5"]["value"], np.mean([r.metrics["precision@0.5"]["value"] for r in rs]))
     d = {(p["a"], p["b"]): p for p in s["differences"]}
     one = d["Only HCAM", "Baseline"]["ours"]
-    assert one["low"] > 0 and np.isclose(one["value"], s["rows"]["Only HCAM"]["ours"]["Overall IoU"]["value"] - s["rows"]["Baseline"]["ours"]["Overall IoU"]["value"])
+    hcam, baseline = (s["rows"][row]["ours"]["Overall IoU"]["value"] for row in ("Only HCAM", "Baseline"))
+    assert one["low"] > 0 and np.isclose(one["value"], hcam - baseline)
     assert d["Only HCAM", "Baseline"]["paper"] == 4.83 and set(d["SHNet", "Only SFM"]["by kind"]) == {"attribute", "relation"}
 
 
@@ -75,7 +77,8 @@ def test_conclusions_say_no_more_than_the_intervals(records):
     assert said[0].startswith("SHNet and Only SFM") and "better" not in said[0]
     assert said[-1].startswith("Order by overall IoU here")
     template = {"a": "SHNet", "b": "Only SFM", "paper": 1.82, "by kind": {}}
-    say = lambda value, low, high, seeds: R.conclusions({"differences": [template | {"ours": {"value": value, "low": low, "high": high, "by seed": seeds}}], "rows": {}})[0]
+    def say(value, low, high, seeds):
+        return R.conclusions({"differences": [template | {"ours": {"value": value, "low": low, "high": high, "by seed": seeds}}], "rows": {}})[0]
     assert "not told apart" in say(1., -1., 3., [1.])
     assert "worse" in say(-2., -3., -1., [-2.]) and "opposite" in say(-2., -3., -1., [-2.])
     assert "not with every seed" in say(2., 1., 3., [5., -1.])
@@ -123,7 +126,7 @@ def test_the_log_survives_a_kill(tmp_path):
 
 @pytest.mark.slow
 def test_two_rows_from_nothing_killed_and_resumed(tmp_path):
-    args = [sys.executable, "-m", "refseg_nb.cli", "reproduce", "--budget", "tiny", "--row", "Baseline", "--row", "SHNet", "--out", str(tmp_path / "run"),
+    args = [sys.executable, "-m", "refseg_nb", "reproduce", "--budget", "tiny", "--row", "Baseline", "--row", "SHNet", "--out", str(tmp_path / "run"),
             "--root", str(tmp_path / "data")]
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True)
     for _ in range(1200):

@@ -324,7 +324,8 @@ def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("after", [.8, 1.6])
 def test_a_killed_run_leaves_nothing_half_written_and_the_next_one_cleans_up(tmp_path, monkeypatch, after):
     small(monkeypatch)
-    code = f"from refseg_nb.refshapes import dataset as D; D.SIZES['tiny'] = {D.SIZES['tiny']!r}; D.make_refshapes({str(tmp_path)!r}, size='tiny', progress=False)"
+    code = (f"from refseg_nb.refshapes import dataset as D; D.SIZES['tiny'] = {D.SIZES['tiny']!r}; "
+            f"D.make_refshapes({str(tmp_path)!r}, size='tiny', progress=False)")
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
     time.sleep(after); process.send_signal(signal.SIGKILL); process.wait()
     home = tmp_path / "refshapes"

@@ -34,7 +34,7 @@ from ..data.batches import make_loader
 from ..data.words import pad_words, tokenize
 from .metrics import COMPARATORS, THRESHOLDS, intersection_union
 
-# %% ../../nbs/13_evaluation.ipynb #010
+# %% ../../nbs/13_evaluation.ipynb #009
 def probability_at(
     logits: Tensor,         # [B, h, w] the model's answer, at its own resolution
     size: tuple[int, int],  # (H, W) of the original image
@@ -78,7 +78,7 @@ def controlled_texts(
         out[g][i] = texts[h][j]
     return out
 
-# %% ../../nbs/13_evaluation.ipynb #021
+# %% ../../nbs/13_evaluation.ipynb #023
 class Evaluator:
     "Everything of an evaluation that does not depend on the weights, read once: which images, which texts, the true masks."
 
@@ -182,7 +182,7 @@ class Evaluator:
                          for b, r in zip(part, torch.stack([inter, union, area], 1).tolist())]
         return rows
 
-# %% ../../nbs/13_evaluation.ipynb #023
+# %% ../../nbs/13_evaluation.ipynb #027
 def gather_rows(
     rows: dict[str, np.ndarray],  # this process's rows; "index" says which sample a row is
 ) -> dict[str, np.ndarray]:       # all processes' rows, by index, each sample once
@@ -194,7 +194,7 @@ def gather_rows(
     _, first = np.unique(rows["index"], return_index=True)
     return {k: v[first] for k, v in rows.items()}
 
-# %% ../../nbs/13_evaluation.ipynb #027
+# %% ../../nbs/13_evaluation.ipynb #031
 def metric_columns(
     intersection: np.ndarray,  # [n] int64
     union: np.ndarray,         # [n] int64
@@ -217,7 +217,7 @@ def metrics_of_sums(
         out = {"overall_iou": 100 * sums[..., 0] / sums[..., 1], "mean_iou": 100 * sums[..., 3] / sums[..., 2]}
         return out | {f"precision@{x:g}": 100 * sums[..., 4 + i] / sums[..., 2] for i, x in enumerate(thresholds)}
 
-# %% ../../nbs/13_evaluation.ipynb #032
+# %% ../../nbs/13_evaluation.ipynb #037
 def cluster_sums(
     columns: np.ndarray,   # [n, c] one row a sample
     clusters: np.ndarray,  # [n] cluster number of each row, 0..C-1
@@ -253,7 +253,7 @@ def interval(
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-# %% ../../nbs/13_evaluation.ipynb #035
+# %% ../../nbs/13_evaluation.ipynb #041
 def bootstrap(
     intersection: np.ndarray,   # [n] int64
     union: np.ndarray,          # [n] int64
@@ -282,7 +282,7 @@ def bootstrap(
             out[name][metric] = {"value": float(value[metric][g]), "low": low, "high": high}
     return out
 
-# %% ../../nbs/13_evaluation.ipynb #041
+# %% ../../nbs/13_evaluation.ipynb #049
 @dataclass
 class Record:
     "What an evaluation leaves behind: what was measured, how, of what, where, and each sample's pixel counts."
@@ -303,7 +303,7 @@ class Record:
         o, m = self.metrics["overall_iou"], self.metrics["mean_iou"]
         return f"{self.name}: overall IoU {o['value']:.1f} [{o['low']:.1f}, {o['high']:.1f}], mean IoU {m['value']:.1f}, {self.metrics['samples']} samples"
 
-# %% ../../nbs/13_evaluation.ipynb #043
+# %% ../../nbs/13_evaluation.ipynb #051
 PACKAGES = ("refseg_nb", "torch", "torchvision", "torchtext", "numpy", "accelerate", "torchmetrics", "pycocotools")
 
 
@@ -337,7 +337,7 @@ def git_commit() -> str | None:  # "<hash>" or "<hash>+changes"; None outside a 
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError): return None
 
-# %% ../../nbs/13_evaluation.ipynb #046
+# %% ../../nbs/13_evaluation.ipynb #055
 WORD_BINS = {"1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "over 10": (11, 10**9)}
 
 
@@ -352,7 +352,7 @@ def sample_groups(
     out["area"] = {"small": share <= a, "middle": (share > a) & (share <= b), "large": share > b}
     return {family: {name: keep for name, keep in parts.items() if keep.any()} for family, parts in out.items()}
 
-# %% ../../nbs/13_evaluation.ipynb #047
+# %% ../../nbs/13_evaluation.ipynb #057
 def make_record(
     name: str,
     arrays: dict[str, np.ndarray],  # as in `Record.arrays`
@@ -376,7 +376,7 @@ def make_record(
                   config=config or {}, seeds=seeds or {}, versions=versions(), machine=machine(device), commit=git_commit(), seconds=round(seconds, 2),
                   created=datetime.now(UTC).isoformat(timespec="seconds"), arrays=arrays)
 
-# %% ../../nbs/13_evaluation.ipynb #048
+# %% ../../nbs/13_evaluation.ipynb #059
 def evaluate(
     model,                            # a `SHNet` or any model with `encode` and `segment`
     dataset,                          # a `RISDataset`: the split is scored whole, every sentence once
@@ -417,7 +417,7 @@ def evaluate(
     if config is None: config = asdict(model.config) if is_dataclass(getattr(model, "config", None)) else {}
     return make_record(name, arrays, protocol, config, {"evaluation": seed} | (seeds or {}), time.perf_counter() - start, device, resamples, comparator, empty)
 
-# %% ../../nbs/13_evaluation.ipynb #049
+# %% ../../nbs/13_evaluation.ipynb #061
 def sample_arrays(
     evaluator: Evaluator,          # knows the samples
     rows: dict[str, np.ndarray],   # of `gather_rows`
@@ -429,7 +429,7 @@ def sample_arrays(
             "words": np.array([len(tokenize(s.text)) for s in samples], dtype=np.int64),
             **{k: rows[k] for k in ("area", "pixels", "intersection", "union")}}
 
-# %% ../../nbs/13_evaluation.ipynb #058
+# %% ../../nbs/13_evaluation.ipynb #073
 def _plain(value):
     "NaN becomes null, numpy becomes Python: strict JSON."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
@@ -479,7 +479,7 @@ def load_record(
                   for k, v in arrays.items()}
     return Record(**fields, arrays=arrays)
 
-# %% ../../nbs/13_evaluation.ipynb #061
+# %% ../../nbs/13_evaluation.ipynb #077
 def paired_bootstrap(
     a,                      # a `Record`, or a list of them: the same model trained with several seeds
     b,                      # the same for the other model, on the same samples

@@ -46,7 +46,7 @@ from refseg_nb.training.checkpoint import (
 from .evaluation import Evaluator, gather_rows, git_commit, versions
 from .metrics import SegmentationMetric
 
-# %% ../../nbs/12_training.ipynb #011
+# %% ../../nbs/12_training.ipynb #013
 @dataclass
 class TrainConfig:
     "Everything that decides how a training ends, and a few things that only decide how it looks."
@@ -117,7 +117,7 @@ class TrainConfig:
         if self.cache_features is True and self.train_backbone:
             raise ValueError("cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs change")
 
-# %% ../../nbs/12_training.ipynb #015
+# %% ../../nbs/12_training.ipynb #019
 def dice_loss(
     logits: Tensor,   # [B, h, w]
     targets: Tensor,  # [B, h, w] in [0, 1]
@@ -156,7 +156,7 @@ class Objective(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits, targets)
         return loss + self.dice_weight * dice_loss(logits, targets) if self.loss == "bce+dice" else loss
 
-# %% ../../nbs/12_training.ipynb #018
+# %% ../../nbs/12_training.ipynb #023
 def polynomial_decay(
     step: int,           # optimizer steps done, from 0
     total: int,          # of the whole training
@@ -168,7 +168,7 @@ def polynomial_decay(
     decayed = lr * max(0., 1 - step / total) ** power
     return min(decayed, lr * (step + 1) / warmup) if step < warmup else decayed
 
-# %% ../../nbs/12_training.ipynb #021
+# %% ../../nbs/12_training.ipynb #027
 def available_memory(
     device: str | torch.device = "cpu",
 ) -> int:  # bytes
@@ -225,7 +225,7 @@ class FeatureCache:
     @property
     def nbytes(self) -> int: return sum(v.nbytes for v in self.levels)
 
-# %% ../../nbs/12_training.ipynb #029
+# %% ../../nbs/12_training.ipynb #037
 def logits_size(
     model: nn.Module,
     image_size: int,  # S
@@ -246,7 +246,7 @@ def first_images(dataset, limit: int | None):
     if limit is not None: dataset.groups = dataset.groups[:limit]
     return dataset
 
-# %% ../../nbs/12_training.ipynb #030
+# %% ../../nbs/12_training.ipynb #039
 @dataclass
 class TrainResult:
     "What `train` returns."
@@ -260,7 +260,7 @@ class TrainResult:
     resumed_from: int | None = None  # the step that this call went on from
     history: list[dict] = field(default_factory=list, repr=False)  # one entry an epoch, as in history.jsonl
 
-# %% ../../nbs/12_training.ipynb #031
+# %% ../../nbs/12_training.ipynb #041
 def comparable(config: TrainConfig) -> dict:
     "The fields that a resumed run must not change, as plain JSON data."
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in TrainConfig.FREE}))
@@ -287,7 +287,7 @@ def read_history(path: Path, step: int | None = None) -> list[dict]:
         except json.JSONDecodeError: break  # the run was killed while it wrote this line
     return [r for r in rows if step is None or r["step"] <= step]
 
-# %% ../../nbs/12_training.ipynb #032
+# %% ../../nbs/12_training.ipynb #043
 def _as_it_is(batch): return batch
 
 
@@ -390,7 +390,7 @@ class LearnerParts:
         return iter(DataLoader(self.train_data, batch_size=None, sampler=self.plan(epoch)[skip:], collate_fn=_as_it_is, num_workers=self.config.num_workers,
                                pin_memory=self.device.type == "cuda", generator=torch.Generator().manual_seed(0)))
 
-# %% ../../nbs/12_training.ipynb #035
+# %% ../../nbs/12_training.ipynb #047
 class LearnerSteps(LearnerParts):
     "One step, one evaluation."
 
@@ -429,7 +429,7 @@ class LearnerSteps(LearnerParts):
         metric.update_counts(torch.from_numpy(rows["intersection"]), torch.from_numpy(rows["union"]))
         return metric.compute() | {"samples": len(rows["index"])}
 
-# %% ../../nbs/12_training.ipynb #038
+# %% ../../nbs/12_training.ipynb #051
 class LearnerState(LearnerSteps):
     "What a run leaves on the disk, and how it is taken up again."
 
@@ -484,7 +484,7 @@ class LearnerState(LearnerSteps):
         if self.main: write_json(self.out / "config.json", asdict(self.config))
         return found
 
-# %% ../../nbs/12_training.ipynb #040
+# %% ../../nbs/12_training.ipynb #053
 class Learner(LearnerState):
     "Data, model, optimizer and loop of one training."
 
@@ -566,7 +566,7 @@ class Learner(LearnerState):
         model = load_model(self.out / "model")[0].to(self.device) if c.keep == "best" else self.model
         return TrainResult(model.eval(), self.vocabulary, c, self.out, self.step, self.seconds, self.best, self.resumed_from, self.history)
 
-# %% ../../nbs/12_training.ipynb #041
+# %% ../../nbs/12_training.ipynb #055
 def train(
     config: TrainConfig,
     resume: bool | str = "auto",     # "auto": go on if there is a checkpoint; True: there must be one; False: begin again

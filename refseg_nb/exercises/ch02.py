@@ -8,7 +8,7 @@ __all__ = ['check_right_of', 'check_count_words', 'check_anchor_flips']
 # %% ../../nbs/exercises/ch02.ipynb #002
 import random
 
-from ..refshapes.expressions import Noun, Program, enumerate_programs, parse_program
+from ..refshapes.expressions import enumerate_programs, parse_program
 from ..refshapes.scenes import sample_scene
 
 # %% ../../nbs/exercises/ch02.ipynb #005
@@ -21,7 +21,7 @@ def check_right_of(fn):
             for anchor, a in enumerate(scene.things):
                 right = [i for i, t in enumerate(scene.things) if t.category == head and i != anchor and t.x > a.x]
                 got, wanted = fn(scene, head, anchor), right[0] if len(right) == 1 else None
-                if len(right) > 1 and got in right: raise AssertionError(f"{len(right)} of them are right of the anchor: the phrase is ambiguous, so answer None")
+                if len(right) > 1 and got in right: raise AssertionError(f"{len(right)} are right of the anchor: the phrase is ambiguous, so answer None")
                 assert got == wanted, f"in scene (3, {index}) the only {head} right of thing {anchor} is {wanted}, not {got}"
                 if got is None: continue
                 others = [t.x for i, t in enumerate(scene.things) if t.category == head and i not in (got, anchor)]

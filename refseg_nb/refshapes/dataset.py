@@ -7,7 +7,6 @@ __all__ = ['SPLITS', 'SIZES', 'CATEGORY_IDS', 'make_refshapes']
 
 # %% ../../nbs/02b_dataset.ipynb #002
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -22,21 +21,24 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .expressions import FLAVOURS, KINDS, sample_expressions
-from .scenes import BACKGROUNDS, CATEGORIES, GENERATOR_VERSION, HELDOUT, render, sample_scene
+from .expressions import FLAVOURS, sample_expressions
+from .scenes import CATEGORIES, GENERATOR_VERSION, HELDOUT, render, sample_scene
 
-# %% ../../nbs/02b_dataset.ipynb #003
+# %% ../../nbs/02b_dataset.ipynb #005
 SPLITS = ("train", "val", "testA", "testB", "heldout")
 SIZES = {   # images and expressions of each split, and pixels a side
     "tiny": {"resolution": 96, "images": (80, 24, 12, 12, 12), "expressions": (400, 120, 60, 60, 60)},
     "quick": {"resolution": 96, "images": (3000, 1000, 300, 300, 300), "expressions": (15000, 5000, 1500, 1500, 1500)},
-    "large": {"resolution": 96, "images": (8000, 1000, 300, 300, 300), "expressions": (64000, 5000, 1500, 1500, 1500)},   # the shipped model's: quick with more to learn from
-    "full": {"resolution": 320, "images": (16994, 1500, 750, 750, 750), "expressions": (120624, 10834, 5657, 5095, 5000),     # RefCOCO's, split by UNC
-             "expressions+": (120191, 10758, 5726, 4889, 5000)},                                                             # RefCOCO+'s
+    # the shipped model's: quick with more to learn from
+    "large": {"resolution": 96, "images": (8000, 1000, 300, 300, 300), "expressions": (64000, 5000, 1500, 1500, 1500)},
+    "full": {"resolution": 320, "images": (16994, 1500, 750, 750, 750),
+             "expressions": (120624, 10834, 5657, 5095, 5000),     # RefCOCO's, split by UNC
+             "expressions+": (120191, 10758, 5726, 4889, 5000)},   # RefCOCO+'s
 }
 _APART = 10_000_000   # between the splits' scene indices
 CATEGORY_IDS = {name: i for i, name in enumerate(CATEGORIES, 1)}
 
+# %% ../../nbs/02b_dataset.ipynb #006
 def _scene_of(split: str, i: int, seed: int):
     "The i-th scene of a split, and the things in it that the split's expressions may mean."
     scene = sample_scene(seed, SPLITS.index(split) * _APART + i, people=split == "testA", heldout=split == "heldout")
@@ -44,30 +46,33 @@ def _scene_of(split: str, i: int, seed: int):
             "heldout": lambda t: HELDOUT[t.category] == t.color}.get(split, lambda t: True)
     return scene, [i for i, t in enumerate(scene.things) if keep(t)]
 
-def _draw(job: dict) -> list[dict]:
-    "Draw a run of one split's images into a folder; returns their records. It runs in a worker process."
-    out = []
-    for i, count in zip(range(*job["range"]), job["counts"]):
-        scene, referents = _scene_of(job["split"], i, job["seed"]); drawn = render(scene, job["resolution"]); image_id = scene.index + 1
-        if job["images"]: Image.fromarray(drawn.image).save(Path(job["images"]) / f"RefShapes_{image_id:012d}.png", compress_level=4)
-        anns = []
-        for k, (t, rle, area, box) in enumerate(zip(scene.things, *_encode(drawn.masks))):
-            anns.append({"id": image_id * 10 + k, "image_id": image_id, "category_id": CATEGORY_IDS[t.category], "segmentation": rle, "area": area, "bbox": box, "iscrowd": 0,
-                         "attributes": {"color": t.color, "texture": t.texture}, "size": round(t.size, 4)})
-        rng = random.Random(f"expressions {GENERATOR_VERSION} {job['name']} {job['seed']} {scene.index}")
-        said = sample_expressions(scene, rng, job["name"], count, referents) if referents else []
-        out.append({"image": {"license": 0, "file_name": f"{job['tag']}/RefShapes_{image_id:012d}.png", "coco_url": "", "height": job["resolution"], "width": job["resolution"],
-                              "date_captured": "", "flickr_url": "", "id": image_id, "background": scene.background, "horizon": round(scene.horizon, 4)},
-                    "annotations": anns, "split": job["split"], "said": [vars(e) for e in said]})
-    return out
-
+# %% ../../nbs/02b_dataset.ipynb #009
 def _encode(masks):
     "RLE (counts as text), area and box of each mask."
     rles = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
     areas, boxes = coco_mask.area(rles), coco_mask.toBbox(rles)
-    return [{"size": [int(v) for v in r["size"]], "counts": r["counts"].decode()} for r in rles], [int(a) for a in areas], [[float(v) for v in b] for b in boxes]
+    rles = [{"size": [int(v) for v in r["size"]], "counts": r["counts"].decode()} for r in rles]
+    return rles, [int(a) for a in areas], [[float(v) for v in b] for b in boxes]
 
-# %% ../../nbs/02b_dataset.ipynb #004
+# %% ../../nbs/02b_dataset.ipynb #012
+def _draw(job: dict) -> list[dict]:
+    "Draw a run of one split's images into a folder; returns their records. It runs in a worker process."
+    out = []
+    for i, count in zip(range(*job["range"]), job["counts"]):
+        scene, referents = _scene_of(job["split"], i, job["seed"]); drawn = render(scene, job["resolution"])
+        image_id = scene.index + 1; file = f"RefShapes_{image_id:012d}.png"
+        if job["images"]: Image.fromarray(drawn.image).save(Path(job["images"]) / file, compress_level=4)
+        anns = [{"id": image_id * 10 + k, "image_id": image_id, "category_id": CATEGORY_IDS[t.category], "segmentation": rle, "area": area,
+                 "bbox": box, "iscrowd": 0, "attributes": {"color": t.color, "texture": t.texture}, "size": round(t.size, 4)}
+                for k, (t, rle, area, box) in enumerate(zip(scene.things, *_encode(drawn.masks)))]
+        rng = random.Random(f"expressions {GENERATOR_VERSION} {job['name']} {job['seed']} {scene.index}")
+        said = sample_expressions(scene, rng, job["name"], count, referents) if referents else []
+        info = {"license": 0, "file_name": f"{job['tag']}/{file}", "coco_url": "", "height": job["resolution"], "width": job["resolution"],
+                "date_captured": "", "flickr_url": "", "id": image_id, "background": scene.background, "horizon": round(scene.horizon, 4)}
+        out.append({"image": info, "annotations": anns, "split": job["split"], "said": [vars(e) for e in said]})
+    return out
+
+# %% ../../nbs/02b_dataset.ipynb #015
 def _jobs(name, size, seed, resolution, tag, folder, step=25):
     spec = SIZES[size]; totals = spec.get("expressions+", spec["expressions"]) if name.endswith("+") else spec["expressions"]
     for split, n, total in zip(SPLITS, spec["images"], totals):
@@ -76,6 +81,7 @@ def _jobs(name, size, seed, resolution, tag, folder, step=25):
             yield {"name": name, "seed": seed, "resolution": resolution, "tag": tag, "images": folder, "split": split, "range": (a, b),
                    "counts": [total * (i + 1) // n - total * i // n for i in range(a, b)]}
 
+# %% ../../nbs/02b_dataset.ipynb #018
 def _run_jobs(jobs, workers, progress):
     "Results of `_draw` in the order of the jobs."
     done = [None] * len(jobs)
@@ -93,26 +99,32 @@ def _run_jobs(jobs, workers, progress):
             if done[k] is None: finish(k, _draw(j))
     return done
 
+# %% ../../nbs/02b_dataset.ipynb #021
 def _assemble(results):
     "The records of all images as REFER's list of refs and COCO's dict of instances; and the counts."
-    refs, images, annotations, counts = [], [], [], {s: {"images": 0, "refs": 0, "expressions": 0} for s in SPLITS}; sent_id = 0
+    refs, images, annotations, sent_id = [], [], [], 0
+    counts = {s: {"images": 0, "refs": 0, "expressions": 0} for s in SPLITS}
     for record in (r for run in results for r in run):
-        image_id, split = record["image"]["id"], record["split"]; images.append(record["image"]); annotations += record["annotations"]; counts[split]["images"] += 1
+        image_id, split = record["image"]["id"], record["split"]; counts[split]["images"] += 1
+        images.append(record["image"]); annotations += record["annotations"]
         by_thing = {}
         for e in record["said"]: by_thing.setdefault(e["referent"], []).append(e)
         for k, said in sorted(by_thing.items()):
             ann = record["annotations"][k]; sentences = []
             for e in said:
-                sentence = {"tokens": e["text"].split(), "raw": e["text"], "sent_id": sent_id, "sent": e["text"], "kind": e["kind"], "program": e["program"]}
+                sentence = {"tokens": e["text"].split(), "raw": e["text"], "sent_id": sent_id, "sent": e["text"], "kind": e["kind"],
+                            "program": e["program"]}
                 if e["group"]: sentence["group"] = f"{image_id}-{e['group']}"
                 sentences.append(sentence); sent_id += 1
-            refs.append({"sent_ids": [s["sent_id"] for s in sentences], "file_name": f"RefShapes_{image_id:012d}_{ann['id']}.png", "ann_id": ann["id"], "ref_id": len(refs),
-                         "image_id": image_id, "split": split, "sentences": sentences, "category_id": ann["category_id"]})
+            refs.append({"sent_ids": [s["sent_id"] for s in sentences], "file_name": f"RefShapes_{image_id:012d}_{ann['id']}.png", "ann_id": ann["id"],
+                         "ref_id": len(refs), "image_id": image_id, "split": split, "sentences": sentences, "category_id": ann["category_id"]})
             counts[split]["refs"] += 1; counts[split]["expressions"] += len(sentences)
-    instances = {"info": {"description": "RefShapes", "version": str(GENERATOR_VERSION)}, "licenses": [{"id": 0, "name": "MIT", "url": ""}], "images": images, "annotations": annotations,
+    instances = {"info": {"description": "RefShapes", "version": str(GENERATOR_VERSION)}, "licenses": [{"id": 0, "name": "MIT", "url": ""}],
+                 "images": images, "annotations": annotations,
                  "categories": [{"supercategory": CATEGORIES[c], "id": i, "name": c} for c, i in CATEGORY_IDS.items()]}
     return refs, instances, counts
 
+# %% ../../nbs/02b_dataset.ipynb #024
 def _drop_leftovers(folder: Path):
     "Remove temporary folders of processes that are gone."
     for old in folder.glob(".*.tmp"):
@@ -125,13 +137,14 @@ def _alive(pid):
     except OSError: return True
     return True
 
+# %% ../../nbs/02b_dataset.ipynb #025
 def _move_in(new: Path, place: Path):
     "Rename a finished folder to its place; what was there goes."
     if place.exists():
         old = place.with_name(f".{place.name}.old.{os.getpid()}.tmp"); place.rename(old); new.rename(place); shutil.rmtree(old)
     else: new.rename(place)
 
-# %% ../../nbs/02b_dataset.ipynb #005
+# %% ../../nbs/02b_dataset.ipynb #028
 def make_refshapes(
     root: str | Path,            # the data folder; `<root>/<name>` and `<root>/images/refshapes` are written
     name: str = "refshapes",     # or "refshapes+": the same images, no words for places

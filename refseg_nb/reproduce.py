@@ -90,7 +90,7 @@ class Budget:
     config: dict = field(default_factory=dict)  # further fields of `TrainConfig`
 
 # %% ../nbs/20_reproduction.ipynb #012
-RECIPE = {"images_per_batch": 7, "warmup": 100, "clip": 1., "checkpoint_every": 100, "cache_dtype": "bfloat16"}  # the rest is the preset's own recipe
+RECIPE = {"images_per_batch": 7, "checkpoint_every": 100, "cache_dtype": "float16"}  # the rest is the preset's own recipe
 
 BUDGETS = {
     "tiny": Budget("tiny", 6, "a few steps on a few dozen scenes; for tests, the numbers mean nothing", .2, .1,
@@ -115,11 +115,6 @@ def default_root() -> Path:
     return Path(os.environ.get("REFSEG_DATA") or "data")
 
 # %% ../nbs/20_reproduction.ipynb #017
-def _precision() -> str:
-    "bf16 where this machine computes in it: on such a CPU a step takes half the time; elsewhere it would be emulated, and slow."
-    import torch
-    return "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "no"
-
 def plan(
     out: Path,                      # the folder of the whole run
     budget: str = "quick",          # a key of `BUDGETS`
@@ -139,8 +134,7 @@ def plan(
     drawn = data.startswith("refshapes")
     if drawn: root = root / b.size
     out, steps = Path(out).absolute(), steps or b.steps
-    config = {"data": data, "root": str(root), "split_by": split_by, "val_split": None, "epochs": 10**6, "max_steps": steps, "preset": preset,
-              "mixed_precision": _precision(), **b.config}
+    config = {"data": data, "root": str(root), "split_by": split_by, "val_split": None, "epochs": 10**6, "max_steps": steps, "preset": preset, **b.config}
     return [{"row": row, "seed": seed, "budget": budget, "split": split, "size": b.size if drawn else None,
              "folder": str(out / _slug(row, seed)), "record": str(out / "records" / _slug(row, seed)),
              "config": {**config, "model": row.lower().replace(" ", "-"), "seed": seed}}
@@ -390,6 +384,11 @@ def print_table(
     for line in conclusions(summary): console.print("· " + line, highlight=False, soft_wrap=True)
 
 # %% ../nbs/20_reproduction.ipynb #057
+def _png(fig) -> bytes:
+    buffer = io.BytesIO(); fig.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+# %% ../nbs/20_reproduction.ipynb #058
 COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
 
 def figure_bars(
@@ -411,61 +410,7 @@ def figure_bars(
 def _axis(ax, label: str = "overall IoU, %"):
     ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/20_reproduction.ipynb #060
-COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
-
-def figure_bars(
-    summary: dict,  # from `summarise`
-):                  # a matplotlib figure
-    "Overall IoU of the four rows, ours with its interval beside the paper's."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.4, 3.2), dpi=90, layout="constrained"); ax = fig.subplots()
-    for i, (row, r) in enumerate(summary["rows"].items()):
-        c, paper = r["ours"]["Overall IoU"], r["paper"]["Overall IoU"]
-        ax.bar(i - .2, c["value"], .38, color=COLORS[row], yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=3)
-        ax.bar(i + .2, paper, .38, color="none", edgecolor=COLORS[row], hatch="//")
-        ax.text(i - .2, c["high"] + .8, f"{c['value']:.1f}", ha="center", fontsize=8); ax.text(i + .2, paper + .8, f"{paper:.1f}", ha="center", fontsize=8)
-    handles = [ax.bar(0, 0, color="#777777"), ax.bar(0, 0, color="none", edgecolor="#777777", hatch="//")]
-    fig.legend(handles, ["here, with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
-    ax.set_xticks(range(len(summary["rows"])), summary["rows"]); _axis(ax)
-    return fig
-
-def _axis(ax, label: str = "overall IoU, %"):
-    ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
-
-def figure_kinds(
-    summary: dict,  # from `summarise`
-):                  # a matplotlib figure, or None where the data names no kinds
-    "Overall IoU by kind of expression."
-    from matplotlib.figure import Figure
-    kinds = list(next(iter(summary["rows"].values()))["by kind"])
-    if not kinds: return None
-    fig = Figure(figsize=(6.4, 3), dpi=90, layout="constrained"); ax = fig.subplots(); n = len(summary["rows"])
-    for j, (row, r) in enumerate(summary["rows"].items()):
-        for i, kind in enumerate(kinds):
-            if kind not in r["by kind"]: continue
-            c = r["by kind"][kind]
-            ax.bar(i + (j - (n - 1) / 2) * .2, c["value"], .19, color=COLORS[row], label=row if i == 0 else None,
-                   yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=2, error_kw={"lw": .8})
-    ax.set_xticks(range(len(kinds)), kinds); _axis(ax); ax.set_ylim(0, max(1, ax.get_ylim()[1]))
-    fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center")
-    return fig
-
-def figure_curves(
-    logs: dict[str, list[dict]],  # row -> lines with "step" and "loss", see `read_log`
-):                                # a matplotlib figure, or None without logs
-    "Training loss of each row, smoothed over 2 % of the run."
-    from matplotlib.figure import Figure
-    if not any(logs.values()): return None
-    fig = Figure(figsize=(6.4, 2.8), dpi=90, layout="constrained"); ax = fig.subplots()
-    for row, lines in logs.items():
-        if not lines: continue
-        step = np.array([line["step"] for line in lines]); loss = np.array([line["loss"] for line in lines]); k = max(1, len(loss) // 50)
-        ax.plot(step[k - 1:], np.convolve(loss, np.ones(k) / k, "valid"), color=COLORS[row], label=row, lw=1.3)
-    ax.set_xlabel("step"); ax.legend(frameon=False, fontsize=8); _axis(ax, "training loss")
-    return fig
-
-# %% ../nbs/20_reproduction.ipynb #062
+# %% ../nbs/20_reproduction.ipynb #061
 COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
 
 def figure_bars(
@@ -519,7 +464,61 @@ def figure_curves(
     ax.set_xlabel("step"); ax.legend(frameon=False, fontsize=8); _axis(ax, "training loss")
     return fig
 
-# %% ../nbs/20_reproduction.ipynb #065
+# %% ../nbs/20_reproduction.ipynb #063
+COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
+
+def figure_bars(
+    summary: dict,  # from `summarise`
+):                  # a matplotlib figure
+    "Overall IoU of the four rows, ours with its interval beside the paper's."
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(6.4, 3.2), dpi=90, layout="constrained"); ax = fig.subplots()
+    for i, (row, r) in enumerate(summary["rows"].items()):
+        c, paper = r["ours"]["Overall IoU"], r["paper"]["Overall IoU"]
+        ax.bar(i - .2, c["value"], .38, color=COLORS[row], yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=3)
+        ax.bar(i + .2, paper, .38, color="none", edgecolor=COLORS[row], hatch="//")
+        ax.text(i - .2, c["high"] + .8, f"{c['value']:.1f}", ha="center", fontsize=8); ax.text(i + .2, paper + .8, f"{paper:.1f}", ha="center", fontsize=8)
+    handles = [ax.bar(0, 0, color="#777777"), ax.bar(0, 0, color="none", edgecolor="#777777", hatch="//")]
+    fig.legend(handles, ["here, with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
+    ax.set_xticks(range(len(summary["rows"])), summary["rows"]); _axis(ax)
+    return fig
+
+def _axis(ax, label: str = "overall IoU, %"):
+    ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
+
+def figure_kinds(
+    summary: dict,  # from `summarise`
+):                  # a matplotlib figure, or None where the data names no kinds
+    "Overall IoU by kind of expression."
+    from matplotlib.figure import Figure
+    kinds = list(next(iter(summary["rows"].values()))["by kind"])
+    if not kinds: return None
+    fig = Figure(figsize=(6.4, 3), dpi=90, layout="constrained"); ax = fig.subplots(); n = len(summary["rows"])
+    for j, (row, r) in enumerate(summary["rows"].items()):
+        for i, kind in enumerate(kinds):
+            if kind not in r["by kind"]: continue
+            c = r["by kind"][kind]
+            ax.bar(i + (j - (n - 1) / 2) * .2, c["value"], .19, color=COLORS[row], label=row if i == 0 else None,
+                   yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=2, error_kw={"lw": .8})
+    ax.set_xticks(range(len(kinds)), kinds); _axis(ax); ax.set_ylim(0, max(1, ax.get_ylim()[1]))
+    fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center")
+    return fig
+
+def figure_curves(
+    logs: dict[str, list[dict]],  # row -> lines with "step" and "loss", see `read_log`
+):                                # a matplotlib figure, or None without logs
+    "Training loss of each row, smoothed over 2 % of the run."
+    from matplotlib.figure import Figure
+    if not any(logs.values()): return None
+    fig = Figure(figsize=(6.4, 2.8), dpi=90, layout="constrained"); ax = fig.subplots()
+    for row, lines in logs.items():
+        if not lines: continue
+        step = np.array([line["step"] for line in lines]); loss = np.array([line["loss"] for line in lines]); k = max(1, len(loss) // 50)
+        ax.plot(step[k - 1:], np.convolve(loss, np.ones(k) / k, "valid"), color=COLORS[row], label=row, lw=1.3)
+    ax.set_xlabel("step"); ax.legend(frameon=False, fontsize=8); _axis(ax, "training loss")
+    return fig
+
+# %% ../nbs/20_reproduction.ipynb #066
 EXAMPLE_RULE = ("For each kind of expression, the sample whose IoU under SHNet (first seed) is the median of its kind, ties to the lowest sent_id; "
                 "then the first sample, by sent_id, at which SHNet points elsewhere (IoU under 0.1).")
 
@@ -535,7 +534,7 @@ def choose_examples(
     if len(wrong): picked.append(int(s["sent_id"][wrong].min()))
     return list(dict.fromkeys(picked))
 
-# %% ../nbs/20_reproduction.ipynb #067
+# %% ../nbs/20_reproduction.ipynb #068
 def figure_examples(
     jobs: list[dict],   # from `plan`, all done
     runs: dict,         # from `load_runs`
@@ -567,7 +566,7 @@ def _wrap(text: str, width: int) -> str:
     import textwrap
     return "\n".join(textwrap.wrap(text, width))
 
-# %% ../nbs/20_reproduction.ipynb #071
+# %% ../nbs/20_reproduction.ipynb #072
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}}
 table{{border-collapse:collapse;font-size:13px;margin:1rem 0;display:block;overflow-x:auto}}img{{max-width:100%}}
@@ -586,11 +585,7 @@ def _html_tables(text: str) -> str:
             out.append("<table>" + tr(head, "th") + "".join(tr(r, "td") for r in rest) + "</table>"); rows = []
     return "\n".join(out)
 
-def _png(fig) -> bytes:
-    buffer = io.BytesIO(); fig.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-# %% ../nbs/20_reproduction.ipynb #072
+# %% ../nbs/20_reproduction.ipynb #073
 def figures(
     summary: dict,                   # from `summarise`
     runs: dict[str, list],           # from `load_runs`
@@ -605,7 +600,7 @@ def figures(
         out["examples"] = ("Masks of the rows with their IoU. " + EXAMPLE_RULE, figure_examples(jobs, runs))
     return {name: (caption, fig) for name, (caption, fig) in out.items() if fig is not None}
 
-# %% ../nbs/20_reproduction.ipynb #073
+# %% ../nbs/20_reproduction.ipynb #074
 def report(
     records: Path,                    # folder with the records
     out: Path,                        # where table2.json, table2.md, report.md, report.html and the figures go
@@ -631,7 +626,7 @@ def report(
     _write(out / "report.md", "\n".join(md)); _write(out / "report.html", PAGE.format(title=title, body="\n".join(body)))
     return summary
 
-# %% ../nbs/20_reproduction.ipynb #076
+# %% ../nbs/20_reproduction.ipynb #077
 def reproduce_table2(
     out: Path | str = "runs/reproduce",  # everything that is made goes here
     budget: str = "quick",               # "quick", "full" (or "tiny", for tests)

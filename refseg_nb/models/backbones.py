@@ -135,7 +135,7 @@ def load_voc_checkpoint(
     used = _check_keys(path, state, {f"backbone.{k}": v for k, v in expected.items()}, unused=("aspp.", "decoder."))
     return {k.removeprefix("backbone."): v for k, v in used.items()}
 
-# %% ../../nbs/05_pictures.ipynb #028
+# %% ../../nbs/05_pictures.ipynb #029
 class Block(nn.Module):
     "A residual block: 5x5 depthwise convolution, then two 1x1 convolutions with a ReLU between them."
     def __init__(
@@ -177,7 +177,7 @@ class RefShapesBackbone(Backbone):
             x = layer(x); out.append(x)
         return out
 
-# %% ../../nbs/05_pictures.ipynb #034
+# %% ../../nbs/05_pictures.ipynb #037
 class LeakWarning(UserWarning):
     "The weights have seen the test images."
 
@@ -239,7 +239,7 @@ def create_backbone(
     net.body.load_state_dict(_check_keys(where, state, net.body.state_dict(), unused), strict=False)
     return net.freeze(frozen)
 
-# %% ../../nbs/05_pictures.ipynb #037
+# %% ../../nbs/05_pictures.ipynb #040
 @dataclass
 class PixelLabels:
     "What `pretrain_backbone` teaches: images and their per-pixel labels, all in memory."
@@ -276,7 +276,7 @@ def pixel_labels(
     return PixelLabels(images, maps["category"], maps["instance"], ["background", *(refer.categories[c] for c in categories)],
                        {name: (known, maps[name]) for name, known in values.items()})
 
-# %% ../../nbs/05_pictures.ipynb #040
+# %% ../../nbs/05_pictures.ipynb #043
 def appearance(
     images: Float[Tensor, "K 3 S S"],   # in [0, 1]
     instance: UInt8[Tensor, "K S S"],   # 0: no thing; i: the i-th thing
@@ -291,7 +291,7 @@ def appearance(
     square = torch.zeros(k * n, 3, device=images.device).index_add_(0, index, colours ** 2) / count
     return torch.cat([mean, (square - mean ** 2).clamp(min=0).sqrt()], 1)[index].view(k, s, s, 6).permute(0, 3, 1, 2)
 
-# %% ../../nbs/05_pictures.ipynb #043
+# %% ../../nbs/05_pictures.ipynb #046
 class PixelHeads(nn.Module):
     "Throwaway heads over the three levels: a category at every second pixel, attributes and appearance at every fourth."
     def __init__(
@@ -324,7 +324,7 @@ def mean_iou(
     iou = torch.where(union > 0, table.diag() / union, torch.nan)
     return float(iou.nanmean()), iou
 
-# %% ../../nbs/05_pictures.ipynb #046
+# %% ../../nbs/05_pictures.ipynb #049
 @dataclass
 class PretrainResult:
     "What `pretrain_backbone` gives."
@@ -404,6 +404,6 @@ def pretrain_backbone(
     if out is not None:
         out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(out.name + ".part")
-        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part, metadata={"mean_iou": f"{overall:.4f}", "data": name, "seed": str(seed), "epochs": str(epochs)})
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part, metadata={"mean_iou": f"{overall:.4f}", "data": name, "seed": str(seed), "epochs": str(epochs), "images": str(len(data.images))})
         part.replace(out)
     return result

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-# %% ../../nbs/08_baseline.ipynb #012
+# %% ../../nbs/08_baseline.ipynb #013
 class Language(NamedTuple):
     "What the text encoder gives."
     words: Float[Tensor, "B T C"]  # L: the LSTM's hidden state after each word; zero where there is padding
@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
         sentence = states[torch.arange(len(words), device=words.device), last]
         return Language(states * mask.unsqueeze(-1), mask, sentence)
 
-# %% ../../nbs/08_baseline.ipynb #019
+# %% ../../nbs/08_baseline.ipynb #021
 class LevelAdapter(nn.Module):
     "One raw level to C x H x W: adaptive max-pooling, then a 3x3 convolution ('pooling and convolution', section 3.1)."
     def __init__(
@@ -78,7 +78,7 @@ class LevelAdapter(nn.Module):
         "The adapted level."
         return self.after(self.conv(F.adaptive_max_pool2d(level, self.size)))
 
-# %% ../../nbs/08_baseline.ipynb #026
+# %% ../../nbs/08_baseline.ipynb #029
 def pick(
     x: Float[Tensor, "K ..."],                 # one row an image
     image_index: Int[Tensor, " B"] | None,     # the image of each expression; None: row b belongs to expression b
@@ -124,7 +124,7 @@ class ConcatLevels(nn.Module):
         "One map of three."
         return self.mix(torch.cat(maps, dim=1))
 
-# %% ../../nbs/08_baseline.ipynb #033
+# %% ../../nbs/08_baseline.ipynb #037
 def conv_bn_relu(
     inputs: int,        # channels in
     outputs: int,       # channels out
@@ -154,7 +154,7 @@ class ASPP(nn.Module):
         pooled = self.pool(x.mean((2, 3), keepdim=True)).expand_as(x)
         return self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1))
 
-# %% ../../nbs/08_baseline.ipynb #039
+# %% ../../nbs/08_baseline.ipynb #045
 class UpsampleDecoder(nn.Module):
     "3x3 convolutions with bilinear doubling between them, down to one channel (section 3.4's up-sampling convolution)."
     def __init__(

@@ -36,7 +36,7 @@ def constant_conv(
     rows, columns = ([0] + [1] * (n - 2) + [2] for n in (height, width))
     return cases[:, :, rows][:, :, :, columns]
 
-# %% ../../nbs/10_hcam.ipynb #024
+# %% ../../nbs/10_hcam.ipynb #025
 class Gate(nn.Module):
     "Conv([f^v ; l]) for a map and a vector that is tiled over it, split into a visual convolution and a 9-case language term."
     def __init__(
@@ -58,7 +58,7 @@ class Gate(nn.Module):
         "Lambda, from `visual(f)` and the language vector."
         return torch.sigmoid(self.after(visual + constant_conv(self.conv.weight[:, self.channels:], language, *visual.shape[-2:])))
 
-# %% ../../nbs/10_hcam.ipynb #027
+# %% ../../nbs/10_hcam.ipynb #029
 class Conv3dLevels(nn.Module):
     "G = Conv3D([g_2; g_3; g_4]): kernel 3, padding (0, 1, 1), so that three levels become one map (equation 3)."
     def __init__(
@@ -75,7 +75,7 @@ class Conv3dLevels(nn.Module):
         if len(maps) != 3: raise ValueError(f"three levels, not {len(maps)}")
         return self.after(F.conv2d(torch.cat(maps, 1), self.conv.weight.transpose(1, 2).flatten(1, 2), self.conv.bias, padding=1))
 
-# %% ../../nbs/10_hcam.ipynb #030
+# %% ../../nbs/10_hcam.ipynb #033
 class HCAM(nn.Module):
     "Hierarchical Cross-Modal Aggregation (equations 2 and 3)."
     def __init__(

@@ -70,7 +70,7 @@ def write_json(
         os.fsync(file.fileno())
     temporary.replace(path)
 
-# %% ../../nbs/11b_checkpoints.ipynb #008
+# %% ../../nbs/11b_checkpoints.ipynb #009
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, Tensor], list]:  # "number.name" -> tensor (AdamW: step, exp_avg, exp_avg_sq), parameter groups as plain data
@@ -90,10 +90,10 @@ def load_optimizer(
     state = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
+        state.setdefault(int(number), {})[name] = value.clone()  # the optimizer goes on changing its own copy
     optimizer.load_state_dict({"state": state, "param_groups": [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]})
 
-# %% ../../nbs/11b_checkpoints.ipynb #011
+# %% ../../nbs/11b_checkpoints.ipynb #013
 def rng_tensors(
     device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:  # uint8 states
@@ -111,7 +111,7 @@ def load_rng(
     torch.set_rng_state(tensors["cpu"])
     if torch.device(device).type == "cuda" and "cuda" in tensors: torch.cuda.set_rng_state(tensors["cuda"], device)
 
-# %% ../../nbs/11b_checkpoints.ipynb #014
+# %% ../../nbs/11b_checkpoints.ipynb #017
 def model_tensors(
     model: nn.Module,
     backbone: bool = True,  # with the weights of `model.backbone`
@@ -136,7 +136,7 @@ def load_tensors(
         raise CheckpointError(f"{what} does not fit the model: {k} {problem} ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} of another shape)")
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()}, strict=False)
 
-# %% ../../nbs/11b_checkpoints.ipynb #017
+# %% ../../nbs/11b_checkpoints.ipynb #021
 def save_checkpoint(
     folder: str | Path,     # of all checkpoints of a run: <out>/checkpoint
     step: int,              # optimizer steps done
@@ -184,7 +184,7 @@ def load_checkpoint(
         raise CheckpointError(f"checkpoint {found[-1].name} cannot be read ({type(error).__name__}: {error}): "
                               "remove that folder to go on from the one before") from error
 
-# %% ../../nbs/11b_checkpoints.ipynb #024
+# %% ../../nbs/11b_checkpoints.ipynb #029
 def fingerprint(
     tensors: dict[str, Tensor],
 ) -> str:
@@ -195,7 +195,7 @@ def fingerprint(
         digest.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/11b_checkpoints.ipynb #027
+# %% ../../nbs/11b_checkpoints.ipynb #033
 SHIPPED_BACKBONES = ("refshapes",)  # small enough to be stored with the model; the others are fetched once per machine
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from .scenes import CATEGORIES, COLORS, HELDOUT, Rendering, Scene, render
 
-# %% ../../nbs/02_expressions.ipynb #013
+# %% ../../nbs/02_expressions.ipynb #015
 KINDS = ("attribute", "superlative", "relation", "composition")
 FLAVOURS = ("refshapes", "refshapes+")   # with words for places, as RefCOCO; without, as RefCOCO+
 GAP = .06            # of position, between the thing meant and the next, as a share of the side
@@ -27,7 +27,7 @@ SIZE_RATIO = 1.25    # of `Thing.size`; 1.56 in area
 BIG, NOT_BIG, SMALL, NOT_SMALL = .25, .205, .145, .18   # sizes between them are neither: phrases that need to know are rejected
 _SIDES = ("left", "right", "top", "bottom", "biggest", "smallest")
 
-# %% ../../nbs/02_expressions.ipynb #015
+# %% ../../nbs/02_expressions.ipynb #017
 @dataclass(frozen=True)
 class Noun:
     "A set of things: of a category (or kind of category, or any thing), and of a colour, a texture, a size where they are given."
@@ -41,7 +41,7 @@ class Noun:
     def attributes(self) -> tuple[str, ...]: return tuple(k for k in ("color", "texture", "size") if getattr(self, k))
     def without(self, slot) -> "Noun": return Noun(**{**self.__dict__, slot: "any" if slot == "noun" else ""})
 
-# %% ../../nbs/02_expressions.ipynb #018
+# %% ../../nbs/02_expressions.ipynb #021
 @dataclass(frozen=True)
 class Program:
     "An operation and its arguments: `Noun`s, words, numbers and other programs."
@@ -59,7 +59,7 @@ class Expression:
     program: str        # what the phrase means, as text: `parse_program` reads it
     group: str = ""     # expressions of one image with the same group differ in one slot and in their referent
 
-# %% ../../nbs/02_expressions.ipynb #020
+# %% ../../nbs/02_expressions.ipynb #023
 _ATOM = re.compile(r"\s*([(),]|[^(),\s]+)")
 
 def parse_program(
@@ -86,7 +86,7 @@ def parse_program(
     if not isinstance(program, Program): raise ValueError(f"{text!r} is not a program: it has no operation")
     return program
 
-# %% ../../nbs/02_expressions.ipynb #024
+# %% ../../nbs/02_expressions.ipynb #029
 class Sets:
     "Sets of a scene's things as bits of an int, and the words that name them."
     def __init__(self, scene: Scene):
@@ -109,7 +109,7 @@ class Sets:
         if bits & self.unsure[noun.size]: return None
         return bits & w[noun.size] if noun.size else bits
 
-# %% ../../nbs/02_expressions.ipynb #027
+# %% ../../nbs/02_expressions.ipynb #033
 class Orders(Sets):
     "Superlatives: the first, or the second, of a set from one side."
     def __init__(self, scene: Scene):
@@ -133,7 +133,7 @@ class Orders(Sets):
         order = sorted((self.key["left"][i], i) for i in self.members(bits))
         return order[1][1] if len(order) == 3 and min(order[1][0] - order[0][0], order[2][0] - order[1][0]) >= GAP else None
 
-# %% ../../nbs/02_expressions.ipynb #030
+# %% ../../nbs/02_expressions.ipynb #037
 def _gap(a, b):
     "Distance between the boxes of two things."
     return math.hypot(max(a.box[0] - b.box[2], b.box[0] - a.box[2], 0), max(a.box[1] - b.box[3], b.box[1] - a.box[3], 0))
@@ -163,7 +163,7 @@ class Distances(Orders):
         self.memo[key] = found
         return found
 
-# %% ../../nbs/02_expressions.ipynb #032
+# %% ../../nbs/02_expressions.ipynb #039
 class Relations(Distances):
     "Relations with one side of an anchor, and with two anchors."
     def beside(self, side: str, bits: int, anchor: int) -> int | None:
@@ -194,7 +194,7 @@ class Relations(Distances):
         inside, unsure, L = self.memo[key]; bits &= ~(1 << a | 1 << b)
         return self.one(inside & bits) if L >= .28 and not unsure & bits and bits & (bits - 1) else None
 
-# %% ../../nbs/02_expressions.ipynb #035
+# %% ../../nbs/02_expressions.ipynb #043
 class World(Relations):
     "What is true in a scene, with margins. None means: nothing, several, or too close to call."
     def run(self, program: Program) -> int | None:
@@ -217,7 +217,7 @@ class World(Relations):
             return None if a is None or b is None or a == b else self.between(bits, a, b)
         raise ValueError(f"unknown operation {op!r} in the program {program}")
 
-# %% ../../nbs/02_expressions.ipynb #036
+# %% ../../nbs/02_expressions.ipynb #045
 def world(scene: Scene) -> World:
     "The scene's `World`, made once."
     if "_world" not in scene.__dict__: scene.__dict__["_world"] = World(scene)
@@ -230,7 +230,7 @@ def execute(
     "Run a program on a scene."
     return world(scene).run(parse_program(program) if isinstance(program, str) else program)
 
-# %% ../../nbs/02_expressions.ipynb #040
+# %% ../../nbs/02_expressions.ipynb #051
 def _slots(noun: Noun) -> tuple[str, ...]:
     "The content words of a noun phrase."
     return noun.attributes + ("noun",) * (noun.noun not in ("thing", "any"))
@@ -256,7 +256,7 @@ def shorter(
         return out
     return of(program)
 
-# %% ../../nbs/02_expressions.ipynb #042
+# %% ../../nbs/02_expressions.ipynb #055
 def is_minimal(
     program: Program,
     scene: Scene,
@@ -265,7 +265,7 @@ def is_minimal(
     w = world(scene); r = w.run(program)
     return r is not None and all(w.run(p) != r for p in shorter(program))
 
-# %% ../../nbs/02_expressions.ipynb #045
+# %% ../../nbs/02_expressions.ipynb #059
 def kind_of(program: Program) -> str:
     "Attribute, superlative, relation, or composition: a relation with a superlative, another relation, or attributes on both sides."
     if program.op == "the": return "attribute"
@@ -274,7 +274,7 @@ def kind_of(program: Program) -> str:
     if any(a.op not in ("the", "a") for a in anchors): return "composition"
     return "composition" if nouns[0].attributes and any(n.attributes for a in anchors for n in _nouns_in(a)) else "relation"
 
-# %% ../../nbs/02_expressions.ipynb #048
+# %% ../../nbs/02_expressions.ipynb #063
 def _noun_phrases(w: World):
     "Every noun with at most two attributes, each of which narrows the set down; as (noun, set)."
     out = {}
@@ -292,7 +292,7 @@ def _noun_phrases(w: World):
                         if bits and all(w.set_of(phrase.without(s)) != bits for s in _slots(phrase)): out[phrase] = bits
     return list(out.items())
 
-# %% ../../nbs/02_expressions.ipynb #051
+# %% ../../nbs/02_expressions.ipynb #067
 def _compositions(w, several, drops, supers, keep, out):
     "Relations whose anchor is found by a superlative or by another relation."
     nested = [(p, r) for p, r, name in out if name == "nearest" and not p.args[0].attributes and len(p.args[1].args[0].attributes) < 2]
@@ -318,7 +318,7 @@ def _compositions(w, several, drops, supers, keep, out):
             tests = [w.near(d, 1 << a) for d in ds] + [None if a2 is None else w.near(b, 1 << a2)]
             if c != r: keep(Program("nearest", (p, program)), r, "nested", tests)
 
-# %% ../../nbs/02_expressions.ipynb #052
+# %% ../../nbs/02_expressions.ipynb #069
 def enumerate_programs(
     scene: Scene,
     flavour: str = "refshapes",   # "refshapes+" has no words for places
@@ -371,7 +371,7 @@ def enumerate_programs(
     _compositions(w, several, drops, supers, keep, out)
     return out
 
-# %% ../../nbs/02_expressions.ipynb #058
+# %% ../../nbs/02_expressions.ipynb #077
 _NOUNS = {"man": ("man", "man", "guy"), "woman": ("woman", "woman", "lady"), "child": ("child", "kid"), "plane": ("plane", "plane", "airplane"),
           "thing": ("thing", "object")}
 _TEXTURE = {"striped": ("striped", "with stripes"), "dotted": ("dotted", "spotted", "with dots"), "checked": ("checked", "checkered")}
@@ -399,7 +399,7 @@ def _noun_text(noun: Noun, rng, terse: bool) -> tuple[str, str]:
     front += [noun.color] if texture.startswith("with") else [texture, noun.color] if rng.random() < .85 else [noun.color, texture]
     return " ".join(x for x in front if x), word + (f" {texture}" if texture.startswith("with") else "")
 
-# %% ../../nbs/02_expressions.ipynb #061
+# %% ../../nbs/02_expressions.ipynb #081
 def _join(*words): return " ".join(x for x in words if x)
 
 def realise(
@@ -448,14 +448,14 @@ def realise(
     text = phrase(program)
     return text if terse else _join("the", text)
 
-# %% ../../nbs/02_expressions.ipynb #064
+# %% ../../nbs/02_expressions.ipynb #085
 # what is drawn; contrast sets, and what a scene allows, shift it
 MIX = {"attribute": .15, "superlative": .11, "relation": .56, "composition": .18}
 _WEIGHTS = {"noun": .25, "attribute": 1., "size": 1., "place": 1., "rank": .45, "middle": .4, "nearest": 1., "nearest a": .45, "farthest": .13,
             "between": 1., "beside": .5,
             "nearest size": .5, "nearest place": .4, "nested": .35}
 
-# %% ../../nbs/02_expressions.ipynb #066
+# %% ../../nbs/02_expressions.ipynb #087
 def _frames(program: Program) -> list[str]:
     "The program with one slot left open, in every way: two programs that share a frame differ in that slot only."
     out = []
@@ -475,7 +475,7 @@ def _frames(program: Program) -> list[str]:
     if program.op == "nearest" and program.args[1].op == "a": out.append("swap:" + "|".join(sorted((str(program.args[0]), str(program.args[1].args[0])))))
     return out
 
-# %% ../../nbs/02_expressions.ipynb #069
+# %% ../../nbs/02_expressions.ipynb #091
 def flip_share(
     program: Program,
     scene: Scene,
@@ -498,7 +498,7 @@ def flip_share(
         w.memo[key] = sum(i != r for i in swaps) / len(swaps) if swaps else None
     return w.memo[key]
 
-# %% ../../nbs/02_expressions.ipynb #071
+# %% ../../nbs/02_expressions.ipynb #094
 def _weight(program, name, kind, scene) -> float:
     "How much we like a program: contentful nouns, many rivals of the head, an anchor that matters."
     w = world(scene); weight = _WEIGHTS[name]; r = w.run(program)
@@ -519,7 +519,7 @@ def _draw(rng, items):
         if u <= 0: return item
     return items[-1][0]
 
-# %% ../../nbs/02_expressions.ipynb #072
+# %% ../../nbs/02_expressions.ipynb #096
 def sample_expressions(
     scene: Scene,
     rng: random.Random,          # only `rng.random()` is called
@@ -558,14 +558,14 @@ def sample_expressions(
         else: say(program, r)
     return out
 
-# %% ../../nbs/02_expressions.ipynb #079
+# %% ../../nbs/02_expressions.ipynb #106
 _SAYS = {"guy": "man", "lady": "woman", "kid": "child", "airplane": "plane", "object": "thing", "large": "big", "little": "small", "stripes": "striped",
          "spotted": "dotted", "dots": "dotted", "checkered": "checked"}
 _CUES = [(r"^(.*?)\b(?:closest to|nearest to|nearest|next to|by)\b(.*)$", "near"),
          (r"^(.*?)\b(?:farthest|furthest)(?: away)? from\b(.*)$", "far"),
          (r"^(.*?)\bjust (left of|right of|above|below)\b(.*)$", "just")]
 
-# %% ../../nbs/02_expressions.ipynb #080
+# %% ../../nbs/02_expressions.ipynb #107
 class _Measured:
     "Centres and sizes of a scene's things, as measured on their silhouettes; and plain noun phrases."
     def __init__(self, scene, rendering):
@@ -590,7 +590,7 @@ def _first(indices, value, ratio=0.):
     if len(order) > 1 and value[order[1]] - value[order[0]] <= ratio * abs(value[order[1]]) + 1e-9: return None
     return order[0] if order else None
 
-# %% ../../nbs/02_expressions.ipynb #082
+# %% ../../nbs/02_expressions.ipynb #109
 def _superlative(m: _Measured, text: str) -> int | None:
     "Read a noun phrase that may hold a superlative."
     words, cx, cy, size = f" {text} ", m.cx, m.cy, m.size
@@ -613,7 +613,7 @@ def _superlative(m: _Measured, text: str) -> int | None:
     found = m.called(words)
     return found[0] if len(found) == 1 else None
 
-# %% ../../nbs/02_expressions.ipynb #083
+# %% ../../nbs/02_expressions.ipynb #111
 def reference_execute(
     text: str,        # the phrase itself, not its program
     scene: Scene,     # for the names of things and colours
@@ -646,7 +646,7 @@ def reference_execute(
         return _first(heads, distance, .05)
     return meaning(text)
 
-# %% ../../nbs/02_expressions.ipynb #089
+# %% ../../nbs/02_expressions.ipynb #119
 def blind_readers(
     expression: Expression,
     scene: Scene,

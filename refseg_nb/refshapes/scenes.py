@@ -29,7 +29,7 @@ COLORS = {"red": (2, .84, .86), "orange": (27, .92, .97), "yellow": (52, .85, .9
 TEXTURES = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("sky", "grass", "sand", "water")
 
-# %% ../../nbs/01_scenes.ipynb #008
+# %% ../../nbs/01_scenes.ipynb #009
 @dataclass
 class Thing:
     "One thing of a scene. Lengths are shares of the picture's side; y grows downwards."
@@ -54,7 +54,7 @@ class Thing:
         "Left, top, right, bottom, before the slight rotation."
         return self.x - self.width / 2, self.y - self.height / 2, self.x + self.width / 2, self.y + self.height / 2
 
-# %% ../../nbs/01_scenes.ipynb #010
+# %% ../../nbs/01_scenes.ipynb #013
 @dataclass
 class Scene:
     "Everything that is needed to draw a picture, at any size, and to know what is true in it."
@@ -74,7 +74,7 @@ class Scene:
             return {k: tidy(u) for k, u in v.items()} if isinstance(v, dict) else v
         return tidy(asdict(self))
 
-# %% ../../nbs/01_scenes.ipynb #022
+# %% ../../nbs/01_scenes.ipynb #025
 def _oval(cx, cy, rx, ry, a0=0, a1=360, n=30):
     a = np.radians(np.linspace(a0, a1, n, endpoint=a1 - a0 < 360))
     return np.stack([cx + rx * np.cos(a), cy + ry * np.sin(a)], 1)
@@ -92,7 +92,7 @@ def _tube(points, r):
     side = np.stack([-d[:, 1], d[:, 0]], 1) * r
     return np.concatenate([p + side, (p - side)[::-1]])
 
-# %% ../../nbs/01_scenes.ipynb #023
+# %% ../../nbs/01_scenes.ipynb #027
 def _compound(polygons) -> Outline:
     "One path of several closed polygons, all turning the same way, so that overlaps are filled once."
     vertices, codes = [], []
@@ -102,7 +102,7 @@ def _compound(polygons) -> Outline:
         vertices += [p, p[:1]]; codes += [[Outline.MOVETO] + [Outline.LINETO] * (len(p) - 1) + [Outline.CLOSEPOLY]]
     return Outline(np.concatenate(vertices), np.concatenate(codes).astype(Outline.code_type))
 
-# %% ../../nbs/01_scenes.ipynb #026
+# %% ../../nbs/01_scenes.ipynb #031
 _T = np.linspace(0, 1, 12)
 SPRITES = {   # category -> layers from back to front: (colour role or fixed colour, polygons); the role "body" takes the thing's colour and texture
     "man": [("skin", [_oval(-2.0, 6.1, .5, .5), _oval(2.0, 6.1, .5, .5), _rect(-.5, 2, .5, 3)]), ("#4d5875", [_rect(-1.5, 5.4, -.12, 10),
@@ -127,7 +127,7 @@ SPRITES = {   # category -> layers from back to front: (colour role or fixed col
               ("#a8453f", [_oval(0, 2.75, .6, .35, 0, 180)]), ("#ffffff", [_rect(-1.3, 8.3, -.2, 8.9, .25), _rect(.2, 8.3, 1.3, 8.9, .25)])]
 }
 
-# %% ../../nbs/01_scenes.ipynb #027
+# %% ../../nbs/01_scenes.ipynb #032
 SPRITES |= {
     "dog": [("dark", [_rect(1.3, 5, 2.3, 7.9, .3), _rect(4.1, 5, 5.1, 7.9, .3)]), ("body", [_tube([(0.6, 4.0), (-.5, 3.0), (-1.2, 1.7)], .42),
         _rect(0, 3, 6.2, 6.1, 1.2), _rect(.2, 5, 1.3, 8.1, .3),
@@ -148,7 +148,7 @@ SPRITES |= {
         ("#222222", [_oval(6.65, 2.25, .34, .34)])],
 }
 
-# %% ../../nbs/01_scenes.ipynb #029
+# %% ../../nbs/01_scenes.ipynb #034
 SPRITES |= {
     "car": [("body", [_rect(0, 2.6, 10, 5.3, .9), _poly((1.6, 3), (2.8, .6), (6.6, .6), (8.2, 3))]), ("#cfe6f2", [_poly((2.3, 2.7), (3.2, 1.1),
         (4.6, 1.1), (4.6, 2.7)), _poly((5.1, 2.7), (5.1, 1.1), (6.3, 1.1), (7.3, 2.7))]),
@@ -162,7 +162,7 @@ SPRITES |= {
               ("#cfe6f2", [_oval(8.5, 2.5, .6, .42), _oval(6.9, 2.5, .32, .34), _oval(5.8, 2.5, .32, .34), _oval(4.7, 2.5, .32, .34)])],
 }
 
-# %% ../../nbs/01_scenes.ipynb #030
+# %% ../../nbs/01_scenes.ipynb #036
 SPRITES |= {
     "house": [("#9c5a48", [_rect(5.8, -.2, 7.0, 2.6)]), ("body", [_rect(.6, 3.4, 8.4, 9)]), ("#74574a", [_poly((-.4, 3.9), (4.5, -.2), (9.4, 3.9))]),
         ("#5a4336", [_rect(1.7, 5.9, 3.5, 9)]), ("#d9eef7", [_rect(5.0, 5.1, 7.2, 7.2)]), ("#5a4336", [_rect(5.98, 5.1, 6.22, 7.2),
@@ -180,7 +180,7 @@ SPRITES |= {
         ("body", [np.concatenate([_oval(0, 0, 4.6, 4.2, 180, 360, 30)] + [_oval(x, 0, 1.15, .75, 0, -180, 8) for x in (3.45, 1.15, -1.15, -3.45)])])],
 }
 
-# %% ../../nbs/01_scenes.ipynb #032
+# %% ../../nbs/01_scenes.ipynb #038
 def _normalise(layers):
     lo = np.min([p.min(0) for _, ps in layers for p in ps], axis=0); hi = np.max([p.max(0) for _, ps in layers for p in ps], axis=0)
     layers = [(role, [(p - lo) / (hi - lo) - .5 for p in ps]) for role, ps in layers]
@@ -189,7 +189,7 @@ def _normalise(layers):
 _SHAPES = {c: _normalise(layers) for c, layers in SPRITES.items()}
 ASPECTS = {c: shape[2] for c, shape in _SHAPES.items()}
 
-# %% ../../nbs/01_scenes.ipynb #035
+# %% ../../nbs/01_scenes.ipynb #042
 _SKIN = ((.96, .80, .69), (.87, .67, .53), (.66, .46, .33), (.47, .32, .24))
 _HAIR = ((.35, .22, .14), (.15, .12, .12), (.62, .43, .20), (.55, .25, .15))
 
@@ -206,7 +206,7 @@ def _fill(role, thing):
     if role == "center": return (.99, .86, .35) if thing.color not in ("yellow", "orange", "white") else (.45, .28, .16)
     return tuple(int(role[i:i + 2], 16) / 255 for i in (1, 3, 5))
 
-# %% ../../nbs/01_scenes.ipynb #038
+# %% ../../nbs/01_scenes.ipynb #046
 INK = {"white": .42, "black": .45}   # softer contrast, so that black with white stripes is not white with black stripes
 PERIOD = .05   # of stripes, dots and squares, as a share of the side, whatever the thing's size: 5 pixels of 96
 
@@ -226,7 +226,7 @@ def _pattern(thing) -> Outline:
     rotation = np.array([(math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))])
     return _tiled(polygon @ rotation, np.array(offsets) @ rotation + (thing.x, thing.y))
 
-# %% ../../nbs/01_scenes.ipynb #041
+# %% ../../nbs/01_scenes.ipynb #050
 @dataclass
 class Rendering:
     "A drawn scene."
@@ -236,7 +236,7 @@ class Rendering:
     visible: np.ndarray  # [n] float: share of the silhouette that can be seen
     ground: np.ndarray   # [H, W] uint8: index into `BACKGROUNDS` of what lies behind the things
 
-# %% ../../nbs/01_scenes.ipynb #043
+# %% ../../nbs/01_scenes.ipynb #052
 def _placement(thing, size):
     "From a sprite's unit square (y down) to Agg's pixels (y up)."
     across = thing.width * (-1 if thing.mirror else 1)
@@ -244,7 +244,7 @@ def _placement(thing, size):
 
 def _unit(size): return Affine2D.from_values(size, 0, 0, -size, 0, size)
 
-# %% ../../nbs/01_scenes.ipynb #046
+# %% ../../nbs/01_scenes.ipynb #056
 def _clutter_shape(kind, x, y, s, base):
     "Polygons, colour and opacity of a cloud, a tuft of grass, a pebble or a wave."
     if kind == "cloud":
@@ -256,7 +256,7 @@ def _clutter_shape(kind, x, y, s, base):
     if kind == "pebble": return [_oval(x, y, s, .65 * s, n=12)], _mix(base, (.5, .4, .3), .35), .8
     return [_tube(np.stack([x + s * (4 * _T - 2), y + .35 * s * np.sin(_T * 12.5)], 1), .22 * s)], _mix(base, (1, 1, 1), .45), .8
 
-# %% ../../nbs/01_scenes.ipynb #047
+# %% ../../nbs/01_scenes.ipynb #058
 _SKY = ((.62, .80, .95), (.86, .93, .98))
 _GROUND = {"sky": _SKY, "grass": ((.72, .83, .58), (.60, .75, .45)), "sand": ((.95, .89, .73), (.90, .81, .61)),
            "water": ((.58, .80, .84), (.43, .69, .77))}
@@ -278,7 +278,7 @@ def _paint_background(renderer, gc, scene, size):
     gc.set_alpha(1.)
     return ground
 
-# %% ../../nbs/01_scenes.ipynb #050
+# %% ../../nbs/01_scenes.ipynb #062
 OUTLINE = .009   # width of the line around a thing, as a share of the side
 
 def _paint_thing(renderer, gc, thing, size):
@@ -293,7 +293,7 @@ def _paint_thing(renderer, gc, thing, size):
             gc.set_clip_path(TransformedPath(path, place)); renderer.draw_path(gc, _pattern(thing), _unit(size), ink)
             gc.set_clip_path(None)
 
-# %% ../../nbs/01_scenes.ipynb #057
+# %% ../../nbs/01_scenes.ipynb #070
 def occlude(
     full: np.ndarray,   # [n, H, W] bool silhouettes, from back to front
 ) -> np.ndarray:        # [n, H, W] bool
@@ -301,14 +301,14 @@ def occlude(
     in_front = np.zeros_like(full); in_front[:-1] = np.logical_or.accumulate(full[:0:-1], axis=0)[::-1]
     return full & ~in_front
 
-# %% ../../nbs/01_scenes.ipynb #060
+# %% ../../nbs/01_scenes.ipynb #074
 def _silhouette(renderer, gc, thing, size):
     "[H, W] bool: pixels that the thing covers by more than half."
     renderer.clear(); gc.set_linewidth(OUTLINE * size); gc.set_foreground((1, 1, 1))
     renderer.draw_path(gc, _SHAPES[thing.category][1], _placement(thing, size), (1, 1, 1))
     return np.asarray(renderer.buffer_rgba())[..., 3] > 127
 
-# %% ../../nbs/01_scenes.ipynb #061
+# %% ../../nbs/01_scenes.ipynb #076
 def silhouettes(
     scene: Scene,
     size: int = 96,   # pixels a side
@@ -317,7 +317,7 @@ def silhouettes(
     renderer = RendererAgg(size, size, 72); gc = renderer.new_gc(); gc.set_snap(False)
     return np.stack([_silhouette(renderer, gc, t, size) for t in scene.things])
 
-# %% ../../nbs/01_scenes.ipynb #063
+# %% ../../nbs/01_scenes.ipynb #078
 FLYERS = ("bird", "plane", "balloon")   # they cast no shadow, and may be in the sky
 
 def render(
@@ -339,7 +339,7 @@ def render(
     full = np.stack([_silhouette(renderer, gc, t, size) for t in scene.things]); masks = occlude(full)
     return Rendering(image, masks, full, masks.sum((1, 2)) / np.maximum(full.sum((1, 2)), 1), ground)
 
-# %% ../../nbs/01_scenes.ipynb #075
+# %% ../../nbs/01_scenes.ipynb #094
 LIVES_ON = {"sky": ("bird", "plane", "balloon", "umbrella", "ball"), "water": ("boat", "fish", "bird", "ball", "umbrella", "balloon"),
             "grass": ("man", "woman", "child", "dog", "cat", "bird", "car", "house", "tree", "flower", "ball", "balloon", "umbrella", "plane"),
             "sand": ("man", "woman", "child", "dog", "cat", "bird", "car", "boat", "house", "tree", "ball", "balloon", "umbrella", "plane")}
@@ -350,7 +350,7 @@ SMALLEST, LARGEST = .10, .34   # of `Thing.size`
 TEXTURED_FROM = .165           # smaller things are always plain: their texture could not be seen
 MIN_VISIBLE = .6               # of every silhouette
 
-# %% ../../nbs/01_scenes.ipynb #078
+# %% ../../nbs/01_scenes.ipynb #098
 _GROUPS = {5: ((3, 2), (4, 1), (3, 1, 1), (2, 2, 1)), 6: ((3, 3), (4, 2), (3, 2, 1), (3, 2, 1), (2, 2, 2)),
            7: ((3, 3, 1), (4, 3), (4, 2, 1), (3, 2, 2), (3, 2, 1, 1)), 8: ((4, 4), (3, 3, 2), (4, 3, 1), (4, 2, 2), (3, 2, 2, 1))}
 
@@ -383,7 +383,7 @@ def _cast(rng, background, people, heldout):
             things.append(Thing(kind, color, texture, size, ASPECTS[kind] * math.exp(.16 * (rng.random() - .5))))
     return things
 
-# %% ../../nbs/01_scenes.ipynb #081
+# %% ../../nbs/01_scenes.ipynb #102
 def _overlap(a, b):
     "Shared area of two boxes, over the smaller one."
     (al, at, ar, ab), (bl, bt, br, bb) = a.box, b.box
@@ -403,7 +403,7 @@ def _place(rng, things, scene_horizon):
         placed.append(t)
     return True
 
-# %% ../../nbs/01_scenes.ipynb #082
+# %% ../../nbs/01_scenes.ipynb #104
 def _anchored(things) -> int:
     "How many things are clearly the closest of their category to some other thing: what \"the dog closest to the tree\" needs."
     found = set()
@@ -413,7 +413,7 @@ def _anchored(things) -> int:
             if len(near) > 1 and near[0][0] * 1.35 < near[1][0]: found.add(near[0][1])
     return len(found)
 
-# %% ../../nbs/01_scenes.ipynb #083
+# %% ../../nbs/01_scenes.ipynb #106
 def _vary(rng, t):
     "Give a thing its own shade, tilt, direction and details."
     hue, sat, val = COLORS[t.color]
@@ -430,7 +430,7 @@ def _strew(rng, background, horizon):
         if kind: clutter.append((kind, rng.random(), horizon + .03 + (.96 - horizon) * rng.random(), .008 + .012 * rng.random()))
     return clutter
 
-# %% ../../nbs/01_scenes.ipynb #085
+# %% ../../nbs/01_scenes.ipynb #108
 def sample_scene(
     seed: int,              # the world
     index: int,             # which of its scenes

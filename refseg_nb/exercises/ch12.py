@@ -32,7 +32,7 @@ def check_clip_norm(fn):
         clipped, found = fn([g.clone() for g in gradients], largest)
         assert np.isclose(found, norm.item(), rtol=1e-4), f"the norm over all gradients was {norm.item():.4f}, not {found}"
         for c, p in zip(clipped, parameters):
-            assert torch.allclose(c, p.grad, rtol=1e-3, atol=1e-6), f"with largest={largest} the gradients should have a norm of {min(largest, norm.item()):.4f}"
+            assert torch.allclose(c, p.grad, rtol=1e-3, atol=1e-6), f"with largest={largest} they should have a norm of {min(largest, norm.item()):.4f}"
     clipped, found = fn([torch.zeros(3)], 1.)
     assert found == 0 and torch.equal(clipped[0], torch.zeros(3)), "gradients of zero stay zero"
     return "check_clip_norm: correct"

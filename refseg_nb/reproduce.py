@@ -374,7 +374,7 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
     console = console or Console()
-    table = Table(title=f"Table 2 here ({summary['samples']:,} expressions, {summary['images']:,} images) and in the paper ({PAPER_RESULT})")
+    table = Table(title=f"Table 2 here ({_data_name(summary)}, {summary['samples']:,} expressions) and in the paper ({PAPER_RESULT})")
     for c in ("", "", *(c.replace("prec@0", "P@") for c in TABLE2_COLUMNS), "95 %"): table.add_column(c, justify="right" if c else "left", no_wrap=True)
     for row, r in summary["rows"].items():
         cell = r["ours"]["Overall IoU"]
@@ -403,9 +403,12 @@ def figure_bars(
         ax.bar(i + .2, paper, .38, color="none", edgecolor=COLORS[row], hatch="//")
         ax.text(i - .2, c["high"] + .8, f"{c['value']:.1f}", ha="center", fontsize=8); ax.text(i + .2, paper + .8, f"{paper:.1f}", ha="center", fontsize=8)
     handles = [ax.bar(0, 0, color="#777777"), ax.bar(0, 0, color="none", edgecolor="#777777", hatch="//")]
-    fig.legend(handles, ["here, with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
+    fig.legend(handles, [f"here ({_data_name(summary)}), with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
     ax.set_xticks(range(len(summary["rows"])), summary["rows"]); _axis(ax)
     return fig
+
+def _data_name(summary: dict) -> str:
+    return f"{summary['protocol']['dataset']} {summary['protocol']['split']}"
 
 def _axis(ax, label: str = "overall IoU, %"):
     ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
@@ -425,9 +428,12 @@ def figure_bars(
         ax.bar(i + .2, paper, .38, color="none", edgecolor=COLORS[row], hatch="//")
         ax.text(i - .2, c["high"] + .8, f"{c['value']:.1f}", ha="center", fontsize=8); ax.text(i + .2, paper + .8, f"{paper:.1f}", ha="center", fontsize=8)
     handles = [ax.bar(0, 0, color="#777777"), ax.bar(0, 0, color="none", edgecolor="#777777", hatch="//")]
-    fig.legend(handles, ["here, with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
+    fig.legend(handles, [f"here ({_data_name(summary)}), with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
     ax.set_xticks(range(len(summary["rows"])), summary["rows"]); _axis(ax)
     return fig
+
+def _data_name(summary: dict) -> str:
+    return f"{summary['protocol']['dataset']} {summary['protocol']['split']}"
 
 def _axis(ax, label: str = "overall IoU, %"):
     ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
@@ -447,7 +453,7 @@ def figure_kinds(
             ax.bar(i + (j - (n - 1) / 2) * .2, c["value"], .19, color=COLORS[row], label=row if i == 0 else None,
                    yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=2, error_kw={"lw": .8})
     ax.set_xticks(range(len(kinds)), kinds); _axis(ax); ax.set_ylim(0, max(1, ax.get_ylim()[1]))
-    fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center")
+    fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center", title=_data_name(summary), title_fontsize=8)
     return fig
 
 def figure_curves(
@@ -479,9 +485,12 @@ def figure_bars(
         ax.bar(i + .2, paper, .38, color="none", edgecolor=COLORS[row], hatch="//")
         ax.text(i - .2, c["high"] + .8, f"{c['value']:.1f}", ha="center", fontsize=8); ax.text(i + .2, paper + .8, f"{paper:.1f}", ha="center", fontsize=8)
     handles = [ax.bar(0, 0, color="#777777"), ax.bar(0, 0, color="none", edgecolor="#777777", hatch="//")]
-    fig.legend(handles, ["here, with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
+    fig.legend(handles, [f"here ({_data_name(summary)}), with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
     ax.set_xticks(range(len(summary["rows"])), summary["rows"]); _axis(ax)
     return fig
+
+def _data_name(summary: dict) -> str:
+    return f"{summary['protocol']['dataset']} {summary['protocol']['split']}"
 
 def _axis(ax, label: str = "overall IoU, %"):
     ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
@@ -501,7 +510,7 @@ def figure_kinds(
             ax.bar(i + (j - (n - 1) / 2) * .2, c["value"], .19, color=COLORS[row], label=row if i == 0 else None,
                    yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=2, error_kw={"lw": .8})
     ax.set_xticks(range(len(kinds)), kinds); _axis(ax); ax.set_ylim(0, max(1, ax.get_ylim()[1]))
-    fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center")
+    fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center", title=_data_name(summary), title_fontsize=8)
     return fig
 
 def figure_curves(

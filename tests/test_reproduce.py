@@ -96,7 +96,7 @@ def test_report_is_one_page(records, tmp_path):
 
 
 def test_records_that_do_not_belong_together(records, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no records"): R.load_runs(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no records"): R.load_runs(tmp_path / "nothing")
     save_record(fake("SHNet", 0, .6, images=50), records / "shnet-seed0.json")
     with pytest.raises(ValueError): R.summarise(R.load_runs(records), 100)
 

@@ -47,7 +47,7 @@ def pixel_positions(
     x, y = (sinusoid(torch.arange(n, dtype=torch.float32), channels // 2, base) for n in (width, height))
     return torch.cat([x[None].expand(height, -1, -1), y[:, None].expand(-1, width, -1)], dim=-1).flatten(0, 1)
 
-# %% ../../nbs/09_sfm.ipynb #027
+# %% ../../nbs/09_sfm.ipynb #028
 class JointAttention(nn.Module):
     "Multi-head self-attention whose positions may enter the queries and keys only, or the values too."
     def __init__(
@@ -91,7 +91,7 @@ class JointAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :], dropout_p=dropout)
         return self.out(y.transpose(1, 2).reshape(b, n, c)), weights if return_attention else None
 
-# %% ../../nbs/09_sfm.ipynb #031
+# %% ../../nbs/09_sfm.ipynb #033
 class SFMLayer(nn.Module):
     "One layer: LayerNorm and attention, and where asked a residual, and a feed-forward part."
     def __init__(
@@ -125,7 +125,7 @@ class SFMLayer(nn.Module):
             if not pre: x = self.norm2(x)
         return x, weights
 
-# %% ../../nbs/09_sfm.ipynb #035
+# %% ../../nbs/09_sfm.ipynb #037
 class SFM(nn.Module):
     "Synchronous Multi-Modal Fusion (equation 1): attention over the joined sequence of H*W places and T words."
     def __init__(
@@ -178,7 +178,7 @@ class SFM(nn.Module):
         x = self.final(x)
         return x[:, :h * w].transpose(1, 2).reshape(b, c, h, w), x[:, h * w:], attention if return_attention else None
 
-# %% ../../nbs/09_sfm.ipynb #042
+# %% ../../nbs/09_sfm.ipynb #045
 @dataclass
 class SFMAttention:
     "The attention of one forward pass: `attention[level][layer]` is [B, heads, HW+T, HW+T], queries x keys."

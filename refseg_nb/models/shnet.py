@@ -135,7 +135,7 @@ def differences(
     "The fields in which two configurations differ."
     return {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)}
 
-# %% ../../nbs/11_shnet.ipynb #014
+# %% ../../nbs/11_shnet.ipynb #015
 def training_target(
     masks: Float[Tensor, "B H0 W0"] | Bool[Tensor, "B H0 W0"],  # masks at their original resolution
     size: int,                  # pixels a side of the target
@@ -148,7 +148,7 @@ def training_target(
     soft = F.adaptive_avg_pool2d(masks, size)[:, 0]
     return soft if policy == "soft" else (soft >= .5).float()
 
-# %% ../../nbs/11_shnet.ipynb #018
+# %% ../../nbs/11_shnet.ipynb #020
 class SHNet(nn.Module):
     "SHNet (Figure 2), and with `use_sfm` or `use_hcam` off the other rows of Table 2."
     def __init__(
@@ -248,7 +248,7 @@ def count_parameters(
     counts = {part: sum(p.numel() for m in modules for p in m.parameters()) for part, modules in model.parts().items()}
     return counts | {"total": sum(counts.values())}
 
-# %% ../../nbs/11_shnet.ipynb #020
+# %% ../../nbs/11_shnet.ipynb #022
 MODELS = {"shnet": {}, **{row.lower().replace(" ", "-"): changes for row, changes in ABLATIONS.items()}}
 
 
@@ -267,7 +267,7 @@ def create_model(
     config = SHNetConfig.from_dict(PRESETS[preset].to_dict() | MODELS[name] | overrides)
     return SHNet(config, len(vectors) if vocab_size is None else vocab_size, vectors, backbone)
 
-# %% ../../nbs/11_shnet.ipynb #029
+# %% ../../nbs/11_shnet.ipynb #032
 def count_flops(
     config: SHNetConfig,  # any row, any preset
     words: int = 25,      # T

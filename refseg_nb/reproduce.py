@@ -366,6 +366,10 @@ def conclusions(
     return lines
 
 # %% ../nbs/20_reproduction.ipynb #054
+def _data_name(summary: dict) -> str:
+    return f"{summary['protocol']['dataset']} {summary['protocol']['split']}"
+
+# %% ../nbs/20_reproduction.ipynb #055
 def print_table(
     summary: dict,       # from `summarise`
     console=None,        # a rich console
@@ -383,12 +387,12 @@ def print_table(
     console.print(table)
     for line in conclusions(summary): console.print("· " + line, highlight=False, soft_wrap=True)
 
-# %% ../nbs/20_reproduction.ipynb #057
+# %% ../nbs/20_reproduction.ipynb #058
 def _png(fig) -> bytes:
     buffer = io.BytesIO(); fig.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
-# %% ../nbs/20_reproduction.ipynb #058
+# %% ../nbs/20_reproduction.ipynb #059
 COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
 
 def figure_bars(
@@ -403,41 +407,15 @@ def figure_bars(
         ax.bar(i + .2, paper, .38, color="none", edgecolor=COLORS[row], hatch="//")
         ax.text(i - .2, c["high"] + .8, f"{c['value']:.1f}", ha="center", fontsize=8); ax.text(i + .2, paper + .8, f"{paper:.1f}", ha="center", fontsize=8)
     handles = [ax.bar(0, 0, color="#777777"), ax.bar(0, 0, color="none", edgecolor="#777777", hatch="//")]
-    fig.legend(handles, [f"here ({_data_name(summary)}), with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
+    labels = [f"here ({_data_name(summary)}), with its 95 % interval", f"paper ({PAPER_RESULT})"]
+    fig.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=2)
     ax.set_xticks(range(len(summary["rows"])), summary["rows"]); _axis(ax)
     return fig
-
-def _data_name(summary: dict) -> str:
-    return f"{summary['protocol']['dataset']} {summary['protocol']['split']}"
 
 def _axis(ax, label: str = "overall IoU, %"):
     ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/20_reproduction.ipynb #061
-COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
-
-def figure_bars(
-    summary: dict,  # from `summarise`
-):                  # a matplotlib figure
-    "Overall IoU of the four rows, ours with its interval beside the paper's."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.4, 3.2), dpi=90, layout="constrained"); ax = fig.subplots()
-    for i, (row, r) in enumerate(summary["rows"].items()):
-        c, paper = r["ours"]["Overall IoU"], r["paper"]["Overall IoU"]
-        ax.bar(i - .2, c["value"], .38, color=COLORS[row], yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=3)
-        ax.bar(i + .2, paper, .38, color="none", edgecolor=COLORS[row], hatch="//")
-        ax.text(i - .2, c["high"] + .8, f"{c['value']:.1f}", ha="center", fontsize=8); ax.text(i + .2, paper + .8, f"{paper:.1f}", ha="center", fontsize=8)
-    handles = [ax.bar(0, 0, color="#777777"), ax.bar(0, 0, color="none", edgecolor="#777777", hatch="//")]
-    fig.legend(handles, [f"here ({_data_name(summary)}), with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
-    ax.set_xticks(range(len(summary["rows"])), summary["rows"]); _axis(ax)
-    return fig
-
-def _data_name(summary: dict) -> str:
-    return f"{summary['protocol']['dataset']} {summary['protocol']['split']}"
-
-def _axis(ax, label: str = "overall IoU, %"):
-    ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
-
+# %% ../nbs/20_reproduction.ipynb #062
 def figure_kinds(
     summary: dict,  # from `summarise`
 ):                  # a matplotlib figure, or None where the data names no kinds
@@ -456,6 +434,7 @@ def figure_kinds(
     fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center", title=_data_name(summary), title_fontsize=8)
     return fig
 
+# %% ../nbs/20_reproduction.ipynb #064
 def figure_curves(
     logs: dict[str, list[dict]],  # row -> lines with "step" and "loss", see `read_log`
 ):                                # a matplotlib figure, or None without logs
@@ -470,64 +449,7 @@ def figure_curves(
     ax.set_xlabel("step"); ax.legend(frameon=False, fontsize=8); _axis(ax, "training loss")
     return fig
 
-# %% ../nbs/20_reproduction.ipynb #063
-COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
-
-def figure_bars(
-    summary: dict,  # from `summarise`
-):                  # a matplotlib figure
-    "Overall IoU of the four rows, ours with its interval beside the paper's."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.4, 3.2), dpi=90, layout="constrained"); ax = fig.subplots()
-    for i, (row, r) in enumerate(summary["rows"].items()):
-        c, paper = r["ours"]["Overall IoU"], r["paper"]["Overall IoU"]
-        ax.bar(i - .2, c["value"], .38, color=COLORS[row], yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=3)
-        ax.bar(i + .2, paper, .38, color="none", edgecolor=COLORS[row], hatch="//")
-        ax.text(i - .2, c["high"] + .8, f"{c['value']:.1f}", ha="center", fontsize=8); ax.text(i + .2, paper + .8, f"{paper:.1f}", ha="center", fontsize=8)
-    handles = [ax.bar(0, 0, color="#777777"), ax.bar(0, 0, color="none", edgecolor="#777777", hatch="//")]
-    fig.legend(handles, [f"here ({_data_name(summary)}), with its 95 % interval", f"paper ({PAPER_RESULT})"], frameon=False, fontsize=8, loc="outside upper center", ncols=2)
-    ax.set_xticks(range(len(summary["rows"])), summary["rows"]); _axis(ax)
-    return fig
-
-def _data_name(summary: dict) -> str:
-    return f"{summary['protocol']['dataset']} {summary['protocol']['split']}"
-
-def _axis(ax, label: str = "overall IoU, %"):
-    ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
-
-def figure_kinds(
-    summary: dict,  # from `summarise`
-):                  # a matplotlib figure, or None where the data names no kinds
-    "Overall IoU by kind of expression."
-    from matplotlib.figure import Figure
-    kinds = list(next(iter(summary["rows"].values()))["by kind"])
-    if not kinds: return None
-    fig = Figure(figsize=(6.4, 3), dpi=90, layout="constrained"); ax = fig.subplots(); n = len(summary["rows"])
-    for j, (row, r) in enumerate(summary["rows"].items()):
-        for i, kind in enumerate(kinds):
-            if kind not in r["by kind"]: continue
-            c = r["by kind"][kind]
-            ax.bar(i + (j - (n - 1) / 2) * .2, c["value"], .19, color=COLORS[row], label=row if i == 0 else None,
-                   yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=2, error_kw={"lw": .8})
-    ax.set_xticks(range(len(kinds)), kinds); _axis(ax); ax.set_ylim(0, max(1, ax.get_ylim()[1]))
-    fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center", title=_data_name(summary), title_fontsize=8)
-    return fig
-
-def figure_curves(
-    logs: dict[str, list[dict]],  # row -> lines with "step" and "loss", see `read_log`
-):                                # a matplotlib figure, or None without logs
-    "Training loss of each row, smoothed over 2 % of the run."
-    from matplotlib.figure import Figure
-    if not any(logs.values()): return None
-    fig = Figure(figsize=(6.4, 2.8), dpi=90, layout="constrained"); ax = fig.subplots()
-    for row, lines in logs.items():
-        if not lines: continue
-        step = np.array([line["step"] for line in lines]); loss = np.array([line["loss"] for line in lines]); k = max(1, len(loss) // 50)
-        ax.plot(step[k - 1:], np.convolve(loss, np.ones(k) / k, "valid"), color=COLORS[row], label=row, lw=1.3)
-    ax.set_xlabel("step"); ax.legend(frameon=False, fontsize=8); _axis(ax, "training loss")
-    return fig
-
-# %% ../nbs/20_reproduction.ipynb #066
+# %% ../nbs/20_reproduction.ipynb #067
 EXAMPLE_RULE = ("For each kind of expression, the sample whose IoU under SHNet (first seed) is the median of its kind, ties to the lowest sent_id; "
                 "then the first sample, by sent_id, at which SHNet points elsewhere (IoU under 0.1).")
 
@@ -543,7 +465,7 @@ def choose_examples(
     if len(wrong): picked.append(int(s["sent_id"][wrong].min()))
     return list(dict.fromkeys(picked))
 
-# %% ../nbs/20_reproduction.ipynb #068
+# %% ../nbs/20_reproduction.ipynb #069
 def figure_examples(
     jobs: list[dict],   # from `plan`, all done
     runs: dict,         # from `load_runs`
@@ -575,7 +497,7 @@ def _wrap(text: str, width: int) -> str:
     import textwrap
     return "\n".join(textwrap.wrap(text, width))
 
-# %% ../nbs/20_reproduction.ipynb #072
+# %% ../nbs/20_reproduction.ipynb #073
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}}
 table{{border-collapse:collapse;font-size:13px;margin:1rem 0;display:block;overflow-x:auto}}img{{max-width:100%}}
@@ -594,7 +516,7 @@ def _html_tables(text: str) -> str:
             out.append("<table>" + tr(head, "th") + "".join(tr(r, "td") for r in rest) + "</table>"); rows = []
     return "\n".join(out)
 
-# %% ../nbs/20_reproduction.ipynb #073
+# %% ../nbs/20_reproduction.ipynb #074
 def figures(
     summary: dict,                   # from `summarise`
     runs: dict[str, list],           # from `load_runs`
@@ -609,7 +531,7 @@ def figures(
         out["examples"] = ("Masks of the rows with their IoU. " + EXAMPLE_RULE, figure_examples(jobs, runs))
     return {name: (caption, fig) for name, (caption, fig) in out.items() if fig is not None}
 
-# %% ../nbs/20_reproduction.ipynb #074
+# %% ../nbs/20_reproduction.ipynb #075
 def report(
     records: Path,                    # folder with the records
     out: Path,                        # where table2.json, table2.md, report.md, report.html and the figures go
@@ -635,7 +557,7 @@ def report(
     _write(out / "report.md", "\n".join(md)); _write(out / "report.html", PAGE.format(title=title, body="\n".join(body)))
     return summary
 
-# %% ../nbs/20_reproduction.ipynb #077
+# %% ../nbs/20_reproduction.ipynb #078
 def reproduce_table2(
     out: Path | str = "runs/reproduce",  # everything that is made goes here
     budget: str = "quick",               # "quick", "full" (or "tiny", for tests)

@@ -12,7 +12,7 @@ OVERRIDES = {"image_size": 160, "grid": 10, "backbone_weights": "none", "sfm_dro
 RECIPES = {
     "refcoco": {"epochs": 150, "images_per_batch": 4},
     "refcoco+": {"epochs": 150, "images_per_batch": 4},
-    "refcocog": {"epochs": 140, "images_per_batch": 11, "lr": 3e-3},
+    "refcocog": {"epochs": 220, "images_per_batch": 4, "loss": "bce+dice"},
 }
 
 

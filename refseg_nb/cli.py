@@ -30,7 +30,7 @@ def explain(
     else: text = str(error)
     return " ".join(text.split()) or type(error).__name__
 
-# %% ../nbs/22_command_line.ipynb #008
+# %% ../nbs/22_command_line.ipynb #009
 class OneLineErrors(TyperGroup):
     "The one place where a user's error becomes one line on stderr and exit code 2, and Ctrl-C exit code 130."
     def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
@@ -43,7 +43,7 @@ class OneLineErrors(TyperGroup):
         if code == 130: print("refseg: stopped", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
 
-# %% ../nbs/22_command_line.ipynb #009
+# %% ../nbs/22_command_line.ipynb #010
 app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="Referring image segmentation: a picture and a phrase in, the mask of what the phrase means out.")
 data_app = typer.Typer(help="Make data sets and look at them.")
@@ -65,7 +65,7 @@ def _start(
 ):
     if ctx.invoked_subcommand is None: print(ctx.get_help())
 
-# %% ../nbs/22_command_line.ipynb #013
+# %% ../nbs/22_command_line.ipynb #014
 def _root(
     root: Path | None,     # what the person gave
     data: str,             # name of the data set
@@ -90,7 +90,7 @@ Root = Annotated[Path | None, typer.Option("--root", help="Folder of the data se
 SplitBy = Annotated[str | None, typer.Option("--split-by", help="Who made the splits: unc, google, umd. Needed for refcocog only.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 
-# %% ../nbs/22_command_line.ipynb #016
+# %% ../nbs/22_command_line.ipynb #018
 @data_app.command("make")
 def data_make(
     name: Annotated[str, typer.Argument(help="refshapes (with location words) or refshapes+ (without).")] = "refshapes",
@@ -125,7 +125,7 @@ def data_info(
         table.add_row(split, *(f"{counts[k]:,}" for k in ("images", "refs", "expressions")), f"{sum(words) / max(1, len(words)):.1f}")
     Console(force_jupyter=False).print(table); print(f"{report.status}: {report.message}")
 
-# %% ../nbs/22_command_line.ipynb #019
+# %% ../nbs/22_command_line.ipynb #022
 @app.command()
 def pretrain(
     root: Root = None,
@@ -141,7 +141,7 @@ def pretrain(
     result = pretrain_backbone(_root(root, "refshapes", size), out=out, seed=seed, device=_device(device), **more)
     print(f"mean IoU {result.mean_iou:.1%} on val after {result.seconds / 60:.1f} minutes\n{out}")
 
-# %% ../nbs/22_command_line.ipynb #021
+# %% ../nbs/22_command_line.ipynb #024
 def read_config(
     file: Path,  # .json or .toml
 ) -> dict:
@@ -167,7 +167,7 @@ def parse_overrides(
         except ValueError: out[key.strip()] = value
     return out
 
-# %% ../nbs/22_command_line.ipynb #023
+# %% ../nbs/22_command_line.ipynb #027
 @app.command()
 def train(
     data: Annotated[str | None, typer.Option(help="refshapes, refshapes+, refcoco, refcoco+ or refcocog.")] = None,
@@ -216,7 +216,7 @@ def train(
     print(f"{result.steps:,} steps in {result.seconds / 60:.1f} minutes" + (f", overall IoU {result.best['overall_iou']:.1f} on val" if result.best else ""))
     print(f"model: {Path(values['out']) / 'model'}")
 
-# %% ../nbs/22_command_line.ipynb #027
+# %% ../nbs/22_command_line.ipynb #031
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder that training wrote, or a shipped model.", show_default=False)],
@@ -263,7 +263,7 @@ def print_record(
     for kind, metrics in record.groups.get("kind", {}).items(): show(f"overall_iou, {kind}", metrics["overall_iou"])
     Console(force_jupyter=False).print(table)
 
-# %% ../nbs/22_command_line.ipynb #030
+# %% ../nbs/22_command_line.ipynb #035
 @app.command()
 def segment(
     image: Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)],
@@ -300,7 +300,7 @@ def _write_pictures(
     finally:
         for part in parts.values(): part.unlink(missing_ok=True)
 
-# %% ../nbs/22_command_line.ipynb #036
+# %% ../nbs/22_command_line.ipynb #042
 @app.command()
 def reproduce(
     budget: Annotated[str, typer.Option(help="quick (minutes on two cores) or full (meant for a GPU).")] = "quick",

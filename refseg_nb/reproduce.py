@@ -64,7 +64,7 @@ PAPER = {
         "rows": {"MGATE": (62.59, 63.35), "TGFE": (62.94, 63.72), "GBFM": (62.72, 63.83), "HCAM": (63.98, 65.32)}},
 }
 
-# %% ../nbs/20_reproduction.ipynb #008
+# %% ../nbs/20_reproduction.ipynb #009
 ROWS = ("Baseline", "Only HCAM", "Only SFM", "SHNet")  # the rows trained here
 
 PAIRS = (("SHNet", "Only SFM"), ("SHNet", "Only HCAM"), ("Only SFM", "Baseline"), ("Only HCAM", "Baseline"))  # differences that Table 2 is about
@@ -78,7 +78,7 @@ def paper_value(
     "One number of the paper's Table 2."
     return PAPER["table2"]["rows"][row][TABLE2_COLUMNS.index(column)]
 
-# %% ../nbs/20_reproduction.ipynb #011
+# %% ../nbs/20_reproduction.ipynb #013
 @dataclass
 class Budget:
     "How much is spent on one row of the table."
@@ -89,17 +89,18 @@ class Budget:
     data_minutes: float = 1.   # minutes the data set takes to draw on two cores, measured
     config: dict = field(default_factory=dict)  # further fields of `TrainConfig`
 
-# %% ../nbs/20_reproduction.ipynb #012
-RECIPE = {"images_per_batch": 7, "checkpoint_every": 100, "cache_dtype": "float16"}  # the rest is the preset's own recipe
+# %% ../nbs/20_reproduction.ipynb #015
+RECIPE = {"images_per_batch": 3, "loss": "bce+dice", "lr": 1e-3, "warmup": 100, "clip": 1., "checkpoint_every": 250, "cache_dtype": "bfloat16",
+          "overrides": {"grid": 8, "sfm_heads": 2}}  # the same for every row; the rest is the preset's own
 
 BUDGETS = {
     "tiny": Budget("tiny", 6, "a few steps on a few dozen scenes; for tests, the numbers mean nothing", .2, .1,
                    RECIPE | {"images_per_batch": 4, "expressions_per_image": 2, "checkpoint_every": 2}),
-    "quick": Budget("quick", 1200, "3,000 scenes of 96 px and a short schedule: the order of the rows, not their last point", 5.5, 1., RECIPE),
+    "quick": Budget("large", 4400, "8,000 scenes of 96 px and less than two passes over their phrases: the order of the rows, not their last point", 6., 1.5, RECIPE),
     "full": Budget("full", 60_000, "as many scenes and expressions as the paper's UNC and a long schedule: days on two cores, for a GPU", 600., 60., RECIPE),
 }
 
-# %% ../nbs/20_reproduction.ipynb #015
+# %% ../nbs/20_reproduction.ipynb #018
 def _slug(row: str, seed: int) -> str:
     return f"{row.lower().replace(' ', '-')}-seed{seed}"
 
@@ -114,7 +115,12 @@ def default_root() -> Path:
     "Where data sets are kept: `$REFSEG_DATA`, or `data/` here."
     return Path(os.environ.get("REFSEG_DATA") or "data")
 
-# %% ../nbs/20_reproduction.ipynb #017
+# %% ../nbs/20_reproduction.ipynb #020
+def _precision() -> str:
+    "bf16 where this machine computes in it: on such a CPU a step takes half the time; elsewhere it would be emulated, and slow."
+    import torch
+    return "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "no"
+
 def plan(
     out: Path,                      # the folder of the whole run
     budget: str = "quick",          # a key of `BUDGETS`
@@ -134,17 +140,18 @@ def plan(
     drawn = data.startswith("refshapes")
     if drawn: root = root / b.size
     out, steps = Path(out).absolute(), steps or b.steps
-    config = {"data": data, "root": str(root), "split_by": split_by, "val_split": None, "epochs": 10**6, "max_steps": steps, "preset": preset, **b.config}
+    config = {"data": data, "root": str(root), "split_by": split_by, "val_split": None, "epochs": 10**6, "max_steps": steps, "preset": preset,
+              "mixed_precision": _precision(), **b.config}
     return [{"row": row, "seed": seed, "budget": budget, "split": split, "size": b.size if drawn else None,
              "folder": str(out / _slug(row, seed)), "record": str(out / "records" / _slug(row, seed)),
              "config": {**config, "model": row.lower().replace(" ", "-"), "seed": seed}}
             for seed in seeds for row in sorted(rows, key=ROWS.index, reverse=True)]
 
-# %% ../nbs/20_reproduction.ipynb #020
+# %% ../nbs/20_reproduction.ipynb #026
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/20_reproduction.ipynb #021
+# %% ../nbs/20_reproduction.ipynb #028
 def estimate(
     jobs: list[dict],          # from `plan`, those that are still to be done
     n_jobs: int | None = None, # processes side by side
@@ -155,7 +162,7 @@ def estimate(
     minutes = math.ceil(len(jobs) / n) * b.minutes * jobs[0]["config"]["max_steps"] / b.steps * max(1, n / cores) + b.data_minutes * 2 / min(cores, 8)
     return {"side by side": n, "minutes": minutes}
 
-# %% ../nbs/20_reproduction.ipynb #024
+# %% ../nbs/20_reproduction.ipynb #031
 def run_job(
     job: dict,  # one entry of `plan`
 ) -> Path:      # the record's file
@@ -176,7 +183,7 @@ def run_job(
     record.config |= {"budget": job["budget"], "training": {k: v for k, v in job["config"].items() if k != "root"}}
     return save_record(record, record_file)
 
-# %% ../nbs/20_reproduction.ipynb #025
+# %% ../nbs/20_reproduction.ipynb #033
 def _logging_learner(config):
     "The learner, which also writes the loss of each step to losses.jsonl."
     from refseg_nb.training.learner import Learner
@@ -191,7 +198,7 @@ def _device(name: str) -> str:
     import torch
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
-# %% ../nbs/20_reproduction.ipynb #027
+# %% ../nbs/20_reproduction.ipynb #035
 def read_log(
     file: Path,      # losses.jsonl of a job
 ) -> list[dict]:     # lines that hold a step and a loss
@@ -203,7 +210,7 @@ def read_log(
         found[entry["step"]] = entry  # a resumed run writes some steps again, with the same losses
     return [found[step] for step in sorted(found)]
 
-# %% ../nbs/20_reproduction.ipynb #030
+# %% ../nbs/20_reproduction.ipynb #038
 JOB = "import json, sys; from refseg_nb.reproduce import run_job; run_job(json.load(open(sys.argv[1])))"  # what a job's process runs
 
 def check_jobs(
@@ -215,7 +222,7 @@ def check_jobs(
         if file.exists() and json.loads(file.read_text()) != job:
             raise ValueError(f"{file.parent} holds a run with other settings: give another output folder, or delete this one")
 
-# %% ../nbs/20_reproduction.ipynb #033
+# %% ../nbs/20_reproduction.ipynb #041
 def run_jobs(
     jobs: list[dict],            # from `plan`
     n_jobs: int | None = None,   # processes side by side; default: one a core
@@ -255,7 +262,7 @@ def run_jobs(
             except subprocess.TimeoutExpired: process.kill()
     return seconds
 
-# %% ../nbs/20_reproduction.ipynb #034
+# %% ../nbs/20_reproduction.ipynb #043
 def _progress(job: dict) -> str:
     "How far a job is, read from its log of losses."
     log = Path(job["folder"]) / "losses.jsonl"
@@ -263,7 +270,7 @@ def _progress(job: dict) -> str:
     except (OSError, IndexError, KeyError, ValueError): return "starting"
     return f"{step}/{job['config']['max_steps']}"
 
-# %% ../nbs/20_reproduction.ipynb #036
+# %% ../nbs/20_reproduction.ipynb #045
 METRICS = dict(zip(TABLE2_COLUMNS, (*(f"precision@{x:g}" for x in (.5, .6, .7, .8, .9)), "overall_iou")))  # the paper's column -> the record's metric
 
 def load_runs(
@@ -277,7 +284,7 @@ def load_runs(
     if not any(found.values()): raise FileNotFoundError(f"there are no records of Table 2's rows in {folder}: run `refseg reproduce` first")
     return {row: rs for row, rs in found.items() if rs}
 
-# %% ../nbs/20_reproduction.ipynb #040
+# %% ../nbs/20_reproduction.ipynb #050
 def row_scores(
     records: list,         # one a seed, on the same samples
     resamples: int = 2000, # bootstrap draws over images
@@ -299,7 +306,7 @@ def only_kind(
     "Restrict records to one kind of expression."
     return [replace(r, arrays={k: v[r.arrays["kind"] == kind] for k, v in r.arrays.items()}) for r in records]
 
-# %% ../nbs/20_reproduction.ipynb #043
+# %% ../nbs/20_reproduction.ipynb #054
 def summarise(
     runs: dict[str, list],  # from `load_runs`
     resamples: int = 2000,  # bootstrap draws over images
@@ -320,7 +327,7 @@ def summarise(
     return {"rows": rows, "differences": pairs, "samples": len(first.arrays["union"]), "images": len(np.unique(first.arrays["image_id"])),
             "protocol": first.protocol, "resamples": resamples, "interval": "95 %, bootstrap over images; the trainings stay fixed"}
 
-# %% ../nbs/20_reproduction.ipynb #046
+# %% ../nbs/20_reproduction.ipynb #058
 def markdown_tables(
     summary: dict,  # from `summarise`
 ) -> str:
@@ -340,7 +347,7 @@ def markdown_tables(
         for row, r in summary["rows"].items(): out += line(row, *(ours(r["by kind"][k]) for k in kinds))
     return "\n".join(out) + "\n"
 
-# %% ../nbs/20_reproduction.ipynb #049
+# %% ../nbs/20_reproduction.ipynb #061
 def conclusions(
     summary: dict,  # from `summarise`
 ) -> list[str]:     # one sentence or two a comparison
@@ -365,11 +372,11 @@ def conclusions(
     lines.append(f"Order by overall IoU here: {' > '.join(order)}; {paper}.")
     return lines
 
-# %% ../nbs/20_reproduction.ipynb #054
+# %% ../nbs/20_reproduction.ipynb #066
 def _data_name(summary: dict) -> str:
     return f"{summary['protocol']['dataset']} {summary['protocol']['split']}"
 
-# %% ../nbs/20_reproduction.ipynb #055
+# %% ../nbs/20_reproduction.ipynb #068
 def print_table(
     summary: dict,       # from `summarise`
     console=None,        # a rich console
@@ -387,12 +394,12 @@ def print_table(
     console.print(table)
     for line in conclusions(summary): console.print("· " + line, highlight=False, soft_wrap=True)
 
-# %% ../nbs/20_reproduction.ipynb #058
+# %% ../nbs/20_reproduction.ipynb #072
 def _png(fig) -> bytes:
     buffer = io.BytesIO(); fig.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
-# %% ../nbs/20_reproduction.ipynb #059
+# %% ../nbs/20_reproduction.ipynb #073
 COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
 
 def figure_bars(
@@ -415,7 +422,7 @@ def figure_bars(
 def _axis(ax, label: str = "overall IoU, %"):
     ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/20_reproduction.ipynb #062
+# %% ../nbs/20_reproduction.ipynb #076
 def figure_kinds(
     summary: dict,  # from `summarise`
 ):                  # a matplotlib figure, or None where the data names no kinds
@@ -434,7 +441,7 @@ def figure_kinds(
     fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center", title=_data_name(summary), title_fontsize=8)
     return fig
 
-# %% ../nbs/20_reproduction.ipynb #064
+# %% ../nbs/20_reproduction.ipynb #080
 def figure_curves(
     logs: dict[str, list[dict]],  # row -> lines with "step" and "loss", see `read_log`
 ):                                # a matplotlib figure, or None without logs
@@ -449,7 +456,7 @@ def figure_curves(
     ax.set_xlabel("step"); ax.legend(frameon=False, fontsize=8); _axis(ax, "training loss")
     return fig
 
-# %% ../nbs/20_reproduction.ipynb #067
+# %% ../nbs/20_reproduction.ipynb #084
 EXAMPLE_RULE = ("For each kind of expression, the sample whose IoU under SHNet (first seed) is the median of its kind, ties to the lowest sent_id; "
                 "then the first sample, by sent_id, at which SHNet points elsewhere (IoU under 0.1).")
 
@@ -465,7 +472,7 @@ def choose_examples(
     if len(wrong): picked.append(int(s["sent_id"][wrong].min()))
     return list(dict.fromkeys(picked))
 
-# %% ../nbs/20_reproduction.ipynb #069
+# %% ../nbs/20_reproduction.ipynb #088
 def figure_examples(
     jobs: list[dict],   # from `plan`, all done
     runs: dict,         # from `load_runs`
@@ -497,7 +504,7 @@ def _wrap(text: str, width: int) -> str:
     import textwrap
     return "\n".join(textwrap.wrap(text, width))
 
-# %% ../nbs/20_reproduction.ipynb #073
+# %% ../nbs/20_reproduction.ipynb #092
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}}
 table{{border-collapse:collapse;font-size:13px;margin:1rem 0;display:block;overflow-x:auto}}img{{max-width:100%}}
@@ -516,7 +523,7 @@ def _html_tables(text: str) -> str:
             out.append("<table>" + tr(head, "th") + "".join(tr(r, "td") for r in rest) + "</table>"); rows = []
     return "\n".join(out)
 
-# %% ../nbs/20_reproduction.ipynb #074
+# %% ../nbs/20_reproduction.ipynb #094
 def figures(
     summary: dict,                   # from `summarise`
     runs: dict[str, list],           # from `load_runs`
@@ -531,7 +538,7 @@ def figures(
         out["examples"] = ("Masks of the rows with their IoU. " + EXAMPLE_RULE, figure_examples(jobs, runs))
     return {name: (caption, fig) for name, (caption, fig) in out.items() if fig is not None}
 
-# %% ../nbs/20_reproduction.ipynb #075
+# %% ../nbs/20_reproduction.ipynb #096
 def report(
     records: Path,                    # folder with the records
     out: Path,                        # where table2.json, table2.md, report.md, report.html and the figures go
@@ -557,7 +564,7 @@ def report(
     _write(out / "report.md", "\n".join(md)); _write(out / "report.html", PAGE.format(title=title, body="\n".join(body)))
     return summary
 
-# %% ../nbs/20_reproduction.ipynb #078
+# %% ../nbs/20_reproduction.ipynb #099
 def reproduce_table2(
     out: Path | str = "runs/reproduce",  # everything that is made goes here
     budget: str = "quick",               # "quick", "full" (or "tiny", for tests)

@@ -7,7 +7,7 @@ __all__ = ['TABLE2_COLUMNS', 'PAPER', 'ROWS', 'PAIRS', 'PAPER_RESULT', 'RECIPE',
            'EXAMPLE_RULE', 'PAGE', 'paper_value', 'Budget', 'default_root', 'plan', 'estimate', 'run_job', 'read_log',
            'check_jobs', 'run_jobs', 'load_runs', 'row_scores', 'only_kind', 'summarise', 'markdown_tables',
            'conclusions', 'print_table', 'figure_bars', 'figure_kinds', 'figure_curves', 'choose_examples',
-           'figure_examples', 'figures', 'report', 'reproduce_table2']
+           'figure_examples', 'figures', 'report', 'reproduce_table2', 'readme_results', 'figure_overview']
 
 # %% ../nbs/20_reproduction.ipynb #003
 import base64
@@ -602,3 +602,57 @@ def reproduce_table2(
     print_table(summary, console)
     say(f"{(time.time() - start) / 60:.1f} minutes. Report: {out / 'report.html'}")
     return summary
+
+# %% ../nbs/20_reproduction.ipynb #103
+def readme_results(
+    results: Path,  # the repository's results/ folder
+) -> str:           # markdown
+    "The results of the README, from the records alone."
+    from refseg_nb.training.evaluation import load_record
+    ours = lambda m: f"{m['value']:.1f} [{m['low']:.1f}, {m['high']:.1f}]"
+    shipped, out = results / "shnet-refshapes", []
+    names = {"val": "val", "testA": "testA (people)", "testB": "testB (things)", "heldout": "heldout (unseen colour × shape)", "val-shuffled": "val, phrases shuffled between samples",
+             "val-other": "val, another object's phrase", "val-no-text": "val, no phrase", "val-no-image": "val, no picture"}
+    found = {text: load_record(shipped / f"{name}.json") for name, text in names.items() if (shipped / f"{name}.json").exists()}
+    out += ["**The shipped SHNet** (`shnet-refshapes`) on RefShapes, 95 % intervals from a bootstrap over images:", ""]
+    if found:
+        kinds = sorted(next(iter(found.values())).groups["kind"])
+        columns = {"overall IoU": "overall_iou", "mean IoU": "mean_iou", "prec@0.5": "precision@0.5", "prec@0.9": "precision@0.9"}
+        out += ["| split | " + " | ".join([*columns, *kinds]) + " |", "|---|" + "---|" * (len(columns) + len(kinds))]
+        for text, r in found.items():
+            by = [f"{r.groups['kind'][k]['overall_iou']['value']:.1f}" if k in r.groups["kind"] else "–" for k in kinds]
+            out.append("| " + " | ".join([text, *(ours(r.metrics[m]) for m in columns.values()), *by]) + " |")
+        out += ["", "The last columns are the overall IoU of each kind of expression."]
+    else: out.append("Not recorded yet.")
+    out += ["", "**Table 2**, the paper's (RefCOCO val, 320 px) beside ours (RefShapes val, 96 px). The data differ, so compare the order and the steps, not the heights:", ""]
+    if (results / "table2" / "records").is_dir():
+        summary = summarise(load_runs(results / "table2"))
+        seeds = {len(r["seeds"]) for r in summary["rows"].values()}
+        out += [markdown_tables(summary).rstrip(), "", f"Trainings a row: {', '.join(map(str, sorted(seeds)))}.", "", *(f"- {line}" for line in conclusions(summary))]
+    else: out.append("Not recorded yet.")
+    return "\n".join(out) + "\n"
+
+# %% ../nbs/20_reproduction.ipynb #106
+def figure_overview(
+    segmenter,        # from `refseg_nb.load`
+    refer,            # an open data set
+    split: str = "val",
+    count: int = 8,   # pictures, from the first on
+):
+    "The first images of a split, each with its longest phrase and what the model answers; the IoU stands below."
+    import matplotlib.pyplot as plt
+
+    from refseg_nb.training.metrics import iou
+    import torch
+    longest = {}
+    for s in refer.samples(split):
+        if s.image_id not in longest and len(longest) == count: break
+        if s.image_id not in longest or len(s.text) > len(longest[s.image_id].text): longest[s.image_id] = s
+    fig, axes = plt.subplots(-(-count // 4), 4, figsize=(9, 2.55 * -(-count // 4)), layout="constrained")
+    for ax, s in zip(axes.flat, longest.values()):
+        answer = segmenter.encode(refer.load_image(s.image_id)).segment(s.text)
+        score = float(iou(torch.from_numpy(answer.mask), torch.from_numpy(refer.mask(s.ann_id))))
+        ax.imshow(answer.overlay()); ax.set_xticks([]); ax.set_yticks([])
+        for side in ax.spines.values(): side.set_visible(False)
+        ax.set_title(_wrap(s.text, 32), fontsize=8); ax.set_xlabel(f"IoU {score:.2f}", fontsize=7)
+    return fig

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from jaxtyping import Float, Int, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -83,8 +82,9 @@ class ResNetBackbone(Backbone):
         multi_grid: tuple[int, int, int] | None = None,   # extra dilation of layer 4's three blocks; DeepLabv3+ has (1, 2, 4)
     ):
         if output_stride not in (8, 16, 32): raise ValueError(f"output_stride must be 8, 16 or 32, not {output_stride}")
+        from torchvision.models import resnet101  # here, not above: the import takes seconds, and only a ResNet needs it
         super().__init__((512, 1024, 2048), (8, min(16, output_stride), output_stride))
-        self.body = torchvision.models.resnet101(weights=None, replace_stride_with_dilation=[False, output_stride < 16, output_stride < 32])
+        self.body = resnet101(weights=None, replace_stride_with_dilation=[False, output_stride < 16, output_stride < 32])
         del self.body.fc, self.body.avgpool
         if multi_grid is not None:
             base = {32: 1, 16: 2, 8: 4}[output_stride]
@@ -219,6 +219,7 @@ def create_backbone(
             if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; make one with pretrain_backbone(root, out=...), or pass weights='none' for random weights")
             net.load_state_dict(_check_keys(path, load_file(path), net.state_dict(), ()))
         return net.freeze(frozen)
+    import torchvision
     deeplab = name.startswith("deeplab")
     net = ResNetBackbone(output_stride or (16 if deeplab else 32), multi_grid=(1, 2, 4) if deeplab else None)
     if random: return net.freeze(frozen)

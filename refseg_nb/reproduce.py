@@ -632,7 +632,7 @@ def readme_results(
     else: out.append("Not recorded yet.")
     return "\n".join(out) + "\n"
 
-# %% ../nbs/20_reproduction.ipynb #106
+# %% ../nbs/20_reproduction.ipynb #107
 def figure_overview(
     segmenter,        # from `refseg_nb.load`
     refer,            # an open data set

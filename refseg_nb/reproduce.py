@@ -96,7 +96,8 @@ RECIPE = {"images_per_batch": 3, "loss": "bce+dice", "lr": 1e-3, "warmup": 100, 
 BUDGETS = {
     "tiny": Budget("tiny", 6, "a few steps on a few dozen scenes; for tests, the numbers mean nothing", .2, .1,
                    RECIPE | {"images_per_batch": 4, "expressions_per_image": 2, "checkpoint_every": 2}),
-    "quick": Budget("large", 4400, "8,000 scenes of 96 px and less than two passes over their phrases: the order of the rows, not their last point", 6., 1.5, RECIPE),
+    "quick": Budget("large", 4400, "8,000 scenes of 96 px, less than two passes over their phrases: the order of the rows, not their last point",
+                    6., 1.5, RECIPE),
     "full": Budget("full", 60_000, "as many scenes and expressions as the paper's UNC and a long schedule: days on two cores, for a GPU", 600., 60., RECIPE),
 }
 
@@ -611,7 +612,8 @@ def readme_results(
     from refseg_nb.training.evaluation import load_record
     ours = lambda m: f"{m['value']:.1f} [{m['low']:.1f}, {m['high']:.1f}]"
     shipped, out = results / "shnet-refshapes", []
-    names = {"val": "val", "testA": "testA (people)", "testB": "testB (things)", "heldout": "heldout (unseen colour × shape)", "val-shuffled": "val, phrases shuffled between samples",
+    names = {"val": "val", "testA": "testA (people)", "testB": "testB (things)", "heldout": "heldout (unseen colour × shape)",
+             "val-shuffled": "val, phrases shuffled between samples", 
              "val-other": "val, another object's phrase", "val-no-text": "val, no phrase", "val-no-image": "val, no picture"}
     found = {text: load_record(shipped / f"{name}.json") for name, text in names.items() if (shipped / f"{name}.json").exists()}
     out += ["**The shipped SHNet** (`shnet-refshapes`) on RefShapes, 95 % intervals from a bootstrap over images:", ""]
@@ -624,11 +626,13 @@ def readme_results(
             out.append("| " + " | ".join([text, *(ours(r.metrics[m]) for m in columns.values()), *by]) + " |")
         out += ["", "The last columns are the overall IoU of each kind of expression."]
     else: out.append("Not recorded yet.")
-    out += ["", "**Table 2**, the paper's (RefCOCO val, 320 px) beside ours (RefShapes val, 96 px). The data differ, so compare the order and the steps, not the heights:", ""]
+    out += ["", "**Table 2**, the paper's (RefCOCO val, 320 px) beside ours (RefShapes val, 96 px). The data differ, so compare the "
+            "order and the steps, not the heights:", ""]
     if (results / "table2" / "records").is_dir():
         summary = summarise(load_runs(results / "table2"))
         seeds = {len(r["seeds"]) for r in summary["rows"].values()}
-        out += [markdown_tables(summary).rstrip(), "", f"Trainings a row: {', '.join(map(str, sorted(seeds)))}.", "", *(f"- {line}" for line in conclusions(summary))]
+        out += [markdown_tables(summary).rstrip(), "", f"Trainings a row: {', '.join(map(str, sorted(seeds)))}.", ""]
+        out += [f"- {line}" for line in conclusions(summary)]
     else: out.append("Not recorded yet.")
     return "\n".join(out) + "\n"
 

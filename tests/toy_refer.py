@@ -38,5 +38,6 @@ def make_toy(root: Path, train=14, val=7, size=40, seed=0) -> Path:
     return root
 
 
-SMALL = {"image_size": 32, "grid": 4, "sfm_dropout": .1, "aspp_dropout": .1, "channels": 16, "word_dim": 16, "backbone_weights": "none", "sfm_heads": 2, "sfm_ffn": 16, "aspp_rates": (1, 2),
-         "decoder_widths": (16, 16, 16)}
+SMALL = {"image_size": 32, "grid": 4, "sfm_dropout": .1, "aspp_dropout": .1, "channels": 16, "word_dim": 16, "backbone_weights": "none",
+         "sfm_heads": 2, "sfm_ffn": 16,
+         "aspp_rates": (1, 2), "decoder_widths": (16, 16, 16)}

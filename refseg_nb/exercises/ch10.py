@@ -21,7 +21,8 @@ def check_exchange(fn):
     assert all(torch.equal(m, k) for m, k in zip(maps, kept)), "the input maps were changed: `+=` works in place"
     for i, (j, k) in enumerate(((1, 2), (0, 2), (0, 1))):
         want = maps[i] + gates[i, j] * maps[j] + gates[i, k] * maps[k]
-        assert not torch.allclose(got[i], maps[i] + gates.get((j, i)) * maps[j] + gates.get((k, i)) * maps[k]), "the gates' indices are swapped: Lambda_ij belongs to g_i"
+        assert not torch.allclose(got[i], maps[i] + gates.get((j, i)) * maps[j] + gates.get((k, i)) * maps[k]), \
+            "the gates' indices are swapped: Lambda_ij belongs to g_i"
         assert torch.allclose(got[i], want, atol=1e-5), f"g of level {i + 2} differs"
     return "check_exchange: correct"
 

@@ -105,7 +105,8 @@ def _read_checkpoint(path: str | Path) -> dict:
     if path.suffix == ".safetensors": return load_file(path)
     # training programs store a numpy scalar (the best score) beside the tensors: harmless, so these are allowed
     scalar = np.float64(0).__reduce__()[0]
-    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, type(np.dtype("float64")), type(np.dtype("float32"))]
+    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype,
+               type(np.dtype("float64")), type(np.dtype("float32"))]
     try:
         with torch.serialization.safe_globals(allowed): return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -129,7 +130,8 @@ def load_voc_checkpoint(
 ) -> dict[str, Tensor]:        # a state dict for `ResNetBackbone.body`
     "The ResNet-101 in a DeepLabv3+ checkpoint (jfzhang95's layout): every key is used, known to be unused, or an error."
     state = _read_checkpoint(path)
-    if not isinstance(state.get("state_dict"), dict): raise ValueError(f"{path}: no 'state_dict' in it; expected jfzhang95's DeepLabv3+ checkpoint, which has one")
+    if not isinstance(state.get("state_dict"), dict):
+        raise ValueError(f"{path}: no 'state_dict' in it; expected jfzhang95's DeepLabv3+ checkpoint, which has one")
     state = {k.removeprefix("module."): v for k, v in state["state_dict"].items()}
     with torch.device("meta"): expected = ResNetBackbone(16).body.state_dict()
     used = _check_keys(path, state, {f"backbone.{k}": v for k, v in expected.items()}, unused=("aspp.", "decoder."))
@@ -216,7 +218,8 @@ def create_backbone(
         net = RefShapesBackbone()
         if not random:
             path = Path(str(files("refseg_nb") / "weights" / "refshapes-backbone.safetensors")) if weights is None else Path(weights)
-            if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; make one with pretrain_backbone(root, out=...), or pass weights='none' for random weights")
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file; make one with pretrain_backbone(root, out=...), or pass weights='none' for random weights")
             net.load_state_dict(_check_keys(path, load_file(path), net.state_dict(), ()))
         return net.freeze(frozen)
     import torchvision
@@ -233,7 +236,8 @@ def create_backbone(
         path = Path(weights) if weights is not None else _hub(VOC_CHECKPOINT)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; get {VOC_CHECKPOINT} (DeepLabv3+ ResNet-101 of jfzhang95/pytorch-deeplab-xception, VOC, "
-                                    f"Google Drive id 1NwcwlWqA-0HqAPk3dSNNPipGMF0iS0Zu) and put it there, or pass its path as weights=, or weights='none' for random weights"
+                                    f"Google Drive id 1NwcwlWqA-0HqAPk3dSNNPipGMF0iS0Zu) and put it there, or pass its path as weights=, "
+                                    "or weights='none' for random weights"
                                     if deeplab else f"{path}: no such file; weights is 'imagenet', 'coco', 'none' or a file of a ResNet-101")
         if "coco" in path.name.lower(): _warn_leak()
         state, where, unused = (load_voc_checkpoint(path), path, ()) if deeplab else (_read_checkpoint(path), path, ("fc.",))
@@ -396,7 +400,8 @@ def pretrain_backbone(
     net = net.to(memory_format=torch.contiguous_format).freeze(); heads.eval()
     with torch.no_grad():
         p = [heads(net(chunk.to(device))) for chunk in held.images.split(64)]
-    overall, each = mean_iou(torch.cat([F.interpolate(q["category"], scale_factor=2, mode="bilinear").argmax(1) for q in p]).cpu(), held.category, len(data.names))
+    predicted = torch.cat([F.interpolate(q["category"], scale_factor=2, mode="bilinear").argmax(1) for q in p]).cpu()
+    overall, each = mean_iou(predicted, held.category, len(data.names))
     right = {}  # of the attributes
     for attribute, (_, label) in held.attributes.items():
         guess, true = torch.cat([q[attribute].argmax(1) for q in p]).cpu() + 1, label[:, 2::4, 2::4].long()
@@ -405,6 +410,7 @@ def pretrain_backbone(
     if out is not None:
         out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(out.name + ".part")
-        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part, metadata={"mean_iou": f"{overall:.4f}", "data": name, "seed": str(seed), "epochs": str(epochs), "images": str(len(data.images))})
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part, metadata={
+            "mean_iou": f"{overall:.4f}", "data": name, "seed": str(seed), "epochs": str(epochs), "images": str(len(data.images))})
         part.replace(out)
     return result

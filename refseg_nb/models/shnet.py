@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'RECIPES', 'ABLATIONS', 'MODELS', 'SHNetConfig', 'Recipe',
            'count_parameters', 'create_model', 'count_flops']
 
 # %% ../../nbs/11_shnet.ipynb #002
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +118,8 @@ PRESETS: dict[str, SHNetConfig] = {
 }
 RECIPES: dict[str, Recipe] = {
     "paper": Recipe(),
-    "released": Recipe(batch_size=32, epochs=30, schedule="plateau", target="dilated", mask_size=160, threshold=.4, evaluate_at="mask", keep_digits=False, grayscale=.3),
+    "released": Recipe(batch_size=32, epochs=30, schedule="plateau", target="dilated", mask_size=160, threshold=.4, evaluate_at="mask",
+                       keep_digits=False, grayscale=.3),
     "refshapes": Recipe(batch_size=32, epochs=14, lr=2e-3, weight_decay=1e-4),
 }
 ABLATIONS: dict[str, dict] = {
@@ -282,5 +283,6 @@ def count_flops(
     def part(name): return of.get(f"SHNet.{name}", 0.)
     table = {"backbone": part("backbone"), "level adapters": sum(part(f"adapters.{i}") for i in range(3)), "text encoder": part("text")}
     table |= {"SFM": sum(part(f"sfm.{i}") for i in range(3))} if config.use_sfm else {"concatenation": part("fusion")}
-    table |= {"HCAM gates": part("hcam") - part("hcam.aggregate"), "HCAM Conv3d": part("hcam.aggregate")} if config.use_hcam else {"level fusion": part("levels")}
+    if config.use_hcam: table |= {"HCAM gates": part("hcam") - part("hcam.aggregate"), "HCAM Conv3d": part("hcam.aggregate")}
+    else: table |= {"level fusion": part("levels")}
     return table | {"ASPP": part("aspp"), "decoder": part("decoder")}

@@ -176,6 +176,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="shnet, or another row of Table 2: baseline, only-hcam, only-sfm.")] = None,
     preset: Annotated[str | None, typer.Option(help="refshapes (small), paper, or released.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the model's configuration, as FIELD=VALUE; may be repeated.")] = None,
+    start: Annotated[str | None, typer.Option(help="Begin with the weights of this model: a folder that training wrote, or a shipped one.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; or --epochs.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the train split.")] = None,
     images_per_batch: Annotated[int | None, typer.Option(help="Images a step.")] = None,
@@ -195,7 +196,7 @@ def train(
 ):
     "Train a model. Stopped at any moment, the same command goes on where it was."
     values = read_config(config) if config else {}
-    given = {"data": data, "root": root, "split_by": split_by, "model": model, "preset": preset, "max_steps": steps, "epochs": epochs,
+    given = {"data": data, "root": root, "split_by": split_by, "model": model, "preset": preset, "start": start, "max_steps": steps, "epochs": epochs,
              "images_per_batch": images_per_batch, "expressions_per_image": expressions_per_image, "lr": lr, "weight_decay": weight_decay,
              "warmup": warmup, "seed": seed, "mixed_precision": mixed_precision, "checkpoint_every": checkpoint_every, "eval_every": eval_every,
              "tracker": tracker, "out": out}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TABLE2_COLUMNS', 'PAPER', 'ROWS', 'PAIRS', 'PAPER_RESULT', 'RECIPE', 'BUDGETS', 'JOB', 'METRICS', 'COLORS',
-           'EXAMPLE_RULE', 'PAGE', 'paper_value', 'Budget', 'default_root', 'plan', 'estimate', 'run_job', 'read_log',
-           'check_jobs', 'run_jobs', 'load_runs', 'row_scores', 'only_kind', 'summarise', 'markdown_tables',
-           'conclusions', 'print_table', 'figure_bars', 'figure_kinds', 'figure_curves', 'choose_examples',
-           'figure_examples', 'figures', 'report', 'reproduce_table2', 'readme_results', 'figure_overview']
+           'EXAMPLE_RULE', 'PAGE', 'paper_value', 'Budget', 'default_root', 'plan', 'estimate', 'run_job', 'check_jobs',
+           'run_jobs', 'load_runs', 'row_scores', 'only_kind', 'summarise', 'markdown_tables', 'conclusions',
+           'print_table', 'figure_bars', 'figure_kinds', 'figure_curves', 'choose_examples', 'figure_examples',
+           'figures', 'report', 'reproduce_table2', 'readme_results', 'figure_overview']
 
 # %% ../nbs/20_reproduction.ipynb #003
 import base64
@@ -90,13 +90,13 @@ class Budget:
     config: dict = field(default_factory=dict)  # further fields of `TrainConfig`
 
 # %% ../nbs/20_reproduction.ipynb #015
-RECIPE = {"images_per_batch": 3, "loss": "bce+dice", "lr": 1e-3, "warmup": 100, "clip": 1., "checkpoint_every": 250, "cache_dtype": "bfloat16",
-          "overrides": {"grid": 8, "sfm_heads": 2}}  # the same for every row; the rest is the preset's own
+RECIPE = {"images_per_batch": 3, "loss": "bce+dice", "dice_weight": .1, "lr": 1e-3, "power": .9, "warmup": 100, "clip": 1., "checkpoint_every": 250,
+          "cache_dtype": "bfloat16", "overrides": {"grid": 8, "aspp_rates": [1, 2, 4]}}  # the same for every row; the rest is the preset's own
 
 BUDGETS = {
     "tiny": Budget("tiny", 6, "a few steps on a few dozen scenes; for tests, the numbers mean nothing", .2, .1,
                    RECIPE | {"images_per_batch": 4, "expressions_per_image": 2, "checkpoint_every": 2}),
-    "quick": Budget("large", 4400, "8,000 scenes of 96 px, less than two passes over their phrases: the order of the rows, not their last point",
+    "quick": Budget("large", 6000, "8,000 scenes of 96 px, a little more than two passes over their phrases: the order of the rows, not their last point",
                     6., 1.5, RECIPE),
     "full": Budget("full", 60_000, "as many scenes and expressions as the paper's UNC and a long schedule: days on two cores, for a GPU", 600., 60., RECIPE),
 }
@@ -172,11 +172,11 @@ def run_job(
     from refseg_nb.data.refer import Refer
     from refseg_nb.training.checkpoint import load_model
     from refseg_nb.training.evaluation import evaluate, save_record
-    from refseg_nb.training.learner import TrainConfig
+    from refseg_nb.training.learner import TrainConfig, train
     folder, record_file = Path(job["folder"]), Path(job["record"] + ".json")
     if record_file.exists(): return record_file
     config = TrainConfig(**job["config"], out=str(folder), quiet=True)
-    if not (folder / "result.json").exists(): _logging_learner(config).fit("auto")
+    if not (folder / "result.json").exists(): train(config)
     model, vocabulary, meta = load_model(folder / "model")
     refer = Refer(config.root, config.data, config.split_by)
     dataset = RISDataset(refer, job["split"], vocabulary, model.config.image_size, None, model.config.max_words)
@@ -184,34 +184,12 @@ def run_job(
     record.config |= {"budget": job["budget"], "training": {k: v for k, v in job["config"].items() if k != "root"}}
     return save_record(record, record_file)
 
-# %% ../nbs/20_reproduction.ipynb #033
-def _logging_learner(config):
-    "The learner, which also writes the loss of each step to losses.jsonl."
-    from refseg_nb.training.learner import Learner
-    class Logged(Learner):
-        def optimizer_step(self, batches):
-            loss = super().optimizer_step(batches)
-            with open(self.out / "losses.jsonl", "a") as file: file.write(json.dumps({"step": self.step, "loss": round(loss, 5)}) + "\n")
-            return loss
-    return Logged(config)
-
+# %% ../nbs/20_reproduction.ipynb #032
 def _device(name: str) -> str:
     import torch
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
-# %% ../nbs/20_reproduction.ipynb #035
-def read_log(
-    file: Path,      # losses.jsonl of a job
-) -> list[dict]:     # lines that hold a step and a loss
-    "The training losses of one run; empty without a log."
-    found = {}
-    for line in Path(file).read_text().splitlines() if Path(file).is_file() else []:
-        try: entry = json.loads(line)
-        except ValueError: continue  # the run was killed while it wrote this line
-        found[entry["step"]] = entry  # a resumed run writes some steps again, with the same losses
-    return [found[step] for step in sorted(found)]
-
-# %% ../nbs/20_reproduction.ipynb #038
+# %% ../nbs/20_reproduction.ipynb #034
 JOB = "import json, sys; from refseg_nb.reproduce import run_job; run_job(json.load(open(sys.argv[1])))"  # what a job's process runs
 
 def check_jobs(
@@ -223,7 +201,7 @@ def check_jobs(
         if file.exists() and json.loads(file.read_text()) != job:
             raise ValueError(f"{file.parent} holds a run with other settings: give another output folder, or delete this one")
 
-# %% ../nbs/20_reproduction.ipynb #041
+# %% ../nbs/20_reproduction.ipynb #037
 def run_jobs(
     jobs: list[dict],            # from `plan`
     n_jobs: int | None = None,   # processes side by side; default: one a core
@@ -263,7 +241,7 @@ def run_jobs(
             except subprocess.TimeoutExpired: process.kill()
     return seconds
 
-# %% ../nbs/20_reproduction.ipynb #043
+# %% ../nbs/20_reproduction.ipynb #039
 def _progress(job: dict) -> str:
     "How far a job is, read from its log of losses."
     log = Path(job["folder"]) / "losses.jsonl"
@@ -271,7 +249,7 @@ def _progress(job: dict) -> str:
     except (OSError, IndexError, KeyError, ValueError): return "starting"
     return f"{step}/{job['config']['max_steps']}"
 
-# %% ../nbs/20_reproduction.ipynb #045
+# %% ../nbs/20_reproduction.ipynb #041
 METRICS = dict(zip(TABLE2_COLUMNS, (*(f"precision@{x:g}" for x in (.5, .6, .7, .8, .9)), "overall_iou")))  # the paper's column -> the record's metric
 
 def load_runs(
@@ -285,7 +263,7 @@ def load_runs(
     if not any(found.values()): raise FileNotFoundError(f"there are no records of Table 2's rows in {folder}: run `refseg reproduce` first")
     return {row: rs for row, rs in found.items() if rs}
 
-# %% ../nbs/20_reproduction.ipynb #050
+# %% ../nbs/20_reproduction.ipynb #046
 def row_scores(
     records: list,         # one a seed, on the same samples
     resamples: int = 2000, # bootstrap draws over images
@@ -307,7 +285,7 @@ def only_kind(
     "Restrict records to one kind of expression."
     return [replace(r, arrays={k: v[r.arrays["kind"] == kind] for k, v in r.arrays.items()}) for r in records]
 
-# %% ../nbs/20_reproduction.ipynb #054
+# %% ../nbs/20_reproduction.ipynb #050
 def summarise(
     runs: dict[str, list],  # from `load_runs`
     resamples: int = 2000,  # bootstrap draws over images
@@ -328,7 +306,7 @@ def summarise(
     return {"rows": rows, "differences": pairs, "samples": len(first.arrays["union"]), "images": len(np.unique(first.arrays["image_id"])),
             "protocol": first.protocol, "resamples": resamples, "interval": "95 %, bootstrap over images; the trainings stay fixed"}
 
-# %% ../nbs/20_reproduction.ipynb #058
+# %% ../nbs/20_reproduction.ipynb #054
 def markdown_tables(
     summary: dict,  # from `summarise`
 ) -> str:
@@ -348,7 +326,7 @@ def markdown_tables(
         for row, r in summary["rows"].items(): out += line(row, *(ours(r["by kind"][k]) for k in kinds))
     return "\n".join(out) + "\n"
 
-# %% ../nbs/20_reproduction.ipynb #061
+# %% ../nbs/20_reproduction.ipynb #057
 def conclusions(
     summary: dict,  # from `summarise`
 ) -> list[str]:     # one sentence or two a comparison
@@ -373,11 +351,11 @@ def conclusions(
     lines.append(f"Order by overall IoU here: {' > '.join(order)}; {paper}.")
     return lines
 
-# %% ../nbs/20_reproduction.ipynb #066
+# %% ../nbs/20_reproduction.ipynb #062
 def _data_name(summary: dict) -> str:
     return f"{summary['protocol']['dataset']} {summary['protocol']['split']}"
 
-# %% ../nbs/20_reproduction.ipynb #068
+# %% ../nbs/20_reproduction.ipynb #064
 def print_table(
     summary: dict,       # from `summarise`
     console=None,        # a rich console
@@ -395,12 +373,12 @@ def print_table(
     console.print(table)
     for line in conclusions(summary): console.print("· " + line, highlight=False, soft_wrap=True)
 
-# %% ../nbs/20_reproduction.ipynb #072
+# %% ../nbs/20_reproduction.ipynb #068
 def _png(fig) -> bytes:
     buffer = io.BytesIO(); fig.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
-# %% ../nbs/20_reproduction.ipynb #073
+# %% ../nbs/20_reproduction.ipynb #069
 COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
 
 def figure_bars(
@@ -423,7 +401,7 @@ def figure_bars(
 def _axis(ax, label: str = "overall IoU, %"):
     ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/20_reproduction.ipynb #076
+# %% ../nbs/20_reproduction.ipynb #072
 def figure_kinds(
     summary: dict,  # from `summarise`
 ):                  # a matplotlib figure, or None where the data names no kinds
@@ -442,9 +420,9 @@ def figure_kinds(
     fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center", title=_data_name(summary), title_fontsize=8)
     return fig
 
-# %% ../nbs/20_reproduction.ipynb #080
+# %% ../nbs/20_reproduction.ipynb #076
 def figure_curves(
-    logs: dict[str, list[dict]],  # row -> lines with "step" and "loss", see `read_log`
+    logs: dict[str, list[dict]],  # row -> lines with "step" and "loss", see `refseg_nb.training.learner.read_history`
 ):                                # a matplotlib figure, or None without logs
     "Training loss of each row, smoothed over 2 % of the run."
     from matplotlib.figure import Figure
@@ -457,7 +435,7 @@ def figure_curves(
     ax.set_xlabel("step"); ax.legend(frameon=False, fontsize=8); _axis(ax, "training loss")
     return fig
 
-# %% ../nbs/20_reproduction.ipynb #084
+# %% ../nbs/20_reproduction.ipynb #080
 EXAMPLE_RULE = ("For each kind of expression, the sample whose IoU under SHNet (first seed) is the median of its kind, ties to the lowest sent_id; "
                 "then the first sample, by sent_id, at which SHNet points elsewhere (IoU under 0.1).")
 
@@ -473,7 +451,7 @@ def choose_examples(
     if len(wrong): picked.append(int(s["sent_id"][wrong].min()))
     return list(dict.fromkeys(picked))
 
-# %% ../nbs/20_reproduction.ipynb #088
+# %% ../nbs/20_reproduction.ipynb #084
 def figure_examples(
     jobs: list[dict],   # from `plan`, all done
     runs: dict,         # from `load_runs`
@@ -505,7 +483,7 @@ def _wrap(text: str, width: int) -> str:
     import textwrap
     return "\n".join(textwrap.wrap(text, width))
 
-# %% ../nbs/20_reproduction.ipynb #092
+# %% ../nbs/20_reproduction.ipynb #088
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}}
 table{{border-collapse:collapse;font-size:13px;margin:1rem 0;display:block;overflow-x:auto}}img{{max-width:100%}}
@@ -524,7 +502,7 @@ def _html_tables(text: str) -> str:
             out.append("<table>" + tr(head, "th") + "".join(tr(r, "td") for r in rest) + "</table>"); rows = []
     return "\n".join(out)
 
-# %% ../nbs/20_reproduction.ipynb #094
+# %% ../nbs/20_reproduction.ipynb #090
 def figures(
     summary: dict,                   # from `summarise`
     runs: dict[str, list],           # from `load_runs`
@@ -534,12 +512,13 @@ def figures(
     out = {"overall_iou": ("Overall IoU here and in the paper. The data differ: compare the order and the steps, not the heights.", figure_bars(summary)),
            "by_kind": ("Overall IoU by kind of expression, with 95 % intervals.", figure_kinds(summary))}
     if jobs:
-        logs = {r: read_log(Path(next(j["folder"] for j in jobs if j["row"] == r)) / "losses.jsonl") for r in runs}
+        from refseg_nb.training.learner import read_history
+        logs = {r: read_history(Path(next(j["folder"] for j in jobs if j["row"] == r)) / "losses.jsonl") for r in runs}
         out["curves"] = ("Training loss, first seed, smoothed over 2 % of the run.", figure_curves(logs))
         out["examples"] = ("Masks of the rows with their IoU. " + EXAMPLE_RULE, figure_examples(jobs, runs))
     return {name: (caption, fig) for name, (caption, fig) in out.items() if fig is not None}
 
-# %% ../nbs/20_reproduction.ipynb #096
+# %% ../nbs/20_reproduction.ipynb #092
 def report(
     records: Path,                    # folder with the records
     out: Path,                        # where table2.json, table2.md, report.md, report.html and the figures go
@@ -565,7 +544,7 @@ def report(
     _write(out / "report.md", "\n".join(md)); _write(out / "report.html", PAGE.format(title=title, body="\n".join(body)))
     return summary
 
-# %% ../nbs/20_reproduction.ipynb #099
+# %% ../nbs/20_reproduction.ipynb #095
 def reproduce_table2(
     out: Path | str = "runs/reproduce",  # everything that is made goes here
     budget: str = "quick",               # "quick", "full" (or "tiny", for tests)
@@ -604,7 +583,7 @@ def reproduce_table2(
     say(f"{(time.time() - start) / 60:.1f} minutes. Report: {out / 'report.html'}")
     return summary
 
-# %% ../nbs/20_reproduction.ipynb #103
+# %% ../nbs/20_reproduction.ipynb #099
 def readme_results(
     results: Path,  # the repository's results/ folder
 ) -> str:           # markdown
@@ -636,7 +615,7 @@ def readme_results(
     else: out.append("Not recorded yet.")
     return "\n".join(out) + "\n"
 
-# %% ../nbs/20_reproduction.ipynb #107
+# %% ../nbs/20_reproduction.ipynb #103
 def figure_overview(
     segmenter,        # from `refseg_nb.load`
     refer,            # an open data set

@@ -119,11 +119,6 @@ def test_plan(tmp_path):
     assert R.estimate(jobs, 2)["minutes"] > R.estimate(jobs[:4], 2)["minutes"] > 0 == R.estimate([])["minutes"]
 
 
-def test_the_log_survives_a_kill(tmp_path):
-    (tmp_path / "losses.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 2, "loss": 0.4}\n{"step": 3, "lo')
-    assert [x["step"] for x in R.read_log(tmp_path / "losses.jsonl")] == [1, 2] and R.read_log(tmp_path / "none") == []
-
-
 @pytest.mark.slow
 def test_two_rows_from_nothing_killed_and_resumed(tmp_path):
     args = [sys.executable, "-m", "refseg_nb", "reproduce", "--budget", "tiny", "--row", "Baseline", "--row", "SHNet", "--out", str(tmp_path / "run"),

@@ -17,8 +17,8 @@ from toy_refer import SMALL, make_toy
 
 from refseg_nb.data.batches import make_loader
 from refseg_nb.training import checkpoint as module
-from refseg_nb.training.checkpoint import CheckpointError, atomic_folder, checkpoints, load_checkpoint, load_model, save_model
-from refseg_nb.training.learner import FeatureCache, Learner, Objective, TrainConfig, dice_loss, polynomial_decay, read_history, train
+from refseg_nb.training.checkpoint import CheckpointError, atomic_folder, checkpoints, load_checkpoint, load_model, model_tensors, save_model
+from refseg_nb.training.learner import FeatureCache, Learner, Objective, TrainConfig, cut_log, dice_loss, polynomial_decay, read_history, train
 
 CONTEXT = torch.multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["accelerate", "refseg_nb.training.learner"])
@@ -118,6 +118,16 @@ def test_killed_at_random_moments(root, whole, tmp_path):
     assert process.exitcode == 0, f"seed {seed}"
     assert same(weights(c.out), weights(whole.out)), f"seed {seed}, killed {killed} times"
     assert strip(read_history(Path(c.out) / "history.jsonl")) == strip(whole.history), f"seed {seed}"
+    assert (Path(c.out) / "losses.jsonl").read_text() == (whole.out / "losses.jsonl").read_text(), f"seed {seed}"
+    assert [row["step"] for row in read_history(Path(c.out) / "losses.jsonl")] == list(range(1, whole.steps + 1))
+
+
+def test_a_log_is_cut_at_the_checkpoint(tmp_path):
+    log = tmp_path / "losses.jsonl"
+    log.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 3, "loss": 0.3}\n{"step": 4, "lo')
+    assert [row["step"] for row in read_history(log)] == [1, 2, 3] and read_history(tmp_path / "none") == []
+    cut_log(log, 2)
+    assert log.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n'
 
 
 def test_stopped_at_every_step(root, whole, tmp_path, monkeypatch):
@@ -353,3 +363,11 @@ def test_two_processes_train_one_model(root, tmp_path):
     histories = [json.loads((tmp_path / "run" / f"history{r}.json").read_text()) for r in range(2)]
     assert [r["overall_iou"] for r in histories[0]] == [r["overall_iou"] for r in histories[1]] and histories[0][-1]["samples"] == histories[1][-1]["samples"]
     assert np.isfinite(histories[0][-1]["loss"])
+
+
+def test_start_takes_the_weights_of_a_trained_model_onto_another_grid(root, whole, tmp_path):
+    learner = Learner(config(root, tmp_path / "fine", start=str(whole.out), overrides=SMALL | {"grid": 6, "sfm_extent": 4}))
+    assert learner.model.config.grid == 6 != whole.model.config.grid
+    assert same(model_tensors(learner.model), model_tensors(whole.model))
+    with pytest.raises(ValueError, match="start='shnet-refshapes' was trained with other words than those of toy"):
+        Learner(config(root, tmp_path / "other", start="shnet-refshapes"))

@@ -41,10 +41,12 @@ def pixel_positions(
     width: int,             # W
     channels: int,          # C, a multiple of four
     base: float = 10_000.,
+    extent: float | None = None,  # the picture is so many units long and high, whatever the grid; None: a unit a place
 ) -> Float[Tensor, "HW C"]:  # row by row
     "P_v: half of the channels tell x, half tell y."
     if channels % 4: raise ValueError(f"channels must be a multiple of 4, not {channels}")
-    x, y = (sinusoid(torch.arange(n, dtype=torch.float32), channels // 2, base) for n in (width, height))
+    centres = lambda n: (torch.arange(n, dtype=torch.float32) + .5) * ((extent or n) / n) - .5
+    x, y = (sinusoid(centres(n), channels // 2, base) for n in (width, height))
     return torch.cat([x[None].expand(height, -1, -1), y[:, None].expand(-1, width, -1)], dim=-1).flatten(0, 1)
 
 # %% ../../nbs/09_sfm.ipynb #028
@@ -72,12 +74,11 @@ class JointAttention(nn.Module):
         mask: Bool[Tensor, "B N"] | None = None,      # keys that may be looked at; None: all
         return_attention: bool = False,
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B heads N N"] | None]:  # the new X; the weights (queries x keys) if asked
-        "W (x + p) = W x + W p: the positions' part is computed once for the whole batch."
+        "softmax(Q K^T / sqrt(d)) V for each head, and the output's matrix."
         b, n, c = x.shape
-        qkv = self.qkv(x)
-        if where is not None and self.positions != "none":
-            c_where = {"qk": 2 * c, "qkv": 3 * c}[self.positions]
-            qkv = qkv + F.pad(F.linear(where, self.qkv.weight[:c_where]), (0, 3 * c - c_where))
+        if where is None or self.positions == "none": qkv = self.qkv(x)
+        elif self.positions == "qkv": qkv = self.qkv(x + where)
+        else: qkv = self.qkv(x) + F.pad(F.linear(where, self.qkv.weight[:2 * c]), (0, c))
         q, k, v = qkv.view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.
         if return_attention or q.device.type == "cpu" and q.dtype is torch.bfloat16:  # the fused kernel's backward is slow in bf16 on a CPU
@@ -144,13 +145,14 @@ class SFM(nn.Module):
         embedding: str = "sinusoid",  # "sinusoid" (fixed) or "learned"
         base: float = 10_000.,       # of the sinusoids
         max_words: int = 64,         # longest expression that has positions
+        extent: float | None = None,  # see `pixel_positions`
     ):
         super().__init__()
         if embedding not in ("sinusoid", "learned"): raise ValueError(f"embedding must be 'sinusoid' or 'learned', not {embedding!r}")
         self.layers = nn.ModuleList(SFMLayer(channels, heads, ffn, dropout, attention_dropout, norm, residual, positions) for _ in range(layers))
         self.final = nn.LayerNorm(channels) if final_norm else nn.Identity()
         self.max_words = max_words
-        p_v, p_l = pixel_positions(grid, grid, channels, base), word_positions(max_words, channels, base)
+        p_v, p_l = pixel_positions(grid, grid, channels, base, extent), word_positions(max_words, channels, base)
         if embedding == "learned" and positions != "none":
             self.p_v, self.p_l = (nn.Parameter(.02 * torch.randn_like(p)) for p in (p_v, p_l))
         else:

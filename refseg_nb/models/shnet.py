@@ -51,6 +51,7 @@ class SHNetConfig:
     sfm_positions: str = "qkv"                 # where P_v, P_l are added: "qkv" (equation 1), "qk" (released), "none" (Table 2, row 7)
     sfm_embedding: str = "sinusoid"            # or "learned": the paper does not say; released: fixed sinusoids
     sfm_base: float = 10_000.                  # of the sinusoids
+    sfm_extent: float | None = None            # length of the picture in units of the sinusoids; None: a unit a place, as published
     # HCAM, equations 2 and 3
     use_hcam: bool = True                      # Table 2, rows 1 and 3: no
     hcam_gates: str = "pair"                   # a convolution for each Lambda_ij ("pair"), for each level i ("level", released), or "one" for all
@@ -112,9 +113,10 @@ PRESETS: dict[str, SHNetConfig] = {
     "paper": SHNetConfig(),
     "released": SHNetConfig(grid=20, pool=2, adapter_norm=True, train_words=False, max_words=30, sfm_layers=2, sfm_ffn=512, sfm_residual=True,
                             sfm_final_norm=True, sfm_dropout=.2, sfm_positions="qk", hcam_gates="level", hcam_norm=True, hcam_dropout=.1),
-    "refshapes": SHNetConfig(backbone="refshapes", image_size=96, grid=12, channels=64, pool=2, adapter_norm=True, word_dim=64, sfm_layers=2, sfm_heads=4,
-                             sfm_ffn=128, sfm_residual=True, sfm_final_norm=True, sfm_dropout=0., sfm_attention_dropout=0., sfm_base=100., hcam_gates="level",
-                             hcam_norm=True, aspp_rates=(2, 4, 8), aspp_dropout=0., decoder_widths=(48, 32, 24), decoder_dropout=0., prior=.05),
+    "refshapes": SHNetConfig(backbone="refshapes", image_size=96, grid=12, channels=64, pool=2, adapter_norm=True, word_dim=64, sfm_layers=2, sfm_heads=2,
+                             sfm_ffn=128, sfm_residual=True, sfm_final_norm=True, sfm_dropout=0., sfm_attention_dropout=0., sfm_base=100., sfm_extent=8.,
+                             hcam_gates="level", hcam_norm=True, aspp_rates=(2, 4, 8), aspp_dropout=0., decoder_widths=(48, 32, 16), decoder_dropout=0.,
+                             prior=.05),
 }
 RECIPES: dict[str, Recipe] = {
     "paper": Recipe(),
@@ -167,7 +169,8 @@ class SHNet(nn.Module):
         if config.use_sfm:
             self.sfm = nn.ModuleList(
                 SFM(c, config.grid, config.sfm_layers, config.sfm_heads, config.sfm_ffn, config.sfm_dropout, config.sfm_attention_dropout, config.sfm_norm,
-                    config.sfm_residual, config.sfm_final_norm, config.sfm_positions, config.sfm_embedding, config.sfm_base, config.max_words)
+                    config.sfm_residual, config.sfm_final_norm, config.sfm_positions, config.sfm_embedding, config.sfm_base, config.max_words,
+                    config.sfm_extent)
                 for _ in range(1 if config.sfm_shared else 3))
         else: self.fusion = BaselineFusion(c)
         if config.use_hcam: self.hcam = HCAM(c, config.hcam_gates, config.hcam_norm, config.hcam_dropout)

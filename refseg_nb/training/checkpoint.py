@@ -87,10 +87,12 @@ def load_optimizer(
     groups: list,
 ):
     "Put back what `optimizer_tensors` took."
-    state = {}
+    parameters, state = [p for group in optimizer.param_groups for p in group["params"]], {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value.clone()  # the optimizer goes on changing its own copy
+        like = parameters[int(number)]  # a fused optimizer walks through memory: its state must lie there as the parameter does (channels last, or not)
+        copy = torch.empty_like(like, dtype=value.dtype, device="cpu") if value.shape == like.shape else torch.empty_like(value)
+        state.setdefault(int(number), {})[name] = copy.copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]})
 
 # %% ../../nbs/11b_checkpoints.ipynb #013

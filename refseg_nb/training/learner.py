@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'dice_loss', 'Objective', 'polynomial_decay', 'available_memory', 'FeatureCache', 'logits_size',
-           'first_images', 'TrainResult', 'comparable', 'check_same_config', 'read_history', 'unfreeze', 'LearnerParts',
-           'LearnerSteps', 'LearnerState', 'Learner', 'train']
+           'first_images', 'TrainResult', 'comparable', 'check_same_config', 'read_history', 'cut_log', 'unfreeze',
+           'LearnerParts', 'LearnerSteps', 'LearnerState', 'Learner', 'train']
 
 # %% ../../nbs/12_training.ipynb #002
 import json
@@ -63,6 +63,7 @@ class TrainConfig:
     preset: str = "refshapes"
     overrides: dict = field(default_factory=dict)  # fields of the model's configuration
     vectors: str | None = None      # word vectors: a file, or a name that torchtext knows
+    start: str | None = None        # begin with the weights of this model: a folder that training wrote, or the name of a shipped one
     train_backbone: bool = False    # also train the backbone (the paper keeps it frozen)
     # optimisation
     epochs: int | None = None       # None: the preset's recipe, as for every None below that says "recipe"
@@ -76,7 +77,7 @@ class TrainConfig:
     warmup: int = 0                 # steps of linear rise
     clip: float | None = None       # largest gradient norm
     loss: str = "bce"               # "bce" (the paper's), or "bce+dice"
-    dice_weight: float = 1.
+    dice_weight: float = .1         # little: see below
     targets: str | None = None      # recipe. "soft": share of each cell that the mask covers; "hard": half or more; "dilated": any (released code)
     seed: int = 0
     # machine
@@ -253,7 +254,7 @@ class TrainResult:
     model: nn.Module = field(repr=False)
     vocabulary: object = field(repr=False)
     config: TrainConfig = field(repr=False)
-    out: Path           # holds model/, checkpoint/, history.jsonl, config.json, result.json
+    out: Path           # holds model/, checkpoint/, config.json, result.json, history.jsonl (a line an epoch), losses.jsonl (a line a step)
     steps: int          # optimizer steps in all
     seconds: float      # of training and evaluation, all legs of a resumed run together
     best: dict | None   # {"overall_iou", "mean_iou", "step", "epoch"} of the best evaluation
@@ -279,13 +280,20 @@ def check_same_config(
 
 
 def read_history(path: Path, step: int | None = None) -> list[dict]:
-    "The lines of a history, up to a step."
+    "The lines of history.jsonl or losses.jsonl, up to a step."
     if not path.exists(): return []
     rows = []
     for line in path.read_text().splitlines():
         try: rows.append(json.loads(line))
         except json.JSONDecodeError: break  # the run was killed while it wrote this line
     return [r for r in rows if step is None or r["step"] <= step]
+
+
+def cut_log(path: Path, step: int):
+    "Drop the lines that a killed run wrote after its last checkpoint."
+    rows = read_history(path, step)
+    path.with_suffix(".new").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    path.with_suffix(".new").replace(path)
 
 # %% ../../nbs/12_training.ipynb #043
 def _as_it_is(batch): return batch
@@ -331,8 +339,11 @@ class LearnerParts:
         with self.accelerator.main_process_first(): self.vocabulary = vocabulary_for(self.refer, c.train_split)
         torch.manual_seed(c.seed)
         self.model = model if model is not None else self.create_model()
+        if c.start: self.start_from(c.start)
         if c.train_backbone: unfreeze(self.model)
         self.model.to(self.device)
+        for part in self.model.modules():
+            if isinstance(part, nn.Conv2d): part.to(memory_format=torch.channels_last)  # faster, on CPU and GPU
         size = self.model.config.image_size
         self.target_size = logits_size(self.model, size)
         self.train_data = first_images(self.dataset(c.train_split), c.limit)
@@ -356,6 +367,14 @@ class LearnerParts:
         c = self.config
         vectors = load_vectors(c.vectors, self.vocabulary)[0] if c.vectors else None
         return create_model(c.model, c.preset, vocab_size=len(self.vocabulary), vectors=vectors, **c.overrides)
+
+    def start_from(self, name: str):
+        "Take the weights of a trained model. Only what has no weights may differ, such as the size of the grid."
+        from refseg_nb.inference import load
+        trained = load(name)
+        if trained.vocabulary != self.vocabulary:
+            raise ValueError(f"start={name!r} was trained with other words than those of {self.config.data}: its word vectors cannot be taken over")
+        load_tensors(self.model, trained.model.state_dict(), str(name))
 
     def dataset(self, split: str) -> RISDataset:
         "A split at the model's sizes."
@@ -474,14 +493,14 @@ class LearnerState(LearnerSteps):
         self.accelerator.wait_for_everyone()
         if resume is False and self.main:
             shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
-            for name in ("history.jsonl", "result.json"): (self.out / name).unlink(missing_ok=True)
+            (self.out / "result.json").unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         found = load_checkpoint(self.out / "checkpoint")
         if found is None and resume is True: raise CheckpointError(f"{self.out.name} has no checkpoint to go on from: begin with resume='auto'")
-        if self.main and found is None:
+        if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "history.jsonl").unlink(missing_ok=True)
-        if self.main: write_json(self.out / "config.json", asdict(self.config))
+            write_json(self.out / "config.json", asdict(self.config))
+            for name in ("history.jsonl", "losses.jsonl"): cut_log(self.out / name, found["state"]["step"] if found else 0)
         return found
 
 # %% ../../nbs/12_training.ipynb #053
@@ -497,15 +516,12 @@ class Learner(LearnerState):
         found = self.open_run(resume)
         rng = self.restore(found) if found else None
         self.history = read_history(out / "history.jsonl", self.step)
-        if self.main:  # drop what a killed run wrote after its last checkpoint
-            (out / "history.jsonl.new").write_text("".join(json.dumps(r) + "\n" for r in self.history))
-            (out / "history.jsonl.new").replace(out / "history.jsonl")
         if self.val is not None:
             self.evaluator = Evaluator(self.val, limit=c.eval_limit, seed=0, num_workers=c.num_workers, rank=self.rank, world=self.world)
         if c.tracker: self.accelerator.init_trackers(out.name, config={k: str(v) for k, v in asdict(c).items()})
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                    TextColumn("{task.fields[note]}")]
-        with Progress(*columns, disable=c.quiet or not self.main) as progress:
+        with Progress(*columns, disable=c.quiet or not self.main) as progress, open(out / "losses.jsonl" if self.main else os.devnull, "a", buffering=1) as log:
             self.cache(_Bars(progress))
             bar = progress.add_task("Training", total=self.total, completed=self.step, note="")
             self.objective.train()
@@ -520,6 +536,7 @@ class Learner(LearnerState):
                 while group and self.step < self.total:
                     loss = self.optimizer_step(group)
                     if not math.isfinite(loss): raise FloatingPointError(f"the loss is {loss} at step {self.step}: lower lr, or set clip")
+                    log.write(json.dumps({"step": self.step, "loss": round(loss, 5)}) + "\n")
                     self.epoch_loss = [self.epoch_loss[0] + loss, self.epoch_loss[1] + 1]
                     best = f"  IoU {self.best['overall_iou']:.1f}" if self.best else ""
                     progress.update(bar, advance=1, note=f"epoch {epoch + 1}  loss {self.epoch_loss[0] / self.epoch_loss[1]:.4f}{best}")

@@ -11,6 +11,7 @@ import ast
 import os
 import re
 import sys
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,11 +56,12 @@ def show_images(
     rows = -(-len(images) // ncols)
     fig, axes = plt.subplots(rows, min(ncols, len(images)), figsize=(size * min(ncols, len(images)), (size + .25) * rows), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.set_axis_off()
+    fold = lambda title: "\n".join("\n".join(textwrap.wrap(line, int(130 * size / titlesize))) for line in title.splitlines())  # a letter is about .55 em
     for i, (ax, image) in enumerate(zip(axes.flat, images)):
         image = np.asarray(image)
         if masks is not None and masks[i] is not None: image = overlay(image, masks[i])
         ax.imshow(image, cmap=cmap if image.ndim == 2 else None)
-        if titles is not None: ax.set_title(titles[i], fontsize=titlesize, wrap=True)
+        if titles is not None: ax.set_title(fold(titles[i]), fontsize=titlesize)
     return axes.ravel()
 
 # %% ../nbs/90_course.ipynb #012

@@ -351,11 +351,11 @@ def conclusions(
     lines.append(f"Order by overall IoU here: {' > '.join(order)}; {paper}.")
     return lines
 
-# %% ../nbs/20_reproduction.ipynb #062
+# %% ../nbs/20_reproduction.ipynb #064
 def _data_name(summary: dict) -> str:
     return f"{summary['protocol']['dataset']} {summary['protocol']['split']}"
 
-# %% ../nbs/20_reproduction.ipynb #064
+# %% ../nbs/20_reproduction.ipynb #066
 def print_table(
     summary: dict,       # from `summarise`
     console=None,        # a rich console
@@ -373,12 +373,12 @@ def print_table(
     console.print(table)
     for line in conclusions(summary): console.print("· " + line, highlight=False, soft_wrap=True)
 
-# %% ../nbs/20_reproduction.ipynb #068
+# %% ../nbs/20_reproduction.ipynb #070
 def _png(fig) -> bytes:
     buffer = io.BytesIO(); fig.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
-# %% ../nbs/20_reproduction.ipynb #069
+# %% ../nbs/20_reproduction.ipynb #071
 COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
 
 def figure_bars(
@@ -401,7 +401,7 @@ def figure_bars(
 def _axis(ax, label: str = "overall IoU, %"):
     ax.set_ylabel(label); ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/20_reproduction.ipynb #072
+# %% ../nbs/20_reproduction.ipynb #074
 def figure_kinds(
     summary: dict,  # from `summarise`
 ):                  # a matplotlib figure, or None where the data names no kinds
@@ -420,7 +420,7 @@ def figure_kinds(
     fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center", title=_data_name(summary), title_fontsize=8)
     return fig
 
-# %% ../nbs/20_reproduction.ipynb #076
+# %% ../nbs/20_reproduction.ipynb #078
 def figure_curves(
     logs: dict[str, list[dict]],  # row -> lines with "step" and "loss", see `refseg_nb.training.learner.read_history`
 ):                                # a matplotlib figure, or None without logs
@@ -435,7 +435,7 @@ def figure_curves(
     ax.set_xlabel("step"); ax.legend(frameon=False, fontsize=8); _axis(ax, "training loss")
     return fig
 
-# %% ../nbs/20_reproduction.ipynb #080
+# %% ../nbs/20_reproduction.ipynb #082
 EXAMPLE_RULE = ("For each kind of expression, the sample whose IoU under SHNet (first seed) is the median of its kind, ties to the lowest sent_id; "
                 "then the first sample, by sent_id, at which SHNet points elsewhere (IoU under 0.1).")
 
@@ -451,7 +451,7 @@ def choose_examples(
     if len(wrong): picked.append(int(s["sent_id"][wrong].min()))
     return list(dict.fromkeys(picked))
 
-# %% ../nbs/20_reproduction.ipynb #084
+# %% ../nbs/20_reproduction.ipynb #086
 def figure_examples(
     jobs: list[dict],   # from `plan`, all done
     runs: dict,         # from `load_runs`
@@ -483,7 +483,7 @@ def _wrap(text: str, width: int) -> str:
     import textwrap
     return "\n".join(textwrap.wrap(text, width))
 
-# %% ../nbs/20_reproduction.ipynb #088
+# %% ../nbs/20_reproduction.ipynb #090
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}}
 table{{border-collapse:collapse;font-size:13px;margin:1rem 0;display:block;overflow-x:auto}}img{{max-width:100%}}
@@ -502,7 +502,7 @@ def _html_tables(text: str) -> str:
             out.append("<table>" + tr(head, "th") + "".join(tr(r, "td") for r in rest) + "</table>"); rows = []
     return "\n".join(out)
 
-# %% ../nbs/20_reproduction.ipynb #090
+# %% ../nbs/20_reproduction.ipynb #092
 def figures(
     summary: dict,                   # from `summarise`
     runs: dict[str, list],           # from `load_runs`
@@ -518,7 +518,7 @@ def figures(
         out["examples"] = ("Masks of the rows with their IoU. " + EXAMPLE_RULE, figure_examples(jobs, runs))
     return {name: (caption, fig) for name, (caption, fig) in out.items() if fig is not None}
 
-# %% ../nbs/20_reproduction.ipynb #092
+# %% ../nbs/20_reproduction.ipynb #094
 def report(
     records: Path,                    # folder with the records
     out: Path,                        # where table2.json, table2.md, report.md, report.html and the figures go
@@ -544,7 +544,7 @@ def report(
     _write(out / "report.md", "\n".join(md)); _write(out / "report.html", PAGE.format(title=title, body="\n".join(body)))
     return summary
 
-# %% ../nbs/20_reproduction.ipynb #095
+# %% ../nbs/20_reproduction.ipynb #097
 def reproduce_table2(
     out: Path | str = "runs/reproduce",  # everything that is made goes here
     budget: str = "quick",               # "quick", "full" (or "tiny", for tests)
@@ -583,7 +583,7 @@ def reproduce_table2(
     say(f"{(time.time() - start) / 60:.1f} minutes. Report: {out / 'report.html'}")
     return summary
 
-# %% ../nbs/20_reproduction.ipynb #099
+# %% ../nbs/20_reproduction.ipynb #101
 def readme_results(
     results: Path,  # the repository's results/ folder
 ) -> str:           # markdown
@@ -615,7 +615,7 @@ def readme_results(
     else: out.append("Not recorded yet.")
     return "\n".join(out) + "\n"
 
-# %% ../nbs/20_reproduction.ipynb #103
+# %% ../nbs/20_reproduction.ipynb #105
 def figure_overview(
     segmenter,        # from `refseg_nb.load`
     refer,            # an open data set

@@ -203,7 +203,8 @@ def test_train_then_evaluate_then_segment(tiny_root, tmp_path, picture):
 def test_ctrl_c_is_exit_code_130(tiny_root, tmp_path):
     args = [sys.executable, "-m", "refseg_nb", "train", "--root", tiny_root, "--steps", "100000", "--set", "backbone_weights=none", "--out", tmp_path / "run",
             "--device", "cpu", "--checkpoint-every", "1"]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores SIGINT, and so do its children
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, preexec_fn=heard)
     for _ in range(600):
         if list((tmp_path / "run").glob("checkpoint/*")): break
         time.sleep(.1)

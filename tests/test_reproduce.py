@@ -123,7 +123,8 @@ def test_plan(tmp_path):
 def test_two_rows_from_nothing_killed_and_resumed(tmp_path):
     args = [sys.executable, "-m", "refseg_nb", "reproduce", "--budget", "tiny", "--row", "Baseline", "--row", "SHNet", "--out", str(tmp_path / "run"),
             "--root", str(tmp_path / "data")]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores SIGINT, and so do its children
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True, preexec_fn=heard)
     for _ in range(1200):
         if list((tmp_path / "run").glob("*/losses.jsonl")) or process.poll() is not None: break
         time.sleep(.1)

@@ -42,7 +42,7 @@ readme: $(READY)
 run: $(READY)
 	$(BIN)/python -m refseg_nb.course stubs $(NB)
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter execute --inplace --skip-cells-with-tag=skip-execution $(NB)
+	$(BIN)/jupyter execute --inplace $(NB)
 	$(BIN)/nbdev_clean
 
 lint: $(READY)

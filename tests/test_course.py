@@ -13,7 +13,7 @@ from refseg_nb.course import exercise_stub, exercises, readme_from, solution_of
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-CHAPTERS = [p for p in NOTEBOOKS if re.match(r"[0-7]\d_", p.name)]
+CHAPTERS = [p for p in NOTEBOOKS if re.match(r"[0-7]\d[a-z]?_", p.name)]
 
 
 def read(path):
@@ -99,11 +99,11 @@ def test_links_between_chapters_lead_somewhere(path):
 EXERCISES = [(p, text.source, stub.source, name) for p in CHAPTERS for text, stub, name in exercises(read(p))]
 
 
-@pytest.mark.parametrize("path, text, stub, name", EXERCISES, ids=[f"{p.stem[:2]}-{n}" for p, _, _, n in EXERCISES])
+@pytest.mark.parametrize("path, text, stub, name", EXERCISES, ids=[f"{p.stem.split('_')[0]}-{n}" for p, _, _, n in EXERCISES])
 def test_exercise_stub_is_made_from_its_solution_and_the_check_tells_them_apart(path, text, stub, name):
     assert "difficulty" in text and "minutes" in text and "<summary>Hint</summary>" in text
     assert stub == exercise_stub(text, name), "stub and solution differ: make them again with `make run`"
-    module = importlib.import_module(f"refseg_nb.exercises.ch{path.stem[:2]}")
+    module = importlib.import_module(f"refseg_nb.exercises.ch{path.stem.split('_')[0]}")
     check = getattr(module, f"check_{name}")
     solved, empty = {}, {f"check_{name}": check}
     exec(compile(solution_of(text), f"{path.stem}:{name}", "exec"), solved)

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .expressions import FLAVOURS, sample_expressions
 from .scenes import CATEGORIES, GENERATOR_VERSION, HELDOUT, render, sample_scene
 
-# %% ../../nbs/02b_dataset.ipynb #005
+# %% ../../nbs/02b_dataset.ipynb #006
 SPLITS = ("train", "val", "testA", "testB", "heldout")
 SIZES = {   # images and expressions of each split, and pixels a side
     "tiny": {"resolution": 96, "images": (80, 24, 12, 12, 12), "expressions": (400, 120, 60, 60, 60)},
@@ -38,7 +38,7 @@ SIZES = {   # images and expressions of each split, and pixels a side
 _APART = 10_000_000   # between the splits' scene indices
 CATEGORY_IDS = {name: i for i, name in enumerate(CATEGORIES, 1)}
 
-# %% ../../nbs/02b_dataset.ipynb #006
+# %% ../../nbs/02b_dataset.ipynb #008
 def _scene_of(split: str, i: int, seed: int):
     "The i-th scene of a split, and the things in it that the split's expressions may mean."
     scene = sample_scene(seed, SPLITS.index(split) * _APART + i, people=split == "testA", heldout=split == "heldout")
@@ -46,7 +46,7 @@ def _scene_of(split: str, i: int, seed: int):
             "heldout": lambda t: HELDOUT[t.category] == t.color}.get(split, lambda t: True)
     return scene, [i for i, t in enumerate(scene.things) if keep(t)]
 
-# %% ../../nbs/02b_dataset.ipynb #009
+# %% ../../nbs/02b_dataset.ipynb #012
 def _encode(masks):
     "RLE (counts as text), area and box of each mask."
     rles = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
@@ -54,7 +54,7 @@ def _encode(masks):
     rles = [{"size": [int(v) for v in r["size"]], "counts": r["counts"].decode()} for r in rles]
     return rles, [int(a) for a in areas], [[float(v) for v in b] for b in boxes]
 
-# %% ../../nbs/02b_dataset.ipynb #012
+# %% ../../nbs/02b_dataset.ipynb #016
 def _draw(job: dict) -> list[dict]:
     "Draw a run of one split's images into a folder; returns their records. It runs in a worker process."
     out = []
@@ -72,7 +72,7 @@ def _draw(job: dict) -> list[dict]:
         out.append({"image": info, "annotations": anns, "split": job["split"], "said": [vars(e) for e in said]})
     return out
 
-# %% ../../nbs/02b_dataset.ipynb #015
+# %% ../../nbs/02b_dataset.ipynb #020
 def _jobs(name, size, seed, resolution, tag, folder, step=25):
     spec = SIZES[size]; totals = spec.get("expressions+", spec["expressions"]) if name.endswith("+") else spec["expressions"]
     for split, n, total in zip(SPLITS, spec["images"], totals):
@@ -81,7 +81,7 @@ def _jobs(name, size, seed, resolution, tag, folder, step=25):
             yield {"name": name, "seed": seed, "resolution": resolution, "tag": tag, "images": folder, "split": split, "range": (a, b),
                    "counts": [total * (i + 1) // n - total * i // n for i in range(a, b)]}
 
-# %% ../../nbs/02b_dataset.ipynb #018
+# %% ../../nbs/02b_dataset.ipynb #024
 def _run_jobs(jobs, workers, progress):
     "Results of `_draw` in the order of the jobs."
     done = [None] * len(jobs)
@@ -99,7 +99,7 @@ def _run_jobs(jobs, workers, progress):
             if done[k] is None: finish(k, _draw(j))
     return done
 
-# %% ../../nbs/02b_dataset.ipynb #021
+# %% ../../nbs/02b_dataset.ipynb #028
 def _assemble(results):
     "The records of all images as REFER's list of refs and COCO's dict of instances; and the counts."
     refs, images, annotations, sent_id = [], [], [], 0
@@ -124,7 +124,7 @@ def _assemble(results):
                  "categories": [{"supercategory": CATEGORIES[c], "id": i, "name": c} for c, i in CATEGORY_IDS.items()]}
     return refs, instances, counts
 
-# %% ../../nbs/02b_dataset.ipynb #024
+# %% ../../nbs/02b_dataset.ipynb #032
 def _drop_leftovers(folder: Path):
     "Remove temporary folders of processes that are gone."
     for old in folder.glob(".*.tmp"):
@@ -137,14 +137,14 @@ def _alive(pid):
     except OSError: return True
     return True
 
-# %% ../../nbs/02b_dataset.ipynb #025
+# %% ../../nbs/02b_dataset.ipynb #034
 def _move_in(new: Path, place: Path):
     "Rename a finished folder to its place; what was there goes."
     if place.exists():
         old = place.with_name(f".{place.name}.old.{os.getpid()}.tmp"); place.rename(old); new.rename(place); shutil.rmtree(old)
     else: new.rename(place)
 
-# %% ../../nbs/02b_dataset.ipynb #028
+# %% ../../nbs/02b_dataset.ipynb #038
 def make_refshapes(
     root: str | Path,            # the data folder; `<root>/<name>` and `<root>/images/refshapes` are written
     name: str = "refshapes",     # or "refshapes+": the same images, no words for places

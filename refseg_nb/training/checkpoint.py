@@ -186,7 +186,7 @@ def load_checkpoint(
         raise CheckpointError(f"checkpoint {found[-1].name} cannot be read ({type(error).__name__}: {error}): "
                               "remove that folder to go on from the one before") from error
 
-# %% ../../nbs/11b_checkpoints.ipynb #029
+# %% ../../nbs/11b_checkpoints.ipynb #031
 def fingerprint(
     tensors: dict[str, Tensor],
 ) -> str:
@@ -197,7 +197,7 @@ def fingerprint(
         digest.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/11b_checkpoints.ipynb #033
+# %% ../../nbs/11b_checkpoints.ipynb #035
 SHIPPED_BACKBONES = ("refshapes",)  # small enough to be stored with the model; the others are fetched once per machine
 
 

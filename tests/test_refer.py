@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -235,6 +236,18 @@ def test_broken_images_are_named(tmp_path):
     with pytest.raises(ReferError, match="is 10 x 10 pixels, but instances.json says 14 x 10"): refer.load_image(1)
     Image.new("L", (14, 10)).save(folder / "a.png")
     assert refer.load_image(1).mode == "RGB"
+
+
+def test_an_image_bomb_is_not_decoded(tmp_path, monkeypatch):
+    write_refer(tmp_path / "mine", [toy()], toy_instances())
+    (tmp_path / "images" / "mine").mkdir(parents=True)
+    data = Refer(tmp_path, "mine"); path = data.image_path(1)
+    Image.new("1", (9000, 9000)).save(path)  # 10 kB on the disk, 240 MB as RGB
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(ReferError, match="is 9000 x 9000 pixels, but instances.json says 14 x 10"): data.load_image(1)
+    header = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    path.write_bytes(header + zlib.crc32(header[12:]).to_bytes(4, "big") + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
+    with pytest.raises(ReferError, match="not a readable image.*DecompressionBombError"): data.load_image(1)
 
 
 def test_a_file_name_cannot_leave_the_image_folder(tmp_path):

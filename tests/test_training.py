@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from toy_refer import SMALL, make_toy
 
 from refseg_nb.data.batches import make_loader
+from refseg_nb.data.words import Vocabulary
+from refseg_nb.models.shnet import PRESETS, SHNet, SHNetConfig
 from refseg_nb.training import checkpoint as module
 from refseg_nb.training.checkpoint import CheckpointError, atomic_folder, checkpoints, load_checkpoint, load_model, model_tensors, save_model
 from refseg_nb.training.learner import FeatureCache, Learner, Objective, TrainConfig, cut_log, dice_loss, polynomial_decay, read_history, train
@@ -227,6 +229,25 @@ def test_broken_model_folders(whole, tmp_path):
     stored["config"]["channels"] = 24
     (folder / "config.json").write_text(json.dumps(stored))
     with pytest.raises(CheckpointError, match="does not fit the model"): load_model(folder)
+
+
+def test_a_random_backbone_is_stored_and_another_than_its_own_is_refused(tmp_path):
+    from safetensors.torch import save_file
+    small = {k: v for k, v in SMALL.items() if k != "backbone_weights"}
+    make = lambda weights: SHNet(SHNetConfig.from_dict(PRESETS["refshapes"].to_dict() | small | {"backbone": "resnet101", "backbone_weights": weights}), 5).eval()
+    words = Vocabulary.build(["red car left"])
+    images, numbers = torch.randint(0, 255, (1, 3, 32, 32), dtype=torch.uint8), torch.tensor([[2, 3]])
+    model = make("none")
+    again = load_model(save_model(tmp_path / "random", model, words))[0]
+    assert torch.equal(again(images, numbers), model(images, numbers))
+    file = tmp_path / "resnet.safetensors"
+    save_file({k: v.contiguous() for k, v in make("none").backbone.body.state_dict().items()}, file)
+    model = make(str(file))
+    folder = save_model(tmp_path / "fetched", model, words)
+    assert not any(k.startswith("backbone.") for k in load_file(folder / "model.safetensors"))
+    assert torch.equal(load_model(folder)[0](images, numbers), model(images, numbers))
+    save_file({k: v.contiguous() for k, v in make("none").backbone.body.state_dict().items()}, file)
+    with pytest.raises(CheckpointError, match="trained on another resnet101"): load_model(folder)
 
 
 # --- the loop

@@ -183,7 +183,8 @@ def read_instances(
     for key, record in tables["images"].items():
         where = f"{path}: image {key}"
         height, width = _get(record, "height", int, where), _get(record, "width", int, where)
-        if not (0 < height < 65536 and 0 < width < 65536): raise ReferError(f"{where} is {height} x {width} pixels large")
+        if not (0 < height < 65536 and 0 < width < 65536 and height * width <= 2**27):  # its masks would not fit into memory
+            raise ReferError(f"{where} is {height} x {width} pixels large")
         images[key] = ImageInfo(key, _get(record, "file_name", str, where), height, width)
     for key, record in tables["annotations"].items():
         where = f"{path}: annotation {key}"
@@ -315,11 +316,11 @@ class Refer:
         path, info = self.image_path(image_id), self.image(image_id)
         if not path.is_file(): raise FileNotFoundError(f"{path}: the file of image {image_id} is missing")
         try:
-            with Image.open(path) as image: image = image.convert("RGB")
+            with Image.open(path) as image:
+                if image.size == (info.width, info.height): return image.convert("RGB")
+                size = image.size  # from the header: an image that claims to be huge is not decoded
         except Exception as error: raise ReferError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
-        if image.size != (info.width, info.height):
-            raise ReferError(f"{path}: is {image.width} x {image.height} pixels, but instances.json says {info.width} x {info.height}; the masks would not fit")
-        return image
+        raise ReferError(f"{path}: is {size[0]} x {size[1]} pixels, but instances.json says {info.width} x {info.height}; the masks would not fit")
 
     def counts(self) -> dict[str, dict[str, int]]:
         "Images, refs and expressions of each split."

@@ -210,14 +210,15 @@ def save_model(
 ) -> Path:
     "Write `model.safetensors` and `config.json`: all that `load_model` needs, in one folder."
     folder, config = Path(folder), asdict(model.config)
-    backbone = config["backbone"] in SHIPPED_BACKBONES or any(p.requires_grad for p in model.backbone.parameters())
+    fetched = config["backbone"] not in SHIPPED_BACKBONES and config["backbone_weights"] != "none" and model.backbone.frozen
+    backbone = not fetched
     tensors = model_tensors(model, backbone)
     if dtype is not None: tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     meta = {"model": "shnet", "threshold": .5} | (meta or {})
     with atomic_folder(folder) as new:
         save_file(tensors, new / "model.safetensors")
         stored = {"format": 1, "model": meta.pop("model"), "threshold": meta.pop("threshold"), "image_size": config.get("image_size"),
-                  "backbone_stored": backbone, "dtype": str(dtype or torch.float32).removeprefix("torch."),
+                  "backbone_stored": backbone, "backbone_print": fingerprint(model.backbone.state_dict()), "dtype": str(dtype or torch.float32).removeprefix("torch."),
                   "config": config, "vocabulary": vocabulary.to_json(), "meta": meta}
         (new / "config.json").write_text(json.dumps(stored, indent=1))
     return folder
@@ -238,6 +239,9 @@ def load_model(
     except Exception as error: raise CheckpointError(f"{folder.name}/model.safetensors cannot be read: {error}") from error
     model, vocabulary = (create or create_stored)(stored)
     load_tensors(model, tensors, f"{folder.name}/model.safetensors", stored["backbone_stored"])
+    if not stored["backbone_stored"] and stored.get("backbone_print", fingerprint(model.backbone.state_dict())) != fingerprint(model.backbone.state_dict()):
+        raise CheckpointError(f"{folder.name} was trained on another {stored['config']['backbone']} than the one that is loaded here: "
+                              "give the backbone the weights that it had (backbone_weights in config.json)")
     meta = {k: stored[k] for k in ("model", "threshold", "image_size", "dtype")} | stored["meta"]
     return model.eval(), vocabulary, meta
 

@@ -111,6 +111,7 @@ class Evaluator:
         self.dataset = copy.copy(dataset)
         self.dataset.groups, self.dataset.target_size = groups[rank::world], None
         self.masks, self.mask_bytes, self.mask_cache_bytes = {}, 0, mask_cache_bytes
+        self.crf_seconds = 0.  # spent so far in the CRF
 
     def true_mask(self, sample) -> Tensor:  # [H, W] bool
         "The sample's mask at original resolution, from memory if it was read before."
@@ -140,6 +141,7 @@ class Evaluator:
         autocast=None,           # a context manager factory for mixed precision
         device=None,             # where to compute; default: where the model is
         progress: str | None = None,  # show a bar with this text
+        crf=None,                # a `CrfConfig`: each probability map goes through a dense CRF
     ) -> dict[str, np.ndarray]:  # "index", "intersection", "union", "area", "pixels": one entry a sample of this process
         "Segment every sample of this process and count pixels at original resolution."
         autocast = autocast or nullcontext
@@ -161,12 +163,12 @@ class Evaluator:
                 samples = [batch.samples[b] for b in part]
                 with autocast():
                     logits = model.segment(encoded, self.words(samples).to(device), batch.image_index[part].to(device)).float()
-                found += self.count(logits, samples, threshold)
+                found += self.count(logits, samples, threshold, crf)
         model.train(training)
         rows = np.array(found, dtype=np.int64).reshape(-1, 5)
         return dict(zip(("index", "intersection", "union", "area", "pixels"), rows.T))
 
-    def count(self, logits: Tensor, samples: list, threshold: float) -> list[tuple[int, int, int, int, int]]:
+    def count(self, logits: Tensor, samples: list, threshold: float, crf=None) -> list[tuple[int, int, int, int, int]]:
         "Index, intersection, union, true area and pixels of the image for each sample: those of one size are done together."
         true = [self.true_mask(s) for s in samples]
         by_size = {}
@@ -176,11 +178,26 @@ class Evaluator:
             for i in range(0, len(members), max(1, 2**24 // (size[0] * size[1]))):  # at most 16 M pixels at a time
                 part = members[i:i + max(1, 2**24 // (size[0] * size[1]))]
                 y = torch.stack([true[b] for b in part]).to(logits.device)
-                inter, union = intersection_union(probability_at(logits[part], size) > threshold, y)
+                p = probability_at(logits[part], size)
+                if crf is not None: p = self.sharpen(p, [samples[b] for b in part], crf)
+                inter, union = intersection_union(p > threshold, y)
                 area = y.sum((-2, -1))
                 rows += [(self.index[samples[b].ref_id, samples[b].sent_id], *r, size[0] * size[1])
                          for b, r in zip(part, torch.stack([inter, union, area], 1).tolist())]
         return rows
+
+    def sharpen(self, probability: Tensor, samples: list, crf) -> Tensor:  # [B, H, W]
+        "The probability maps after a dense CRF; those of one image are done together. A grey image stays grey here."
+        from refseg_nb.training.crf import dense_crf
+        start, by_image, out = time.perf_counter(), {}, torch.empty_like(probability)
+        for b, s in enumerate(samples): by_image.setdefault(s.image_id, []).append(b)
+        for image_id, part in by_image.items():
+            image = np.asarray(self.dataset.refer.load_image(image_id))
+            if self.image_control == "none": image = np.full_like(image, 127)
+            out[part] = dense_crf(probability[part], image, crf)
+        if out.is_cuda: torch.cuda.synchronize(out.device)
+        self.crf_seconds += time.perf_counter() - start
+        return out
 
 # %% ../../nbs/13_evaluation.ipynb #027
 def gather_rows(
@@ -296,6 +313,7 @@ class Record:
     machine: dict = field(default_factory=dict)
     commit: str | None = None
     seconds: float = 0.
+    crf_seconds: float | None = None  # spent on the CRF, per image; None: no CRF
     created: str = ""
     arrays: dict = field(default_factory=dict, repr=False)  # sent_id, ref_id, image_id, kind, words, area, pixels, intersection, union
 
@@ -398,24 +416,33 @@ def evaluate(
     features=None,                    # a `FeatureCache` over these images
     autocast=None,                    # a context manager factory for mixed precision
     progress: bool = False,           # show a bar
+    crf=False,                        # True or a `CrfConfig`: a dense CRF before the threshold (chapter 13b)
 ) -> Record:
     "Score a model on a split: original resolution, all sentences, one fixed threshold, intervals over images."
     if not 0 < threshold < 1: raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
+    if crf is True:
+        from refseg_nb.training.crf import CrfConfig
+        crf = CrfConfig()
+    crf = crf or None
     start = time.perf_counter()
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
     evaluator = Evaluator(dataset, text_control, image_control, images_per_batch, expressions_per_step, limit, seed, num_workers, rank, world)
     if not evaluator.samples: raise ValueError(f"split {getattr(dataset, 'split', '?')!r} has no samples")
     device = next(model.parameters()).device
-    rows = evaluator.run(model, threshold, features, autocast, device, f"Evaluating {name}" if progress and rank == 0 else None)
+    rows = evaluator.run(model, threshold, features, autocast, device, f"Evaluating {name}" if progress and rank == 0 else None, crf)
     arrays = sample_arrays(evaluator, gather_rows(rows))
     refer = getattr(dataset, "refer", None)
     protocol = {"dataset": getattr(refer, "name", None), "split_by": getattr(refer, "split_by", None), "split": getattr(dataset, "split", None),
                 "images": int(len(np.unique(arrays["image_id"]))), "samples": int(len(arrays["union"])), "threshold": threshold,
                 "image_size": getattr(dataset, "image_size", None), "max_words": getattr(dataset, "max_words", None),
-                "text_control": text_control, "image_control": image_control, "left_out": int((~evaluator.kept).sum()), "limit": limit}
+                "text_control": text_control, "image_control": image_control, "left_out": int((~evaluator.kept).sum()), "limit": limit,
+                "crf": asdict(crf) if crf else False}
     if config is None: config = asdict(model.config) if is_dataclass(getattr(model, "config", None)) else {}
-    return make_record(name, arrays, protocol, config, {"evaluation": seed} | (seeds or {}), time.perf_counter() - start, device, resamples, comparator, empty)
+    seconds = time.perf_counter() - start
+    record = make_record(name, arrays, protocol, config, {"evaluation": seed} | (seeds or {}), seconds, device, resamples, comparator, empty)
+    if crf: record.crf_seconds = round(evaluator.crf_seconds / max(1, len(evaluator.dataset.groups)), 4)
+    return record
 
 # %% ../../nbs/13_evaluation.ipynb #061
 def sample_arrays(

@@ -5,6 +5,7 @@
 
 VENV   ?= .venv
 PYTHON ?= python3
+EXTRAS ?= dev
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.refseg-installed
 JOBS   ?= 2
@@ -15,9 +16,9 @@ NB     ?= nbs/*.ipynb
 $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "refseg_nb needs Python 3.11 or newer; name one with  make PYTHON=python3.12 ..."; exit 1; }
 	@if command -v uv >/dev/null; then \
-	  { [ -x $(BIN)/python ] || uv venv -q --python $(PYTHON) $(VENV); } && uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+	  { [ -x $(BIN)/python ] || uv venv -q --python $(PYTHON) $(VENV); } && uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
 	else \
-	  { [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); } && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	  { [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); } && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'; \
 	fi
 	@touch $(READY)
 

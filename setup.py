@@ -12,7 +12,7 @@ cfg = parser["DEFAULT"]
 
 extras = {"dev": cfg["dev_requirements"].split()}
 for entry in cfg["extra_requirements"].split():
-    name, requirement = entry.split(":")
+    name, requirement = entry.split(":", 1)
     extras.setdefault(name, []).append(requirement)
 
 readme = here / "README.md"
@@ -28,7 +28,7 @@ setup(
     license="MIT",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["refseg_nb", "refseg_nb.*"]),
-    package_data={"refseg_nb": ["weights/**/*"]},
+    package_data={"refseg_nb": ["weights/**/*", "data/manifest.toml"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["refseg_nb=refseg_nb._modidx:d"]},

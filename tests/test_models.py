@@ -58,7 +58,7 @@ def test_released_counts_by_part():
 def test_every_row_has_the_same_aspp_and_decoder():
     counts = {row: count_parameters(small(row)) for row in ("baseline", "only-hcam", "only-sfm", "shnet")}
     assert len({(c["ASPP"], c["decoder"], c["text encoder"], c["level adapters"]) for c in counts.values()}) == 1
-    assert len({c["total"] for c in counts.values()}) == 4 and set(ABLATIONS) == {"Baseline", "Only HCAM", "Only SFM", "SHNet"}
+    assert len({c["total"] for c in counts.values()}) == 4 and {"Baseline", "Only HCAM", "Only SFM", "SHNet"} <= set(ABLATIONS)
 
 
 def test_presets_differ_one_field_at_a_time():

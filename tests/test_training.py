@@ -17,7 +17,7 @@ from toy_refer import SMALL, make_toy
 
 from refseg_nb.data.batches import make_loader
 from refseg_nb.data.words import Vocabulary
-from refseg_nb.models.shnet import PRESETS, SHNet, SHNetConfig
+from refseg_nb.models.shnet import create_model
 from refseg_nb.training import checkpoint as module
 from refseg_nb.training.checkpoint import CheckpointError, atomic_folder, checkpoints, load_checkpoint, load_model, model_tensors, save_model
 from refseg_nb.training.learner import FeatureCache, Learner, Objective, TrainConfig, cut_log, dice_loss, polynomial_decay, read_history, train
@@ -234,7 +234,7 @@ def test_broken_model_folders(whole, tmp_path):
 def test_a_random_backbone_is_stored_and_another_than_its_own_is_refused(tmp_path):
     from safetensors.torch import save_file
     small = {k: v for k, v in SMALL.items() if k != "backbone_weights"}
-    make = lambda weights: SHNet(SHNetConfig.from_dict(PRESETS["refshapes"].to_dict() | small | {"backbone": "resnet101", "backbone_weights": weights}), 5).eval()
+    make = lambda weights: create_model("shnet", "refshapes", vocab_size=5, backbone="resnet101", backbone_weights=weights, **small).eval()
     words = Vocabulary.build(["red car left"])
     images, numbers = torch.randint(0, 255, (1, 3, 32, 32), dtype=torch.uint8), torch.tensor([[2, 3]])
     model = make("none")

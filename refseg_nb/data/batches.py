@@ -7,6 +7,7 @@ __all__ = ['squash', 'soft_target', 'Batch', 'RISDataset', 'epoch_batches', 'mak
 
 # %% ../../nbs/06_batches.ipynb #002
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .refer import Refer, Sample
 from .words import Vocabulary, pad_words
+
+if TYPE_CHECKING: from refseg_nb.data.store import ImageStore
 
 # %% ../../nbs/06_batches.ipynb #011
 def squash(
@@ -70,13 +73,15 @@ class RISDataset(Dataset):
         target_size: int | None = 48,     # h = w; None: no targets
         max_words: int = 25,              # longer expressions are cut; `.report` says how many
         cache_gb: float = 2.,             # decoded images and targets are kept in memory up to this size
+        store: "ImageStore | None" = None,  # read from it instead; then nothing is kept in memory here
     ):
         if image_size < 1 or (target_size is not None and target_size < 1):
             raise ValueError(f"image_size and target_size must be positive, not {image_size} and {target_size}")
         if max_words < 1: raise ValueError(f"max_words must be at least 1, not {max_words}")
         self.refer, self.split, self.vocabulary = refer, split, vocabulary
         self.image_size, self.target_size, self.max_words = image_size, target_size, max_words
-        self.samples = refer.samples(split)
+        self.samples, self.store = refer.samples(split), store
+        if store is not None: store.check(refer, self.samples, image_size, target_size)
         numbers, self.report = vocabulary.encode_all([s.text for s in self.samples], max_words)
         self.lengths = torch.tensor([len(n) for n in numbers], dtype=torch.long)
         self.words = pad_words(numbers) if numbers else torch.zeros(0, 1, dtype=torch.long)
@@ -84,13 +89,14 @@ class RISDataset(Dataset):
         for i, sample in enumerate(self.samples): groups.setdefault(sample.image_id, []).append(i)
         self.groups = list(groups.items())  # (image_id, indices of its samples), in the order of the file
         size = len(groups) * 3 * image_size**2 + len({s.ann_id for s in self.samples}) * 2 * (target_size or 0) ** 2
-        self.cached = size <= cache_gb * 2**30
+        self.cached = store is None and size <= cache_gb * 2**30
         self._images, self._targets = {}, {}
 
     def __len__(self): return len(self.samples)
 
     def image(self, image_id: int) -> torch.Tensor:
         "An image, [3, S, S] uint8."
+        if self.store is not None: return self.store.image(image_id)
         image = self._images.get(image_id)
         if image is None:
             image = squash(self.refer.load_image(image_id), self.image_size)
@@ -99,6 +105,7 @@ class RISDataset(Dataset):
 
     def target(self, ann_id: int) -> torch.Tensor:
         "The soft target of an object, [h, w] float16: 11 bits are plenty for a share of an area."
+        if self.store is not None: return self.store.target(ann_id)
         target = self._targets.get(ann_id)
         if target is None:
             target = soft_target(self.refer.mask(ann_id), self.target_size).half()
@@ -107,7 +114,7 @@ class RISDataset(Dataset):
 
     def original_mask(self, sample: Sample) -> np.ndarray:
         "The mask at the image's own resolution, [H0, W0] bool: what predictions are scored against."
-        return self.refer.mask(sample.ann_id)
+        return self.refer.mask(sample.ann_id) if self.store is None else self.store.mask(sample.ann_id)
 
     def warm(self) -> "RISDataset":
         "Decode everything that is kept in memory, so that worker processes share it."

@@ -89,7 +89,8 @@ def _runs_rle(runs, h, w, where):
     if isinstance(counts, (str, bytes)):
         try: counts = unpack_runs(counts)
         except ReferError as error: raise ReferError(f"{where}: 'counts' is {error}") from None
-    if not isinstance(counts, list): raise ReferError(f"{where}: 'counts' is {type(counts).__name__}, neither a list of run lengths nor a packed string of them")
+    if not isinstance(counts, list):
+        raise ReferError(f"{where}: 'counts' is {type(counts).__name__}, neither a list of run lengths nor a packed string of them")
     if any(type(run) is not int or run < 0 for run in counts) or sum(counts) != h * w:
         raise ReferError(f"{where}: the run lengths must be whole numbers that add up to {h} x {w} = {h * w} pixels")
     return coco_mask.frPyObjects({"counts": counts, "size": [h, w]}, h, w)

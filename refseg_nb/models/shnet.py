@@ -282,13 +282,14 @@ def create_model(
     preset: str = "refshapes",         # "paper", "released" or "refshapes"
     vocab_size: int | None = None,     # V, with PAD = 0; `vectors` may tell it too
     vectors: Tensor | None = None,     # [V, D] word vectors to start from
-    backbone: Backbone | None = None,  # None: made by the configuration
+    backbone: Backbone | str | None = None,  # a module, or the name that `SHNetConfig` knows; None: the preset's
     **overrides,                       # fields of `SHNetConfig` to change
 ) -> SHNet:
     "A model by name and preset, with single fields changed."
     if name not in MODELS: raise ValueError(f"no model called {name!r}; there are {', '.join(MODELS)}")
     if preset not in PRESETS: raise ValueError(f"no preset called {preset!r}; there are {', '.join(PRESETS)}")
     if vocab_size is None and vectors is None: raise ValueError("vocab_size is needed: how many words the vocabulary has")
+    if isinstance(backbone, str): overrides["backbone"], backbone = backbone, None
     config = SHNetConfig.from_dict(PRESETS[preset].to_dict() | MODELS[name] | overrides)
     return SHNet(config, len(vectors) if vocab_size is None else vocab_size, vectors, backbone)
 

@@ -218,7 +218,8 @@ def save_model(
     with atomic_folder(folder) as new:
         save_file(tensors, new / "model.safetensors")
         stored = {"format": 1, "model": meta.pop("model"), "threshold": meta.pop("threshold"), "image_size": config.get("image_size"),
-                  "backbone_stored": backbone, "backbone_print": fingerprint(model.backbone.state_dict()), "dtype": str(dtype or torch.float32).removeprefix("torch."),
+                  "backbone_stored": backbone,
+                  "backbone_print": fingerprint(model.backbone.state_dict()), "dtype": str(dtype or torch.float32).removeprefix("torch."),
                   "config": config, "vocabulary": vocabulary.to_json(), "meta": meta}
         (new / "config.json").write_text(json.dumps(stored, indent=1))
     return folder

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ClickException', 'USER_ERRORS', 'app', 'data_app', 'Root', 'SplitBy', 'Device', 'explain', 'OneLineErrors',
-           'data_make', 'data_info', 'pretrain', 'read_config', 'parse_overrides', 'train', 'evaluate', 'print_record',
-           'segment', 'reproduce']
+           'data_make', 'data_info', 'data_fetch', 'data_verify', 'data_leakage', 'data_check', 'data_convert',
+           'data_store', 'pretrain', 'read_config', 'parse_overrides', 'train', 'evaluate', 'print_record', 'segment',
+           'reproduce']
 
 # %% ../nbs/22_command_line.ipynb #003
 import os
@@ -46,7 +47,7 @@ class OneLineErrors(TyperGroup):
 # %% ../nbs/22_command_line.ipynb #010
 app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="Referring image segmentation: a picture and a phrase in, the mask of what the phrase means out.")
-data_app = typer.Typer(help="Make data sets and look at them.")
+data_app = typer.Typer(help="Draw, fetch, verify, convert and look at data sets.")
 app.add_typer(data_app, name="data")
 
 def _version(value: bool):
@@ -87,7 +88,7 @@ def _device(
     return device
 
 Root = Annotated[Path | None, typer.Option("--root", help="Folder of the data sets. Default: $REFSEG_DATA or data/, with one folder a RefShapes size.")]
-SplitBy = Annotated[str | None, typer.Option("--split-by", help="Who made the splits: unc, google, umd. Needed for refcocog only.")]
+SplitBy = Annotated[str | None, typer.Option("--split-by", help="Who made the splits: unc, google, umd, berkeley. Needed for refcocog only.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 
 # %% ../nbs/22_command_line.ipynb #018
@@ -107,7 +108,7 @@ def data_make(
 
 @data_app.command("info")
 def data_info(
-    name: Annotated[str, typer.Argument(help="refshapes, refshapes+, refcoco, refcoco+ or refcocog.")] = "refshapes",
+    name: Annotated[str, typer.Argument(help="refshapes, refshapes+, refcoco, refcoco+, refcocog, refclef, referit, or a set of your own.")] = "refshapes",
     root: Root = None,
     split_by: SplitBy = None,
     size: Annotated[str, typer.Option(help="RefShapes size, where --root is not given.")] = "quick",
@@ -116,8 +117,9 @@ def data_info(
     from rich.console import Console
     from rich.table import Table
 
-    from refseg_nb.data.refer import Refer, verify_counts
-    refer = Refer(_root(root, name, size), name, split_by); report = verify_counts(refer)
+    from refseg_nb.data.refer import verify_counts
+    from refseg_nb.data.referit import open_data
+    refer = open_data(_root(root, name, size), name, split_by); report = verify_counts(refer)
     table = Table(title=f"{name} ({refer.split_by})")
     for column in ("split", "images", "refs", "expressions", "words each"): table.add_column(column, justify="left" if column == "split" else "right")
     for split, counts in refer.counts().items():
@@ -126,6 +128,91 @@ def data_info(
     Console(force_jupyter=False).print(table); print(f"{report.status}: {report.message}")
 
 # %% ../nbs/22_command_line.ipynb #022
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="refcoco, refcoco+, refcocog, refclef, referit, glove or backbones.", show_default=False)],
+    root: Root = None,
+    images: Annotated[str, typer.Option(help="COCO's pictures: needed (one by one), zip (the needed ones of the archive), all (of it), or none.")] = "needed",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, from where, and how large it is.")] = False,
+):
+    "Download a real data set, word vectors or weights. What cannot be had is said, with what to do by hand."
+    from refseg_nb.data.fetch import fetch
+    report = fetch(name, _root(root, name), images=images, dry_run=dry_run, progress=sys.stderr.isatty())
+    print(report)
+    if not report.ok: raise typer.Exit(1)
+
+@data_app.command("verify")
+def data_verify(
+    name: Annotated[str, typer.Argument(help="refshapes, refshapes+, refcoco, refcoco+, refcocog, refclef, referit, or a set of your own.")] = "refshapes",
+    root: Root = None,
+    split_by: SplitBy = None,
+    size: Annotated[str, typer.Option(help="RefShapes size, where --root is not given.")] = "quick",
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Also open every image file.")] = True,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the report as JSON, too.")] = None,
+):
+    "Look at every file, record and mask of a data set, compare it with the published counts, and list all that is wrong."
+    from refseg_nb.data.verify import verify
+    report = verify(_root(root, name, size), name, split_by, images, workers, progress=sys.stderr.isatty())
+    print(report)
+    if out: print(f"record: {report.save(out)}")
+    if not report.ok: raise typer.Exit(1)
+
+@data_app.command("leakage")
+def data_leakage(
+    root: Root = None,
+    write_filter: Annotated[Path | None, typer.Option(help="Write the ids of all val and test images, to be left out of any pre-training.")] = None,
+):
+    "Which val and test images of one data set are training images of another, over all data sets under the root."
+    from refseg_nb.data.verify import leakage
+    report = leakage(_root(root, ""))
+    print(report)
+    if write_filter: print(report.write_filter(write_filter))
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[Path, typer.Argument(help="A JSONL: image, expression, mask and split on each line.", show_default=False)],
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Also open every image and mask.")] = True,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a line and stop.")] = False,
+):
+    "List the mistakes in a data set of your own, each with its line and field."
+    from refseg_nb.data.convert import validate_jsonl
+    problems = validate_jsonl(file, images)
+    for problem in problems: print(problem)
+    print(f"{file}: {len(problems)} problem{'s' * (len(problems) != 1)}")
+    if problems: raise typer.Exit(1)
+
+@data_app.command("convert")
+def data_convert(
+    source: Annotated[Path, typer.Argument(help="A JSONL of your own, a folder in one of the layouts that circulate, or parquet files.", show_default=False)],
+    root: Root = None,
+    name: Annotated[str | None, typer.Option(help="Name of the data set. Default: the source's.")] = None,
+    layout: Annotated[str, typer.Option(help="auto, or what the source is: jsonl, refer, shnet, parquet, referit.")] = "auto",
+    images: Annotated[str, typer.Option(help="link (a second name for the same file, no space needed) or copy.")] = "link",
+    image_folder: Annotated[Path | None, typer.Option(help="Where the pictures are, if not at one of the usual places.")] = None,
+):
+    "Bring a data set into the layout that is read here."
+    from refseg_nb.data.convert import convert
+    print(convert(source, _root(root, name or ""), name, layout, images, image_folder))
+
+@data_app.command("store")
+def data_store(
+    name: Annotated[str, typer.Argument(help="refshapes, refshapes+, refcoco, refcoco+, refcocog, refclef, referit, or a set of your own.")] = "refshapes",
+    root: Root = None,
+    split_by: SplitBy = None,
+    size: Annotated[str, typer.Option(help="RefShapes size, where --root is not given.")] = "quick",
+    image_size: Annotated[int, typer.Option(help="Side of the stored pictures: the model's.")] = 320,
+    target_size: Annotated[int, typer.Option(help="Side of the stored targets: the model's output.")] = 72,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the stores, for `refseg train --store`. Default: stores/ under the root.")] = None,
+):
+    "Decode every picture once into a file that training reads without waiting."
+    from refseg_nb.data.referit import open_data
+    from refseg_nb.data.store import build_store
+    base = _root(root, name, size)
+    print(build_store(open_data(base, name, split_by), image_size, target_size, out or base / "stores", workers=workers, progress=sys.stderr.isatty()))
+
+# %% ../nbs/22_command_line.ipynb #034
 @app.command()
 def pretrain(
     root: Root = None,
@@ -141,7 +228,7 @@ def pretrain(
     result = pretrain_backbone(_root(root, "refshapes", size), out=out, seed=seed, device=_device(device), **more)
     print(f"mean IoU {result.mean_iou:.1%} on val after {result.seconds / 60:.1f} minutes\n{out}")
 
-# %% ../nbs/22_command_line.ipynb #024
+# %% ../nbs/22_command_line.ipynb #036
 def read_config(
     file: Path,  # .json or .toml
 ) -> dict:
@@ -167,15 +254,16 @@ def parse_overrides(
         except ValueError: out[key.strip()] = value
     return out
 
-# %% ../nbs/22_command_line.ipynb #027
+# %% ../nbs/22_command_line.ipynb #039
 @app.command()
 def train(
-    data: Annotated[str | None, typer.Option(help="refshapes, refshapes+, refcoco, refcoco+ or refcocog.")] = None,
+    data: Annotated[str | None, typer.Option(help="refshapes, refshapes+, refcoco, refcoco+, refcocog, refclef, referit, or a set of your own.")] = None,
     root: Root = None,
     split_by: SplitBy = None,
-    model: Annotated[str | None, typer.Option(help="shnet, or another row of Table 2: baseline, only-hcam, only-sfm.")] = None,
+    model: Annotated[str | None, typer.Option(help="shnet, or another row of Tables 2 and 4, such as baseline, only-sfm or tgfe.")] = None,
     preset: Annotated[str | None, typer.Option(help="refshapes (small), paper, or released.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the model's configuration, as FIELD=VALUE; may be repeated.")] = None,
+    vectors: Annotated[str | None, typer.Option(help="Word vectors to begin with: glove.840B.300d, or a file in GloVe's format.")] = None,
     start: Annotated[str | None, typer.Option(help="Begin with the weights of this model: a folder that training wrote, or a shipped one.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; or --epochs.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the train split.")] = None,
@@ -191,15 +279,17 @@ def train(
     eval_every: Annotated[int | None, typer.Option(help="Epochs between evaluations on val.")] = None,
     tracker: Annotated[str | None, typer.Option(help="tensorboard or wandb.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/DATA.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of image stores, as `refseg data store` makes them; built at the first use.")] = None,
     config: Annotated[Path | None, typer.Option(help="A .json or .toml file with any fields of TrainConfig; options on the command line win.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew where the folder holds a checkpoint.")] = False,
 ):
     "Train a model. Stopped at any moment, the same command goes on where it was."
     values = read_config(config) if config else {}
-    given = {"data": data, "root": root, "split_by": split_by, "model": model, "preset": preset, "start": start, "max_steps": steps, "epochs": epochs,
+    given = {"data": data, "root": root, "split_by": split_by, "model": model, "preset": preset, "vectors": vectors,
+             "start": start, "max_steps": steps, "epochs": epochs,
              "images_per_batch": images_per_batch, "expressions_per_image": expressions_per_image, "lr": lr, "weight_decay": weight_decay,
              "warmup": warmup, "seed": seed, "mixed_precision": mixed_precision, "checkpoint_every": checkpoint_every, "eval_every": eval_every,
-             "tracker": tracker, "out": out}
+             "tracker": tracker, "out": out, "store": store and str(store)}
     values |= {k: v for k, v in given.items() if v is not None}
     overrides = dict(values.get("overrides", {})) | parse_overrides(set_ or [])
     from dataclasses import fields
@@ -214,14 +304,15 @@ def train(
     known = [f.name for f in fields(TrainConfig)]
     if strange := [k for k in values if k not in known]: raise ValueError(f"the configuration has no field {strange[0]!r}; it has {', '.join(known)}")
     result = run(TrainConfig(**values), resume=False if fresh else "auto")
-    print(f"{result.steps:,} steps in {result.seconds / 60:.1f} minutes" + (f", overall IoU {result.best['overall_iou']:.1f} on val" if result.best else ""))
+    print(f"{result.steps:,} steps in {result.seconds / 60:.1f} minutes" + (f", overall IoU {result.best['overall_iou']:.1f} on val" if result.best else "")
+          + f", peak memory {result.peak_memory / 1e9:.1f} GB")
     print(f"model: {Path(values['out']) / 'model'}")
 
-# %% ../nbs/22_command_line.ipynb #031
+# %% ../nbs/22_command_line.ipynb #043
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder that training wrote, or a shipped model.", show_default=False)],
-    data: Annotated[str, typer.Option(help="refshapes, refshapes+, refcoco, refcoco+ or refcocog.")] = "refshapes",
+    data: Annotated[str, typer.Option(help="refshapes, refshapes+, refcoco, refcoco+, refcocog, refclef, referit, or a set of your own.")] = "refshapes",
     root: Root = None,
     split_by: SplitBy = None,
     split: Annotated[str, typer.Option(help="Which split.")] = "val",
@@ -231,22 +322,23 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only so many images.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the record. Default: the model's folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="The record to write. Default: runs/records/….json.")] = None,
+    crf: Annotated[bool, typer.Option("--crf", help="Sharpen each answer with a dense CRF first, as CMPC's published numbers were (slow).")] = False,
     device: Device = "auto",
     seed: int = 0,
 ):
     "Evaluate a model on a split, at original resolution, and write the record."
     from refseg_nb.data.batches import RISDataset
-    from refseg_nb.data.refer import Refer
+    from refseg_nb.data.referit import open_data
     from refseg_nb.inference import load
     from refseg_nb.training.evaluation import evaluate as run
     from refseg_nb.training.evaluation import save_record
-    seg = load(model, _device(device)); refer = Refer(_root(root, data), data, split_by)
+    seg = load(model, _device(device)); refer = open_data(_root(root, data), data, split_by)
     if split not in refer.splits: raise ValueError(f"{data} ({refer.split_by}) has no split {split!r}: it has {', '.join(refer.splits)}")
     dataset = RISDataset(refer, split, seg.vocabulary, seg.image_size, None, seg.max_words)
     folder = Path(model); name = name or (folder.parent.name if folder.name == "model" else folder.name)
-    controls = [f"{k}-{v}" for k, v in (("text", text_control), ("image", image_control)) if v]
+    controls = [f"{k}-{v}" for k, v in (("text", text_control), ("image", image_control)) if v] + ["crf"] * crf
     record = run(seg.model, dataset, seg.threshold if threshold is None else threshold, text_control, image_control, name="-".join([name, *controls]),
-                 limit=limit, seed=seed, progress=sys.stderr.isatty())
+                 limit=limit, seed=seed, crf=crf, progress=sys.stderr.isatty())
     file = save_record(record, out or Path("runs/records") / ("-".join([name, data, split, *controls]) + ".json"))
     print_record(record); print(f"record: {file}")
 
@@ -264,7 +356,7 @@ def print_record(
     for kind, metrics in record.groups.get("kind", {}).items(): show(f"overall_iou, {kind}", metrics["overall_iou"])
     Console(force_jupyter=False).print(table)
 
-# %% ../nbs/22_command_line.ipynb #035
+# %% ../nbs/22_command_line.ipynb #047
 @app.command()
 def segment(
     image: Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)],
@@ -301,7 +393,7 @@ def _write_pictures(
     finally:
         for part in parts.values(): part.unlink(missing_ok=True)
 
-# %% ../nbs/22_command_line.ipynb #042
+# %% ../nbs/22_command_line.ipynb #054
 @app.command()
 def reproduce(
     budget: Annotated[str, typer.Option(help="quick (minutes on two cores) or full (meant for a GPU).")] = "quick",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from toy_refer import SMALL
 from typer.testing import CliRunner
 
 from refseg_nb.cli import app, parse_overrides, read_config
@@ -71,7 +73,8 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("args", [[], ["data"], ["data", "make", "--help"], ["data", "info", "-h"], ["train", "--help"], ["evaluate", "-h"], ["segment", "-h"],
-                                  ["pretrain", "-h"], ["reproduce", "-h"]])
+                                  ["pretrain", "-h"], ["reproduce", "-h"], ["data", "fetch", "-h"], ["data", "verify", "-h"], ["data", "leakage", "-h"],
+                                  ["data", "check", "-h"], ["data", "convert", "-h"], ["data", "store", "-h"]])
 def test_every_command_has_help(args):
     result = invoke(*args)
     assert result.exit_code == 0 and "Usage" in result.stdout
@@ -174,6 +177,51 @@ def test_data_make_and_info(tmp_path):
 def test_data_info_on_real_files(real_data):
     result = invoke("data", "info", "refcoco", "--root", real_data)
     assert result.exit_code == 0 and "testA" in result.stdout
+
+
+def test_data_verify_names_what_is_wrong_and_ends_with_1(tiny_root, tmp_path):
+    sound = invoke("data", "verify", "refshapes", "--root", tiny_root, "--no-images", "--out", tmp_path / "report.json")
+    assert sound.exit_code == 0, sound.output
+    assert json.loads((tmp_path / "report.json").read_text())["findings"] == []
+    shutil.copytree(tiny_root / "refshapes", tmp_path / "data" / "refshapes")
+    damaged = invoke("data", "verify", "refshapes", "--root", tmp_path / "data")
+    assert damaged.exit_code == 1 and "missing image" in damaged.stdout
+    one_line(invoke("data", "verify", "refshapes", "--root", tmp_path / "nowhere"), 2, "nowhere")
+
+
+def test_own_data_from_a_jsonl_to_a_trained_model(tmp_path):
+    draw = np.random.default_rng(0)
+    lines = []
+    for i, split in enumerate(["train", "train", "val"]):
+        Image.fromarray(draw.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append({"image": f"{i}.png", "expression": "the left half", "mask": [[0, 0, 30, 0, 30, 40, 0, 40]], "split": split})
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(line | {"mask": [[0, 0, 99, 0, 30, 40]]}) + "\n" for line in lines[:1]))
+    wrong = invoke("data", "check", file)
+    assert wrong.exit_code == 1 and "line 1" in wrong.stdout and "mask" in wrong.stdout
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert invoke("data", "check", file).exit_code == 0
+    made = invoke("data", "convert", file, "--root", tmp_path / "data", "--name", "mine")
+    assert made.exit_code == 0 and "mine" in made.stdout
+    config = tmp_path / "small.json"
+    config.write_text(json.dumps({"overrides": {**SMALL, "aspp_rates": [1, 2]}, "max_steps": 1, "images_per_batch": 2, "device": "cpu"}))
+    trained = invoke("train", "--data", "mine", "--root", tmp_path / "data", "--config", config, "--out", tmp_path / "run", "--store", tmp_path / "stores")
+    assert trained.exit_code == 0, trained.output
+    assert "peak memory" in trained.stdout and list((tmp_path / "stores").iterdir())
+    scored = invoke("evaluate", tmp_path / "run" / "model", "--data", "mine", "--root", tmp_path / "data", "--out", tmp_path / "r.json", "--crf")
+    assert scored.exit_code == 0 and json.loads((tmp_path / "r.json").read_text())["protocol"]["crf"]["iterations"] == 5, scored.output
+
+
+def test_data_fetch_without_a_connection_says_what_to_do_by_hand(tmp_path):
+    planned = invoke("data", "fetch", "refcoco", "--root", tmp_path / "data", "--dry-run")
+    assert "refcoco.zip" in planned.stdout and "54" in planned.stdout, planned.output
+    assert not (tmp_path / "data" / "refcoco").exists()
+    one_line(invoke("data", "fetch", "nonsense", "--root", tmp_path), 2, "nonsense", "refcocog")
+
+
+def test_data_leakage_over_a_root(real_data, tmp_path):
+    said = invoke("data", "leakage", "--root", real_data, "--write-filter", tmp_path / "ids.txt")
+    assert said.exit_code == 0 and len((tmp_path / "ids.txt").read_text().split()) > 10, said.output
 
 
 def test_train_then_evaluate_then_segment(tiny_root, tmp_path, picture):

@@ -65,3 +65,13 @@ def test_no_pickle_is_loaded_outside_the_restricted_reader(tracked):
 def test_shipped_weights_are_small(tracked):
     sizes = [p.stat().st_size for p in tracked if "weights" in p.parts]
     assert sum(sizes) <= 10e6 and all(size <= 5e6 for size in sizes)
+
+
+def test_data_setup_names_every_file_with_its_licence():
+    from refseg_nb.data.fetch import load_manifest
+    page, manifest = (ROOT / "data_setup" / "README.md").read_text(encoding="utf-8"), load_manifest()
+    for name, file in manifest.files.items():
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        assert row.endswith(f"| {file.licence} |"), f"the licence of {name} differs from the manifest's"
+        if file.size: assert f"{file.size / (1e9 if file.size >= 1e9 else 1e6):.1f}" in row, f"the size of {name} differs from the manifest's"
+    for name in manifest.sets: assert f"refseg data fetch {name} " in page or name == "refclef"

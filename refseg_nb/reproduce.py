@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TABLE2_COLUMNS', 'PAPER', 'ROWS', 'TABLE2_ROWS', 'TABLE4_ROWS', 'ALL_ROWS', 'PAIRS', 'PAPER_RESULT', 'RECIPE',
-           'BUDGETS', 'JOB', 'METRICS', 'COLORS', 'EXAMPLE_RULE', 'PAGE', 'paper_value', 'Budget', 'default_root',
-           'plan', 'estimate', 'run_job', 'check_jobs', 'run_jobs', 'load_runs', 'row_scores', 'only_kind', 'summarise',
-           'markdown_tables', 'conclusions', 'print_table', 'figure_bars', 'figure_kinds', 'figure_curves',
-           'choose_examples', 'figure_examples', 'figures', 'report', 'reproduce_table2', 'readme_results',
-           'figure_overview']
+           'BUDGETS', 'JOB', 'METRICS', 'COLORS', 'EXAMPLE_RULE', 'PAGE', 'paper_row', 'paper_value', 'Budget',
+           'default_root', 'plan', 'estimate', 'run_job', 'check_jobs', 'run_jobs', 'load_runs', 'row_scores',
+           'only_kind', 'summarise', 'markdown_tables', 'conclusions', 'print_table', 'figure_bars', 'figure_kinds',
+           'figure_curves', 'choose_examples', 'figure_examples', 'figures', 'report', 'reproduce_table2',
+           'readme_results', 'figure_overview']
 
 # %% ../nbs/20_reproduction.ipynb #003
 import base64
@@ -72,16 +72,24 @@ TABLE4_ROWS = tuple(PAPER["table4"]["rows"])
 ALL_ROWS = (*TABLE2_ROWS, *(row for row in TABLE4_ROWS if row != "HCAM"))
 
 PAIRS = (("SHNet", "Only SFM"), ("SHNet", "Only HCAM"), ("Only SFM", "Baseline"), ("Only HCAM", "Baseline"),
-         ("SHNet", "SFM+Conv3D"), ("SHNet", "SFM+ConvLSTM"), ("SHNet", "SHNet w/o Glove"), ("SHNet", "SHNet w/o P.E"))  # what Table 2 is about
+         ("SHNet", "SFM+Conv3D"), ("SHNet", "SFM+ConvLSTM"), ("SHNet", "SHNet w/o Glove"), ("SHNet", "SHNet w/o P.E"),  # what Table 2 is about ...
+         ("SHNet", "MGATE"), ("SHNet", "TGFE"), ("SHNet", "GBFM"))                                                        # ... and Table 4
 
 PAPER_RESULT = "UNC val, 320 x 320, DeepLabv3+"
 
+def paper_row(
+    row: str,             # of Table 2, or MGATE, TGFE, GBFM of Table 4
+) -> dict[str, float]:    # column -> per cent; Table 4 has the overall IoU alone
+    "What the paper prints in a row, for 320 px on UNC val."
+    if row in TABLE2_ROWS: return dict(zip(TABLE2_COLUMNS, PAPER["table2"]["rows"][row]))
+    return {"Overall IoU": PAPER["table4"]["rows"][row][0]}
+
 def paper_value(
-    row: str,                      # as in Table 2
+    row: str,                      # as `paper_row` takes it
     column: str = "Overall IoU",   # as in `TABLE2_COLUMNS`
 ) -> float:                        # per cent
-    "One number of the paper's Table 2."
-    return PAPER["table2"]["rows"][row][TABLE2_COLUMNS.index(column)]
+    "One number of the paper."
+    return paper_row(row)[column]
 
 # %% ../nbs/20_reproduction.ipynb #013
 @dataclass
@@ -260,13 +268,14 @@ def _progress(job: dict) -> str:
 METRICS = dict(zip(TABLE2_COLUMNS, (*(f"precision@{x:g}" for x in (.5, .6, .7, .8, .9)), "overall_iou")))  # the paper's column -> the record's metric
 
 def load_runs(
-    folder: Path,  # holds one record a row and seed, or a folder `records` of them
-) -> dict[str, list]:  # row -> its records, one a seed; rows in the order of the table
+    folder: Path,                        # holds one record a row and seed, or a folder `records` of them
+    rows: tuple[str, ...] = TABLE2_ROWS, # which rows
+) -> dict[str, list]:                    # row -> its records, one a seed; rows in the order of the table
     "Read the records of a folder."
     from refseg_nb.training.evaluation import load_record
     folder = Path(folder); folder = folder / "records" if (folder / "records").is_dir() else folder
     records = [load_record(file) for file in sorted(folder.glob("*.json")) if file.with_suffix(".npz").exists()]
-    found = {row: sorted((r for r in records if r.name == row), key=lambda r: r.seeds["training"]) for row in TABLE2_ROWS}
+    found = {row: sorted((r for r in records if r.name == row), key=lambda r: r.seeds["training"]) for row in rows}
     if not any(found.values()): raise FileNotFoundError(f"there are no records of Table 2's rows in {folder}: run `refseg reproduce` first")
     return {row: rs for row, rs in found.items() if rs}
 
@@ -301,7 +310,7 @@ def summarise(
     from refseg_nb.training.evaluation import paired_bootstrap
     first = next(iter(runs.values()))[0]
     kinds = sorted(set(first.arrays["kind"].tolist()) - {""})
-    rows = {row: {"ours": row_scores(rs, resamples), "paper": dict(zip(TABLE2_COLUMNS, PAPER["table2"]["rows"][row])),
+    rows = {row: {"ours": row_scores(rs, resamples), "paper": paper_row(row),
                   "seeds": [r.seeds["training"] for r in rs], "each seed": [r.metrics["overall_iou"]["value"] for r in rs],
                   "by kind": {k: row_scores(only_kind(rs, k), resamples)["Overall IoU"] for k in kinds}}
             for row, rs in runs.items()}
@@ -323,7 +332,8 @@ def markdown_tables(
     line = lambda *cells: ["| " + " | ".join(cells) + " |"]
     out = [*line("Method", "", *TABLE2_COLUMNS), "|---|---|" + "---|" * len(TABLE2_COLUMNS)]
     for row, r in summary["rows"].items():
-        out += line(row, "here", *(ours(r["ours"][c]) for c in TABLE2_COLUMNS)) + line("", "paper", *(f"{r['paper'][c]:.2f}" for c in TABLE2_COLUMNS))
+        out += line(row, "here", *(ours(r["ours"][c]) for c in TABLE2_COLUMNS))
+        out += line("", "paper", *(f"{r['paper'][c]:.2f}" if c in r["paper"] else "–" for c in TABLE2_COLUMNS))
     kinds = list(next(iter(summary["rows"].values()))["by kind"])
     if summary["differences"]:
         out += ["", *line("Difference in overall IoU", "here", "paper", *kinds), "|---|---|---|" + "---|" * len(kinds)]
@@ -342,7 +352,9 @@ def conclusions(
     for p in summary["differences"]:
         d, a, b = p["ours"], p["a"], p["b"]; seeds = d["by seed"] or [d["value"]]
         text = f"{d['value']:+.1f} points of overall IoU [{d['low']:+.1f}, {d['high']:+.1f}]"
-        text += ", one training each" if len(seeds) == 1 else f", {sum(x > 0 for x in seeds)} of {len(seeds)} seeds above zero"
+        trainings = [len(summary["rows"][row]["seeds"]) for row in (a, b)]
+        if trainings[0] != trainings[1]: text += f", {trainings[0]} and {trainings[1]} trainings"
+        else: text += ", one training each" if len(seeds) == 1 else f", {sum(x > 0 for x in seeds)} of {len(seeds)} seeds above zero"
         same = "the same direction" if d["value"] * p["paper"] > 0 else "the opposite direction"
         if d["low"] <= 0 <= d["high"]: said = f"{a} and {b} are not told apart: {text}. The paper has {p['paper']:+.2f}."
         elif min(seeds) * max(seeds) <= 0: said = f"{a} and {b} differ on these images, but not with every seed: {text}. The paper has {p['paper']:+.2f}."
@@ -376,7 +388,8 @@ def print_table(
     for row, r in summary["rows"].items():
         cell = r["ours"]["Overall IoU"]
         table.add_row(row, "here", *(f"{r['ours'][c]['value']:.1f}" for c in TABLE2_COLUMNS), f"{cell['low']:.1f}–{cell['high']:.1f}", style="bold")
-        table.add_row("", "paper", *(f"{r['paper'][c]:.1f}" for c in TABLE2_COLUMNS), "", style="dim", end_section=True)
+        table.add_row("", "paper", *(f"{r['paper'][c]:.1f}" if c in r["paper"] else "–" for c in TABLE2_COLUMNS), "", style="dim",
+                      end_section=True)
     console.print(table)
     for line in conclusions(summary): console.print("· " + line, highlight=False, soft_wrap=True)
 
@@ -386,14 +399,15 @@ def _png(fig) -> bytes:
     return buffer.getvalue()
 
 # %% ../nbs/20_reproduction.ipynb #071
-COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SHNet": "#3b6fb6"}
+COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SFM+ConvLSTM": "#8fbf9f", "SFM+Conv3D": "#6aad80",
+          "SHNet w/o Glove": "#8fb0dc", "SHNet w/o P.E": "#b3cbea", "SHNet": "#3b6fb6", "MGATE": "#a35fb0", "TGFE": "#b8a13a", "GBFM": "#777777"}
 
 def figure_bars(
     summary: dict,  # from `summarise`
 ):                  # a matplotlib figure
-    "Overall IoU of the four rows, ours with its interval beside the paper's."
+    "Overall IoU of the rows, ours with its interval beside the paper's."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.4, 3.2), dpi=90, layout="constrained"); ax = fig.subplots()
+    fig = Figure(figsize=(max(6.4, 1.15 * len(summary["rows"])), 3.2), dpi=90, layout="constrained"); ax = fig.subplots()
     for i, (row, r) in enumerate(summary["rows"].items()):
         c, paper = r["ours"]["Overall IoU"], r["paper"]["Overall IoU"]
         ax.bar(i - .2, c["value"], .38, color=COLORS[row], yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=3)
@@ -402,7 +416,7 @@ def figure_bars(
     handles = [ax.bar(0, 0, color="#777777"), ax.bar(0, 0, color="none", edgecolor="#777777", hatch="//")]
     labels = [f"here ({_data_name(summary)}), with its 95 % interval", f"paper ({PAPER_RESULT})"]
     fig.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=2)
-    ax.set_xticks(range(len(summary["rows"])), summary["rows"]); _axis(ax)
+    ax.set_xticks(range(len(summary["rows"])), [_wrap(row.replace("+", "+ "), 10) for row in summary["rows"]]); _axis(ax)
     return fig
 
 def _axis(ax, label: str = "overall IoU, %"):
@@ -421,7 +435,7 @@ def figure_kinds(
         for i, kind in enumerate(kinds):
             if kind not in r["by kind"]: continue
             c = r["by kind"][kind]
-            ax.bar(i + (j - (n - 1) / 2) * .2, c["value"], .19, color=COLORS[row], label=row if i == 0 else None,
+            ax.bar(i + (j - (n - 1) / 2) * .8 / n, c["value"], .76 / n, color=COLORS[row], label=row if i == 0 else None,
                    yerr=[[max(0, c["value"] - c["low"])], [max(0, c["high"] - c["value"])]], capsize=2, error_kw={"lw": .8})
     ax.set_xticks(range(len(kinds)), kinds); _axis(ax); ax.set_ylim(0, max(1, ax.get_ylim()[1]))
     fig.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center", title=_data_name(summary), title_fontsize=8)
@@ -473,7 +487,7 @@ def figure_examples(
     refer = open_data(config["root"], config["data"], config["split_by"])
     samples = {x.sent_id: x for x in refer.samples(jobs[0]["split"])}
     chosen = [samples[i] for i in choose_examples(runs[row][0])]
-    models = {r: load(next(j["folder"] for j in jobs if j["row"] == r and j["seed"] == runs[r][0].seeds["training"])) for r in runs}
+    models = {r: load(next(j["folder"] for j in jobs if j["row"] == r and j["seed"] == runs[r][0].seeds["training"])) for r in runs if r in ROWS}
     fig = Figure(figsize=(1.55 * (len(models) + 1), 1.75 * len(chosen)), dpi=90, layout="constrained")
     axes = fig.subplots(len(chosen), len(models) + 1, squeeze=False)
     for line, sample in zip(axes, chosen):
@@ -620,6 +634,12 @@ def readme_results(
         out += [markdown_tables(summary).rstrip(), "", f"Trainings a row: {', '.join(map(str, sorted(seeds)))}.", ""]
         out += [f"- {line}" for line in conclusions(summary)]
     else: out.append("Not recorded yet.")
+    if (results / "table4" / "records").is_dir():
+        runs = load_runs(results / "table4", TABLE4_ROWS) | {"SHNet": load_runs(results / "table2")["SHNet"]}
+        summary = summarise(runs)
+        out += ["", "**Table 4**, other ways to let the levels talk, in HCAM's place (the row SHNet is HCAM's):", "", markdown_tables(summary).rstrip(), "",
+                f"Trainings a row: {', '.join(sorted({str(len(r['seeds'])) for r in summary['rows'].values()}))}.", ""]
+        out += [f"- {line}" for line in conclusions(summary)]
     return "\n".join(out) + "\n"
 
 # %% ../nbs/20_reproduction.ipynb #105

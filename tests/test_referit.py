@@ -439,3 +439,16 @@ def test_refclef_with_lists_of_run_lengths(tmp_path):
             assert [s.ann_id for s in refer.samples(split)] == [i + 1 for i, name in enumerate(splits) if name == split]
         for ann_id, mask in masks.items(): assert (refer.mask(ann_id) == mask).all()
     with pytest.raises(ValueError, match="more than one partition"): open_data(tmp_path, "refclef")
+
+
+def test_kinds_beside_the_queries_are_read(tmp_path):
+    folder = tmp_path / "mine"
+    image = Image.new("RGB", (8, 6))
+    write_referit(folder, {"train": {"1_1": ["sky", "all of the sky"], "1_2": ["house"]}}, lambda i: image, lambda key: np.eye(6, 8, dtype=bool))
+    assert [s.kind for s in ReferIt(tmp_path, "mine").samples("train")] == [None] * 3
+    (folder / "kinds.json").write_text(json.dumps({"1_1": [{"kind": "stuff", "program": "sky"}, {"kind": "stuff", "group": "a"}]}))
+    samples = ReferIt(tmp_path, "mine").samples("train")
+    assert [(s.kind, s.sentence.program, s.sentence.group) for s in samples] == [("stuff", "sky", None), ("stuff", None, "a"), (None, None, None)]
+    for content, says in [({"1_1": [{}]}, "1 entries for the 2 expressions of 1_1"), ({"1_1": [{"kind": 3}, {}]}, "no text"), ([], "not a dict")]:
+        (folder / "kinds.json").write_text(json.dumps(content))
+        with pytest.raises(ReferError, match=f"kinds.json.*{says}"): ReferIt(tmp_path, "mine")

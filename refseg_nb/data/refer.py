@@ -239,7 +239,7 @@ def read_refs(
     return refs
 
 # %% ../../nbs/03_refer_format.ipynb #047
-PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refshapes": "unc", "refshapes+": "unc"}  # the partition where only one is in use
+PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refshapes": "unc", "refshapes+": "unc", "refshapes-g": "umd"}  # where only one is in use
 _SPLITS = ("train", "val", "test", "testA", "testB", "testC", "heldout")                       # the order in which splits are listed
 
 

@@ -171,6 +171,17 @@ def _read_sizes(path):
     return sizes
 
 
+def _read_kinds(path):
+    "RefShapes' `kinds.json`: region -> for each of its expressions kind, program and group; nothing where there is none."
+    if not path.is_file(): return {}
+    fields = ("kind", "group", "program")
+    try: kinds = {key: [tuple(map(entry.get, fields)) for entry in entries] for key, entries in json.loads(path.read_text("utf-8")).items()}
+    except Exception as error: raise ReferError(f"{path}: not a dict from regions to lists of dicts ({type(error).__name__}: {error})") from error
+    if any(text is not None and not isinstance(text, str) for entries in kinds.values() for entry in entries for text in entry):
+        raise ReferError(f"{path}: a kind, a program or a group that is no text")
+    return kinds
+
+
 class ReferIt(Refer):
     "ReferIt in the Berkeley layout: what `Refer` offers, read from query files and MATLAB masks."
     def __init__(
@@ -191,7 +202,7 @@ class ReferIt(Refer):
         gone = MISSING_IMAGES if name == "referit" else ()
         lost = {split: sum(len(texts) for key, texts in entries.items() if int(key.split("_")[0]) in gone) for split, entries in queries.items()}
         self.left_out = {split: n for split, n in lost.items() if n}  # split -> expressions about images that nobody has
-        refs = {}
+        kinds, refs = _read_kinds(self.folder / "kinds.json"), {}
         for split in ("train", "val", "test", "trainval"):
             if split == "trainval": self._check_trainval(queries)
             for key, texts in queries.get(split, {}).items():
@@ -199,7 +210,9 @@ class ReferIt(Refer):
                 if image_id in gone or (split == "trainval" and key in refs): continue
                 if key in refs: raise ReferError(f"{self.query_files[split]}: the region {key!r} is also in the split {refs[key].split}")
                 ann_id = image_id * 10_000 + region
-                sentences = tuple(Sentence(ann_id * 1_000 + i, text, text, tuple(text.split())) for i, text in enumerate(texts))
+                known = kinds.get(key, [()] * len(texts))
+                if len(known) != len(texts): raise ReferError(f"{self.folder / 'kinds.json'}: {len(known)} entries for the {len(texts)} expressions of {key}")
+                sentences = tuple(Sentence(ann_id * 1_000 + i, text, text, tuple(text.split()), *more) for i, (text, more) in enumerate(zip(texts, known)))
                 refs[key] = Ref(ann_id, ann_id, image_id, 1, split, sentences)
                 self.annotations[ann_id] = {"id": ann_id, "image_id": image_id, "category_id": 1, "iscrowd": 0}
         self.refs = list(refs.values())

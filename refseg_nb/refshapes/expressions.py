@@ -406,9 +406,12 @@ def realise(
     program: Program,
     scene: Scene,
     rng: random.Random,
+    terse: bool | None = None,   # as a note, without articles; by default every other time
 ) -> str:            # lower case, no punctuation
     "Put a program into words; of several ways to say it, one."
-    w = world(scene); pick = lambda xs: xs[int(rng.random() * len(xs))]; terse = rng.random() < .5; the = "" if terse else "the"
+    w = world(scene); pick = lambda xs: xs[int(rng.random() * len(xs))]; u = rng.random()
+    if terse is None: terse = u < .5
+    the = "" if terse else "the"
     def noun(n): return _join(*_noun_text(n, rng, terse))
     def anchor(p):
         if p.op == "a":
@@ -501,7 +504,7 @@ def flip_share(
 # %% ../../nbs/02_expressions.ipynb #094
 def _weight(program, name, kind, scene) -> float:
     "How much we like a program: contentful nouns, many rivals of the head, an anchor that matters."
-    w = world(scene); weight = _WEIGHTS[name]; r = w.run(program)
+    w = world(scene); weight = _WEIGHTS.get(name, .5); r = w.run(program)
     for q in _nouns_in(program):
         weight *= (.4 if q.size else 1) * (2.5 if q.texture else 1) * (1.5 if q.color else 1) * (.12 if q.noun == "thing" else 1)
     if kind in ("relation", "composition"):
@@ -526,12 +529,16 @@ def sample_expressions(
     flavour: str = "refshapes",
     count: int = 5,              # how many
     referents: list[int] | None = None,  # the things that may be meant; all by default
+    *,
+    programs: list | None = None,  # what there is to say; by default all of `enumerate_programs`
+    wording=realise,             # (program, scene, rng) -> text
+    mix: dict[str, float] = MIX,
 ) -> list[Expression]:
-    "Expressions of one image: referents drawn evenly, kinds drawn from `MIX`, and contrast sets wherever two of them can share a frame."
+    "Expressions of one image: referents drawn evenly, kinds drawn from `mix`, and contrast sets wherever two of them can share a frame."
     if count < 1: raise ValueError(f"count is {count}: ask for at least one expression")
     allowed = list(range(len(scene.things))) if referents is None else list(referents)
     pools, frames = {}, {}
-    for p, r, name in enumerate_programs(scene, flavour):
+    for p, r, name in programs or enumerate_programs(scene, flavour):
         if r not in allowed: continue
         kind = kind_of(p); weight = _weight(p, name, kind, scene)
         pools.setdefault((kind, r), {}).setdefault(name, []).append((p, weight))
@@ -540,16 +547,16 @@ def sample_expressions(
     while allowed and len(turn) < count: turn += [i for _, i in sorted((rng.random(), i) for i in allowed)]
     waiting, out, used, sets = turn[:count], [], set(), 0
     def say(p, r, group=""):
-        used.add(str(p)); out.append(Expression(realise(p, scene, rng), r, kind_of(p), str(p), group))
+        used.add(str(p)); out.append(Expression(wording(p, scene, rng), r, kind_of(p), str(p), group))
     while waiting:
         r = waiting.pop(0); kinds = {}
         fresh = {k: {name: left for name, items in pools.get((k, r), {}).items() if (left := [x for x in items if str(x[0]) not in used])} for k in KINDS}
-        for k, v in MIX.items():
+        for k, v in mix.items():
             best = max((x for items in fresh[k].values() for _, x in items), default=0)
             if best: kinds[k] = v * min(1., best / .03) if k in ("relation", "composition") else v
         if not kinds: continue
         fresh = fresh[_draw(rng, list(kinds.items()))]
-        program = _draw(rng, fresh[_draw(rng, [(name, _WEIGHTS[name] * max(x for _, x in items)) for name, items in fresh.items()])])
+        program = _draw(rng, fresh[_draw(rng, [(name, _WEIGHTS.get(name, .5) * max(x for _, x in items)) for name, items in fresh.items()])])
         partners = [((q, r2), x * (4 if f.startswith("swap:") else 1)) for f in _frames(program) for q, r2, x in frames[f]
                     if r2 != r and r2 in waiting and str(q) not in used]
         if partners and rng.random() < .8:
@@ -561,9 +568,10 @@ def sample_expressions(
 # %% ../../nbs/02_expressions.ipynb #106
 _SAYS = {"guy": "man", "lady": "woman", "kid": "child", "airplane": "plane", "object": "thing", "large": "big", "little": "small", "stripes": "striped",
          "spotted": "dotted", "dots": "dotted", "checkered": "checked"}
-_CUES = [(r"^(.*?)\b(?:closest to|nearest to|nearest|next to|by)\b(.*)$", "near"),
+_CUES = [(r"^(.*?)\bbetween\b(.*)\band\b(.*)$", "between"),
+         (r"^(.*?)\b(?:closest to|nearest to|nearest|next to|by)\b(.*)$", "near"),
          (r"^(.*?)\b(?:farthest|furthest)(?: away)? from\b(.*)$", "far"),
-         (r"^(.*?)\bjust (left of|right of|above|below)\b(.*)$", "just")]
+         (r"^(.*?)\bjust (?:to the )?(left of|right of|above|below)\b(.*)$", "just")]
 
 # %% ../../nbs/02_expressions.ipynb #107
 class _Measured:
@@ -631,12 +639,12 @@ def reference_execute(
             return u @ v / np.linalg.norm(u) / np.linalg.norm(v)
         return min((i for i in m.called(head) if i not in (a, b)), key=opening, default=None)
     def meaning(words):
-        if f := re.match(r"^(.*?)\bbetween\b(.*)\band\b(.*)$", words):
+        cues = [(f, name) for pattern, name in _CUES if (f := re.match(pattern, words))]
+        if not cues: return _superlative(m, words)
+        f, name = min(cues, key=lambda c: len(c[0][1]))   # what comes first is the relation; what follows it is about the anchor
+        if name == "between":
             a, b = anchors(f[2]), anchors(f[3])
             return between(f[1], a[0], b[0]) if len(a) == len(b) == 1 else None
-        cue = next(((f, name) for pattern, name in _CUES if (f := re.match(pattern, words))), None)
-        if cue is None: return _superlative(m, words)
-        f, name = cue
         around = anchors(f[f.lastindex]); heads = [i for i in m.called(f[1]) if i not in around]
         if not around or len(heads) < 2: return None
         if name == "just":

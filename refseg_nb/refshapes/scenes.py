@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GENERATOR_VERSION', 'CATEGORIES', 'COLORS', 'TEXTURES', 'BACKGROUNDS', 'SPRITES', 'ASPECTS', 'INK', 'PERIOD',
            'OUTLINE', 'FLYERS', 'LIVES_ON', 'HELDOUT', 'SMALLEST', 'LARGEST', 'TEXTURED_FROM', 'MIN_VISIBLE', 'Thing',
-           'Scene', 'Rendering', 'occlude', 'silhouettes', 'render', 'sample_scene']
+           'Scene', 'Rendering', 'cover', 'occlude', 'silhouettes', 'render', 'sample_scene']
 
 # %% ../../nbs/01_scenes.ipynb #002
 import colorsys
@@ -65,6 +65,7 @@ class Scene:
     things: list[Thing]  # from back to front
     clutter: list[tuple]  # (kind, x, y, scale): clouds, tufts, pebbles, waves; nothing that an expression can mean
     shade: float = 0.    # lightness of the background, -1..1
+    patches = ()         # ponds, hills and shores, as (background, polygon); only the landscapes of chapter 02c have any
 
     def to_dict(self) -> dict:
         "Plain numbers and strings, rounded, for hashing and for JSON."
@@ -257,9 +258,20 @@ def _clutter_shape(kind, x, y, s, base):
     return [_tube(np.stack([x + s * (4 * _T - 2), y + .35 * s * np.sin(_T * 12.5)], 1), .22 * s)], _mix(base, (1, 1, 1), .45), .8
 
 # %% ../../nbs/01_scenes.ipynb #058
+def cover(
+    polygon,     # [n, 2], in shares of the picture's side, y down
+    size: int,   # pixels a side
+) -> np.ndarray:  # [H, W] float, 0..1
+    "The share of each pixel that a polygon covers."
+    renderer = RendererAgg(size, size, 72); gc = renderer.new_gc(); gc.set_snap(False); gc.set_linewidth(0)
+    renderer.draw_path(gc, _compound([np.asarray(polygon)]), _unit(size), (1, 1, 1))
+    return np.asarray(renderer.buffer_rgba())[..., 3] / 255
+
+# %% ../../nbs/01_scenes.ipynb #062
 _SKY = ((.62, .80, .95), (.86, .93, .98))
 _GROUND = {"sky": _SKY, "grass": ((.72, .83, .58), (.60, .75, .45)), "sand": ((.95, .89, .73), (.90, .81, .61)),
            "water": ((.58, .80, .84), (.43, .69, .77))}
+_CLUTTER = {"cloud": "sky", "tuft": "grass", "pebble": "sand", "wave": "water"}   # where each kind of clutter lies
 
 def _paint_background(renderer, gc, scene, size):
     pixels = np.asarray(renderer.buffer_rgba())
@@ -269,16 +281,19 @@ def _paint_background(renderer, gc, scene, size):
         t = np.linspace(0, 1, b - a)[:, None]
         rows = np.array(top) * (1 - t) + np.array(bottom) * t + .03 * scene.shade
         pixels[a:b, :, :3] = (rows.clip(0, 1) * 255).round().astype(np.uint8)[:, None]
+    for kind, polygon in scene.patches:
+        share, t = cover(polygon, size), np.linspace(0, 1, size)[:, None]; top, bottom = map(np.array, _GROUND[kind])
+        rows = (top * (1 - t) + bottom * t + .03 * scene.shade).clip(0, 1)[:, None] * 255
+        pixels[..., :3] = (pixels[..., :3] * (1 - share[..., None]) + rows * share[..., None]).round(); ground[share > .5] = BACKGROUNDS.index(kind)
     pixels[..., 3] = 255
     unit = _unit(size); gc.set_linewidth(0)
-    base = _mix(*_GROUND[scene.background], .5)
     for kind, x, y, s in scene.clutter:
-        polygons, rgb, alpha = _clutter_shape(kind, x, y, s, base)
+        polygons, rgb, alpha = _clutter_shape(kind, x, y, s, _mix(*_GROUND[_CLUTTER[kind]], .5))
         gc.set_alpha(alpha); renderer.draw_path(gc, _compound(polygons), unit, rgb)
     gc.set_alpha(1.)
     return ground
 
-# %% ../../nbs/01_scenes.ipynb #062
+# %% ../../nbs/01_scenes.ipynb #066
 OUTLINE = .009   # width of the line around a thing, as a share of the side
 
 def _paint_thing(renderer, gc, thing, size):
@@ -293,7 +308,7 @@ def _paint_thing(renderer, gc, thing, size):
             gc.set_clip_path(TransformedPath(path, place)); renderer.draw_path(gc, _pattern(thing), _unit(size), ink)
             gc.set_clip_path(None)
 
-# %% ../../nbs/01_scenes.ipynb #070
+# %% ../../nbs/01_scenes.ipynb #074
 def occlude(
     full: np.ndarray,   # [n, H, W] bool silhouettes, from back to front
 ) -> np.ndarray:        # [n, H, W] bool
@@ -301,14 +316,14 @@ def occlude(
     in_front = np.zeros_like(full); in_front[:-1] = np.logical_or.accumulate(full[:0:-1], axis=0)[::-1]
     return full & ~in_front
 
-# %% ../../nbs/01_scenes.ipynb #074
+# %% ../../nbs/01_scenes.ipynb #078
 def _silhouette(renderer, gc, thing, size):
     "[H, W] bool: pixels that the thing covers by more than half."
     renderer.clear(); gc.set_linewidth(OUTLINE * size); gc.set_foreground((1, 1, 1))
     renderer.draw_path(gc, _SHAPES[thing.category][1], _placement(thing, size), (1, 1, 1))
     return np.asarray(renderer.buffer_rgba())[..., 3] > 127
 
-# %% ../../nbs/01_scenes.ipynb #076
+# %% ../../nbs/01_scenes.ipynb #080
 def silhouettes(
     scene: Scene,
     size: int = 96,   # pixels a side
@@ -317,7 +332,7 @@ def silhouettes(
     renderer = RendererAgg(size, size, 72); gc = renderer.new_gc(); gc.set_snap(False)
     return np.stack([_silhouette(renderer, gc, t, size) for t in scene.things])
 
-# %% ../../nbs/01_scenes.ipynb #078
+# %% ../../nbs/01_scenes.ipynb #082
 FLYERS = ("bird", "plane", "balloon")   # they cast no shadow, and may be in the sky
 
 def render(
@@ -339,7 +354,7 @@ def render(
     full = np.stack([_silhouette(renderer, gc, t, size) for t in scene.things]); masks = occlude(full)
     return Rendering(image, masks, full, masks.sum((1, 2)) / np.maximum(full.sum((1, 2)), 1), ground)
 
-# %% ../../nbs/01_scenes.ipynb #094
+# %% ../../nbs/01_scenes.ipynb #098
 LIVES_ON = {"sky": ("bird", "plane", "balloon", "umbrella", "ball"), "water": ("boat", "fish", "bird", "ball", "umbrella", "balloon"),
             "grass": ("man", "woman", "child", "dog", "cat", "bird", "car", "house", "tree", "flower", "ball", "balloon", "umbrella", "plane"),
             "sand": ("man", "woman", "child", "dog", "cat", "bird", "car", "boat", "house", "tree", "ball", "balloon", "umbrella", "plane")}
@@ -350,7 +365,7 @@ SMALLEST, LARGEST = .10, .34   # of `Thing.size`
 TEXTURED_FROM = .165           # smaller things are always plain: their texture could not be seen
 MIN_VISIBLE = .6               # of every silhouette
 
-# %% ../../nbs/01_scenes.ipynb #098
+# %% ../../nbs/01_scenes.ipynb #102
 _GROUPS = {5: ((3, 2), (4, 1), (3, 1, 1), (2, 2, 1)), 6: ((3, 3), (4, 2), (3, 2, 1), (3, 2, 1), (2, 2, 2)),
            7: ((3, 3, 1), (4, 3), (4, 2, 1), (3, 2, 2), (3, 2, 1, 1)), 8: ((4, 4), (3, 3, 2), (4, 3, 1), (4, 2, 2), (3, 2, 2, 1))}
 
@@ -383,7 +398,7 @@ def _cast(rng, background, people, heldout):
             things.append(Thing(kind, color, texture, size, ASPECTS[kind] * math.exp(.16 * (rng.random() - .5))))
     return things
 
-# %% ../../nbs/01_scenes.ipynb #102
+# %% ../../nbs/01_scenes.ipynb #106
 def _overlap(a, b):
     "Shared area of two boxes, over the smaller one."
     (al, at, ar, ab), (bl, bt, br, bb) = a.box, b.box
@@ -403,7 +418,7 @@ def _place(rng, things, scene_horizon):
         placed.append(t)
     return True
 
-# %% ../../nbs/01_scenes.ipynb #104
+# %% ../../nbs/01_scenes.ipynb #108
 def _anchored(things) -> int:
     "How many things are clearly the closest of their category to some other thing: what \"the dog closest to the tree\" needs."
     found = set()
@@ -413,7 +428,7 @@ def _anchored(things) -> int:
             if len(near) > 1 and near[0][0] * 1.35 < near[1][0]: found.add(near[0][1])
     return len(found)
 
-# %% ../../nbs/01_scenes.ipynb #106
+# %% ../../nbs/01_scenes.ipynb #110
 def _vary(rng, t):
     "Give a thing its own shade, tilt, direction and details."
     hue, sat, val = COLORS[t.color]
@@ -430,7 +445,7 @@ def _strew(rng, background, horizon):
         if kind: clutter.append((kind, rng.random(), horizon + .03 + (.96 - horizon) * rng.random(), .008 + .012 * rng.random()))
     return clutter
 
-# %% ../../nbs/01_scenes.ipynb #108
+# %% ../../nbs/01_scenes.ipynb #112
 def sample_scene(
     seed: int,              # the world
     index: int,             # which of its scenes

@@ -316,7 +316,7 @@ def build_store(
     target_size: int | None,               # side of the soft targets; None: without
     folder: str | Path,                    # where stores are kept; made if it is not there
     splits: Iterable[str] | None = None,   # None: all
-    workers: int | None = None,            # processes; None: one a core, for more than a few images
+    workers: int | None = None,            # processes; None: one a core, for more than a thousand images
     progress: bool = True,                 # show a bar
 ) -> ImageStore:
     "Decode a data set's images, targets and masks into a store; one that is there already is opened."
@@ -329,7 +329,7 @@ def build_store(
     new, wanted = folder / f".{place.name}.new", _wanted(refer, splits)
     header = {"key": place.name[-16:], "name": refer.name, "split_by": refer.split_by, "image_size": image_size, "target_size": target_size}
     jobs = _jobs(refer, wanted, new, image_size, target_size)
-    if workers is None: workers = os.cpu_count() or 1 if len(jobs) > 8 else 1
+    if workers is None: workers = os.cpu_count() or 1 if len(wanted) > 1000 else 1  # workers take seconds to start
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     # the workers start before the lock is taken: in a script without a main guard they would wait for it
     with Progress(*columns, disable=not progress, transient=True) as bar, _pool(min(workers, len(jobs))) as pool:

@@ -6,7 +6,7 @@
 __all__ = ['ClickException', 'USER_ERRORS', 'app', 'data_app', 'Root', 'SplitBy', 'Device', 'Size', 'Workers', 'DATA_SETS',
            'Name', 'explain', 'OneLineErrors', 'data_make', 'data_info', 'data_fetch', 'data_verify', 'data_leakage',
            'data_check', 'data_convert', 'data_store', 'pretrain', 'read_config', 'parse_overrides', 'train',
-           'evaluate', 'print_record', 'segment', 'reproduce']
+           'evaluate', 'print_record', 'compare', 'segment', 'reproduce']
 
 # %% ../nbs/22_command_line.ipynb #003
 import os
@@ -326,6 +326,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only so many images.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the record. Default: the model's folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="The record to write. Default: runs/records/….json.")] = None,
+    tune_on: Annotated[str | None, typer.Option(help="Choose the threshold on this split (val), and say so in the record.")] = None,
+    ignore: Annotated[Path | None, typer.Option(help="Leave out the samples in this JSON list of [ref_id, sent_id].")] = None,
+    samples: Annotated[Path | None, typer.Option(help="Write every sample's intersection and union, a JSON line each.")] = None,
     crf: Annotated[bool, typer.Option("--crf", help="Sharpen each answer with a dense CRF first, as CMPC's published numbers were (slow).")] = False,
     device: Device = "auto",
     seed: int = 0,
@@ -336,14 +339,21 @@ def evaluate(
     from refseg_nb.inference import load
     from refseg_nb.training.evaluation import evaluate as run
     from refseg_nb.training.evaluation import save_record
+    from refseg_nb.training.protocols import choose_threshold, read_ignore, write_samples
     seg = load(model, _device(device)); refer = open_data(_root(root, data), data, split_by)
     if split not in refer.splits: raise ValueError(f"{data} ({refer.split_by}) has no split {split!r}: it has {', '.join(refer.splits)}")
-    dataset = RISDataset(refer, split, seg.vocabulary, seg.image_size, None, seg.max_words)
+    data_of = lambda split: RISDataset(refer, split, seg.vocabulary, seg.image_size, None, seg.max_words)
+    bar, left_out, chosen_on = sys.stderr.isatty(), read_ignore(ignore) if ignore else None, None
+    threshold = seg.threshold if threshold is None else threshold
+    if tune_on:
+        choice = choose_threshold(seg.model, data_of(tune_on), limit=limit, seed=seed, progress=bar)
+        threshold, chosen_on = choice.threshold, choice.chosen_on
     folder = Path(model); name = name or (folder.parent.name if folder.name == "model" else folder.name)
     controls = [f"{k}-{v}" for k, v in (("text", text_control), ("image", image_control)) if v] + ["crf"] * crf
-    record = run(seg.model, dataset, seg.threshold if threshold is None else threshold, text_control, image_control, name="-".join([name, *controls]),
-                 limit=limit, seed=seed, crf=crf, progress=sys.stderr.isatty())
+    record = run(seg.model, data_of(split), threshold, text_control, image_control, name="-".join([name, *controls]), limit=limit, seed=seed, crf=crf,
+                 threshold_from=chosen_on, ignore=left_out, progress=bar)
     file = save_record(record, out or Path("runs/records") / ("-".join([name, data, split, *controls]) + ".json"))
+    if samples: write_samples(record, samples)
     print_record(record); print(f"record: {file}")
 
 def print_record(
@@ -361,6 +371,19 @@ def print_record(
     Console(force_jupyter=False).print(table)
 
 # %% ../nbs/22_command_line.ipynb #047
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A record, or a folder with one record a seed.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="The same of the other model, on the same samples.", show_default=False)],
+    resamples: Annotated[int, typer.Option(help="Bootstrap draws over images.")] = 2000,
+):
+    "Differences between two models (B - A) with paired intervals, overall and by group."
+    from refseg_nb.training.evaluation import load_record
+    from refseg_nb.training.protocols import compare as run
+    read = lambda path: [load_record(file) for file in sorted(path.glob("*.json"))] if path.is_dir() else load_record(path)
+    print(run(read(a), read(b), resamples))
+
+# %% ../nbs/22_command_line.ipynb #051
 @app.command()
 def segment(
     image: Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)],
@@ -397,7 +420,7 @@ def _write_pictures(
     finally:
         for part in parts.values(): part.unlink(missing_ok=True)
 
-# %% ../nbs/22_command_line.ipynb #054
+# %% ../nbs/22_command_line.ipynb #058
 @app.command()
 def reproduce(
     budget: Annotated[str, typer.Option(help="quick (minutes on two cores) or full (meant for a GPU).")] = "quick",

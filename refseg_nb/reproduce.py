@@ -352,8 +352,7 @@ def conclusions(
     for p in summary["differences"]:
         d, a, b = p["ours"], p["a"], p["b"]; seeds = d["by seed"] or [d["value"]]
         text = f"{d['value']:+.1f} points of overall IoU [{d['low']:+.1f}, {d['high']:+.1f}]"
-        trainings = [len(summary["rows"][row]["seeds"]) for row in (a, b)]
-        if trainings[0] != trainings[1]: text += f", {trainings[0]} and {trainings[1]} trainings"
+        if d["by seed"] is None: text += ", from different numbers of trainings"
         else: text += ", one training each" if len(seeds) == 1 else f", {sum(x > 0 for x in seeds)} of {len(seeds)} seeds above zero"
         same = "the same direction" if d["value"] * p["paper"] > 0 else "the opposite direction"
         if d["low"] <= 0 <= d["high"]: said = f"{a} and {b} are not told apart: {text}. The paper has {p['paper']:+.2f}."

@@ -248,6 +248,23 @@ def test_train_then_evaluate_then_segment(tiny_root, tmp_path, picture):
 # ---- stopping
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_evaluate_with_a_tuned_threshold_ignored_samples_and_a_comparison(tiny_root, model_folder, tmp_path):
+    usual = ["evaluate", model_folder, "--data", "refshapes", "--root", tiny_root, "--limit", 6, "--device", "cpu"]
+    assert invoke(*usual, "--out", tmp_path / "a.json", "--samples", tmp_path / "a.jsonl").exit_code == 0
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert len(lines) == record["metrics"]["samples"] and record["protocol"]["threshold_from"] == "fixed"
+    union = sum(line["union"] for line in lines)
+    assert np.isclose(100 * sum(line["intersection"] for line in lines) / union, record["metrics"]["overall_iou"]["value"])
+    (tmp_path / "wrong.json").write_text(json.dumps([[lines[0]["ref_id"], lines[0]["sent_id"]]]))
+    done = invoke(*usual, "--out", tmp_path / "b.json", "--ignore", tmp_path / "wrong.json", "--tune-on", "val")
+    other = json.loads((tmp_path / "b.json").read_text())
+    assert done.exit_code == 0 and other["metrics"]["samples"] == len(lines) - 1 and "val" in other["protocol"]["threshold_from"]
+    same = invoke("compare", tmp_path / "a.json", tmp_path / "a.json", "--resamples", 50)
+    assert same.exit_code == 0 and "overall" in same.stdout and "+0.0" in same.stdout
+    one_line(invoke("compare", tmp_path / "a.json", tmp_path / "b.json"), 2, "samples")
+
+
 def test_ctrl_c_is_exit_code_130(tiny_root, tmp_path):
     args = [sys.executable, "-m", "refseg_nb", "train", "--root", tiny_root, "--steps", "100000", "--set", "backbone_weights=none", "--out", tmp_path / "run",
             "--device", "cpu", "--checkpoint-every", "1"]

@@ -1123,7 +1123,7 @@ def test_the_other_sets(server, tmp_path, monkeypatch, book):
     import torch
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home" / "torch"))
-    monkeypatch.setitem(sys.modules, "gdown", None)
+    for library in ("gdown", "timm", "transformers"): monkeypatch.setitem(sys.modules, library, None)
     torch.save({"state_dict": {"w": torch.arange(3)}}, tmp_path / "w.pth")
     queries = {"1_1": ["sky"], "1_2": ["the red house", "house"]}
     pickled = b"\x80\x02]q\x00."
@@ -1168,3 +1168,26 @@ def test_real_manifest_plans(tmp_path, monkeypatch, book):
     size = book.files["refcoco.zip"].size
     assert fetch("refcoco", tmp_path, dry_run=True).needed == 6 * size + 19_994 * 13_510_573_713 // 82_783
     assert fetch("refcoco", tmp_path, images="zip", dry_run=True).needed == 6 * size + 13_510_573_713 + 19_994 * 13_510_573_713 // 82_783
+
+
+def test_libraries_fetch_what_they_keep_themselves(tmp_path, monkeypatch, book):
+    """timm and transformers put weights into their own caches; stand-ins for the two, with a connection and without."""
+    import types
+    asked = []
+    class Auto:
+        @staticmethod
+        def from_pretrained(name, **more): asked.append((name, more))
+    def create_model(name, pretrained):
+        asked.append((name, pretrained))
+        raise RuntimeError("no connection")
+    for name, parts in (("timm", {"create_model": create_model}), ("transformers", {"AutoModel": Auto, "AutoTokenizer": Auto})):
+        module = types.ModuleType(name)
+        module.__spec__, module.__dict__["__name__"] = object(), name
+        for key, value in parts.items(): setattr(module, key, value)
+        monkeypatch.setitem(sys.modules, name, module)
+    names = ["swin_base_patch4_window12_384.ms_in22k", "bert-base-uncased"]
+    small = replace(book, sets={"backbones": replace(book.sets["backbones"], files=tuple(names))})
+    report = fetch("backbones", tmp_path, manifest=small, progress=False)
+    assert statuses(report) == dict(zip(names, ("missing", "fetched"))) and not report.ok
+    assert asked == [(names[0], True), (names[1], {}), (names[1], {"use_safetensors": True})], "weights are read from safetensors, never from a pickle"
+    assert "no connection" in str(report) and "copy the folder that timm keeps" in str(report)

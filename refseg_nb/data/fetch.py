@@ -13,6 +13,7 @@ import filecmp
 import fnmatch
 import hashlib
 import http.client
+import importlib.util
 import json
 import os
 import re
@@ -881,6 +882,25 @@ def _get_file(spec: FileSpec, base: Path, found: tuple[str, str, dict], patience
     return item
 
 
+def _from_library(spec: FileSpec, base: Path) -> Item:
+    "Weights that a library keeps in a cache of its own: it fetches them now if it is installed, else when it is first used."
+    item = _planned(spec, base, ("absent", "", {}))
+    if importlib.util.find_spec(spec.first_use) is None:
+        item.detail += f"; {spec.first_use} is not installed (it comes with refseg_nb[zoo])"
+        return item
+    try:
+        if spec.first_use == "timm":
+            from timm import create_model
+            create_model(spec.name, pretrained=True)
+        else:
+            from transformers import AutoModel, AutoTokenizer
+            AutoTokenizer.from_pretrained(spec.name); AutoModel.from_pretrained(spec.name, use_safetensors=True)  # weights only, never a pickle
+        item.status, item.detail = "fetched", f"in the cache of {spec.first_use}"
+    except Exception as error:  # what a library raises without a connection is its own affair
+        item.status, item.problems, item.by_hand = "missing", [f"{type(error).__name__}: {error}"[:300]], _by_hand(spec, base)
+    return item
+
+
 def _get_images(book: Manifest, name: str, root: Path, mode: str, patience: Patience, workers: int, bar: Progress) -> list[Item]:
     "Get the pictures that a data set names: one by one, or from the archive of all of them."
     spec = book.images[book.sets[name].images]
@@ -962,6 +982,6 @@ def fetch(
         for spec, base, state in zip(specs, bases, found):
             task = bar.add_task(spec.name, total=spec.size or spec.about, visible=state[0] in ("absent", "wrong") and not spec.first_use)
             tick = lambda have, total, task=task: bar.update(task, completed=have, total=total)
-            report.items.append(_planned(spec, base, state) if spec.first_use else _get_file(spec, base, state, patience, tick))
+            report.items.append(_from_library(spec, base) if spec.first_use else _get_file(spec, base, state, patience, tick))
         if pictures: report.items += _get_images(book, name, root, images, patience, workers, bar)
     return report

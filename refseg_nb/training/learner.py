@@ -352,6 +352,7 @@ class LearnerParts:
         self.refer = open_data(c.root, c.data, c.split_by)
         with self.accelerator.main_process_first(): self.vocabulary = vocabulary_for(self.refer, c.train_split)
         torch.manual_seed(c.seed)
+        self.coverage = None  # of the word vectors
         self.model = model if model is not None else self.create_model()
         if c.start: self.start_from(c.start)
         if c.train_backbone: unfreeze(self.model)
@@ -383,8 +384,8 @@ class LearnerParts:
     def create_model(self) -> nn.Module:
         "The model that the configuration names."
         c = self.config
-        vectors, coverage = load_vectors(c.vectors, self.vocabulary, self.refer.folder) if c.vectors else (None, None)
-        if coverage and self.main and not c.quiet: print(coverage)
+        vectors, self.coverage = load_vectors(c.vectors, self.vocabulary, self.refer.folder) if c.vectors else (None, None)
+        if self.coverage and self.main and not c.quiet: print(self.coverage)
         return create_model(c.model, c.preset, vocab_size=len(self.vocabulary), vectors=vectors, **c.overrides)
 
     def start_from(self, name: str):
@@ -475,7 +476,8 @@ class LearnerState(LearnerSteps):
     def meta(self) -> dict:
         "What is stored with the model."
         c = {k: v for k, v in asdict(self.config).items() if k not in ("root", "out")}
-        return {"model": self.config.model, "training": c, "steps": self.step, "versions": versions(), "commit": git_commit(), "best": self.best}
+        return {"model": self.config.model, "training": c, "steps": self.step, "versions": versions(), "commit": git_commit(), "best": self.best,
+                "vectors": str(self.coverage) if self.coverage else None}
 
     def save(self):
         "Write a checkpoint (the main process; the others hand in their random states)."

@@ -173,11 +173,18 @@ def data_leakage(
     print(report)
     if write_filter: print(report.write_filter(write_filter))
 
+def _schema(value: bool):
+    if value:
+        import json
+
+        from refseg_nb.data.convert import SCHEMA
+        print(json.dumps(SCHEMA, indent=1)); raise typer.Exit()
+
 @data_app.command("check")
 def data_check(
     file: Annotated[Path, typer.Argument(help="A JSONL: image, expression, mask and split on each line.", show_default=False)],
     images: Annotated[bool, typer.Option("--images/--no-images", help="Also open every image and mask.")] = True,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a line and stop.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", callback=_schema, is_eager=True, help="Print the JSON Schema of a line and stop.")] = False,
 ):
     "List the mistakes in a data set of your own, each with its line and field."
     from refseg_nb.data.convert import validate_jsonl

@@ -401,6 +401,10 @@ def _png(fig) -> bytes:
 COLORS = {"Baseline": "#9aa4ad", "Only HCAM": "#d9743a", "Only SFM": "#4a9b63", "SFM+ConvLSTM": "#8fbf9f", "SFM+Conv3D": "#6aad80",
           "SHNet w/o Glove": "#8fb0dc", "SHNet w/o P.E": "#b3cbea", "SHNet": "#3b6fb6", "MGATE": "#a35fb0", "TGFE": "#b8a13a", "GBFM": "#777777"}
 
+def _wrap(text: str, width: int) -> str:
+    import textwrap
+    return "\n".join(textwrap.wrap(text, width))
+
 def figure_bars(
     summary: dict,  # from `summarise`
 ):                  # a matplotlib figure
@@ -499,9 +503,7 @@ def figure_examples(
         line[0].set_xlabel("“" + _wrap(sample.sentence.sent, 30) + "”", fontsize=6.5)
     return fig
 
-def _wrap(text: str, width: int) -> str:
-    import textwrap
-    return "\n".join(textwrap.wrap(text, width))
+
 
 # %% ../nbs/20_reproduction.ipynb #090
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>

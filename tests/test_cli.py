@@ -199,6 +199,7 @@ def test_own_data_from_a_jsonl_to_a_trained_model(tmp_path):
     file.write_text("".join(json.dumps(line | {"mask": [[0, 0, 99, 0, 30, 40]]}) + "\n" for line in lines[:1]))
     wrong = invoke("data", "check", file)
     assert wrong.exit_code == 1 and "line 1" in wrong.stdout and "mask" in wrong.stdout
+    assert "expression" in json.loads(invoke("data", "check", "--schema").stdout)["properties"]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert invoke("data", "check", file).exit_code == 0
     made = invoke("data", "convert", file, "--root", tmp_path / "data", "--name", "mine")

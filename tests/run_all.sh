@@ -27,4 +27,4 @@ step "every notebook runs"
 nbdev_test --n_workers "$jobs" --do_print --timing
 
 step "tests"
-python -m pytest -n "$jobs" --durations=15
+python -m pytest -n "$jobs" --dist worksteal --durations=15

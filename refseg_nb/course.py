@@ -15,14 +15,12 @@ import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
-from matplotlib.colors import to_rgb
 
 # %% ../nbs/90_course.ipynb #004
 def set_style():
     "Set matplotlib's defaults for the course: small, light figures with no needless frames."
+    import matplotlib.pyplot as plt  # here, as in the other functions: `overlay` is all that `refseg segment` needs, and it must start quickly
     plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 90, "figure.figsize": (6, 3.4), "font.size": 9, "axes.titlesize": 9,
                          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "image.interpolation": "nearest",
                          "axes.prop_cycle": plt.cycler(color=["#3b6fb6", "#d9743a", "#4a9b63", "#a35fb0", "#b8a13a", "#777777"])})
@@ -36,6 +34,7 @@ def overlay(
     dim: float = .25,        # how much the rest is darkened
 ) -> np.ndarray:             # [H, W, 3] float in [0, 1]
     "Tint the mask over the image and dim the rest."
+    from matplotlib.colors import to_rgb
     image = np.asarray(image); mask = np.asarray(mask, dtype=float)
     if image.shape[:2] != mask.shape: raise ValueError(f"image is {image.shape[:2]} but mask is {mask.shape}: they must have the same height and width")
     if image.dtype == np.uint8: image = image / 255
@@ -53,6 +52,7 @@ def show_images(
     titlesize: float = 8,
 ):
     "Show pictures in a grid, each with its title and, where given, its mask; returns the axes, flat."
+    import matplotlib.pyplot as plt
     rows = -(-len(images) // ncols)
     fig, axes = plt.subplots(rows, min(ncols, len(images)), figsize=(size * min(ncols, len(images)), (size + .25) * rows), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.set_axis_off()
@@ -132,8 +132,8 @@ STUB = re.compile(r"^check_(\w+)\(\1\)$")
 
 
 def exercises(
-    notebook: nbformat.NotebookNode,  # a chapter
-):                                    # pairs of (exercise cell, stub cell, function name)
+    notebook,  # a chapter, as nbformat reads it
+):             # pairs of (exercise cell, stub cell, function name)
     "Find the exercises of a chapter."
     for before, cell in zip(notebook.cells, notebook.cells[1:]):
         last = cell.source.strip().splitlines()[-1:] or [""]
@@ -145,6 +145,7 @@ def refresh_stubs(
     path: Path,  # a notebook
 ) -> int:        # number of stubs that changed
     "Make every stub of a notebook again from its solution, and write the notebook where one has changed."
+    import nbformat
     notebook = nbformat.read(path, as_version=4)
     changed = 0
     for text, cell, name in exercises(notebook):
@@ -159,6 +160,7 @@ def readme_from(
     path: Path,  # nbs/index.ipynb
 ) -> str:        # markdown
     "The README: prose of the index notebook, and the markdown output of its cells."
+    import nbformat
     parts = []
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown": parts.append(cell.source)

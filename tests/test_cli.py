@@ -98,6 +98,14 @@ def test_segment_writes_mask_and_overlay_beside_the_image(picture, model_folder)
     assert sorted(p.name for p in picture.parent.iterdir()) == ["photo.mask.png", "photo.overlay.png", "photo.png"]
 
 
+def test_segment_imports_only_what_it_needs(picture, model_folder):
+    code = (f"import sys; from refseg_nb.cli import app\ntry: app(['segment', {str(picture)!r}, 'the red car', '--model', {str(model_folder)!r}])\n"
+            "except SystemExit: pass\n"
+            "print([m for m in ('nbformat', 'matplotlib.pyplot', 'torchvision', 'torchmetrics', 'scipy.io') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert done.stdout.strip().endswith("[]") and "mask" in done.stdout, done.stdout + done.stderr
+
+
 def test_segment_out_and_json(picture, model_folder, tmp_path):
     out = tmp_path / "new" / "folder"
     result = invoke("segment", picture, "the purple car", "--model", model_folder, "--out", out, "--json")

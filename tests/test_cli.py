@@ -217,6 +217,7 @@ def test_own_data_from_a_jsonl_to_a_trained_model(tmp_path):
     trained = invoke("train", "--data", "mine", "--root", tmp_path / "data", "--config", config, "--out", tmp_path / "run", "--store", tmp_path / "stores")
     assert trained.exit_code == 0, trained.output
     assert "peak memory" in trained.stdout and list((tmp_path / "stores").iterdir())
+    assert str(tmp_path) not in (tmp_path / "run" / "model" / "config.json").read_text(), "a model carries no path of the machine that trained it"
     scored = invoke("evaluate", tmp_path / "run" / "model", "--data", "mine", "--root", tmp_path / "data", "--out", tmp_path / "r.json", "--crf")
     assert scored.exit_code == 0 and json.loads((tmp_path / "r.json").read_text())["protocol"]["crf"]["iterations"] == 5, scored.output
 

@@ -8,7 +8,6 @@ __all__ = ['FORMAT', 'pack_mask', 'unpack_mask', 'StoreError', 'store_key', 'sto
 
 # %% ../../nbs/06b_store.ipynb #002
 import copy
-import fcntl
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .batches import soft_target, squash
@@ -257,15 +257,7 @@ def _results(jobs, pool):
     except BrokenProcessPool: pass  # a worker was killed, perhaps for its memory: go on alone
     yield from map(_fill, jobs[done:])
 
-# %% ../../nbs/06b_store.ipynb #053
-@contextmanager
-def _locked(folder: Path):
-    "Wait until no other process builds in this folder, and keep the others waiting."
-    with open(folder / ".lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-# %% ../../nbs/06b_store.ipynb #056
+# %% ../../nbs/06b_store.ipynb #055
 def _check_room(folder, refer, wanted, image_size, target_size):
     pixels = [info.height * info.width for image_id, ann_ids in wanted for info in [refer.image(image_id)] for _ in ann_ids]
     need = sum(store_size(len(wanted), len(pixels), image_size, target_size, sum(pixels) / max(1, len(pixels))).values())
@@ -274,7 +266,7 @@ def _check_room(folder, refer, wanted, image_size, target_size):
         raise StoreError(f"{folder}: a store of {refer.name} at {image_size} px takes up to {need / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free: "
                          "make room, or choose another folder")
 
-# %% ../../nbs/06b_store.ipynb #059
+# %% ../../nbs/06b_store.ipynb #058
 def _jobs(refer, wanted, folder, image_size, target_size, step=16) -> list[dict]:
     "The arguments of `_fill`, for `step` images each."
     jobs, first_annotation = [], 0
@@ -309,7 +301,7 @@ def _fill_all(folder, header, wanted, jobs, pool, advance):
     (folder / "index.json").write_text(json.dumps(index | {"sha256": _checksum(index)}), encoding="utf-8")
     _fsync(*folder.iterdir(), folder)
 
-# %% ../../nbs/06b_store.ipynb #063
+# %% ../../nbs/06b_store.ipynb #062
 def build_store(
     refer: Refer,                          # the data set
     image_size: int,                       # S
@@ -334,7 +326,7 @@ def build_store(
     # the workers start before the lock is taken: in a script without a main guard they would wait for it
     with Progress(*columns, disable=not progress, transient=True) as bar, _pool(min(workers, len(jobs))) as pool:
         task = bar.add_task("waiting for another builder", total=len(wanted))
-        with _locked(folder):
+        with FileLock(folder / ".lock"):  # waits until no other process builds here
             if store := built(): return store
             for old in (place, *folder.glob(".*.new")): shutil.rmtree(old, ignore_errors=True)
             _check_room(folder, refer, wanted, image_size, target_size)

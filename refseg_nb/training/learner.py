@@ -475,7 +475,7 @@ class LearnerState(LearnerSteps):
 
     def meta(self) -> dict:
         "What is stored with the model."
-        c = {k: v for k, v in asdict(self.config).items() if k not in ("root", "out")}
+        c = {k: v for k, v in asdict(self.config).items() if k not in ("root", "out", "store")}
         return {"model": self.config.model, "training": c, "steps": self.step, "versions": versions(), "commit": git_commit(), "best": self.best,
                 "vectors": str(self.coverage) if self.coverage else None}
 

@@ -1,4 +1,4 @@
-"""The reproduction of Table 2: the paper's numbers, the plan, resuming row by row, and what is said from the intervals."""
+"""The reproduction: the paper's numbers, experiments and plan, resuming job by job, tables and sentences, the report, and the recorded run."""
 
 import json
 import os
@@ -7,116 +7,209 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from refseg_nb import reproduce as R
+from refseg_nb.reproduce import experiments as E
+from refseg_nb.reproduce import report as R
+from refseg_nb.reproduce import tables as T
 from refseg_nb.training.evaluation import make_record, save_record
 
 REPO = Path(__file__).resolve().parents[1]
+RESULTS = REPO / "results" / "reproduction"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
 def test_the_papers_numbers():
-    "Sums of the printed columns, and the differences that section 4.4 states in words."
-    rows = R.PAPER["table2"]["rows"]
+    "Sums of the printed columns, the differences that section 4.4 states in words, and the one disagreement between tables."
+    rows = E.PAPER["table2"]["rows"]; overall = {row: v[-1] for row, v in rows.items()}
     assert len(rows) == 8 and all(len(v) == 6 for v in rows.values())
     assert all(list(v[:5]) == sorted(v[:5], reverse=True) for v in rows.values())
-    assert round(R.paper_value("Only HCAM") - R.paper_value("Baseline"), 2) == 4.83
-    assert round(R.paper_value("Only SFM") - R.paper_value("Baseline"), 2) == 7.46
-    assert round(R.paper_value("Only HCAM", "prec@0.9") - R.paper_value("Baseline", "prec@0.9"), 1) == 2.5
-    one, three, four = (R.PAPER[f"table{i}"]["rows"] for i in (1, 3, 4))
-    assert R.paper_value("SHNet") == one["SHNet* (320x320)"][0] == three["DeepLabv3+ 320x320"][0] == four["HCAM"][0]
-    for table in R.PAPER.values(): assert all(len(v) == len(table["columns"]) for v in table["rows"].values())
+    assert round(overall["Only HCAM"] - overall["Baseline"], 2) == 4.83 and round(overall["Only SFM"] - overall["Baseline"], 2) == 7.46
+    assert round(rows["Only HCAM"][4] - rows["Baseline"][4], 1) == 2.5
+    one, three, four = (E.PAPER[f"table{i}"]["rows"] for i in (1, 3, 4))
+    assert overall["SHNet"] == one["SHNet* (320x320)"][0] == three["DeepLabv3+ 320x320"][0] == four["HCAM"][0]
+    assert (one["SHNet* (448x448)"][0], three["DeepLabv3+ 448x448"][0], four["HCAM"][1]) == (65.32, 65.29, 65.32)
+    for table in E.PAPER.values(): assert all(len(v) == len(table["columns"]) for v in table["rows"].values())
 
 
 def test_the_papers_numbers_against_its_text():
     paper = REPO.parent / "shared" / "mission" / "paper.txt"
     if not paper.is_file(): pytest.skip("the paper's text is not here")
     text = paper.read_text()
-    for row, values in R.PAPER["table2"]["rows"].items():
+    for row, values in E.PAPER["table2"]["rows"].items():
         line = next(m for m in re.findall(r"^\d\t(.+)$", text, re.M) if m.split("\t")[0] == row)
         assert [float(x) for x in line.split("\t")[1:]] == list(values)
 
 
-def fake(row, seed, good, images=60, each=4, kinds=("attribute", "relation")):
+def test_every_cell_has_an_experiment_and_every_experiment_a_cell():
+    cells = [c for t in E.tables().values() for row in t.rows.values() for c in row]
+    assert {c.experiment for c in cells} == set(E.experiments())
+    for name in ("table1", "table2", "table3", "table4"):
+        for label, row in E.tables()[name].rows.items(): assert [c.paper for c in row] == list(E.PAPER[name]["rows"][label])
+    low, high = E.tables()["table1"].rows.values()
+    assert [(c.experiment, c.split) for c in low[3:]] == [*(("shnet-uncplus", s) for s in ("val", "testA", "testB")), ("shnet-gref", "val"), ("shnet-referit", "test")]
+    assert all(E.experiments()[c.experiment].pixels == "high" for c in high)
+    for t in E.tables().values():
+        assert all(len(row) == len(t.columns) for row in t.rows.values()) and {x for pair in t.pairs for x in pair} <= set(t.rows)
+
+
+def test_every_difference_of_the_presets_is_an_experiment_or_has_a_reason():
+    "Each row changes one field of the model or one thing of the training, and to a value that the base does not have."
+    from refseg_nb.models.shnet import PRESETS, RECIPES, differences
+    from refseg_nb.training.learner import TrainConfig
+    fields = {*differences(PRESETS["paper"], PRESETS["released"]), *differences(RECIPES["paper"], RECIPES["released"])}
+    rows = {e.name.removeprefix("preset-").replace("-", "_"): e for e in E.experiments().values() if e.name.startswith("preset-")}
+    assert set(rows) == fields - set(E.NOT_TRAINED) and set(E.NOT_TRAINED) <= fields
+    base = PRESETS["refshapes"].to_dict() | E.RECIPE["overrides"]
+    known = set(TrainConfig.__dataclass_fields__)
+    for name, e in rows.items():
+        assert bool(e.overrides) != bool(e.training)
+        if e.overrides: assert list(e.overrides) == [name] and e.overrides[name] != base[name]
+        assert set(e.training) <= known, f"{name}: the learner has no field {set(e.training) - known}"
+
+
+def fake(experiment, seed, good, images=60, each=4, kinds=("attribute", "relation"), split="val", **config):
     "A record whose samples have IoU `good` (plus noise that all rows share)."
-    rng = np.random.default_rng(0); n = images * each; noise = rng.normal(0, .1, n) + np.random.default_rng([seed, len(row)]).normal(0, .02, n)
+    rng = np.random.default_rng(0); n = images * each; noise = rng.normal(0, .1, n) + np.random.default_rng([seed, len(experiment)]).normal(0, .02, n)
     union = rng.integers(200, 900, n); inter = (union * np.clip(good + noise, 0, 1)).astype(int)
     arrays = {"sent_id": np.arange(n), "ref_id": np.arange(n) // 2, "image_id": np.arange(n) // each, "kind": np.array(kinds)[np.arange(n) % len(kinds)],
               "words": np.full(n, 4), "area": union // 2, "pixels": np.full(n, 96 * 96), "intersection": inter, "union": union}
-    return make_record(row, arrays, {"dataset": "refshapes", "split": "val"}, {}, {"training": seed}, resamples=100)
+    return make_record(experiment, arrays, {"dataset": "refshapes", "split": split}, {"experiment": experiment, **config}, {"training": seed}, resamples=100)
 
 
 @pytest.fixture
-def records(tmp_path):
-    for row, good in zip(R.ROWS, (.3, .45, .6, .6)):
-        for seed in (0, 1): save_record(fake(row, seed, good), tmp_path / "records" / f"{R._slug(row, seed)}.json")
-    return tmp_path / "records"
+def folder(tmp_path):
+    for name, good in zip(("baseline", "only-hcam", "only-sfm", "shnet"), (.3, .45, .6, .6)):
+        for seed in (0, 1): save_record(fake(name, seed, good), tmp_path / "run" / "records" / f"{name}-seed{seed}-val.json")
+    return tmp_path / "run"
 
 
-def test_summary_is_made_of_the_records(records):
-    runs = R.load_runs(records); s = R.summarise(runs, 300)
-    assert list(s["rows"]) == list(R.ROWS) and s["samples"] == 240 and s["images"] == 60
-    for row, rs in runs.items():
-        both = s["rows"][row]["ours"]["Overall IoU"]
-        assert np.isclose(both["value"], np.mean([r.metrics["overall_iou"]["value"] for r in rs])) and both["low"] < both["value"] < both["high"]
-        assert np.isclose(s["rows"][row]["ours"]["prec@0.5"]["value"], np.mean([r.metrics["precision@0.5"]["value"] for r in rs]))
+def test_summary_is_made_of_the_records(folder):
+    runs = T.load_runs(folder); s = T.summarise(runs, "table2", 300); key = s["key"]
+    assert list(s["rows"]) == ["Baseline", "Only HCAM", "Only SFM", "SHNet"] and s["columns"][key] == "Overall IoU"
+    for row, name in zip(s["rows"].values(), ("baseline", "only-hcam", "only-sfm", "shnet")):
+        cell, records = row["cells"][key], runs[name, "val"]
+        assert np.isclose(cell["value"], np.mean([r.metrics["overall_iou"]["value"] for r in records])) and cell["low"] < cell["value"] < cell["high"]
+        assert np.isclose(row["cells"][0]["value"], np.mean([r.metrics["precision@0.5"]["value"] for r in records])) and cell["seeds"] == [0, 1]
     d = {(p["a"], p["b"]): p for p in s["differences"]}
     one = d["Only HCAM", "Baseline"]["ours"]
-    hcam, baseline = (s["rows"][row]["ours"]["Overall IoU"]["value"] for row in ("Only HCAM", "Baseline"))
+    hcam, baseline = (s["rows"][row]["cells"][key]["value"] for row in ("Only HCAM", "Baseline"))
     assert one["low"] > 0 and np.isclose(one["value"], hcam - baseline)
     assert d["Only HCAM", "Baseline"]["paper"] == 4.83 and set(d["SHNet", "Only SFM"]["by kind"]) == {"attribute", "relation"}
+    text = T.markdown_table(s)
+    assert f"{baseline - 54.70:+.1f}" in text.split("| gap |")[1].splitlines()[0], "the gap is ours minus the paper's"
 
 
-def test_conclusions_say_no_more_than_the_intervals(records):
-    said = R.conclusions(R.summarise(R.load_runs(records), 300))
+def test_a_difference_takes_the_seeds_that_both_have(folder):
+    save_record(fake("shnet", 2, .9), folder / "records" / "shnet-seed2-val.json")
+    runs = T.load_runs(folder)
+    d = T.difference(runs["shnet", "val"], runs["only-sfm", "val"], 200)
+    assert d["seeds"] == [0, 1] and len(d["by seed"]) == 2
+    alone = T.difference([fake("shnet", 5, .6)], runs["only-sfm", "val"], 200)
+    assert alone["seeds"] == [] and alone["by seed"] is None and "different numbers of trainings" in T.sentence({"a": "A", "b": "B", "paper": None, "by kind": {}, "ours": alone})
+
+
+def test_conclusions_say_no_more_than_the_intervals(folder):
+    said = T.conclusions(T.summarise(T.load_runs(folder), "table2", 300))
     assert said[2].startswith("Only SFM is better than Baseline") and "2 of 2 seeds" in said[2] and "+7.46" in said[2]
     assert said[0].startswith("SHNet and Only SFM") and "better" not in said[0]
-    assert said[-1].startswith("Order by overall IoU here")
-    template = {"a": "SHNet", "b": "Only SFM", "paper": 1.82, "by kind": {}}
-    def say(value, low, high, seeds):
-        return R.conclusions({"differences": [template | {"ours": {"value": value, "low": low, "high": high, "by seed": seeds}}], "rows": {}})[0]
-    assert "not told apart" in say(1., -1., 3., [1.])
-    assert "worse" in say(-2., -3., -1., [-2.]) and "opposite" in say(-2., -3., -1., [-2.])
+    assert said[-1].startswith("Order by Overall IoU here")
+    say = lambda value, low, high, seeds: T.sentence({"a": "SHNet", "b": "Only SFM", "paper": 1.82, "by kind": {}, "ours": {"value": value, "low": low, "high": high, "by seed": seeds}})
+    assert "not told apart" in say(1., -1., 3., [1., 2.])
+    assert "worse" in say(-2., -3., -1., [-2., -1.]) and "opposite" in say(-2., -3., -1., [-2., -1.])
     assert "not with every seed" in say(2., 1., 3., [5., -1.])
-    assert "one training each" in say(2., 1., 3., [2.])
+    assert "one training each" in say(2., 1., 3., [2.]) and "in this pair of trainings" in say(2., 1., 3., [2.])
 
 
-def test_report_is_one_page(records, tmp_path):
-    R.report(records, tmp_path / "out", resamples=200)
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http" not in page and "<table>" in page
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "54.70" in text and "63.98" in text and "Only SFM − Baseline" in text
-    assert json.loads((tmp_path / "out" / "table2.json").read_text())["samples"] == 240
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.html", "report.md", "table2.json", "table2.md", "overall_iou.png", "by_kind.png"}
+def test_single_trainings_are_read_against_the_spread_of_seeds(tmp_path):
+    rows = {"shnet": (.6, .4), "preset-pool": (.5,), "preset-grid": (.55,)}
+    for name, goods in rows.items():
+        for seed, good in enumerate(goods): save_record(fake(name, seed, good), tmp_path / "records" / f"{name}-seed{seed}-val.json")
+    s = T.summarise(T.load_runs(tmp_path), "presets", 200); spread = T.seed_spread(s)
+    a, b = s["rows"]["SHNet as trained here"]["cells"][0]["each seed"]
+    assert spread["rows"] == 1 and np.isclose(spread["points"], abs(a - b)), "of two seeds, the distance is theirs"
+    assert any("lie" in line and "may be the seed's" in line for line in T.conclusions(s))
+    assert all(p["paper"] is None for p in s["differences"]) and "paper" not in T.markdown_table(s).splitlines()[0]
 
 
-def test_records_that_do_not_belong_together(records, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no records"): R.load_runs(tmp_path / "nothing")
-    save_record(fake("SHNet", 0, .6, images=50), records / "shnet-seed0.json")
-    with pytest.raises(ValueError): R.summarise(R.load_runs(records), 100)
+def test_controls_and_cost_are_read_from_the_records(folder):
+    assert T.controls_table(T.load_runs(folder)) == "" == T.cost_table(T.load_runs(folder))
+    cost = {"seconds": 90., "peak memory": 2_000_000_000, "parameters": 1234, "GFLOP": .5}
+    save_record(fake("shnet", 0, .6, cost=cost), folder / "records" / "shnet-seed0-val.json")
+    (folder / "records" / "shnet-seed1-val.json").unlink()
+    save_record(fake("shnet", 0, .05), folder / "records" / "shnet-seed0-val.no-text.json")
+    runs = T.load_runs(folder)
+    blind = runs["shnet", "val.no-text"][0].metrics["mean_iou"]["value"]
+    assert f"| no phrase | {blind:.1f} |" in T.controls_table(runs) and "| no picture | – |" in T.controls_table(runs)
+    assert re.search(r"\| shnet \| 1,234 \| 0.50 \| 1.5 \| 2.0 \|", T.cost_table(runs))
 
 
-def test_examples_are_chosen_by_the_rule():
-    record = fake("SHNet", 0, .4); iou = record.arrays["intersection"] / record.arrays["union"]
-    picked = R.choose_examples(record)
-    attribute = np.flatnonzero(record.arrays["kind"] == "attribute")
-    assert picked[0] in attribute and np.isclose(iou[picked[0]], np.median(iou[attribute]), atol=.02)
-    if (iou < .1).any(): assert picked[-1] == np.flatnonzero(iou < .1)[0]
+def test_report_is_one_page(folder):
+    R.report(folder, 200)
+    page = (folder / "report.html").read_text(); pictures = {p.name for p in folder.glob("*.png")}
+    assert pictures == {"table1-bars.png", "table1-kinds.png", "table2-bars.png", "table2-kinds.png"} and page.count("data:image/png;base64,") == len(pictures)
+    assert "http" not in page and "<table>" in page and 'src="table' not in page
+    text = (folder / "report.md").read_text()
+    assert "54.70" in text and "63.98" in text and "Only SFM − Baseline" in text and "CMPC" in text
+    assert set(json.loads((folder / "tables.json").read_text())) == {"table1", "table2"}
+    before = text; R.report(folder, 200)
+    assert (folder / "report.md").read_text() == before, "the same records give the same report"
+
+
+def test_records_that_do_not_belong_together(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no records"): T.load_runs(tmp_path / "nothing")
+    (folder / "records" / "shnet-seed0-val.json").rename(folder / "records" / "only-sfm-seed7-val.json")
+    with pytest.raises(ValueError, match="only-sfm-seed7-val.json: the name says only-sfm, seed 7; the record is of shnet, seed 0"): T.load_runs(folder)
+    (folder / "records" / "only-sfm-seed7-val.json").unlink()
+    save_record(fake("shnet", 1, .6, images=50), folder / "records" / "shnet-seed1-val.json")
+    with pytest.raises(ValueError): T.summarise(T.load_runs(folder), "table2", 100)
+    (folder / "records" / "baseline-seed0-val.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="baseline-seed0-val.json: its samples"): T.load_runs(folder)
 
 
 def test_plan(tmp_path):
-    jobs = R.plan(tmp_path, "quick", (0, 1), data_root=tmp_path / "data")
-    assert len(jobs) == 8 and jobs[0]["row"] == "SHNet" and json.loads(json.dumps(jobs)) == jobs
+    jobs = E.plan(tmp_path, seeds=(0, 1), data_root=tmp_path / "data")
+    assert len(jobs) == 8 and jobs[0]["experiment"] == "shnet" and json.loads(json.dumps(jobs)) == jobs
     assert len({j["folder"] for j in jobs}) == 8 and {j["config"]["model"] for j in jobs} == {"shnet", "only-sfm", "only-hcam", "baseline"}
     assert len({j["config"]["max_steps"] for j in jobs}) == 1, "every row gets the same number of steps"
-    with pytest.raises(ValueError, match="no budget 'huge'"): R.plan(tmp_path, "huge")
-    with pytest.raises(ValueError, match="no row 'LSTM'"): R.plan(tmp_path, rows=("LSTM",))
-    assert R.estimate(jobs, 2)["minutes"] > R.estimate(jobs[:4], 2)["minutes"] > 0 == R.estimate([])["minutes"]
+    for message, wrong in (("no budget 'huge'", {"budget": "huge"}), ("no row 'LSTM'", {"rows": ("LSTM",)}), ("no target 'table9'", {"target": "table9"}),
+                           ("no data 'coco'", {"data": "coco"}), ("no preset 'huge'", {"preset": "huge"})):
+        with pytest.raises(ValueError, match=message): E.plan(tmp_path, **wrong)
+    assert E.estimate(jobs, 2)["minutes"] > E.estimate(jobs[:4], 2)["minutes"] > 0 == E.estimate([])["minutes"]
+
+
+def test_plan_of_everything(tmp_path):
+    jobs = {j["experiment"]: j for j in E.plan(tmp_path, "all", data_root=tmp_path)}
+    assert set(jobs) == set(E.experiments())
+    assert jobs["shnet"]["splits"] == ["val", "testA", "testB"] and jobs["shnet"]["controls"] and not jobs["only-sfm"]["controls"]
+    assert jobs["shnet-high"]["config"]["overrides"]["image_size"] == 128 and jobs["shnet-high"]["config"]["root"].endswith("large-128")
+    assert jobs["shnet-high"]["draw"] == {"size": "large", "resolution": 128} and jobs["shnet"]["draw"] == {"size": "large", "resolution": None}
+    assert jobs["shnet-resnet"]["config"]["overrides"]["backbone"] == "refshapes-classifier" and jobs["shnet-gref"]["config"]["data"] == "refshapes-g"
+    from refseg_nb.models.shnet import PRESETS, SHNetConfig
+    from refseg_nb.training.learner import TrainConfig
+    for job in jobs.values():
+        c = TrainConfig(**job["config"], out="x")   # every field is known
+        SHNetConfig.from_dict(PRESETS["refshapes"].to_dict() | c.overrides)
+    for preset in ("paper", "released"):
+        for name in ("refcoco", "refcoco+"): (tmp_path / name).mkdir(exist_ok=True)
+        real = E.plan(tmp_path, "all", "full", data="real", data_root=tmp_path, preset=preset)
+        assert {j["config"]["data"] for j in real} == {"refcoco", "refcoco+"} and all(j["draw"] is None for j in real)
+        sizes = {j["experiment"]: asdict(SHNetConfig.from_dict(PRESETS[preset].to_dict() | j["config"]["overrides"])) for j in real}
+        assert sizes["shnet-high"]["image_size"] == 448 and sizes["shnet"]["image_size"] == 320 and sizes["shnet-resnet"]["backbone"] == "resnet101"
+        assert sizes["shnet"]["grid"] == PRESETS[preset].grid, "the small model's grid is not the paper's"
+
+
+def test_cost_of_the_full_reproduction_against_a_count_by_hand():
+    "SHNet at 320 px: the facts give 40.5 + 10.7 GFLOP an image, 8.1 + 18.3 + 4.6 + 5.6 + 44.4 and the LSTM a phrase for the released model."
+    line = next(x for x in E.full_cost("released") if x["experiment"] == "shnet")
+    by_hand = 30 * (16_994 * (40.5 + 10.7) + 3 * 120_624 * (8.1 + 18.3 + 4.6 + 5.6 + 44.4)) / 1e9
+    assert abs(line["exaFLOP"] / by_hand - 1) < .15
+    assert np.isclose(line["hours"], line["exaFLOP"] * 1e18 / 100e12 / 3600)
+    assert 6.1 < line["GB"] < 12, "19,994 images of 320 x 320 x 3 bytes are 6.14 GB; masks and targets come on top"
 
 
 @pytest.mark.slow
@@ -132,12 +225,55 @@ def test_two_rows_from_nothing_killed_and_resumed(tmp_path):
     assert process.wait(60) == 130
     result = subprocess.run(args, capture_output=True, text=True, env=ENV, timeout=300)
     assert result.returncode == 0, result.stderr + result.stdout
-    assert "63.98" in (tmp_path / "run" / "table2.md").read_text() and "paper" in result.stdout
+    assert "63.98" in (tmp_path / "run" / "report.md").read_text() and "paper" in result.stdout
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert {"report.html", "report.md", "table2.json", "overall_iou.png", "by_kind.png", "curves.png", "examples.png", "records"} <= names
+    assert {"report.html", "report.md", "tables.json", "table2-bars.png", "table2-kinds.png", "curves.png", "figure4.png", "figure5.png", "figure6.png", "causes.png",
+            "failures.png", "records"} <= names
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").iterdir()}
     again = subprocess.run(args, capture_output=True, text=True, env=ENV, timeout=300)
     assert again.returncode == 0 and "2 of them done already" in again.stdout
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").iterdir()}, "finished rows are not done again"
     other = subprocess.run([*args, "--steps", "9"], capture_output=True, text=True, env=ENV, timeout=300)
     assert other.returncode == 2 and "other settings" in other.stderr and len(other.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_table_1_on_real_photographs(real_data, tmp_path):
+    "The three COCO columns end to end, from the micro sets; ReferIt is not there, and said to be left out."
+    from rich.console import Console
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))
+    found = R.reproduce("table1", tmp_path / "run", "tiny", rows=("SHNet* (320x320)",), data="real", split_by="micro", data_root=real_data, steps=2, n_jobs=1, console=console)
+    said = console.export_text()
+    assert "Left out, because they are not there: refclef" in said
+    cells = found["table1"]["rows"]["SHNet* (320x320)"]["cells"]
+    assert [c is not None for c in cells] == [True] * 7 + [False]
+    runs = T.load_runs(tmp_path / "run")
+    for name, data in (("shnet", "refcoco"), ("shnet-uncplus", "refcoco+"), ("shnet-gref", "refcocog")):
+        record = runs[name, "val"][0]
+        assert (record.protocol["dataset"], record.protocol["split_by"]) == (data, "micro") and len(record.arrays["union"]) > 0
+        assert (name, "val.no-image") in runs, "the blind controls are made on real data too"
+
+
+recorded = pytest.mark.skipif(not (RESULTS / "records").is_dir(), reason="no recorded run")
+
+
+@recorded
+def test_the_recorded_report_is_what_the_records_give(tmp_path):
+    "Records, tables.json, report.md and README say the same."
+    import shutil
+    shutil.copytree(RESULTS, tmp_path / "again")
+    for name in ("report.md", "tables.json"): (tmp_path / "again" / name).unlink()
+    R.report(tmp_path / "again")
+    for name in ("report.md", "tables.json"): assert (tmp_path / "again" / name).read_text() == (RESULTS / name).read_text(), f"results/reproduction/{name} is not made from its records"
+    assert R.readme_results(REPO / "results").strip() in (REPO / "README.md").read_text(), "the README's results are not made from the records: run nbs/index.ipynb and make readme"
+
+
+@recorded
+def test_the_recorded_run_has_what_it_claims():
+    "Every record of a table is of one protocol and budget; Table 2 has three seeds."
+    runs = T.load_runs(RESULTS)
+    for row in E.tables()["table2"].rows.values():
+        records = runs.get((row[0].experiment, "val"), [])
+        assert len(records) >= 3, f"{row[0].experiment} has {len(records)} trainings"
+    budgets = {json.dumps({k: v for k, v in r.config["training"].items() if k in ("max_steps", "lr", "power", "loss", "dice_weight")}) for rs in runs.values() for r in rs}
+    assert len(budgets) == 1, "all rows are trained for the same number of steps with the same recipe"

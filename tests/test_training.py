@@ -1,26 +1,50 @@
-"""Training: resume after SIGKILL bit for bit, the cache, the schedule, checkpoints, processes, and what is refused."""
+"""Training: resume after SIGKILL bit for bit, the cache, the recipes, the schedules, checkpoints, processes, and what is refused."""
 
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
+import sys
+import threading
 import time
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torchvision.transforms import v2
 from toy_refer import SMALL, make_toy
 
 from refseg_nb.data.batches import make_loader
 from refseg_nb.data.words import Vocabulary
-from refseg_nb.models.shnet import create_model
+from refseg_nb.models.backbones import Backbone
+from refseg_nb.models.shnet import RECIPES, Recipe, create_model
 from refseg_nb.training import checkpoint as module
+from refseg_nb.training import learner as learner_module
 from refseg_nb.training.checkpoint import CheckpointError, atomic_folder, checkpoints, load_checkpoint, load_model, model_tensors, save_model
-from refseg_nb.training.learner import FeatureCache, Learner, Objective, TrainConfig, cut_log, dice_loss, polynomial_decay, read_history, train
+from refseg_nb.training.learner import (
+    FeatureCache,
+    Learner,
+    Objective,
+    TargetDataset,
+    TrainConfig,
+    available_memory,
+    cut_log,
+    dice_loss,
+    expression_batches,
+    peak_memory,
+    polynomial_decay,
+    read_history,
+    train,
+)
 
 CONTEXT = torch.multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["accelerate", "refseg_nb.training.learner"])
@@ -40,6 +64,26 @@ def config(root, out, **changes) -> TrainConfig:
 def whole(root, tmp_path_factory):
     """A run that nothing stopped."""
     return train(config(root, tmp_path_factory.mktemp("whole") / "run"))
+
+
+# all that the released recipe does otherwise, made so that the rate falls within a few epochs
+RELEASED = {"schedule": "plateau", "grayscale": .5, "targets": "dilated", "mask_size": 20, "batch_size": 6, "images_per_batch": None, "threshold": .4,
+            "lr": .02, "epochs": 6}
+
+
+IMPATIENT = replace(RECIPES["refshapes"], plateau_patience=0)
+
+
+@pytest.fixture
+def impatient(monkeypatch): monkeypatch.setitem(RECIPES, "refshapes", IMPATIENT)
+
+
+@pytest.fixture(scope="module")
+def whole_released(root, tmp_path_factory):
+    """The same as the released code trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "refshapes", IMPATIENT)
+        return train(config(root, tmp_path_factory.mktemp("released") / "run", **RELEASED))
 
 
 def weights(out) -> dict: return load_file(Path(out) / "model" / "model.safetensors")
@@ -70,6 +114,7 @@ def run_and_die(values, die_at=None):
         elif name == "write": module.save_file = deadly(module.save_file)
         elif name == "remove": module.shutil.rmtree = deadly(module.shutil.rmtree)
         else: module._fsync = deadly(module._fsync)
+    if values["schedule"] == "plateau": RECIPES["refshapes"] = IMPATIENT
     train(TrainConfig(**values))
 
 
@@ -104,8 +149,10 @@ def test_killed_at_chosen_calls(root, whole, tmp_path, keep):
     assert not leftovers, leftovers
 
 
-def test_killed_at_random_moments(root, whole, tmp_path):
-    c, rng, killed = config(root, tmp_path / "run"), random.Random(os.urandom(4)), 0
+@pytest.mark.parametrize("recipe", ["usual", "released"])
+def test_killed_at_random_moments(root, whole, whole_released, tmp_path, recipe):
+    c, rng, killed = config(root, tmp_path / "run", **RELEASED if recipe == "released" else {}), random.Random(os.urandom(4)), 0
+    whole = {"usual": whole, "released": whole_released}[recipe]
     seed = rng.randrange(10**6)
     rng.seed(seed)
     for _ in range(6):
@@ -132,10 +179,12 @@ def test_a_log_is_cut_at_the_checkpoint(tmp_path):
     assert log.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n'
 
 
-def test_stopped_at_every_step(root, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", ["usual", "released"])
+def test_stopped_at_every_step(root, whole, whole_released, impatient, tmp_path, monkeypatch, recipe):
     """The same within one process: an exception at each step in turn, then the rest."""
     class Stop(Exception): pass
-    c = config(root, tmp_path / "run")
+    whole = {"usual": whole, "released": whole_released}[recipe]
+    c = config(root, tmp_path / "run", **RELEASED if recipe == "released" else {})
     step = Learner.optimizer_step
     for last in range(1, whole.steps):
         def stops(self, batches, last=last):
@@ -146,7 +195,7 @@ def test_stopped_at_every_step(root, whole, tmp_path, monkeypatch):
         assert load_checkpoint(Path(c.out) / "checkpoint")["state"]["step"] == last
     monkeypatch.setattr(Learner, "optimizer_step", step)
     result = train(c, resume=True)
-    assert result.resumed_from == whole.steps - 1 and same(weights(c.out), weights(whole.out))
+    assert result.resumed_from == whole.steps - 1 and same(weights(c.out), weights(whole.out)) and strip(result.history) == strip(whole.history)
     again = train(c)
     assert again.resumed_from == again.steps == whole.steps and same(weights(c.out), weights(whole.out)), "a finished run has nothing left to do"
 
@@ -194,9 +243,16 @@ def test_a_broken_checkpoint_is_said(root, whole, tmp_path):
 def test_resume_with_another_configuration(root, whole, tmp_path):
     c = values_of(config(root, tmp_path / "run", max_steps=2))
     train(TrainConfig(**c))
-    for name, value in {"lr": 5e-4, "epochs": 9, "seed": 3, "max_steps": 3, "overrides": {**SMALL, "channels": 32}, "accumulate": 1}.items():
+    for name, value in {"lr": 5e-4, "epochs": 9, "seed": 3, "max_steps": 3, "overrides": {**SMALL, "channels": 32}, "accumulate": 1, "schedule": "plateau",
+                        "grayscale": .1, "threshold": .4, "mask_size": 20}.items():
         with pytest.raises(CheckpointError, match=f"{name}="): train(TrainConfig(**c | {name: value}))
-    assert train(TrainConfig(**c | {"checkpoint_every": 5, "quiet": True})).resumed_from == 2, "how often it is saved changes no weight"
+    state = checkpoints(tmp_path / "run" / "checkpoint")[-1] / "state.json"
+    stored = json.loads(state.read_text())
+    for name in ("schedule", "grayscale", "threshold", "mask_size", "batch_size"): del stored["config"][name]
+    state.write_text(json.dumps(stored))
+    free = {"checkpoint_every": 5, "quiet": True, "cache_folder": tmp_path / "features"}
+    assert train(TrainConfig(**c | free)).resumed_from == 2, "these change no weight; and a checkpoint from before the recipe's fields is still good"
+    with pytest.raises(CheckpointError, match="grayscale="): train(TrainConfig(**c | {"grayscale": .1}))
     assert train(TrainConfig(**c | {"lr": 5e-4}), resume=False).resumed_from is None
     with pytest.raises(CheckpointError, match="no checkpoint"): train(config(root, tmp_path / "new"), resume=True)
 
@@ -270,6 +326,245 @@ def test_cached_levels_are_the_backbones(root, tmp_path):
     assert half.nbytes * 2 == cache.nbytes
 
 
+def test_grey_rows_of_the_cache(root, tmp_path):
+    learner = Learner(config(root, tmp_path / "run"))
+    cache = FeatureCache(learner.model, learner.train_data, 4, grey=True)
+    assert cache.nbytes == 2 * FeatureCache(learner.model, learner.train_data, 4).nbytes
+    always = v2.RandomGrayscale(p=1)
+    for batch in make_loader(learner.train_data, 4, shuffle=True):
+        which = [k % 2 == 1 for k in range(len(batch.image_ids))]
+        images = torch.stack([always(x) if g else x for x, g in zip(batch.images, which)])
+        for kept, fresh in zip(cache(batch.image_ids, grey=which), learner.model.backbone(images)): assert torch.allclose(kept, fresh, atol=1e-5)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The sizes of all batches of more than one image that a backbone was asked about."""
+    sizes, call = [], Backbone.__call__
+    def spy(self, images):
+        if len(images) > 1: sizes.append(len(images))
+        return call(self, images)
+    monkeypatch.setattr(Backbone, "__call__", spy)
+    return sizes
+
+
+@pytest.mark.parametrize("changes", [{}, {"grayscale": .4}, {"cache_dtype": "bfloat16", "mixed_precision": "bf16"}], ids=["plain", "grey", "bf16"])
+def test_features_on_the_disk(root, tmp_path, encoded, changes):
+    """With and without a folder: the same losses and weights, and the second run asks no backbone."""
+    folder = tmp_path / "features"
+    without = train(config(root, tmp_path / "without", max_steps=4, **changes))
+    assert encoded == [14] * (2 if "grayscale" in changes else 1) + [7]
+    first = train(config(root, tmp_path / "first", max_steps=4, cache_folder=folder, **changes))
+    encoded.clear()
+    second = train(config(root, tmp_path / "second", max_steps=4, cache_folder=folder, lr=2e-3, **changes))
+    assert not encoded and len([p for p in folder.iterdir() if p.is_dir()]) == 2
+    third = train(config(root, tmp_path / "third", max_steps=4, cache_folder=folder, **changes))
+    assert not encoded
+    for run in (first, third):
+        assert same(weights(run.out), weights(without.out)) and (run.out / "losses.jsonl").read_bytes() == (without.out / "losses.jsonl").read_bytes()
+    assert not same(weights(second.out), weights(without.out))
+    assert "cache_folder" not in (first.out / "model" / "config.json").read_text(), "no path of this machine"
+
+
+def test_damaged_features_are_made_again(root, tmp_path, encoded):
+    learner = Learner(config(root, tmp_path / "run"))
+    make = lambda: FeatureCache(learner.model, learner.train_data, folder=tmp_path / "features").levels
+    good = [v.clone() for v in make()]
+    [folder] = [p for p in (tmp_path / "features").iterdir() if p.is_dir()]
+    largest = folder / "1.npy"
+    def flip(): data = bytearray(largest.read_bytes()); data[-5] ^= 16; largest.write_bytes(data)
+    def cut(): os.truncate(largest, largest.stat().st_size - 4)
+    def no_sums(): (folder / "sums.json").unlink()
+    def other_sums(): (folder / "sums.json").write_text("[1, 2]")
+    def no_header(): largest.write_bytes(b"x" * 300)
+    def a_file(): shutil.rmtree(folder); folder.write_text("")
+    for damage in (flip, cut, no_sums, other_sums, no_header, lambda: largest.unlink(), a_file):
+        damage()
+        encoded.clear()
+        with pytest.warns(UserWarning, match=f"{folder.name}: the features kept there are damaged .*; they are made again"): again = make()
+        assert encoded and all(torch.equal(a, b) for a, b in zip(again, good, strict=True))
+    encoded.clear()
+    assert all(torch.equal(a, b) for a, b in zip(make(), good)) and not encoded
+
+
+def test_other_features_have_another_folder(tmp_path, encoded):
+    root = make_toy(tmp_path)
+    learner = Learner(config(root, tmp_path / "run"))
+    make = lambda data=learner.train_data, **k: FeatureCache(learner.model, data, folder=tmp_path / "features", **k)
+    folders = lambda: len([p for p in (tmp_path / "features").iterdir() if p.is_dir()])
+    make()
+    os.utime(root / "images" / "toy" / "3.png", (1, 1))
+    make()
+    assert folders() == 2
+    learner.model.backbone.mean += .01        # part of the answer, not of the weights
+    make()
+    assert folders() == 3
+    fewer = Learner(config(root, tmp_path / "fewer", limit=5)).train_data
+    half = lambda: torch.autocast("cpu", torch.bfloat16)
+    others = [(fewer, {}), (learner.val, {}), (fewer, {"grey": True}), (fewer, {"dtype": torch.float16}), (fewer, {"autocast": half})]
+    for number, (data, other) in enumerate(others, 4):
+        make(data, **other)
+        assert folders() == number
+    encoded.clear()
+    make(fewer)
+    assert not encoded and folders() == 8
+
+
+def test_no_room_for_features(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="features: the features take 0.0 GB and 0.0 GB are free"):
+        train(config(root, tmp_path / "run", cache_folder=tmp_path / "features"))
+    assert not [p for p in (tmp_path / "features").iterdir() if p.is_dir()], "nothing is left"
+
+
+def test_one_encodes_the_others_wait(root, tmp_path, encoded):
+    learner, found = Learner(config(root, tmp_path / "run")), []
+    task = lambda: found.append(FeatureCache(learner.model, learner.train_data, 4, folder=tmp_path / "features").levels)
+    threads = [threading.Thread(target=task) for _ in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert encoded == [4, 4, 4, 2] and all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+# --- recipes
+
+def test_every_field_of_a_recipe_is_in_the_chapter():
+    cells = nbformat.read(Path(__file__).parent.parent / "nbs" / "12_training.ipynb", as_version=4).cells
+    [table] = [c.source for c in cells if "| field of `Recipe` |" in c.source]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(name for row in rows for name in row.replace("`", "").replace(",", " ").split()) == sorted(f.name for f in fields(Recipe))
+
+
+def test_presets_bring_their_recipe():
+    released, paper, small = (TrainConfig(preset=p) for p in ("released", "paper", "refshapes"))
+    recipe = RECIPES["released"]
+    for name in ("epochs", "lr", "weight_decay", "schedule", "mask_size", "grayscale", "threshold", "batch_size"):
+        assert getattr(released, name) == getattr(recipe, name)
+    assert released.targets == recipe.target and released.images_per_batch is None and paper.batch_size == 50 and small.batch_size is None
+    assert (small.images_per_batch, small.schedule, small.grayscale, small.mask_size, small.threshold, small.targets) == (8, "polynomial", 0, None, .5, "soft")
+    assert TrainConfig(preset="paper", images_per_batch=4).batch_size is None and TrainConfig(batch_size=4).images_per_batch is None
+    assert TrainConfig(**vars(released)) == released
+
+
+def test_the_plateau_follows_the_validation_loss(root, whole_released):
+    """The rates of the history, replayed from its losses."""
+    lr, best, rates = .02, math.inf, []
+    for row in whole_released.history:
+        rates.append(lr)
+        if row["val_loss"] < best * (1 - 1e-4): best = row["val_loss"]
+        else: lr *= .7
+    assert [r["lr"] for r in whole_released.history] == pytest.approx(rates) and 1 < len(set(rates)) < len(rates)
+
+
+def test_the_validation_loss_is_that_of_the_answers(root, whole_released, tmp_path):
+    learner = Learner(config(root, tmp_path / "run", start=str(whole_released.out), **RELEASED | {"loss": "bce+dice", "eval_limit": 5}))
+    learner.fit()
+    model, losses = learner.model.eval(), []
+    scored = {image_id for image_id, _ in learner.evaluator.dataset.groups}
+    assert len(scored) == 5
+    for sample, words in zip(learner.val.samples, learner.val.words):
+        if sample.image_id not in scored: continue
+        with torch.no_grad(): logits = model(learner.val.image(sample.image_id)[None], words[words > 0][None])
+        y = (F.interpolate(torch.from_numpy(learner.val.original_mask(sample)).float()[None, None], (20, 20), mode="bilinear") > 0).float()[0]
+        z = F.interpolate(logits[None], (20, 20), mode="bilinear")[0]
+        losses.append((F.binary_cross_entropy(z.sigmoid(), y) + .1 * dice_loss(z, y)).item())
+    assert learner.history[-1]["val_loss"] == pytest.approx(np.mean(losses), rel=1e-4) and learner.history[-1]["samples"] == len(losses)
+
+
+def test_warm_up_and_plateau(root, impatient, tmp_path):
+    learner = Learner(config(root, tmp_path / "run", schedule="plateau", warmup=4))
+    rates = []
+    for learner.step in range(6): rates.append(learner.rate())
+    assert rates == [1e-3 / 4, 2e-3 / 4, 3e-3 / 4, 1e-3, 1e-3, 1e-3]
+    result = train(config(root, tmp_path / "b", schedule="plateau", warmup=100))
+    steps = [r["step"] for r in result.history]
+    assert [r["lr"] for r in result.history] == pytest.approx([1e-5 * s for s in steps]), "the rise is no fall of the plateau"
+
+
+def test_which_images_are_grey(root, tmp_path, monkeypatch):
+    """From images and from the cache: a pure function of seed, epoch and image, at the share that was asked for; validation keeps its colours."""
+    seen = []
+    def spy(self, images, *rest):
+        seen[-1].append(images)
+        return torch.zeros(())
+    def images_of(**changes):
+        learner = Learner(config(root, tmp_path / "run", cache_features=False, **changes))
+        found = {}
+        monkeypatch.setattr(Objective, "forward", spy)
+        for epoch in range(12):
+            learner.step = epoch * learner.steps_per_epoch
+            for batch in learner.batches(epoch):
+                seen.append([])
+                learner.loss(batch)
+                for i, before, after in zip(batch.image_ids, batch.images, seen[-1][0]):
+                    grey = bool((after == after[:1]).all())
+                    assert torch.equal(after, v2.functional.rgb_to_grayscale(before, 3) if grey else before)
+                    found[epoch, i] = grey
+        return found
+    half, again, other, all_, none = (images_of(grayscale=p, seed=seed) for p, seed in ((.5, 0), (.5, 0), (.5, 1), (1., 0), (0., 0)))
+    assert half == again != other and len(half) == 12 * 14 and abs(np.mean(list(half.values())) - .5) < .12
+    assert all(all_.values()) and not any(none.values())
+    assert len({tuple(half[epoch, i] for i in range(1, 15)) for epoch in range(12)}) == 12, "each epoch has its own"
+
+
+def test_grey_from_the_cache_is_grey_from_images(root, tmp_path):
+    runs = [train(config(root, tmp_path / str(cache), cache_features=cache, grayscale=.5, max_steps=6)) for cache in (True, False)]
+    a, b = (weights(r.out) for r in runs)
+    assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-5) for k in a)
+    plain = train(config(root, tmp_path / "plain", max_steps=6))
+    assert not same(weights(plain.out), a)
+    assert runs[0].history[-1]["overall_iou"] == pytest.approx(runs[1].history[-1]["overall_iou"], abs=.2)
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_targets_are_made_from_the_original_masks(root, tmp_path, store):
+    learner = Learner(config(root, tmp_path / "run", targets="dilated", mask_size=12, store=str(tmp_path / "store") if store else None))
+    data = learner.train_data
+    assert isinstance(data, TargetDataset) and learner.target_size == 12
+    twice = 0
+    for sample in data.samples:
+        mask = torch.from_numpy(np.ascontiguousarray(data.original_mask(sample))).float()[None, None]
+        want = (F.interpolate(mask, (12, 12), mode="bilinear") > 0).float()[0, 0]
+        assert torch.equal(data.target(sample.ann_id).float(), want)
+        twice += int(((F.adaptive_avg_pool2d(mask, 12)[0, 0] > 0) != want.bool()).sum())
+    assert twice > 0, "dilating the soft target is another thing"
+
+
+def test_the_threshold_is_acted_on_and_stored(root, tmp_path):
+    runs = [train(config(root, tmp_path / f"{t}", max_steps=4, threshold=t)) for t in (.05, .95)]
+    assert same(*(weights(r.out) for r in runs)) and runs[0].history[-1]["overall_iou"] != runs[1].history[-1]["overall_iou"]
+    assert [load_model(r.out / "model")[2]["threshold"] for r in runs] == [.05, .95]
+
+
+def test_batches_of_expressions(root, tmp_path):
+    learner = Learner(config(root, tmp_path / "run", batch_size=5, images_per_batch=None, expressions_per_image=None, accumulate=1))
+    data = learner.train_data
+    n = len(data)
+    for epoch in range(3):
+        plan = learner.plan(epoch)
+        sizes = [sum(len(i) for _, i in batch) for batch in plan]
+        assert sorted(i for batch in plan for _, indices in batch for i in indices) == list(range(n))
+        assert len(plan) == math.ceil(n / 5) == learner.steps_per_epoch and max(sizes) - min(sizes) <= 1 and max(sizes) <= 5
+        for batch in plan:
+            assert len({g for g, _ in batch}) == len(batch) and all(set(indices) <= set(data.groups[g][1]) for g, indices in batch), "an image once a batch"
+    assert learner.plan(0) == learner.plan(0) != learner.plan(1)
+    some = expression_batches(data, 5, expressions_per_image=1)
+    assert sorted(g for batch in some for g, i in batch for _ in i) == list(range(len(data.groups)))
+    learner.world, parts = 2, []
+    for learner.rank in range(2): parts.append(learner.plan(0))
+    assert len(parts[0]) == len(parts[1]) and all(b in plan_of_one for plan_of_one in [expression_batches(data, 5)] for part in parts for b in part)
+
+
+def test_memory(monkeypatch):
+    import psutil
+    assert not hasattr(learner_module, "resource"), "Windows has no such module, so it is imported where it is used"
+    resident = psutil.Process().memory_info().rss
+    assert .8 * resident < peak_memory() < psutil.virtual_memory().total and available_memory() < psutil.virtual_memory().total
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=77)))
+    assert peak_memory() == 77
+
+
 def test_schedule():
     rates = [polynomial_decay(s, 100, 1., .7) for s in range(101)]
     assert rates[0] == 1 and rates[100] == 0 and rates[50] == pytest.approx(.5 ** .7) and rates == sorted(rates, reverse=True)
@@ -311,9 +606,9 @@ def test_losses():
     value = lambda y=soft, **k: Objective(Fixed(), **k)(logits, None, None, None, y).item()
     assert value() == pytest.approx(bce.item(), rel=1e-5)
     assert value(loss="bce+dice", dice_weight=2.) == pytest.approx((bce + 2 * dice_loss(logits, soft)).item(), rel=1e-5)
-    assert value(targets="dilated") == pytest.approx(value((soft > 0).float())) and value(targets="hard") == pytest.approx(value((soft >= .5).float()))
-    fine = soft.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert value(fine) == pytest.approx(value()), "finer targets are averaged to the logits' size"
+    fine = torch.rand(3, 20, 20)
+    enlarged = torch.stack([v2.functional.resize(z[None], [20, 20], antialias=False)[0] for z in logits])
+    assert value(fine) == pytest.approx(F.binary_cross_entropy(enlarged.sigmoid(), fine).item(), rel=1e-5), "the logits are brought to the targets' size"
 
 
 def test_bf16_on_a_cpu(root, tmp_path):
@@ -347,8 +642,12 @@ def test_tensorboard_if_asked(root, tmp_path):
 
 def test_what_is_refused(root, tmp_path):
     for name, value in {"loss": "mse", "targets": "sharp", "mixed_precision": "fp8", "tracker": "mlflow", "epochs": 0, "lr": -1., "preset": "huge",
-                        "keep": "all"}.items():
+                        "keep": "all", "schedule": "cosine", "grayscale": 1.5, "threshold": 1., "mask_size": 0, "images_per_batch": 0}.items():
         with pytest.raises(ValueError, match=name): config(root, tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="images_per_batch and batch_size exclude each other"): config(root, tmp_path, batch_size=4)
+    with pytest.raises(ValueError, match="batch_size must be at least 2"): config(root, tmp_path, batch_size=1, images_per_batch=None)
+    for changes in ({"schedule": "plateau"}, {"preset": "released"}):
+        with pytest.raises(ValueError, match="name a val_split"): config(root, tmp_path, val_split=None, **changes)
     with pytest.raises(ValueError, match="cache_features"): config(root, tmp_path, cache_features=True, train_backbone=True)
     with pytest.raises(ValueError, match="fp16"): train(config(root, tmp_path / "a", mixed_precision="fp16"))
     if not torch.cuda.is_available():
@@ -374,7 +673,7 @@ def test_two_processes_train_one_model(root, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    c = config(root, tmp_path / "run", epochs=2, accumulate=1)
+    c = config(root, tmp_path / "run", epochs=2, accumulate=1, schedule="plateau", grayscale=.5, cache_folder=tmp_path / "features")
     processes = [CONTEXT.Process(target=member, args=(rank, 2, port, values_of(c))) for rank in range(2)]
     for p in processes: p.start()
     for p in processes: p.join(150)
@@ -382,7 +681,7 @@ def test_two_processes_train_one_model(root, tmp_path):
     a, b = (torch.load(tmp_path / "run" / f"rank{r}.pt", weights_only=True) for r in range(2))
     assert same(a, b), "all processes hold the model that was saved, its BatchNorm statistics too"
     histories = [json.loads((tmp_path / "run" / f"history{r}.json").read_text()) for r in range(2)]
-    assert [r["overall_iou"] for r in histories[0]] == [r["overall_iou"] for r in histories[1]] and histories[0][-1]["samples"] == histories[1][-1]["samples"]
+    assert all([r[k] for r in histories[0]] == [r[k] for r in histories[1]] for k in ("overall_iou", "val_loss", "samples"))
     assert np.isfinite(histories[0][-1]["loss"])
 
 

@@ -172,7 +172,8 @@ def test_the_model_is_what_loops_over_tensorflow_s_arrays_give():
     for b, (numbers, k) in enumerate(zip(PHRASES, OF)):
         (want, *_), shares, ps, qs = naive(arrays, [level[k] for level in raw], numbers)
         torch.testing.assert_close(logits[b], torch.tensor(want), atol=1e-8, rtol=1e-6)
-        own = attention.one(b, len(numbers))
+        own = attention.expression(b)
+        assert own.types.shape[1] == len(numbers)
         torch.testing.assert_close(own.types[0], torch.tensor(shares))
         for level, p, q in zip((2, 3, 4), ps, qs):
             torch.testing.assert_close(own.to_words[level][0], torch.tensor(p))

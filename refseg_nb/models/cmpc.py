@@ -350,12 +350,11 @@ class CMPCAttention:
         "P Q^T: how much each place (row) takes from each place (column); rows sum to one."
         return self.to_words[level] @ self.to_places[level].transpose(1, 2)
 
-    def one(
-        self,
-        row: int,     # which expression
-        words: int,   # how many words it has, without padding
-    ) -> "CMPCAttention":
-        "One expression's part, without padding."
+    def expression(
+        self, row: int,          # which of the batch
+    ) -> "CMPCAttention":        # B = 1, T without padding
+        "The attention of one expression."
+        words = int((self.types[row] > 0).any(-1).sum())
         cut = lambda maps: {level: m[row:row + 1, :, :words] for level, m in maps.items()}
         return CMPCAttention(self.types[row:row + 1, :words], cut(self.to_words), cut(self.to_places), self.grid)
 
@@ -532,6 +531,8 @@ def parameter_groups(
     trained = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
             {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.}]
+
+CMPC.parameter_groups = parameter_groups   # the learner asks the model
 
 # %% ../../nbs/17_cmpc.ipynb #087
 _LSTM, _CELL = "reader.encoder.lstm.", "exchange.fuse."

@@ -257,7 +257,7 @@ class CrossVLT(nn.Module):
         self.temperature = nn.Parameter(torch.ones(len(channels)))
         self.decoder = TopDownDecoder(channels, c.decoder_width)
 
-    adapt, encode, forward = LAVT.adapt, LAVT.encode, LAVT.forward
+    adapt, encode, forward, parameter_groups = LAVT.adapt, LAVT.encode, LAVT.forward, LAVT.parameter_groups
 
     def meet(self, fusion, v, words, mask, return_attention):
         "The places of a map [B, H, W, C] ask the words: F, and the attention [B, heads, H, W, T], as maps again."

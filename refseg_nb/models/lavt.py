@@ -540,6 +540,9 @@ def parameter_groups(
         if p.requires_grad: groups[0 if spared else 1]["params"].append(p)
     return groups
 
+
+LAVT.parameter_groups = parameter_groups   # the learner asks the model
+
 # %% ../../nbs/18_lavt.ipynb #088
 PUBLISHED_NAMES: dict[str, str] = {  # a published name -> ours, or after "!" why it is left out; the first row that matches holds
     r"backbone\.layers\.\d\.blocks\.\d+\.attn\.relative_position_index": "!follows from the size of the window",

@@ -252,8 +252,10 @@ def create_stored(
 ):
     "Build the model that a config.json describes, with random weights where weights are stored."
     from refseg_nb.data.words import Vocabulary
-    from refseg_nb.models.shnet import SHNet, SHNetConfig
-    vocabulary = Vocabulary.from_json(stored["vocabulary"])
-    config = dict(stored["config"])
+    from refseg_nb.models.shnet import create_from_config
+    if "pieces" in json.loads(stored["vocabulary"]):   # BERT's, chapter 18
+        from refseg_nb.models.lavt import WordPieces as Vocabulary
+    vocabulary, config = Vocabulary.from_json(stored["vocabulary"]), dict(stored["config"])
     if stored["backbone_stored"]: config["backbone_weights"] = "none"
-    return SHNet(SHNetConfig.from_dict(config), len(vocabulary)), vocabulary
+    if "text_weights" in config: config["text_weights"] = "none"
+    return create_from_config(stored["model"], config, len(vocabulary)), vocabulary

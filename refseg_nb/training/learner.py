@@ -39,7 +39,7 @@ from ..data.batches import RISDataset, epoch_batches, make_loader
 from ..data.referit import open_data
 from ..data.store import build_store
 from ..data.words import load_vectors, vocabulary_for
-from ..models.shnet import RECIPES, create_model, training_target
+from ..models.shnet import Recipe, create_model, recipes_of, training_target
 from refseg_nb.training.checkpoint import (
     CheckpointError,
     atomic_folder,
@@ -118,10 +118,9 @@ class TrainConfig:
 
     def __post_init__(self):
         self.root, self.out, self.cache_folder = str(self.root), str(self.out), self.cache_folder and str(self.cache_folder)
-        if self.preset not in RECIPES: raise ValueError(f"no preset called {self.preset!r}; there are {', '.join(RECIPES)}")
-        recipe = RECIPES[self.preset]
+        recipe = self.recipe()
         defaults = {"epochs": recipe.epochs or 30, "targets": recipe.target}
-        defaults |= {k: getattr(recipe, k) for k in ("lr", "weight_decay", "schedule", "power", "mask_size", "grayscale", "threshold")}
+        defaults |= {k: getattr(recipe, k, getattr(Recipe, k)) for k in ("lr", "weight_decay", "schedule", "power", "mask_size", "grayscale", "threshold")}
         if self.images_per_batch is None and self.batch_size is None:
             defaults |= {"images_per_batch": 8} if self.preset == "refshapes" else {"batch_size": recipe.batch_size}
         for mine, theirs in defaults.items():
@@ -147,6 +146,12 @@ class TrainConfig:
         if self.keep == "best" and self.val_split is None: raise ValueError("keep='best' needs a val_split")
         if self.cache_features is True and self.train_backbone:
             raise ValueError("cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs change")
+
+    def recipe(self):
+        "The recipe of the model's preset."
+        recipes = recipes_of(self.model)
+        if self.preset not in recipes: raise ValueError(f"{self.model} has no preset called {self.preset!r}; there are {', '.join(recipes)}")
+        return recipes[self.preset]
 
 # %% ../../nbs/12_training.ipynb #021
 def dice_loss(
@@ -190,6 +195,8 @@ class Objective(nn.Module):
     ) -> Tensor:                   # scalar loss
         "Mean loss over the expressions of the batch."
         features = self.model.encode(images) if levels is None else self.model.adapt(levels)
+        if hasattr(self.model, "losses"):  # several answers, each with its share of the loss: CMPC and CrossVLT
+            return sum(self.model.losses(features, words, image_index, targets, self.compare).values())
         return self.compare(self.model.segment(features, words, image_index).float(), targets)
 
 # %% ../../nbs/12_training.ipynb #025
@@ -498,6 +505,7 @@ class LearnerParts:
         self.model = model if model is not None else self.create_model()
         if c.start: self.start_from(c.start)
         if c.train_backbone: unfreeze(self.model)
+        self.backbone_trained = any(p.requires_grad for p in self.model.backbone.parameters())  # LAVT's always is
         self.model.to(self.device)
         for part in self.model.modules():
             if isinstance(part, nn.Conv2d): part.to(memory_format=torch.channels_last)  # faster, on CPU and GPU
@@ -517,8 +525,9 @@ class LearnerParts:
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / c.accumulate)
         self.total = min(c.max_steps or math.inf, c.epochs * self.steps_per_epoch)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if hasattr(self.model, "parameter_groups"): parameters = self.model.parameter_groups(c.weight_decay)  # some have no weight decay
         optimizer = torch.optim.AdamW(parameters, lr=c.lr, weight_decay=c.weight_decay, fused=self.device.type in ("cpu", "cuda"))
-        recipe = RECIPES[c.preset]
+        recipe = c.recipe()
         self.plateau = ReduceLROnPlateau(optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience) if c.schedule == "plateau" else None
         self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model, c.loss, c.dice_weight), optimizer)
         self.features = self.val_features = self.evaluator = None
@@ -556,8 +565,7 @@ class LearnerParts:
     def cache(self, progress: Progress | None = None):
         "Fill the feature caches, if they are wanted and fit into memory or have a folder."
         c = self.config
-        frozen = not any(p.requires_grad for p in self.model.backbone.parameters())
-        if c.cache_features is False or c.train_backbone or not frozen: return
+        if c.cache_features is False or self.backbone_trained: return
         dtype = getattr(torch, c.cache_dtype)
         images = len(self.train_data.groups) * (2 if c.grayscale else 1) + (min(len(self.val.groups), c.eval_limit or 10**9) if self.val else 0)
         with torch.no_grad():
@@ -656,7 +664,7 @@ class LearnerState(LearnerSteps):
         state = {"config": comparable(self.config), "best": self.best, "seconds": self.seconds, "epoch_loss": self.epoch_loss, "words": len(self.vocabulary),
                  "world": self.world, "images": len(self.train_data.groups), "backbone": self.backbone_print, "scaler": scaler.state_dict() if scaler else None,
                  "plateau": self.plateau.state_dict() if self.plateau else None}
-        save_checkpoint(self.out / "checkpoint", self.step, self.model, self.optimizer.optimizer, rng, state, self.config.train_backbone)
+        save_checkpoint(self.out / "checkpoint", self.step, self.model, self.optimizer.optimizer, rng, state, self.backbone_trained)
 
     def restore(self, found: dict) -> dict:  # this process's random state, to be put back when the loader has begun
         "Put a checkpoint back."
@@ -665,9 +673,9 @@ class LearnerState(LearnerSteps):
         for name, now in (("words", len(self.vocabulary)), ("images", len(self.train_data.groups)), ("world", self.world)):
             if state[name] != now:
                 raise CheckpointError(f"the checkpoint was made with {name}={state[name]}, and now it is {now}: the data or the number of processes changed")
-        if state["backbone"] != self.backbone_print and not self.config.train_backbone:
+        if state["backbone"] != self.backbone_print and not self.backbone_trained:
             raise CheckpointError("the checkpoint was made with other weights of the frozen backbone: use those, or begin again with resume=False")
-        load_tensors(self.model, found["model"], f"checkpoint step-{state['step']:08d}", self.config.train_backbone)
+        load_tensors(self.model, found["model"], f"checkpoint step-{state['step']:08d}", self.backbone_trained)
         load_optimizer(self.optimizer.optimizer, found["optimizer"], state["param_groups"])
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.plateau: self.plateau.load_state_dict(state["plateau"])

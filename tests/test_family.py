@@ -33,8 +33,8 @@ def test_unknown_names():
 
 
 def settings(name, root, out, **more):
-    return TrainConfig(model=name, root=str(root), out=str(out), epochs=1, images_per_batch=2, expressions_per_image=2, limit=8, val_split=None, quiet=True, device="cpu",
-                       threads=1, **more)
+    return TrainConfig(model=name, root=str(root), out=str(out), epochs=1, images_per_batch=2, expressions_per_image=2, limit=8, val_split=None, quiet=True,
+                       device="cpu", threads=1, **more)
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -67,7 +67,8 @@ WORLDS = {   # --data -> the paper's name of a data set -> folder, partition
 }
 
 # %% ../../nbs/20_experiments.ipynb #013
-_PAPER_SCALE = {"low": {"image_size": 320}, "high": {"image_size": 448}, "segmentation": {"backbone": "deeplabv3plus-resnet101"}, "classification": {"backbone": "resnet101"}}
+_PAPER_SCALE = {"low": {"image_size": 320}, "high": {"image_size": 448},
+                "segmentation": {"backbone": "deeplabv3plus-resnet101"}, "classification": {"backbone": "resnet101"}}
 SCALES = {   # --preset -> what the paper's resolutions and backbones are, as fields of the model's configuration
     "refshapes": {"low": {"image_size": 96}, "high": {"image_size": 128}, "segmentation": {"backbone": "refshapes"},
                   "classification": {"backbone": "refshapes-classifier"}},
@@ -129,7 +130,8 @@ def _of_the_presets() -> list[Experiment]:
         else:
             small = [_SMALL.get(name, {}).get(side, side) for side in sides]
             other = small.index(next(v for v in small if v != mine[name])); changes = {"overrides": {name: small[other]}}
-        found.append(Experiment(f"preset-{name.replace('_', '-')}", f"{name}: {say(sides[1 - other])} → {say(sides[other])} ({('paper', 'released')[other]})", **changes))
+        label = f"{name}: {say(sides[1 - other])} → {say(sides[other])} ({('paper', 'released')[other]})"
+        found.append(Experiment(f"preset-{name.replace('_', '-')}", label, **changes))
     return found
 
 @cache
@@ -234,7 +236,8 @@ def _precision() -> str:
 
 # %% ../../nbs/20_experiments.ipynb #039
 TARGETS = ("core", "table1", "table2", "table3", "table4", "presets", "all")   # what can be asked for; core: `ROWS` of Table 2
-CONTROLS = {"no-text": {"text_control": "none"}, "no-image": {"image_control": "none"}, "shuffled": {"text_control": "shuffled"}, "other": {"text_control": "other"}}
+CONTROLS = {"no-text": {"text_control": "none"}, "no-image": {"image_control": "none"}, "shuffled": {"text_control": "shuffled"},
+            "other": {"text_control": "other"}}
 
 def wanted(
     target: str = "core",                # one of `TARGETS`
@@ -245,9 +248,11 @@ def wanted(
     chosen = list(tables()) if target == "all" else ["table2" if target == "core" else target]
     if rows is None and target == "core": rows = ROWS
     there = [row for name in chosen for row in tables()[name].rows]
-    if unknown := [row for row in rows or () if row not in there]: raise ValueError(f"there is no row {unknown[0]!r} in {target}: choose from {', '.join(there)}")
+    if unknown := [row for row in rows or () if row not in there]:
+        raise ValueError(f"there is no row {unknown[0]!r} in {target}: choose from {', '.join(there)}")
     found = {}
-    for cell in (cell for name in chosen for row, cells in tables()[name].rows.items() if rows is None or row in rows for cell in cells):
+    asked = [cells for name in chosen for row, cells in tables()[name].rows.items() if rows is None or row in rows]
+    for cell in (cell for cells in asked for cell in cells):
         splits = found.setdefault(cell.experiment, [])
         if cell.split not in splits: splits.append(cell.split)
     return found
@@ -285,7 +290,8 @@ def plan(
             recipe = b.recipe if preset == "refshapes" else PAPER_RECIPE
             overrides = recipe["overrides"] | SCALES[preset][e.pixels] | SCALES[preset][e.backbone] | e.overrides
             overrides = {k: v for k, v in overrides.items() if v != PRESETS[preset].to_dict()[k]}   # what the preset says anyway is not said again
-            config = {"data": folder, "root": str(root / drawn[0] if drawn else root), "split_by": split_by or partition, "val_split": None, "epochs": 10**6,
+            config = {"data": folder, "root": str(root / drawn[0] if drawn else root), "split_by": split_by or partition, "epochs": 10**6,
+                      "val_split": "val" if preset == "released" else None,   # its learning rate follows the validation loss
                       "max_steps": steps or b.steps, "preset": preset, "mixed_precision": _precision(), **recipe, **e.training, "overrides": overrides,
                       "model": e.model, "seed": seed}
             slug = f"{name}-seed{seed}"
@@ -293,7 +299,9 @@ def plan(
                          "controls": name in {f"shnet{tag}" for tag in TAGS.values()} and target in ("table1", "all"),
                          "draw": {"size": b.size, "resolution": drawn[1]} if drawn else None,
                          "folder": str(out / slug), "record": str(out / "records" / slug), "config": config})
-    if not jobs: raise FileNotFoundError(f"{data_root or default_root()} holds none of {', '.join(sorted({WORLDS[data][experiments()[n].dataset][0] for n in asked}))}: name the data's folder with --root")
+    if not jobs:
+        folders = sorted({WORLDS[data][experiments()[name].dataset][0] for name in asked})
+        raise FileNotFoundError(f"{data_root or default_root()} holds none of {', '.join(folders)}: name the data's folder with --root")
     return jobs
 
 # %% ../../nbs/20_experiments.ipynb #048
@@ -339,7 +347,8 @@ def _gflop(name: str, preset: str) -> tuple[float, float]:
     return image, sum(parts.values())
 
 REAL_SIZES = {   # images and phrases of the train split, images and objects in all (chapter 03)
-    "UNC": (16_994, 120_624, 19_994, 50_000), "UNC+": (16_992, 120_191, 19_992, 49_856), "G-Ref": (24_698, 85_474, 25_799, 49_822), "Referit": (8_995, 54_134, 19_894, 96_654)}
+    "UNC": (16_994, 120_624, 19_994, 50_000), "UNC+": (16_992, 120_191, 19_992, 49_856),
+    "G-Ref": (24_698, 85_474, 25_799, 49_822), "Referit": (8_995, 54_134, 19_894, 96_654)}
 
 def full_cost(
     preset: str = "paper",

@@ -13,21 +13,7 @@ import re
 import time
 from pathlib import Path
 
-import numpy as np
-
-from refseg_nb.reproduce.experiments import (
-    BUDGETS,
-    PAPER,
-    check_jobs,
-    cores,
-    draw_data,
-    estimate,
-    is_done,
-    plan,
-    run_jobs,
-    tables,
-    write_whole,
-)
+from .experiments import BUDGETS, check_jobs, cores, draw_data, estimate, is_done, plan, run_jobs, tables, write_whole
 from .figures import figure_bars, figure_curves, figure_kinds, png
 from .tables import conclusions, controls_table, cost_table, load_runs, markdown_table, print_table, summarise
 
@@ -40,14 +26,15 @@ def summaries(
 ) -> dict[str, dict]:       # table -> its summary; those without any record are left out
     "All tables of a run."
     there = {experiment for experiment, split in runs}
-    has = lambda table: any((c.experiment, c.split) in runs for row in table.rows.values() for c in row)
-    own = lambda name, table: name != "presets" or any(e.startswith("preset-") for e in there)   # SHNet alone is no table of differences
-    single = lambda table: len({c.experiment for row in table.rows.values() for c in row} & there) > 1 or table.cited
-    return {name: summarise(runs, table, resamples) for name, table in tables().items() if has(table) and own(name, table) and single(table)}
+    def worth(table):
+        cells = [c for row in table.rows.values() for c in row]
+        several = len({c.experiment for c in cells} & there) > 1   # SHNet alone is no table of differences
+        return any((c.experiment, c.split) in runs for c in cells) and (several or table.cited)
+    return {name: summarise(runs, table, resamples) for name, table in tables().items() if worth(table)}
 
 def _about(summary: dict) -> str:
-    return (f"Measured on {', '.join(summary['measured on'])}. Brackets: {summary['interval']}. The paper's numbers are for photographs: compare the order and the steps, "
-            "not the heights.")
+    return (f"Measured on {', '.join(summary['measured on'])}. Brackets: {summary['interval']}. The paper's numbers are for photographs: compare the order "
+            "and the steps, not the heights.")
 
 def report_text(
     found: dict[str, dict],   # from `summaries`
@@ -57,7 +44,8 @@ def report_text(
     "The report in markdown."
     out = ["# The reproduction of SHNet", "", "Made from the records beside it; no number is typed but the paper's.", ""]
     for name, summary in found.items():
-        out += [f"## {PAPER_CAPTION[name]}: {summary['title']}", "", _about(summary), "", markdown_table(summary), *[f"- {line}" for line in conclusions(summary)], ""]
+        out += [f"## {PAPER_CAPTION[name]}: {summary['title']}", "", _about(summary), "", markdown_table(summary)]
+        out += [*[f"- {line}" for line in conclusions(summary)], ""]
         for kind, caption in (("bars", "Overall IoU here and in the paper."), ("kinds", "Overall IoU by kind of expression, with 95 % intervals.")):
             if f"{name}-{kind}.png" in (pictures or {}): out += [f"![{caption}]({name}-{kind}.png)", ""]
     for file, caption in (pictures or {}).items():
@@ -68,8 +56,10 @@ def report_text(
     keys = ("threshold", "resolution", "sentences", "comparator", "empty_union_iou", "crf", "interval")
     protocol = ", ".join(f"{k.replace('_', ' ')}: {first.protocol[k]}" for k in keys if k in first.protocol)
     training = {k: v for k, v in first.config.get("training", {}).items() if k not in ("model", "seed", "data")}
-    out += ["## How it was measured", "", f"Protocol: {protocol}.", "", f"Training, but for what a row changes: `{json.dumps(training)}`." if training else "", "",
-            f"Machine: {first.machine.get('device_name', first.machine.get('device'))}; versions: {', '.join(f'{k} {v}' for k, v in first.versions.items())}.", ""]
+    out += ["## How it was measured", "", f"Protocol: {protocol}.", ""]
+    if training: out += [f"Training, but for what a row changes: `{json.dumps(training)}`.", ""]
+    versions = ", ".join(f"{k} {v}" for k, v in first.versions.items())
+    out += [f"Machine: {first.machine.get('device_name', first.machine.get('device'))}; versions: {versions}.", ""]
     return "\n".join(out)
 
 # %% ../../nbs/20d_reproduction.ipynb #008
@@ -78,7 +68,8 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 table{{border-collapse:collapse;font-size:13px;margin:1rem 0;display:block;overflow-x:auto}}img{{max-width:100%}}h2{{margin-top:2.5rem}}
 td,th{{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}}td:first-child,th:first-child{{text-align:left;font-weight:600}}
 em{{color:#555;font-size:13px}}code{{background:#f3f3f3;padding:0 .2rem;overflow-wrap:anywhere}}
-@media (prefers-color-scheme: dark){{body{{background:#181a1b;color:#ddd}}td,th{{border-color:#444}}em{{color:#aaa}}code{{background:#2a2c2e}}img{{background:#fff}}}}</style>{body}</html>"""
+@media (prefers-color-scheme: dark){{body{{background:#181a1b;color:#ddd}}td,th{{border-color:#444}}em{{color:#aaa}}
+code{{background:#2a2c2e}}img{{background:#fff}}}}</style>{body}</html>"""
 
 def html_page(
     text: str,      # markdown
@@ -142,12 +133,12 @@ def draw_pictures(
     records = {label: load_record(f"{first[names[label]]['record']}-val.json") for label in models}
     drawn = {}
     two = {label: models[label] for label in ("Baseline", "SHNet") if label in models}
-    if len(two) == 2: drawn["figure4"] = ("As the paper's Figure 4. " + F.BASELINE_RULE, F.figure_baseline(two, records, refer, "val"))
-    if len(models) > 1: drawn["figure5"] = ("As the paper's Figure 5. " + F.EXAMPLE_RULE, F.figure_modules(models, records["SHNet"], refer, "val"))
-    drawn["figure6"] = ("As the paper's Figure 6. " + F.PHRASES_RULE, F.figure_phrases(models["SHNet"], refer, "val"))
+    if len(two) == 2: drawn["figure4"] = (f"As the paper's Figure 4. {F.BASELINE_RULE} {F.PANEL}", F.figure_baseline(two, records, refer, "val"))
+    if len(models) > 1: drawn["figure5"] = (f"As the paper's Figure 5. {F.EXAMPLE_RULE} {F.PANEL}", F.figure_modules(models, records["SHNet"], refer, "val"))
+    drawn["figure6"] = (f"As the paper's Figure 6. {F.PHRASES_RULE} {F.PANEL}", F.figure_phrases(models["SHNet"], refer, "val"))
     table = F.failure_causes(models["SHNet"], refer, "val")
-    drawn["causes"] = ("Why SHNet's answers are wrong, by kind of expression.", F.figure_causes(F.cause_counts(table)))
-    drawn["failures"] = (F.FAILURE_RULE, F.figure_failures(models["SHNet"], refer, "val", table))
+    drawn["causes"] = ("Why SHNet's answers are wrong, by kind of expression: shares of all samples.", F.figure_causes(F.cause_counts(table)))
+    drawn["failures"] = (f"{F.FAILURE_RULE} {F.PANEL}", F.figure_failures(models["SHNet"], refer, "val", table))
     drawn = {name: pair for name, pair in drawn.items() if pair[1] is not None}
     for name, (_, fig) in drawn.items(): write_whole(out / f"{name}.png", png(fig))
     write_whole(out / "figures.json", json.dumps({f"{name}.png": caption for name, (caption, _) in drawn.items()}, indent=1) + "\n")
@@ -213,9 +204,10 @@ def readme_results(
     results: Path,  # the repository's results/ folder
 ) -> str:           # markdown
     "The results of the README, from the records alone."
-    out = ["**The shipped SHNet** (`shnet-refshapes`) on RefShapes, 95 % intervals from a bootstrap over images:", "", *_shipped_table(results / "shnet-refshapes")]
-    out += ["", "**The paper's tables**, beside ours (on RefShapes, at 96 and 128 px, where the paper has photographs at 320 and 448). The data differ, so compare the order and the steps, "
-            "not the heights:", ""]
+    out = ["**The shipped SHNet** (`shnet-refshapes`) on RefShapes, 95 % intervals from a bootstrap over images:", ""]
+    out += [*_shipped_table(results / "shnet-refshapes"), "",
+            "**The paper's tables**, beside ours (on RefShapes, at 96 and 128 px, where the paper has photographs at 320 and 448). The data differ, so compare "
+            "the order and the steps, not the heights:", ""]
     if not (results / "reproduction" / "records").is_dir(): return "\n".join([*out, "Not recorded yet."]) + "\n"
     for name, summary in summaries(load_runs(results / "reproduction")).items():
         out += [f"*{PAPER_CAPTION[name]}: {summary['title']}*", "", markdown_table(summary).rstrip(), "", *[f"- {line}" for line in conclusions(summary)], ""]

@@ -29,7 +29,8 @@ def load_runs(
         if not record.arrays: raise FileNotFoundError(f"{file}: its samples ({file.with_suffix('.npz').name}) are not beside it")
         name, _, rest = file.stem.rpartition("-seed"); seed, _, split = rest.partition("-")
         if (record.config.get("experiment", name), record.seeds.get("training")) != (name, int(seed)):
-            raise ValueError(f"{file}: the name says {name}, seed {seed}; the record is of {record.config.get('experiment')}, seed {record.seeds.get('training')}")
+            says = f"{record.config.get('experiment')}, seed {record.seeds.get('training')}"
+            raise ValueError(f"{file}: the name says {name}, seed {seed}; the record is of {says}")
         found.setdefault((name, split), []).append(record)
     if not found: raise FileNotFoundError(f"there are no records in {folder}: run `refseg reproduce` first")
     return {key: sorted(records, key=lambda r: r.seeds["training"]) for key, records in found.items()}
@@ -92,7 +93,8 @@ def summarise(
         records = there(cells[spec.key])
         here = sorted(set(records[0].arrays["kind"].tolist()) - {""}) if records else []
         kinds = here or kinds
-        rows[label] = {"cells": [filled(c) for c in cells], "paper": [c.paper for c in cells], "experiments": list(dict.fromkeys(c.experiment for c in cells)),
+        rows[label] = {"cells": [filled(c) for c in cells], "paper": [c.paper for c in cells],
+                       "experiments": list(dict.fromkeys(c.experiment for c in cells)),
                        "by kind": {k: row_scores(only_kind(records, k), resamples)["Overall IoU"] for k in here}}
     pairs = []
     for a, b in spec.pairs:
@@ -104,8 +106,9 @@ def summarise(
     first = next((records[0] for label in rows for c in spec.rows[label] if (records := there(c))), None)
     on = {f"{p.get('dataset')} {p.get('split')} ({len(r.arrays['union']):,} expressions on {len(np.unique(r.arrays['image_id'])):,} images)": None
           for label in rows for c in spec.rows[label] for r in there(c) or () for p in [r.protocol]}
-    return {"title": spec.title, "columns": list(spec.columns), "key": spec.key, "rows": rows, "cited": {k: list(v) for k, v in spec.cited.items()}, "differences": pairs,
-            "measured on": list(on), "protocol": first and first.protocol, "interval": f"95 %, {resamples} bootstrap draws over images; the trainings stay fixed"}
+    return {"title": spec.title, "columns": list(spec.columns), "key": spec.key, "rows": rows, "cited": {k: list(v) for k, v in spec.cited.items()},
+            "differences": pairs, "measured on": list(on), "protocol": first and first.protocol,
+            "interval": f"95 %, {resamples} bootstrap draws over images; the trainings stay fixed"}
 
 # %% ../../nbs/20b_tables.ipynb #022
 def _interval(c: dict, sign: str = "") -> str: return f"{c['value']:{sign}.1f} [{c['low']:{sign}.1f}, {c['high']:{sign}.1f}]"
@@ -131,7 +134,8 @@ def markdown_table(
     if summary["differences"]:
         out += ["", _line("Difference in overall IoU", "here", *["paper"] * paper, *kinds), "|---|---|" + "---|" * (len(kinds) + paper)]
         for p in summary["differences"]:
-            cells = [f"{p['paper']:+.2f}" if p["paper"] is not None else "–"] * paper + [_interval(p["by kind"][k], "+") if k in p["by kind"] else "–" for k in kinds]
+            cells = [f"{p['paper']:+.2f}" if p["paper"] is not None else "–"] * paper
+            cells += [_interval(p["by kind"][k], "+") if k in p["by kind"] else "–" for k in kinds]
             out.append(_line(f"{p['a']} − {p['b']}", _interval(p["ours"], "+"), *cells))
     if kinds:
         out += ["", _line("Overall IoU by kind", *kinds), "|---|" + "---|" * len(kinds)]
@@ -176,19 +180,20 @@ def conclusions(
     lines = [sentence(p) for p in summary["differences"]]
     spread = seed_spread(summary)
     if spread and any(len(p["ours"]["by seed"] or [0, 0]) == 1 for p in summary["differences"]):
-        lines.append(f"Two trainings of the same row lie {spread['points']:.1f} points apart (root mean square over the {spread['rows']} rows that were trained several times): "
+        lines.append(f"Two trainings of the same row lie {spread['points']:.1f} points apart (root mean square; {spread['rows']} rows have several): "
                      "a difference between single trainings that is not clearly larger may be the seed's.")
     key, whole = summary["key"], {row: r for row, r in summary["rows"].items() if r["cells"][summary["key"]]}
     if len(whole) > 1:
         order = sorted(whole, key=lambda row: -whole[row]["cells"][key]["value"]); text = f"Order by {summary['columns'][key]} here: {' > '.join(order)}"
-        if None not in (papers := [r["paper"][key] for r in whole.values()]):
+        if all(r["paper"][key] is not None for r in whole.values()):
             theirs = sorted(whole, key=lambda row: -whole[row]["paper"][key])
             text += "; the same as in the paper" if order == theirs else f"; in the paper: {' > '.join(theirs)}"
         lines.append(text + ".")
     return lines
 
 # %% ../../nbs/20b_tables.ipynb #039
-CONTROL_NAMES = {"": "picture and phrase", ".no-text": "no phrase", ".no-image": "no picture", ".shuffled": "phrases shuffled between samples", ".other": "another object's phrase"}
+CONTROL_NAMES = {"": "picture and phrase", ".no-text": "no phrase", ".no-image": "no picture", ".shuffled": "phrases shuffled between samples",
+                 ".other": "another object's phrase"}
 
 def controls_table(
     runs: dict,   # from `load_runs`
@@ -233,7 +238,8 @@ def print_table(
     for c in ("", "", *(c.replace("prec@0", "P@") for c in summary["columns"]), "95 %"): table.add_column(c, justify="right" if c else "left", no_wrap=True)
     for row, r in summary["rows"].items():
         cell = r["cells"][summary["key"]]
-        table.add_row(row, "here", *(f"{c['value']:.1f}" if c else "–" for c in r["cells"]), f"{cell['low']:.1f}–{cell['high']:.1f}" if cell else "", style="bold")
+        ends = f"{cell['low']:.1f}–{cell['high']:.1f}" if cell else ""
+        table.add_row(row, "here", *(f"{c['value']:.1f}" if c else "–" for c in r["cells"]), ends, style="bold")
         table.add_row("", "paper", *("–" if v is None else f"{v:.1f}" for v in r["paper"]), "", style="dim", end_section=True)
     console.print(table)
     for line in conclusions(summary): console.print("· " + line, highlight=False, soft_wrap=True)

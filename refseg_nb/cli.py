@@ -227,19 +227,22 @@ def data_store(
 @app.command()
 def pretrain(
     root: Root = None,
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("runs/refshapes-backbone.safetensors"),
+    task: Annotated[str, typer.Option(help="pixels: name every pixel; presence: only what is in the picture.")] = "pixels",
+    out: Annotated[Path | None, typer.Option(help="The file to write [default: runs/ and the name of the shipped one].")] = None,
     size: Size = "quick",
     epochs: Annotated[int | None, typer.Option(help="Passes over the train images.")] = None,
     seed: int = 0,
     device: Device = "cpu",
 ):
-    "Pre-train the small RefShapes backbone by semantic segmentation; `refseg train --set backbone_weights=FILE` uses it."
-    from refseg_nb.models.backbones import pretrain_backbone
+    "Pre-train the small RefShapes backbone; `refseg train --set backbone_weights=FILE` uses it."
+    from refseg_nb.models.backbones import SHIPPED_BACKBONES, TASKS, pretrain_backbone
+    if task not in TASKS: raise typer.BadParameter(f"{task!r} is not one of {', '.join(TASKS)}", param_hint="--task")
+    out = out or Path("runs") / SHIPPED_BACKBONES["refshapes" if task == "pixels" else "refshapes-classifier"]
     more = {} if epochs is None else {"epochs": epochs}
-    result = pretrain_backbone(_root(root, "refshapes", size), out=out, seed=seed, device=_device(device), **more)
-    print(f"mean IoU {result.mean_iou:.1%} on val after {result.seconds / 60:.1f} minutes\n{out}")
+    result = pretrain_backbone(_root(root, "refshapes", size), task=task, out=out, seed=seed, device=_device(device), **more)
+    print(f"{result.metric.replace('_', ' ')} {result.score:.1%} on val after {result.seconds / 60:.1f} minutes\n{out}")
 
-# %% ../nbs/22_command_line.ipynb #036
+# %% ../nbs/22_command_line.ipynb #037
 def read_config(
     file: Path,  # .json or .toml
 ) -> dict:
@@ -265,13 +268,13 @@ def parse_overrides(
         except ValueError: out[key.strip()] = value
     return out
 
-# %% ../nbs/22_command_line.ipynb #039
+# %% ../nbs/22_command_line.ipynb #040
 @app.command()
 def train(
     data: Annotated[str | None, typer.Option(help=DATA_SETS)] = None,
     root: Root = None,
     split_by: SplitBy = None,
-    model: Annotated[str | None, typer.Option(help="shnet, or another row of Tables 2 and 4, such as baseline, only-sfm or tgfe.")] = None,
+    model: Annotated[str | None, typer.Option(help="shnet, another row of Tables 2 and 4, such as baseline or tgfe, or cmpc, lavt, crossvlt.")] = None,
     preset: Annotated[str | None, typer.Option(help="refshapes (small), paper, or released.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the model's configuration, as FIELD=VALUE; may be repeated.")] = None,
     vectors: Annotated[str | None, typer.Option(help="Word vectors to begin with: glove.840B.300d, or a file in GloVe's format.")] = None,
@@ -319,7 +322,7 @@ def train(
           + f", peak memory {result.peak_memory / 1e9:.1f} GB")
     print(f"model: {Path(values['out']) / 'model'}")
 
-# %% ../nbs/22_command_line.ipynb #043
+# %% ../nbs/22_command_line.ipynb #044
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder that training wrote, or a shipped model.", show_default=False)],
@@ -377,7 +380,7 @@ def print_record(
     for kind, metrics in record.groups.get("kind", {}).items(): show(f"overall_iou, {kind}", metrics["overall_iou"])
     Console(force_jupyter=False).print(table)
 
-# %% ../nbs/22_command_line.ipynb #047
+# %% ../nbs/22_command_line.ipynb #048
 @app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="A record, or a folder with one record a seed.", show_default=False)],
@@ -390,7 +393,7 @@ def compare(
     read = lambda path: [load_record(file) for file in sorted(path.glob("*.json"))] if path.is_dir() else load_record(path)
     print(run(read(a), read(b), resamples))
 
-# %% ../nbs/22_command_line.ipynb #051
+# %% ../nbs/22_command_line.ipynb #052
 @app.command()
 def segment(
     image: Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)],
@@ -427,21 +430,21 @@ def _write_pictures(
     finally:
         for part in parts.values(): part.unlink(missing_ok=True)
 
-# %% ../nbs/22_command_line.ipynb #058
+# %% ../nbs/22_command_line.ipynb #059
 @app.command()
 def reproduce(
-    budget: Annotated[str, typer.Option(help="quick (minutes on two cores) or full (meant for a GPU).")] = "quick",
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings a row.")] = 1,
+    target: Annotated[str, typer.Argument(help="core (four rows of Table 2), table1, table2, table3, table4, presets, figures, or all.")] = "core",
+    budget: Annotated[str, typer.Option(help="quick (minutes a training on one core) or full (meant for a GPU).")] = "quick",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row.")] = 1,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Only this row; may be repeated.")] = None,
-    data: Annotated[str, typer.Option(help="refshapes, or real data such as refcoco.")] = "refshapes",
+    data: Annotated[str, typer.Option(help="refshapes, or real: RefCOCO, RefCOCO+, RefCOCOg and ReferIt, those that are there.")] = "refshapes",
     data_root: Annotated[Path | None, typer.Option("--root", help="Folder of the data sets. Default: $REFSEG_DATA or data/.")] = None,
     split_by: SplitBy = None,
-    split: Annotated[str, typer.Option(help="What is evaluated.")] = "val",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a row, instead of the budget's.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Trainings side by side. Default: one a core.")] = None,
     preset: Annotated[str, typer.Option(help="Size of the model: refshapes (small), paper, or released.")] = "refshapes",
     out: Annotated[Path, typer.Option(help="Folder of everything that is made.")] = Path("runs/reproduce"),
 ):
-    "Train the rows of the paper's Table 2 and print them beside the paper's; call it again to go on where it was stopped."
-    from refseg_nb.reproduce import ROWS, reproduce_table2
-    reproduce_table2(out, budget, tuple(range(seeds)), tuple(rows or ROWS), data, split_by, split, data_root, steps, jobs, preset)
+    "Train the rows of the paper's tables and print them beside the paper's; call it again to go on where it was stopped."
+    from refseg_nb.reproduce.report import reproduce as run
+    run(target, out, budget, tuple(range(seeds)), tuple(rows) if rows else None, data, split_by, data_root, steps, jobs, preset)

@@ -28,7 +28,7 @@ from .sfm import SFM, SFMAttention
 class SHNetConfig:
     "What SHNet is made of. Defaults are the paper's; where the paper is silent, the comment says so."
     # pictures
-    backbone: str = "deeplabv3plus-resnet101"  # frozen; section 4.2. Also "resnet101" (Table 3) and "refshapes" (this course)
+    backbone: str = "deeplabv3plus-resnet101"  # frozen; section 4.2. Also "resnet101" (Table 3); here "refshapes" and "refshapes-classifier"
     backbone_weights: str | None = None        # None: the usual pre-trained ones; "none": random; or a file
     output_stride: int | None = None           # of a ResNet; None: 16 for DeepLabv3+, 32 for ResNet-101
     image_size: int = 320                      # 320 or 448; section 4.2

@@ -1,0 +1,200 @@
+"""Attention maps: bad arrays are named, rollout and relevance against independent computations."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import refseg_nb
+from refseg_nb.attention.maps import (
+    TOKENS,
+    AttentionError,
+    AttentionMaps,
+    attention_maps,
+    figure7,
+    look,
+    pixel_scores,
+    region_weights,
+    relevance,
+    rollout,
+    share_inside,
+    without_cells,
+    without_words,
+    word_scores,
+)
+from refseg_nb.data.refer import Refer
+from refseg_nb.inference import Segmenter
+from refseg_nb.models.shnet import create_model
+
+WORDS = ["the", "red", "ball"]
+
+
+def rows(shape, seed=0, power=3):
+    a = np.random.default_rng(seed).random(shape) ** power
+    return (a / a.sum(-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def scene(tiny_root):
+    seg, refer = refseg_nb.load(), Refer(tiny_root, "refshapes")
+    return seg.encode(refer.load_image(refer.samples("val")[0].image_id))
+
+
+GOOD = dict(weights=rows((2, 2, 9, 9)), words=WORDS, grid=(2, 3))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(weights=rows((2, 2, 8, 9))), "level 1: the query axis has 8 entries, but 2 x 3 pixels and 3 words make 9"),
+    (dict(weights=rows((2, 2, 9, 8))), "level 1: the key axis has 8 entries"),
+    (dict(weights=rows((2, 9, 9))), r"four axes \[layer, head, query, key\]"),
+    (dict(weights=rows((0, 2, 9, 9))), "the layer axis is empty"),
+    (dict(weights=rows((2, 0, 9, 9))), "the head axis is empty"),
+    (dict(weights=rows((2, 2, 9, 9)) * 1.01), r"must sum to one along the key axis .* layer 0, head 0, query 0 \(pixel row 0, column 0\) sums to 1.01"),
+    (dict(weights=rows((2, 2, 9, 9)).swapaxes(2, 3)), "must sum to one along the key axis"),
+    (dict(words=[]), "words must be a list of strings"),
+    (dict(words=[1, 2, 3]), "words must be a list of strings"),
+    (dict(grid=(2, 4)), "2 x 4 pixels and 3 words make 11"),
+    (dict(grid=(0, 3)), "grid must be two positive numbers"),
+    (dict(queries="places"), "queries must be one of pixels, words, both"),
+    (dict(kind="flow"), "kind must be one of"),
+    (dict(weights={}), "there is no level"),
+    (dict(weights={3: rows((1, 1, 9, 9))}, grid={4: (2, 3)}), r"levels \[3\], but grid has \[4\]"),
+])
+def test_bad_arrays_are_refused_with_the_axis_named(change, message):
+    with pytest.raises(AttentionError, match=message): AttentionMaps.from_arrays(**GOOD | change)
+
+
+@pytest.mark.parametrize("value, message", [(np.nan, "NaN or infinite values along the key axis"), (np.inf, "NaN or infinite"), (-.1, "negative values along")])
+@pytest.mark.parametrize("query, token", [(4, "pixel row 1, column 1"), (7, "word 'red'")])
+def test_a_bad_value_is_located(value, message, query, token):
+    bad = GOOD["weights"].copy(); bad[1, 0, query, 2] = value
+    with pytest.raises(AttentionError, match=rf"{message}.* layer 1, head 0, query {query} \({token}\)"): AttentionMaps.from_arrays(bad, WORDS, (2, 3))
+
+
+@settings(max_examples=25, deadline=None)
+@given(h=st.integers(1, 4), w=st.integers(1, 4), n=st.integers(1, 4), queries=st.sampled_from(TOKENS), keys=st.sampled_from(TOKENS))
+def test_the_blocks_are_the_matrix_cut_and_folded(h, w, n, queries, keys):
+    count = {"pixels": h * w, "words": n, "both": h * w + n}
+    a = rows((1, 2, count[queries], count[keys]), seed=h * w * n)
+    maps = AttentionMaps.from_arrays(a, [f"w{i}" for i in range(n)], (h, w), queries, keys)
+    names = lambda held: [("pixels", i // w, i % w) for i in range(h * w)] * (held != "words") + [("words", i) for i in range(n)] * (held != "pixels")
+    for i, query in enumerate(names(queries)):
+        for j, key in enumerate(names(keys)):
+            assert maps.block(1, 0, query[0], key[0], head=1)[*query[1:], *key[1:]] == a[0, 1, i, j]
+    with pytest.raises(AttentionError): maps.block(2, 0, "pixels", "words")
+    if queries == "words":
+        with pytest.raises(AttentionError, match="no attention from pixels"): maps.block(1, 0, "pixels", "words")
+
+
+def test_a_model_s_attention_may_bring_its_own_maps():
+    class Theirs:
+        def maps(self, words): return AttentionMaps.from_arrays(rows((1, 1, 6, 3)), words, (2, 3), queries="pixels", keys="words")
+
+    assert attention_maps(Theirs(), WORDS).levels[1].queries == "pixels"
+    with pytest.raises(AttentionError, match="dict is not known"): attention_maps({}, WORDS)
+    with pytest.raises(AttentionError, match="gave no attention"): attention_maps(None, WORDS)
+
+
+def test_batches_are_refused(scene):
+    answers = scene.segment_all(["the red ball", "the ball"], return_attention=True)
+    answers[0].attention.levels[3][0] = answers[0].attention.levels[3][0].repeat(2, 1, 1, 1)
+    with pytest.raises(AttentionError, match="batch axis has 2 entries"): attention_maps(answers[0].attention, answers[0].words)
+    with pytest.raises(AttentionError, match="9 words"): attention_maps(answers[1].attention, ["x"] * 9)
+
+
+def test_rollout_sums_over_paths_and_keeps_rows():
+    maps = AttentionMaps.from_arrays(rows((3, 2, 5, 5)), WORDS, (1, 2))
+    a = maps.levels[1].weights.mean(1).astype(np.float64)
+    for residual in (0., .3, .5):
+        rolled = rollout(maps, residual).levels[1].weights[:, 0]
+        step = residual * np.eye(5) + (1 - residual) * a
+        assert np.allclose(rolled[0], step[0], atol=1e-6)                               # one layer: that layer's mixed matrix
+        assert np.allclose(rolled[2], np.einsum("ij,jk,kl->il", step[2], step[1], step[0]), atol=1e-6)
+        assert np.allclose(rolled.sum(-1), 1, atol=1e-5)
+    assert np.allclose(rollout(maps, 0.).levels[1].weights[0, 0], a[0], atol=1e-6)
+    with pytest.raises(AttentionError, match="made from raw attention"): rollout(rollout(maps))
+    one_way = AttentionMaps.from_arrays(rows((1, 1, 6, 3)), WORDS, (2, 3), "pixels", "words")
+    with pytest.raises(AttentionError, match="same tokens on the query and the key axis"): rollout(one_way)
+
+
+def test_relevance_is_the_recursion_and_zero_for_an_unused_word():
+    torch.manual_seed(0)
+    layers = [torch.randn(1, 2, 5, 5, dtype=torch.float64).softmax(-1).requires_grad_() for _ in range(2)]
+    value = torch.randn(5, 3, dtype=torch.float64)
+
+    def answer():                                                                       # read from the two pixels
+        x = value
+        for a in layers: x = x + (a[0] @ x).mean(0)
+        return x[:2].square().sum()
+
+    found = relevance({7: layers}, answer(), WORDS, (1, 2)).levels[7].weights[:, 0]
+    r = np.eye(5)
+    for a, g in zip(layers, torch.autograd.grad(answer(), layers)):
+        step = np.zeros((5, 5))
+        for head in range(2): step += np.maximum(g[0, head].numpy() * a[0, head].detach().numpy(), 0) / 2
+        r = r + step @ r
+    assert np.allclose(found[1], r - np.eye(5), atol=1e-5)
+
+    value = torch.rand(5, 3); value[4] = 0                                              # the third word's value is zero
+    a = torch.randn(1, 2, 5, 5).softmax(-1).requires_grad_()
+    zero = relevance({1: [a]}, (a[0] @ value)[:, :2].sum(), WORDS, (1, 2))
+    assert (zero.block(1, 0, "pixels", "words")[..., 2] == 0).all() and (zero.block(1, 0, "pixels", "words")[..., :2] > 0).all()
+    assert (zero.block(1, 0, "words", "pixels") == 0).all()                             # and words' rows are not read
+
+
+@pytest.mark.parametrize("changes", [{}, dict(sfm_shared=False), dict(sfm_residual=False, sfm_layers=1)])
+def test_relevance_reaches_every_level_of_shnet(scene, changes):
+    seg = scene.segmenter
+    torch.manual_seed(0)
+    mine = Segmenter(create_model("shnet", vocab_size=len(seg.vocabulary), **changes), seg.vocabulary)
+    answer, found = look(mine.encode(scene.image), "the red ball", "relevance")
+    assert list(found.levels) == [2, 3, 4] and all(level.weights.max() > 0 for level in found.levels.values())
+    assert all(p.grad is None for p in mine.model.parameters())                         # nothing is left behind
+    _, rolled = look(mine.encode(scene.image), "the red ball", "rollout")
+    raw = look(mine.encode(scene.image), "the red ball")[1]
+    share = .5 if mine.model.config.sfm_residual else 0.
+    mixed = share * np.eye(147) + (1 - share) * raw.levels[3].weights[0].mean(0)
+    assert np.allclose(rolled.levels[3].weights[0, 0], mixed, atol=1e-5)
+
+
+def test_models_without_attention_say_so(scene):
+    seg = scene.segmenter
+    none = Segmenter(create_model("baseline", vocab_size=len(seg.vocabulary)), seg.vocabulary)
+    with pytest.raises(AttentionError, match="gave no attention"): look(none.encode(scene.image), "the ball")
+    with pytest.raises(AttentionError, match="kind must be one of"): look(scene, "the ball", "flow")
+
+
+def test_regions_and_scores(scene):
+    answer, maps = look(scene, "the second smallest ball")
+    mask = np.zeros((60, 96), bool); mask[20:30, 8:16] = True
+    weights = region_weights(mask, (12, 12))
+    by_hand = np.array([[mask[5 * i:5 * i + 5, 8 * j:8 * j + 8].mean() for j in range(12)] for i in range(12)])
+    assert np.allclose(weights, by_hand / by_hand.sum(), atol=1e-6)
+    assert np.allclose(share_inside(by_hand, mask), (by_hand * by_hand).sum() / by_hand.sum())
+    want = np.mean([[maps.levels[v].weights[layer, :, :144, 144:].mean(0).T @ weights.ravel() for layer in (0, 1)] for v in (2, 3, 4)], (0, 1))
+    assert np.allclose(word_scores(maps, mask), want, atol=1e-6)
+    want = np.mean([maps.levels[v].weights[:, :, 144:, :144].mean((0, 1, 2)) for v in (2, 3, 4)], 0).reshape(12, 12)
+    assert np.allclose(pixel_scores(maps), want, atol=1e-6)
+    with pytest.raises(AttentionError, match="a mask has two axes"): region_weights(np.zeros(4, bool), (2, 2))
+    one_way = AttentionMaps.from_arrays(rows((1, 1, 6, 3)), WORDS, (2, 3), "pixels", "words")
+    with pytest.raises(AttentionError, match="no level has attention from words to pixels"): pixel_scores(one_way)
+
+
+def test_erasing():
+    picture = np.random.default_rng(0).integers(0, 255, (10, 7, 3), dtype=np.uint8)
+    cells = np.zeros((5, 3), bool); cells[1, 2] = True
+    erased = without_cells(picture, cells)
+    changed = [(i, j) for i in range(10) for j in range(7) if 5 * i // 10 == 1 and 3 * j // 7 == 2]
+    mean = picture.reshape(-1, 3).mean(0).round()
+    for i, j in np.ndindex(10, 7): assert (erased[i, j] == (mean if (i, j) in changed else picture[i, j])).all()
+    assert without_words(["a", "b", "c"], [0, 2]) == "b" and without_words(["a"], 0) == ""
+
+
+def test_figure7_draws_every_block(scene):
+    import matplotlib.pyplot as plt
+    answer, maps = look(scene, "the second smallest ball")
+    fig = figure7(scene.image, maps, answer.mask, 3, 0)
+    titles = [ax.get_title() for sub in fig.subfigs for ax in sub.axes]
+    assert "word → word, %" in titles and "pixel → pixel" in titles and sum("→ pixels" in title for title in titles) == 4
+    plt.close(fig)

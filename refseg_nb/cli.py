@@ -6,11 +6,12 @@
 __all__ = ['ClickException', 'USER_ERRORS', 'app', 'data_app', 'Root', 'SplitBy', 'Device', 'Size', 'Workers', 'DATA_SETS',
            'Name', 'explain', 'OneLineErrors', 'data_make', 'data_info', 'data_fetch', 'data_verify', 'data_leakage',
            'data_check', 'data_convert', 'data_store', 'pretrain', 'read_config', 'parse_overrides', 'train',
-           'evaluate', 'print_record', 'compare', 'segment', 'reproduce']
+           'evaluate', 'print_record', 'compare', 'segment', 'explore', 'reproduce']
 
 # %% ../nbs/22_command_line.ipynb #003
 import os
 import sys
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -431,6 +432,28 @@ def _write_pictures(
         for part in parts.values(): part.unlink(missing_ok=True)
 
 # %% ../nbs/22_command_line.ipynb #059
+@app.command()
+def explore(
+    image: Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)],
+    phrase: Annotated[str, typer.Argument(help='What to look for, as in "the red car on the left".', show_default=False)],
+    model: Annotated[str, typer.Option(help="A shipped model, or a folder that training wrote.")] = "shnet-refshapes",
+    beside: Annotated[str | None, typer.Option(help="A second model that answers the same phrase.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page. Default: NAME.explorer.html beside the image.")] = None,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+    device: Device = "cpu",
+):
+    "Write a page on which you point at pixels and words and see the attention; it needs no kernel and no network."
+    if not image.exists(): raise FileNotFoundError(f"there is no image at {image}")
+    from refseg_nb.attention.explorer import Explorer
+    from refseg_nb.inference import load
+    first, *second = (name for name in (model, beside) if name)
+    explorer = Explorer(load(first, _device(device)), image, phrase, *(load(name, _device(device)) for name in second), names=(first, *second))
+    page = out or image.with_name(f"{image.stem}.explorer.html"); page.parent.mkdir(parents=True, exist_ok=True)
+    explorer.to_html(page)
+    print(*(panel.note for panel in explorer.panels), page, sep="\n")
+    if show: webbrowser.open(page.absolute().as_uri())
+
+# %% ../nbs/22_command_line.ipynb #063
 @app.command()
 def reproduce(
     target: Annotated[str, typer.Argument(help="core (four rows of Table 2), table1, table2, table3, table4, presets, figures, or all.")] = "core",

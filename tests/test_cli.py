@@ -63,7 +63,7 @@ def one_line(result, code, *words):
 def test_help_is_quick_and_names_every_command():
     start = time.time(); result = refseg("--help"); seconds = time.time() - start
     assert result.returncode == 0 and seconds < 5  # 0.5 s alone on a machine; here others run beside it
-    for command in ("data", "pretrain", "train", "evaluate", "segment", "reproduce"): assert command in result.stdout
+    for command in ("data", "pretrain", "train", "evaluate", "segment", "explore", "reproduce"): assert command in result.stdout
 
 
 def test_help_imports_nothing_heavy():
@@ -73,7 +73,7 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("args", [[], ["data"], ["data", "make", "--help"], ["data", "info", "-h"], ["train", "--help"], ["evaluate", "-h"], ["segment", "-h"],
-                                  ["pretrain", "-h"], ["reproduce", "-h"], ["data", "fetch", "-h"], ["data", "verify", "-h"], ["data", "leakage", "-h"],
+                                  ["pretrain", "-h"], ["reproduce", "-h"], ["explore", "-h"], ["data", "fetch", "-h"], ["data", "verify", "-h"], ["data", "leakage", "-h"],
                                   ["data", "check", "-h"], ["data", "convert", "-h"], ["data", "store", "-h"]])
 def test_every_command_has_help(args):
     result = invoke(*args)
@@ -104,6 +104,19 @@ def test_segment_imports_only_what_it_needs(picture, model_folder):
             "print([m for m in ('nbformat', 'matplotlib.pyplot', 'torchvision', 'torchmetrics', 'scipy.io') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert done.stdout.strip().endswith("[]") and "mask" in done.stdout, done.stdout + done.stderr
+
+
+def test_explore_writes_one_page(picture, model_folder, monkeypatch, tmp_path):
+    import webbrowser
+    opened = []; monkeypatch.setattr(webbrowser, "open", opened.append)
+    result = invoke("explore", picture, "the red car", "--model", model_folder)
+    page = picture.with_name("photo.explorer.html")
+    assert result.exit_code == 0 and opened == [page.absolute().as_uri()], result.output
+    assert page.stat().st_size < 2e6 and "://" not in page.read_text().replace("http://www.w3.org", "")
+    two = invoke("explore", picture, "the red car", "--model", model_folder, "--beside", model_folder, "--out", tmp_path / "new" / "two.html", "--no-open")
+    assert two.exit_code == 0 and len(opened) == 1 and (tmp_path / "new" / "two.html").exists(), two.output
+    one_line(invoke("explore", tmp_path / "none.png", "car", "--model", model_folder), 2, "there is no image at", "none.png")
+    one_line(invoke("explore", picture, " ", "--model", model_folder, "--no-open"), 2, "the phrase is empty")
 
 
 def test_segment_out_and_json(picture, model_folder, tmp_path):

@@ -73,7 +73,8 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("args", [[], ["data"], ["data", "make", "--help"], ["data", "info", "-h"], ["train", "--help"], ["evaluate", "-h"], ["segment", "-h"],
-                                  ["pretrain", "-h"], ["reproduce", "-h"], ["explore", "-h"], ["data", "fetch", "-h"], ["data", "verify", "-h"], ["data", "leakage", "-h"],
+                                  ["pretrain", "-h"], ["reproduce", "-h"], ["explore", "-h"],
+                                  ["data", "fetch", "-h"], ["data", "verify", "-h"], ["data", "leakage", "-h"],
                                   ["data", "check", "-h"], ["data", "convert", "-h"], ["data", "store", "-h"]])
 def test_every_command_has_help(args):
     result = invoke(*args)

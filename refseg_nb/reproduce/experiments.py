@@ -6,7 +6,7 @@
 __all__ = ['TABLE2_COLUMNS', 'PAPER', 'WORLDS', 'SCALES', 'ROWS', 'TAGS', 'NOT_TRAINED', 'RECIPE', 'PAPER_RECIPE', 'BUDGETS',
            'TARGETS', 'CONTROLS', 'REAL_SIZES', 'JOB', 'Experiment', 'experiments', 'Budget', 'Cell', 'Table', 'tables',
            'default_root', 'write_whole', 'wanted', 'plan', 'records_of', 'is_done', 'cores', 'estimate', 'full_cost',
-           'thin_curve', 'run_job', 'check_jobs', 'run_jobs', 'draw_data']
+           'thin_curve', 'run_job', 'check_jobs', 'run_jobs', 'draw_data', 'leave_out']
 
 # %% ../../nbs/20_experiments.ipynb #003
 import json
@@ -483,3 +483,18 @@ def draw_data(
         how = next(j["draw"] for j in jobs if (j["config"]["root"], j["config"]["data"]) == (root, name))
         if not (Path(root) / name).is_dir(): say(f"Drawing {name} ({Path(root).name}).")
         make_refshapes(root, name, how["size"], resolution=how["resolution"])
+
+# %% ../../nbs/20_experiments.ipynb #071
+def leave_out(
+    jobs: list[dict],   # from `plan`; splits that their data do not have are taken out
+) -> list[str]:         # what was left out, as "refcoco+ testA"
+    "Keep to the splits that real data have."
+    from refseg_nb.data.referit import open_data
+    where = lambda job: tuple(job["config"][k] for k in ("root", "data", "split_by"))
+    there = {key: open_data(*key).splits for key in {where(job) for job in jobs if not job["draw"]}}
+    missing = []
+    for job in (job for job in jobs if not job["draw"]):
+        missing += [f"{job['config']['data']} {split}" for split in job["splits"] if split not in there[where(job)]]
+        job["splits"] = [split for split in job["splits"] if split in there[where(job)]]
+        if not job["splits"]: raise ValueError(f"{job['config']['data']} has none of the splits of {job['label']}; it has {', '.join(there[where(job)])}")
+    return list(dict.fromkeys(missing))

@@ -13,7 +13,7 @@ import re
 import time
 from pathlib import Path
 
-from .experiments import BUDGETS, check_jobs, cores, draw_data, estimate, is_done, plan, run_jobs, tables, write_whole
+from .experiments import BUDGETS, check_jobs, cores, draw_data, estimate, is_done, leave_out, plan, run_jobs, tables, write_whole
 from .figures import figure_bars, figure_curves, figure_kinds, png
 from .tables import conclusions, controls_table, cost_table, load_runs, markdown_table, print_table, summarise
 
@@ -163,12 +163,13 @@ def reproduce(
     console = console or Console(); out = Path(out); start = time.time()
     say = lambda line: console.print(line, highlight=False, soft_wrap=True)
     jobs = plan(out, "core" if target == "figures" else target, budget, tuple(seeds), rows, data, split_by, data_root, steps, preset)
+    left_out = [*(_missing(data_root) if data == "real" else []), *leave_out(jobs)]
     todo = [j for j in jobs if not is_done(j)]
     check_jobs(jobs); cost = estimate(todo, n_jobs)
     say(f"Budget {budget}: {BUDGETS[budget].what}.")
     say(f"{len(jobs)} trainings of {jobs[0]['config']['max_steps']:,} steps, {cost['side by side']} side by side on {cores()} cores, "
         f"{len(jobs) - len(todo)} of them done already: about {cost['minutes']:.0f} minutes at the speed that was measured for this budget.")
-    if target in ("table1", "all") and data == "real" and (missing := _missing(data_root)): say(f"Left out, because they are not there: {', '.join(missing)}.")
+    if left_out: say(f"Left out, because they are not there: {', '.join(left_out)}.")
     draw_data(todo, say)
     if todo: run_jobs(todo, n_jobs, say)
     if target in ("core", "figures", "table2", "all"): draw_pictures(jobs, out)

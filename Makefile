@@ -1,6 +1,8 @@
 # Two commands do everything, set-up included:
 #   make reproduce   the main job: draws RefShapes, trains the core ablation of the paper's Table 2, prints it beside the paper
 #   make test        export check, all notebooks, pytest, browser tests, lint
+# One more makes the course readable in any browser, with the network off:
+#   make site        the chapters as static pages in build/site
 # A virtual environment of your own is used with  make VENV=/path/to/env ...
 
 VENV   ?= .venv
@@ -8,18 +10,22 @@ PYTHON ?= python3
 EXTRAS ?= dev
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.refseg-installed
+PAGES  := $(VENV)/.refseg-site
 JOBS   ?= 2
 NB     ?= nbs/*.ipynb
 
-.PHONY: reproduce test lab export readme run lint clean
+.PHONY: reproduce test lab site export readme run lint clean
+
+# Install the package with the extras that are named
+install = if command -v uv >/dev/null; then \
+    { [ -x $(BIN)/python ] || uv venv -q --python $(PYTHON) $(VENV); } && uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(1)]'; \
+  else \
+    { [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); } && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(1)]'; \
+  fi
 
 $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "refseg_nb needs Python 3.11 or newer; name one with  make PYTHON=python3.12 ..."; exit 1; }
-	@if command -v uv >/dev/null; then \
-	  { [ -x $(BIN)/python ] || uv venv -q --python $(PYTHON) $(VENV); } && uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
-	else \
-	  { [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); } && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'; \
-	fi
+	@$(call install,$(EXTRAS))
 	@touch $(READY)
 
 reproduce: $(READY)
@@ -30,6 +36,14 @@ test: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs/00_tour.ipynb
+
+# The course as static pages; nothing is run, the committed outputs are shown
+$(PAGES): $(READY)
+	@$(call install,site)
+	@touch $(PAGES)
+
+site: $(PAGES)
+	$(BIN)/python site/build.py
 
 # From the notebooks to the package, and to the README
 export: $(READY)

@@ -408,7 +408,7 @@ def test_old_records_are_read_and_compared():
         r = load_record(file.with_suffix(".json"))
         again = make_record(r.name, r.arrays, resamples=2)
         assert again.metrics["overall_iou"]["value"] == pytest.approx(r.metrics["overall_iou"]["value"]) and sample_groups(r.arrays).keys() >= {"words", "area"}
-    old = load_record(REPO / "results" / "table2" / "records" / "shnet-seed0.json")
+    old = load_record(REPO / "results" / "reproduction" / "records" / "shnet-seed0-val.json")
     new = replace(old, arrays=with_objects(old), protocol=old.protocol | {"threshold_from": "fixed", "ignored": 0})
     c = compare(old, new, resamples=20)
     assert c.differ == {} and c.groups.keys() >= {"kind", "category", "distractors"}, "what one of two records knows is enough for both"

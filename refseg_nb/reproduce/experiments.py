@@ -119,7 +119,7 @@ NOT_TRAINED = {   # the other differences, and why they are no training of their
     "evaluate_at": "a matter of measuring: chapter 13c",
 }
 
-# %% ../../nbs/20_experiments.ipynb #021
+# %% ../../nbs/20_experiments.ipynb #022
 def _of_the_presets() -> list[Experiment]:
     from refseg_nb.models.shnet import PRESETS, RECIPES, differences
     mine, found = {**PRESETS["refshapes"].to_dict(), **RECIPE["overrides"]}, []
@@ -139,7 +139,7 @@ def experiments() -> dict[str, Experiment]:  # name -> experiment
     "Every training of the reproduction."
     return {e.name: e for e in (*_of_the_tables(), *_of_the_presets())}
 
-# %% ../../nbs/20_experiments.ipynb #023
+# %% ../../nbs/20_experiments.ipynb #024
 @dataclass(frozen=True)
 class Budget:
     "How much is spent on one experiment."
@@ -162,7 +162,7 @@ BUDGETS = {
     "full": Budget("full", 72_000, "as many scenes and expressions as the paper's data sets, 30 passes at the paper's batch: for a GPU", 600., 60., RECIPE),
 }
 
-# %% ../../nbs/20_experiments.ipynb #029
+# %% ../../nbs/20_experiments.ipynb #030
 @dataclass(frozen=True)
 class Cell:
     "Where a number of a table comes from, and what the paper has there."
@@ -181,7 +181,7 @@ class Table:
     pairs: tuple[tuple[str, str], ...] = ()      # rows whose difference the table is about
     cited: dict[str, tuple] = field(default_factory=dict)  # rows of other methods: the paper's numbers alone
 
-# %% ../../nbs/20_experiments.ipynb #031
+# %% ../../nbs/20_experiments.ipynb #032
 def _table1() -> Table:
     t = PAPER["table1"]; own = {"SHNet* (320x320)": "", "SHNet* (448x448)": "-high"}
     where = [(TAGS[dataset], split) for dataset, split in (c.rsplit(" ", 1) for c in t["columns"])]
@@ -195,7 +195,7 @@ def _table2() -> Table:
              ("SHNet", "SFM+Conv3D"), ("SHNet", "SFM+ConvLSTM"), ("SHNet", "SHNet w/o Glove"), ("SHNet", "SHNet w/o P.E"))
     return Table("Ablations on UNC val", TABLE2_COLUMNS, rows, TABLE2_COLUMNS.index("Overall IoU"), pairs)
 
-# %% ../../nbs/20_experiments.ipynb #033
+# %% ../../nbs/20_experiments.ipynb #034
 def _table3() -> Table:
     t = PAPER["table3"]; names = dict(zip(t["rows"], ("shnet-resnet", "shnet-resnet-high", "shnet", "shnet-high")))
     rows = {row: tuple(Cell(names[row], split, paper=p) for split, p in zip(t["columns"], values)) for row, values in t["rows"].items()}
@@ -217,7 +217,7 @@ def tables() -> dict[str, Table]:
     "The four tables of the paper, and the presets' differences."
     return {"table1": _table1(), "table2": _table2(), "table3": _table3(), "table4": _table4(), "presets": _presets()}
 
-# %% ../../nbs/20_experiments.ipynb #037
+# %% ../../nbs/20_experiments.ipynb #038
 def default_root() -> Path:
     "Where data sets are kept: `$REFSEG_DATA`, or `data/` here."
     return Path(os.environ.get("REFSEG_DATA") or "data")
@@ -234,7 +234,7 @@ def _precision() -> str:
     import torch
     return "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "no"
 
-# %% ../../nbs/20_experiments.ipynb #039
+# %% ../../nbs/20_experiments.ipynb #040
 TARGETS = ("core", "table1", "table2", "table3", "table4", "presets", "all")   # what can be asked for; core: `ROWS` of Table 2
 CONTROLS = {"no-text": {"text_control": "none"}, "no-image": {"image_control": "none"}, "shuffled": {"text_control": "shuffled"},
             "other": {"text_control": "other"}}
@@ -257,7 +257,7 @@ def wanted(
         if cell.split not in splits: splits.append(cell.split)
     return found
 
-# %% ../../nbs/20_experiments.ipynb #042
+# %% ../../nbs/20_experiments.ipynb #043
 def _folder(b: Budget, pixels: str, preset: str) -> tuple[str, int | None]:
     "The folder of drawn data, and the side at which they are drawn where it is not the size's own."
     if pixels == "low" or b.size == "full": return b.size, None   # the full ones are 320 px: larger than either
@@ -304,7 +304,7 @@ def plan(
         raise FileNotFoundError(f"{data_root or default_root()} holds none of {', '.join(folders)}: name the data's folder with --root")
     return jobs
 
-# %% ../../nbs/20_experiments.ipynb #048
+# %% ../../nbs/20_experiments.ipynb #049
 def records_of(
     job: dict,      # from `plan`
 ) -> dict[str, tuple[str, dict]]:  # the record's file -> (split, arguments of `evaluate`)
@@ -317,7 +317,7 @@ def is_done(job: dict) -> bool:
     "Whether all records of a job are there."
     return all(Path(file).exists() for file in records_of(job))
 
-# %% ../../nbs/20_experiments.ipynb #051
+# %% ../../nbs/20_experiments.ipynb #053
 def cores() -> int:
     "CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -333,7 +333,7 @@ def estimate(
     training = math.ceil(len(jobs) / n) * b.minutes * jobs[0]["config"]["max_steps"] / b.steps * max(1, n / cores())
     return {"side by side": n, "minutes": training + len(sets) * b.data_minutes * 2 / min(cores(), 8)}
 
-# %% ../../nbs/20_experiments.ipynb #054
+# %% ../../nbs/20_experiments.ipynb #057
 @cache
 def _gflop(name: str, preset: str) -> tuple[float, float]:
     "GFLOP of an experiment's forward pass: an image's, a phrase's."
@@ -365,7 +365,7 @@ def full_cost(
         lines.append({"experiment": e.name, "store": (e.dataset, e.pixels), "exaFLOP": exaflop, "hours": exaflop * 1e6 / tflops / 3600, "GB": store})
     return lines
 
-# %% ../../nbs/20_experiments.ipynb #057
+# %% ../../nbs/20_experiments.ipynb #060
 def _training_cost(folder: Path, config) -> dict:
     "Seconds, memory and size of a training, from what it left."
     from refseg_nb.models.shnet import count_flops, count_parameters
@@ -383,7 +383,7 @@ def thin_curve(
     parts = [losses[i:i + size] for i in range(0, len(losses), size)]
     return [[part[-1]["step"], round(sum(x["loss"] for x in part) / len(part), 5)] for part in parts]
 
-# %% ../../nbs/20_experiments.ipynb #059
+# %% ../../nbs/20_experiments.ipynb #064
 def run_job(
     job: dict,        # one entry of `plan`
 ) -> list[Path]:      # the records' files
@@ -412,7 +412,7 @@ def _device(name: str) -> str:
     import torch
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
-# %% ../../nbs/20_experiments.ipynb #061
+# %% ../../nbs/20_experiments.ipynb #066
 JOB = "import json, sys; from refseg_nb.reproduce.experiments import run_job; run_job(json.load(open(sys.argv[1])))"  # what a job's process runs
 
 def check_jobs(
@@ -424,7 +424,7 @@ def check_jobs(
         if file.exists() and json.loads(file.read_text())["config"] != job["config"]:
             raise ValueError(f"{file.parent} holds a run with other settings: give another output folder, or delete this one")
 
-# %% ../../nbs/20_experiments.ipynb #064
+# %% ../../nbs/20_experiments.ipynb #070
 def run_jobs(
     jobs: list[dict],            # from `plan`
     n_jobs: int | None = None,   # processes side by side; default: one a core
@@ -465,14 +465,14 @@ def run_jobs(
             except subprocess.TimeoutExpired: process.kill()
     return seconds
 
-# %% ../../nbs/20_experiments.ipynb #066
+# %% ../../nbs/20_experiments.ipynb #072
 def _progress(job: dict) -> str:
     "How far a job is, read from its log of losses."
     from refseg_nb.training.learner import read_history
     done = read_history(Path(job["folder"]) / "losses.jsonl")
     return f"{done[-1]['step']}/{job['config']['max_steps']}" if done else "starting"
 
-# %% ../../nbs/20_experiments.ipynb #069
+# %% ../../nbs/20_experiments.ipynb #075
 def draw_data(
     jobs: list[dict],      # from `plan`
     say=print,             # where lines go
@@ -484,7 +484,7 @@ def draw_data(
         if not (Path(root) / name).is_dir(): say(f"Drawing {name} ({Path(root).name}).")
         make_refshapes(root, name, how["size"], resolution=how["resolution"])
 
-# %% ../../nbs/20_experiments.ipynb #071
+# %% ../../nbs/20_experiments.ipynb #077
 def leave_out(
     jobs: list[dict],   # from `plan`; splits that their data do not have are taken out
 ) -> list[str]:         # what was left out, as "refcoco+ testA"

@@ -210,7 +210,7 @@ def controls_table(
     out += [_line(text, *(cell(runs[key] if not control else kept.get(control)) for key, kept in found.items())) for control, text in CONTROL_NAMES.items()]
     return "\n".join(out) + "\n"
 
-# %% ../../nbs/20b_tables.ipynb #042
+# %% ../../nbs/20b_tables.ipynb #043
 def cost_table(
     runs: dict,   # from `load_runs`
 ) -> str:
@@ -225,7 +225,7 @@ def cost_table(
                          f"{max(x['peak memory'] for x in c) / 1e9:.1f}", m.get("device_name", m["device"])))
     return "\n".join(out) + "\n" if shown else ""
 
-# %% ../../nbs/20b_tables.ipynb #045
+# %% ../../nbs/20b_tables.ipynb #047
 def print_table(
     summary: dict,       # from `summarise`
     console=None,        # a rich console

@@ -198,3 +198,79 @@ def test_figure7_draws_every_block(scene):
     titles = [ax.get_title() for sub in fig.subfigs for ax in sub.axes]
     assert "word → word, %" in titles and "pixel → pixel" in titles and sum("→ pixels" in title for title in titles) == 4
     plt.close(fig)
+
+
+def asked(name, tiny_root, vocabulary=None, **changes):
+    "An untrained model of chapters 17 to 19, one scene, and a phrase with a word that nobody has seen."
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    from refseg_nb.data.words import vocabulary_for
+    torch.manual_seed(0)
+    refer = Refer(tiny_root, "refshapes")
+    vocabulary = vocabulary or vocabulary_for(refer)
+    seg = Segmenter(create_model(name, vocab_size=len(vocabulary), **changes), vocabulary)
+    return seg, refer.load_image(refer.samples("val")[0].image_id), "the red quux"
+
+
+LEVELS = {
+    "cmpc": {f"{i} {name}": ((16, 16), *of) for i in (2, 3, 4)
+             for name, of in {"pixels→words": (256, 3), "pixels→pixels": (256, 256), "words→pixels": (3, 256)}.items()},
+    "lavt": {i + 1: ((24 >> i, 24 >> i), (24 >> i) ** 2, 4) for i in range(4)},
+    "crossvlt": {f"{i + 1} pixels→words": ((24 >> i, 24 >> i), (24 >> i) ** 2, 4) for i in range(4)}
+    | {f"{i} merged pixels→words": ((24 >> i, 24 >> i), (24 >> i) ** 2, 4) for i in (1, 2, 3)}
+    | {f"{i + 1} words→pixels": ((24 >> i, 24 >> i), 4, (24 >> i) ** 2) for i in (1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_every_model_says_who_looks_at_what(name, tiny_root):
+    seg, image, phrase = asked(name, tiny_root)
+    answer, maps = look(seg.encode(image), phrase)
+    assert maps.words == ["[CLS]"] * (name != "cmpc") + ["the", "red", "quux"]
+    assert {k: (tuple(a.grid), *a.weights.shape[2:]) for k, a in maps.levels.items()} == LEVELS[name]
+    for level in maps.levels.values():
+        assert len(level.weights) == 1 and np.allclose(level.weights.sum(-1), 1, atol=1e-4)  # one layer
+    held = answer.attention
+    if name == "cmpc":
+        assert np.array_equal(maps.block("3 words→pixels", 0, "words", "pixels"), held.places(3)[0].numpy())
+        assert np.array_equal(maps.block("3 pixels→words", 0, "pixels", "words").reshape(256, 3), held.to_words[3][0].numpy())
+        assert np.array_equal(maps.block("4 pixels→pixels", 0, "pixels", "pixels").reshape(256, 256), held.affinity(4)[0].numpy())
+    if name == "lavt": assert np.array_equal(maps.block(2, 0, "pixels", "words", head=0), held[2][0, 0].numpy())
+    if name == "crossvlt":
+        assert np.array_equal(maps.block("3 words→pixels", 0, "words", "pixels", head=1), held.words[3][0, 1].numpy())
+        assert np.array_equal(maps.block("2 merged pixels→words", 0, "pixels", "words", head=1), held.merged[2][0, 1].numpy())
+    for kind in ("rollout", "relevance"):
+        with pytest.raises(AttentionError): look(seg.encode(image), phrase, kind)
+    assert word_scores(maps, np.ones((96, 96), bool)).shape == (len(maps.words),)
+    with pytest.raises(AttentionError, match="words make" if name != "lavt" else "2 words make|3 words make"): attention_maps(held, ["the", "red"])
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_batch_of_theirs_is_refused(name, tiny_root):
+    seg, image, phrase = asked(name, tiny_root)
+    with torch.no_grad(): _, attention = seg.model.segment(seg.encode(image).features, torch.tensor([[2, 3], [4, 5]]), torch.zeros(2, dtype=torch.long), True)
+    with pytest.raises(AttentionError, match="batch axis has 2 entries"): attention_maps(attention, ["a", "b"])
+
+
+def test_pieces_of_words_are_named_as_they_are(tiny_root):
+    pytest.importorskip("transformers")
+    from refseg_nb.models.lavt import WordPieces
+    pieces = WordPieces(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "tall", "##er", "ball"])
+    seg, image, _ = asked("lavt", tiny_root, pieces, begin=False, max_words=6)
+    assert look(seg.encode(image), "the taller ball")[1].words == ["[CLS]", "the", "tall", "##er", "ball", "[SEP]"]
+    assert look(seg.encode(image), "the taller taller ball")[1].words == ["[CLS]", "the", "tall", "##er", "tall", "[SEP]"]
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_explorer_shows_every_model(name, tiny_root, tmp_path):
+    from refseg_nb.attention.explorer import Explorer
+    seg, image, phrase = asked(name, tiny_root)
+    explorer = Explorer(seg, image, phrase)
+    page = explorer.to_html(tmp_path / "page.html")
+    assert page == (tmp_path / "page.html").read_text() and "refseg-explorer" in page
+    assert sorted(level["name"] for level in explorer.data["panels"][0]["kinds"]["raw"]) == sorted(map(str, LEVELS[name]))
+    for level in LEVELS[name]:
+        explorer.level, explorer.locked = str(level), {"word": len(explorer.panels[0].words) - 1}
+        assert explorer.to_svg().startswith("<?xml")
+    explorer.phrase = "the ball"
+    assert explorer.error == "" and explorer.panels[-1].words[-2:] == ["the", "ball"]

@@ -29,7 +29,7 @@ from refseg_nb.models.lavt import SWINS, parameter_groups, weighted_loss
 from refseg_nb.models.shnet import count_parameters
 
 DEAD = 2 * 1024**2  # the released gate after the last stage, which nothing reads
-TINY = replace(CROSSVLT_PRESETS["refshapes"], image_size=48, window=3)
+TINY = replace(CROSSVLT_PRESETS["refshapes"], window=3, factor=1)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def tiny(**changes):
     return shaken(CrossVLT(replace(TINY, **changes), 30))
 
 
-def batch(b=3, k=2, t=5, size=48):
+def batch(b=3, k=2, t=5, size=96):
     images = torch.randint(0, 256, (k, 3, size, size), dtype=torch.uint8)
     words = torch.randint(1, 30, (b, t))
     for row in range(1, b):
@@ -318,10 +318,10 @@ def test_everything_that_is_trained_gets_a_finite_gradient_and_nothing_else(trai
 
 def test_the_small_model_learns_two_pictures_by_heart():
     model = CrossVLT(TINY, 30).train()
-    images = torch.full((2, 3, 48, 48), 60, dtype=torch.uint8)
+    images = torch.full((2, 3, 96, 96), 60, dtype=torch.uint8)
     target = torch.zeros(4, 24, 24)
     for b, (y, x) in enumerate(((2, 2), (12, 14), (4, 14), (14, 4))):  # two squares of different colours a picture
-        images[b // 2, b % 2, 2 * y : 2 * y + 16, 2 * x : 2 * x + 16] = 230
+        images[b // 2, b % 2, 4 * y : 4 * y + 32, 4 * x : 4 * x + 32] = 230
         target[b, y : y + 8, x : x + 8] = 1
     words, index = torch.tensor([[2], [3], [2], [3]]), torch.tensor([0, 0, 1, 1])
     optimizer, first = torch.optim.AdamW(model.parameters(), 2e-3), None
@@ -372,7 +372,7 @@ def test_the_other_sizes_can_be_built_and_differ_where_their_swins_do(size):
     assert CROSSVLT_RECIPES[size].batch_size == 12 and CROSSVLT_RECIPES[size].lr == 3e-5
 
 
-def published_layout(width, depths, heads, window, d, layers, vocab, align, patch=4):
+def published_layout(width, depths, heads, window, d, layers, vocab, align):
     "Names and shapes of a released checkpoint, written down by hand."
     out = {}
 
@@ -390,7 +390,7 @@ def published_layout(width, depths, heads, window, d, layers, vocab, align, patc
         both(f"{name}.output.dense", d, 4 * d)
         both(f"{name}.output.LayerNorm", d)
 
-    both("backbone.0.patch_embed.proj", width, 3, patch, patch)
+    both("backbone.0.patch_embed.proj", width, 3, 4, 4)
     both("backbone.0.patch_embed.norm", width)
     for i, (depth, h) in enumerate(zip(depths, heads)):
         c, at = width * 2**i, f"backbone.{i}"
@@ -439,7 +439,7 @@ def published_layout(width, depths, heads, window, d, layers, vocab, align, patc
 
 
 SMALL = replace(TINY, begin=False, decoder_width=None, align_width=20)
-LAYOUT = published_layout(24, (1, 1, 2, 1), (1, 2, 4, 8), 3, 64, 1, vocab=40, align=20, patch=2)
+LAYOUT = published_layout(16, (2, 2, 2, 2), (1, 2, 4, 8), 3, 48, 1, vocab=40, align=20)
 
 
 def random_file(layout):
@@ -501,7 +501,7 @@ def test_unknown_missing_and_misshapen_tensors_are_listed():
     file |= {"lang_stage9.proj.weight": torch.ones(1), "backbone.1.norm1.weight": torch.ones(7)}
     with pytest.raises(ValueError) as error:
         load_published(file, SMALL, 40)
-    for part in ("1 unknown: lang_stage9.proj.weight", "1 missing: text.2.ask.query.bias", "norms.1.weight [7] instead of [48]"):
+    for part in ("1 unknown: lang_stage9.proj.weight", "1 missing: text.2.ask.query.bias", "norms.1.weight [7] instead of [32]"):
         assert part in str(error.value)
 
 
@@ -529,8 +529,8 @@ def test_bad_input_is_named():
     features = model.encode(images)
     with pytest.raises(ValueError, match="2 images and 3 expressions: image_index"):
         model.segment(features, words)
-    with pytest.raises(ValueError, match="48 x 48"):
-        model.encode(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="96 x 96"):
+        model.encode(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"words must be \[B, T\]"):
         model.segment([features[0][:1]], words[0])
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 pytest.importorskip("timm")
@@ -29,9 +30,11 @@ from refseg_nb.models.lavt import (
     bert_encoder,
     count_flops,
     create_lavt,
+    difference,
     language_gate,
     load_published,
     parameter_groups,
+    pretrain_swin,
     swin_backbone,
     weighted_loss,
 )
@@ -42,7 +45,7 @@ from refseg_nb.training.learner import Objective
 DEAD = 2 * 1024**2  # the published gate of stage 4, which feeds nothing
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "red", "car", "chim", "##ney", "tall", "##er", "!"]
 VOCAB = 40
-SMALL = replace(LAVT_PRESETS["refshapes"], begin=False, decoder_width=None, window=5, image_size=32, text_width=16)  # maps 16, 8, 4, 2: all are padded
+SMALL = replace(LAVT_PRESETS["refshapes"], begin=False, decoder_width=None, factor=1, window=5, image_size=64, text_width=16)  # maps 16 to 2: padded
 
 
 @pytest.fixture(autouse=True)
@@ -229,11 +232,30 @@ def test_swin_weights_are_read_in_their_authors_layout(tmp_path, monkeypatch):
 
 def test_bad_swins_are_named(tmp_path):
     for call, error, text in [(lambda: swin_backbone("swin-giant"), ValueError, "swin-giant"),
-                              (lambda: swin_backbone("swin-refshapes"), ValueError, "weights='none'"),
+                              (lambda: swin_backbone("swin-refshapes", weights=tmp_path / "no.safetensors"), FileNotFoundError, "pretrain_swin.*'none'"),
                               (lambda: swin_backbone("swin-base", weights=tmp_path / "no.pth"), FileNotFoundError, "no.pth"),
                               (lambda: swin_backbone("swin-refshapes", 6, 32, weights="none")(torch.zeros(1, 3, 40, 32)), ValueError, "32 x 32")]:
         with pytest.raises(error, match=text):
             call()
+
+
+def test_the_pretrained_small_swin_is_the_one_that_hears_words_later(tiny_root, tmp_path):
+    result = pretrain_swin(tiny_root, tmp_path / "swin.safetensors", epochs=4, batch_size=8, limit=32, progress=False)
+    assert result.losses[-1] < result.losses[0]
+    assert [v.shape[1:] for v in result.backbone(torch.zeros(1, 3, 96, 96))] == [(16 << i, 24 >> i, 24 >> i) for i in range(4)]
+    model = create_lavt(vocab_size=VOCAB, backbone_weights=str(tmp_path / "swin.safetensors")).eval()
+    assert not model.backbone.frozen and model.backbone.state_dict().keys() == result.backbone.state_dict().keys()
+    x = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        maps = [model.encode(x)[0]]
+        for stage in model.backbone.stages[1:]:
+            maps.append(stage(maps[-1]))
+        for a, b in zip(maps, result.backbone(x)):
+            assert torch.equal(a.permute(0, 3, 1, 2), b)
+    state = load_file(tmp_path / "swin.safetensors")
+    save_file({k: v for k, v in state.items() if "stages.3" not in k}, tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match=r"cut.safetensors.*missing keys \(stages.3"):
+        swin_backbone("swin-refshapes", 6, 96, weights=tmp_path / "cut.safetensors")
 
 
 # --- pixel-word attention, gate, decoder, text ---
@@ -327,6 +349,28 @@ def test_decoder_goes_from_coarse_to_fine():
         torch.testing.assert_close(decoder(maps), want, atol=1e-5, rtol=1e-4)
 
 
+def test_the_answer_is_enlarged_between_the_middles_of_places_and_begins_at_the_prior():
+    scores = torch.randn(2, 2, 3, 3)
+    logits = difference(scores)
+    assert torch.equal(logits, scores[:, 1] - scores[:, 0])
+    large = difference(scores, 2)
+    for i in range(6):
+        for j in range(6):
+            at = [min(max((k + 0.5) / 2 - 0.5, 0), 2) for k in (i, j)]
+            (y, fy), (x, fx) = ((min(int(p), 1), p - min(int(p), 1)) for p in at)
+            want = sum(wy * wx * logits[:, y + dy, x + dx] for dy, wy in ((0, 1 - fy), (1, fy)) for dx, wx in ((0, 1 - fx), (1, fx)))
+            torch.testing.assert_close(large[:, i, j], want)
+    decoder = TopDownDecoder([2, 3, 4, 6], width=5, prior=0.05)
+    empty = difference(decoder.eval()([torch.zeros(1, c, s, s) for c, s in zip((2, 3, 4, 6), (12, 6, 3, 2))])).sigmoid()
+    torch.testing.assert_close(empty, torch.full_like(empty, 0.05))
+    small, double = create_lavt(vocab_size=VOCAB, factor=1).eval(), create_lavt(vocab_size=VOCAB).eval()
+    double.load_state_dict(small.state_dict())
+    images, words = torch.rand(1, 3, 96, 96), phrases(3, longest=3)
+    with torch.no_grad():
+        want = F.interpolate(small(images, words)[:, None], scale_factor=2, mode="bilinear")[:, 0]
+        torch.testing.assert_close(double(images, words), want)
+
+
 def test_text_does_not_depend_on_the_padding_and_begins_with_its_own_token():
     reader, words = bert_encoder(2, 16, 2, VOCAB, begin=True, weights="none").eval(), phrases(2, 4, longest=4)
     with torch.no_grad():
@@ -365,7 +409,7 @@ def test_loss_is_the_published_cross_entropy_over_two_scores():
 def published_checkpoint(c, depths, heads, window, d, layers, vocab):
     "Random weights under the published names."
     both = lambda name, *shape: {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    s = both("backbone.patch_embed.proj", c, 3, 2, 2) | both("backbone.patch_embed.norm", c)
+    s = both("backbone.patch_embed.proj", c, 3, 4, 4) | both("backbone.patch_embed.norm", c)
     for i, (depth, h) in enumerate(zip(depths, heads)):
         n, at = c * 2**i, f"backbone.layers.{i}"
         for j in range(depth):
@@ -445,12 +489,12 @@ class Reference(nn.Module):
 
 
 def test_logits_from_a_published_checkpoint_equal_those_of_other_parts():
-    config = replace(SMALL, window=3, image_size=64)  # maps 32, 16, 8, 4: padded to 33, 18, 9, 6, and none fits into a window
-    file = published_checkpoint(24, (1, 1, 2, 1), (1, 2, 4, 8), 3, 16, 2, VOCAB)
+    config = replace(SMALL, window=3, image_size=128)  # maps 32, 16, 8, 4: padded to 33, 18, 9, 6, and none fits into a window
+    file = published_checkpoint(16, (2, 2, 2, 2), (1, 2, 4, 8), 3, 16, 2, VOCAB)
     model = LAVT(config, VOCAB).eval()
     model.load_state_dict(load_published({"model": file}, config, VOCAB)[0])
     reference = Reference({k: v.double() for k, v in file.items()}, model, 3).double().eval()  # in single precision these weights amplify rounding
-    images, words = torch.rand(3, 3, 64, 64, dtype=torch.double), phrases(6, 3, 2)
+    images, words = torch.rand(3, 3, 128, 128, dtype=torch.double), phrases(6, 3, 2)
     with torch.no_grad():
         scores, logits = reference(images, words), model.double()(images, words)
     want = scores[:, 1] - scores[:, 0]
@@ -460,10 +504,10 @@ def test_logits_from_a_published_checkpoint_equal_those_of_other_parts():
 
 def test_every_key_of_the_published_layout_is_accounted_for():
     config = replace(SMALL, window=5)
-    file = published_checkpoint(24, (1, 1, 2, 1), (1, 2, 4, 8), 5, 16, 2, VOCAB)
+    file = published_checkpoint(16, (2, 2, 2, 2), (1, 2, 4, 8), 5, 16, 2, VOCAB)
     state, left_out = load_published(file, config, VOCAB)
     assert len(state) + sum(map(len, left_out.values())) == len(file)
-    assert sorted(len(keys) for keys in left_out.values()) == [1, 2, 5]  # position ids; the unused gate; an index for each of 5 blocks
+    assert sorted(len(keys) for keys in left_out.values()) == [1, 2, 8]  # position ids; the unused gate; an index for each of 8 blocks
     assert torch.equal(state["fusion.2.key.weight"], file["backbone.layers.2.fusion.image_lang_att.f_key.0.weight"][..., 0])
     assert torch.equal(state["backbone.stages.3.downsample.norm.bias"], file["backbone.layers.2.downsample.norm.bias"])
     two_files = {"model": {f"module.{k}": v for k, v in file.items() if not k.startswith("text_encoder.")},
@@ -474,7 +518,7 @@ def test_every_key_of_the_published_layout_is_accounted_for():
 
 def test_a_damaged_checkpoint_is_an_error_that_lists_the_keys():
     config = replace(SMALL, window=5)
-    file = published_checkpoint(24, (1, 1, 2, 1), (1, 2, 4, 8), 5, 16, 2, VOCAB)
+    file = published_checkpoint(16, (2, 2, 2, 2), (1, 2, 4, 8), 5, 16, 2, VOCAB)
     lost = [k for k in file if "res_gate" in k and "layers.3" not in k]
     with pytest.raises(ValueError, match="6 missing: gates.0.0.weight, .*gates.2.2.weight"):
         load_published({k: v for k, v in file.items() if k not in lost}, config, VOCAB)
@@ -502,18 +546,18 @@ def test_shared_encoding_gives_what_each_phrase_alone_gets(tiny):
         alone = tiny.segment(tiny.encode(images[:1]), words[1:2, :2], return_attention=True)[1]
     with pytest.raises(ValueError, match="image_index"):
         tiny.segment(features, words)
-    assert {s: tuple(a.shape) for s, a in attention.items()} == {i + 1: (3, 1, 48 >> i, 48 >> i, 7) for i in range(4)}
+    assert {s: tuple(a.shape) for s, a in attention.items()} == {i + 1: (3, 1, 24 >> i, 24 >> i, 7) for i in range(4)}
     for stage, a in attention.items():
         torch.testing.assert_close(a.sum(-1), torch.ones(a.shape[:-1]))
-        assert (a[1, ..., 3:] == 0).all() and cut[stage].shape == (1, 1, 48 >> (stage - 1), 48 >> (stage - 1), 3)
+        assert (a[1, ..., 3:] == 0).all() and cut[stage].shape == (1, 1, 24 >> (stage - 1), 24 >> (stage - 1), 3)
         torch.testing.assert_close(cut[stage], alone[stage], atol=1e-5, rtol=1e-4)
 
 
 def test_heads_show_in_the_attention():
-    model = create_lavt(vocab_size=VOCAB, heads=(1, 2, 3, 4)).eval()
+    model = create_lavt(vocab_size=VOCAB, heads=(1, 2, 4, 8)).eval()
     with torch.no_grad():
         attention = model.segment(model.encode(torch.zeros(1, 3, 96, 96)), phrases(3, longest=3), return_attention=True)[1]
-    assert [attention[s].shape[1] for s in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    assert [attention[s].shape[1] for s in (1, 2, 3, 4)] == [1, 2, 4, 8]
 
 
 def test_configuration_goes_to_json_and_back_and_bad_fields_are_named():

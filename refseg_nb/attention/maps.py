@@ -134,12 +134,18 @@ class AttentionMaps:
 
 # %% ../../nbs/14_attention.ipynb #018
 def attention_maps(
-    attention,          # an `SFMAttention` of one expression, `AttentionMaps`, or an object with a method `maps(words)` that gives them
+    attention,          # of one expression: an `SFMAttention`, `AttentionMaps`, or an object with `blocks()` (chapters 17 to 19) or `maps(words)` (your own)
     words: list[str],   # the words that the model read, without padding
 ) -> AttentionMaps:
     "A model's attention as checked, plain arrays."
     if isinstance(attention, AttentionMaps): return attention
     if callable(getattr(attention, "maps", None)): return attention.maps(words)
+    if callable(getattr(attention, "blocks", None)):
+        words = ["[CLS]"] * getattr(attention, "begin", False) + list(words)
+        levels = {name: AttentionLevel(a.float().cpu().numpy(), grid, queries, keys) for name, (a, grid, queries, keys) in attention.blocks().items()}
+        if (batch := max(len(level.weights) for level in levels.values())) > 1:
+            raise AttentionError(f"the batch axis has {batch} entries: give the attention of one expression")
+        return AttentionMaps(words, levels)
     if attention is None: raise AttentionError("the model gave no attention: rows without SFM (the baseline, only-hcam) do not attend")
     if not isinstance(attention, SFMAttention):
         raise AttentionError(f"{type(attention).__name__} is not known: give it a method maps(words), or use AttentionMaps.from_arrays")
@@ -277,7 +283,9 @@ def look(
     "Segment a phrase, and say where the model looked."
     if kind not in KINDS: raise AttentionError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     answer = scene.segment(phrase, return_attention=True)
-    seg, read = scene.segmenter, answer.words[:scene.segmenter.max_words]
+    seg = scene.segmenter
+    ids, whole = (seg.vocabulary.encode(" ".join(answer.words), longest) for longest in (seg.max_words, 10**6))
+    read = answer.words[:len(ids)] if len(whole) == len(answer.words) else seg.vocabulary.decode(ids).split()  # BERT reads pieces of words
     raw = attention_maps(answer.attention, read)
     if kind == "raw": return answer, raw
     if kind == "rollout": return answer, rollout(raw, .5 if getattr(seg.model.config, "sfm_residual", True) else 0.)
@@ -290,7 +298,7 @@ def look(
         y = logits[inside].mean() if inside.any() else logits.max()
         return answer, relevance(attention.levels, y, read, attention.grid)
 
-# %% ../../nbs/14_attention.ipynb #054
+# %% ../../nbs/14_attention.ipynb #056
 def _scores(maps, queries, keys, weight):
     "Mean over levels (and raw: layers) of a block, its queries weighted by `weight(level)`; levels without the block do not count."
     layers = slice(None) if maps.kind == "raw" else slice(-1, None)
@@ -316,7 +324,7 @@ def pixel_scores(
     t, level = len(maps.words), next(iter(maps.levels.values()))
     return _scores(maps, "words", "pixels", lambda level: np.full(t, 1 / t)).reshape(level.grid)
 
-# %% ../../nbs/14_attention.ipynb #058
+# %% ../../nbs/14_attention.ipynb #060
 def without_words(
     words: list[str],
     gone,              # numbers of the words to leave out

@@ -324,7 +324,7 @@ class PixelHeads(nn.Module):
 
     def __init__(
         self,
-        channels: tuple[int, int, int],   # the backbone's
+        channels: tuple[int, ...],        # the backbone's, a number a level
         data: PixelLabels,                # what there is to name
         width: int = 64,                  # of the map that the levels are summed into
     ):
@@ -444,7 +444,7 @@ TASKS = {"pixels": PixelHeads, "presence": PresenceHead}
 @dataclass
 class PretrainResult:
     "What `pretrain_backbone` gives."
-    backbone: RefShapesBackbone         # frozen
+    backbone: Backbone                  # frozen
     heads: PixelHeads | PresenceHead    # for looking at; SHNet does not use them
     metric: str                         # "mean_iou" or "mean_average_precision"
     score: float                        # that, on the validation images
@@ -454,7 +454,7 @@ class PretrainResult:
     losses: list[float] = field(default_factory=list, repr=False)  # mean loss of each epoch
 
 
-def _fit(net: RefShapesBackbone, heads: nn.Module, data: PixelLabels, epochs: int, batch_size: int, lr: float, seed: int, progress: bool) -> list[float]:
+def _fit(net: Backbone, heads: nn.Module, data: PixelLabels, epochs: int, batch_size: int, lr: float, seed: int, progress: bool) -> list[float]:
     "Train encoder and heads together; the mean loss of each epoch."
     order = torch.Generator().manual_seed(seed)
     parameters = [*net.parameters(), *heads.parameters()]
@@ -479,12 +479,16 @@ def _fit(net: RefShapesBackbone, heads: nn.Module, data: PixelLabels, epochs: in
     return losses
 
 
+def _rounded(net: nn.Module) -> dict[str, Tensor]:
+    "The weights in half precision, as a file has them."
+    return {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+
+
 def _save_weights(net: nn.Module, out: str | Path, facts: dict) -> None:
     "Write the weights in half precision, whole or not at all."
     out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
-    tensors = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={k: str(v) for k, v in facts.items()})
+    save_file({k: v.contiguous() for k, v in _rounded(net).items()}, part, metadata={k: str(v) for k, v in facts.items()})
     part.replace(out)
 
 
@@ -493,6 +497,7 @@ def pretrain_backbone(
     name: str = "refshapes",        # a RefShapes data set
     *,
     task: str = "pixels",           # or "presence": name every pixel, or only what is in the picture
+    make=RefShapesBackbone,         # makes the encoder to train, with levels at strides 4, 8, ...
     epochs: int = 25,
     batch_size: int = 16,           # images
     lr: float = 4e-3,               # AdamW, one cycle
@@ -502,19 +507,19 @@ def pretrain_backbone(
     out: str | Path | None = None,  # file for the backbone's weights (.safetensors)
     progress: bool = True,          # a line an epoch
 ) -> PretrainResult:
-    "Train the RefShapes backbone on the labels of the training images, score its heads and throw them away, and freeze it."
+    "Train an encoder on the labels of the training images, score its heads and throw them away, and freeze it."
     if task not in TASKS: raise ValueError(f"task must be {' or '.join(map(repr, TASKS))}, not {task!r}")
     if out is not None and Path(out).suffix != ".safetensors": raise ValueError(f"{out}: the weights file must end in .safetensors")
     refer = Refer(root, name)
     data, held = pixel_labels(refer, "train", limit), pixel_labels(refer, "val", 300)
     if data.images.shape[-1] % 16: raise ValueError(f"images of {data.images.shape[-1]} px: the side must be a multiple of 16")
     torch.manual_seed(seed)
-    net = RefShapesBackbone().to(device, memory_format=torch.channels_last)
+    net = make().to(device, memory_format=torch.channels_last)
     heads = TASKS[task](net.channels, data).to(device)
     begin = time.perf_counter()
     losses = _fit(net, heads, data, epochs, batch_size, lr, seed, progress)
     seconds = time.perf_counter() - begin
-    net = net.to(memory_format=torch.contiguous_format).half().float().freeze(); heads.eval()  # rounded, as the file will have it
+    net = net.to(memory_format=torch.contiguous_format); net.load_state_dict(_rounded(net)); net.freeze(); heads.eval()
     with torch.no_grad(): p = [heads(net(chunk.to(device))) for chunk in held.images.split(64)]
     net, heads = net.cpu(), heads.cpu()
     result = PretrainResult(net, heads, heads.metric, *heads.score({k: torch.cat([q[k] for q in p]).cpu() for k in p[0]}, held), seconds, losses)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .decoder import pick
 from refseg_nb.models.lavt import (
-    LAVT, LAVT_RECIPES, SWINS, LAVTRecipe, SwinBackbone, TopDownDecoder, bert_encoder, language_gate, over_places, swin_backbone,
+    LAVT, LAVT_RECIPES, SWINS, LAVTRecipe, SwinBackbone, TopDownDecoder, bert_encoder, difference, language_gate, over_places, swin_backbone,
 )
 from .lavt import PUBLISHED_NAMES as LAVT_NAMES
 
@@ -174,6 +174,8 @@ class CrossVLTConfig:
     head_width: int = 64                   # channels of a head where places ask words
     align_width: int = 256                 # A, where places and phrase are compared
     decoder_width: int | None = None       # None: half of the last stage's channels
+    factor: int = 1                        # the answer is enlarged so many times, bilinearly; 1: as published
+    prior: float | None = None             # foreground share that the untrained decoder predicts; None: about one half, as published
     # loss
     mask_weight: float = 2.                # of the loss on the decoder's logits
     alignment_weight: float = 1.           # of the alignment loss, summed over the stages; 0: none
@@ -203,9 +205,9 @@ CROSSVLT_PRESETS: dict[str, CrossVLTConfig] = {
     "tiny": CrossVLTConfig(backbone="swin-tiny", window=7),
     "small": CrossVLTConfig(backbone="swin-small", window=7),
     "large": CrossVLTConfig(backbone="swin-large"),
-    "refshapes": CrossVLTConfig(backbone="swin-refshapes", backbone_weights="none", window=6, image_size=96, drop_path=0., text_layers=1, text_width=64,
-                                text_heads=2, text_dropout=0., text_weights="none", train_embeddings=True, begin=True, max_words=25, head_width=24,
-                                align_width=64, decoder_width=48),
+    "refshapes": CrossVLTConfig(backbone="swin-refshapes", backbone_weights="none", window=6, image_size=96, drop_path=0., text_layers=1, text_width=48,
+                                text_heads=2, text_dropout=0., text_weights="none", train_embeddings=True, begin=True, max_words=25, head_width=16,
+                                align_width=32, decoder_width=24, factor=2, prior=.05),
 }
 CROSSVLT_RECIPES: dict[str, LAVTRecipe] = {  # fields as in chapter 18
     name: replace(LAVT_RECIPES[name], batch_size=12, lr=3e-5) for name in ("base", "tiny", "small", "large")
@@ -219,15 +221,25 @@ class CrossAttention:
     merged: dict[int, Float[Tensor, "B heads h w T"]]  # stages 1 to 3: the same after patch merging, on the next stage's grid
     words: dict[int, Float[Tensor, "B heads T h w"]]   # stages 2 to 4: how much each word heeds each place of the grid that the stage before left behind
     similarity: dict[int, Float[Tensor, "B H W"]]      # stages 1 to 4: the alignment's maps (cosine / temperature)
-    mask: Bool[Tensor, "B T"]                          # True at real words; with a [CLS] of the model's own, word 0 is that one
+    mask: Bool[Tensor, "B T"]                          # True at real words
+    begin: bool = False                                # whether word 0 is a [CLS] of the model's own
 
     def expression(
         self, b: int,            # which of the batch
     ) -> "CrossAttention":       # B = 1, T without padding
         "The attention of one expression."
         real, row = self.mask[b], slice(b, b + 1)
-        return CrossAttention({i: a[row][..., real] for i, a in self.places.items()}, {i: a[row][..., real] for i, a in self.merged.items()},
-                              {i: a[row][:, :, real] for i, a in self.words.items()}, {i: s[row] for i, s in self.similarity.items()}, real[real][None])
+        cut = lambda maps: {i: a[row][..., real] for i, a in maps.items()}
+        return CrossAttention(cut(self.places), cut(self.merged), {i: a[row][:, :, real] for i, a in self.words.items()},
+                              {i: s[row] for i, s in self.similarity.items()}, real[real][None], self.begin)
+
+    def blocks(self) -> dict[str, tuple[Tensor, tuple[int, int], str, str]]:
+        "By stage and direction: weights [B, heads, query, key], their grid, who looks, at what; see `refseg_nb.attention.maps`."
+        found = {}
+        for i, a in self.places.items():
+            for name, w in ((f"{i}", a), (f"{i} merged", self.merged.get(i))):
+                if w is not None: found[f"{name} pixels→words"] = (w.flatten(2, 3), tuple(w.shape[2:4]), "pixels", "words")
+        return found | {f"{i} words→pixels": (w.flatten(3), tuple(w.shape[3:]), "words", "pixels") for i, w in self.words.items()}
 
 # %% ../../nbs/19_crossvlt.ipynb #049
 class CrossVLT(nn.Module):
@@ -255,7 +267,7 @@ class CrossVLT(nn.Module):
         self.align_places = nn.ModuleList(nn.Linear(n, c.align_width) for n in channels)
         self.align_words = nn.ModuleList(nn.Linear(d, c.align_width) for _ in channels)
         self.temperature = nn.Parameter(torch.ones(len(channels)))
-        self.decoder = TopDownDecoder(channels, c.decoder_width)
+        self.decoder = TopDownDecoder(channels, c.decoder_width, c.prior)
 
     adapt, encode, forward, parameter_groups = LAVT.adapt, LAVT.encode, LAVT.forward, LAVT.parameter_groups
 
@@ -278,7 +290,7 @@ class CrossVLT(nn.Module):
             if k != 1: raise ValueError(f"{k} images and {b} expressions: image_index must say which image each expression is about")
             image_index = torch.zeros(b, dtype=torch.long, device=words.device)
         l, mask, _ = self.text[0](words)
-        v, stages, maps, seen = pick(features[0], image_index), self.backbone.stages, [], CrossAttention({}, {}, {}, {}, mask)
+        v, stages, maps, seen = pick(features[0], image_index), self.backbone.stages, [], CrossAttention({}, {}, {}, {}, mask, self.config.begin)
         for i in range(4):
             if i:
                 l, looks = self.text[i](l, mask, v.flatten(1, 2), return_attention)
@@ -291,8 +303,7 @@ class CrossVLT(nn.Module):
                 v = stages[i + 1].downsample(v + self.gates[i](f) * f)
                 f, seen.merged[i + 1] = self.meet(self.merged_fusion[i], v, l, mask, return_attention)
                 v = v + self.merged_gates[i](f) * f
-        scores = self.decoder(maps)
-        return scores[:, 1] - scores[:, 0], seen
+        return difference(self.decoder(maps), self.config.factor), seen
 
     def segment(
         self,
@@ -301,7 +312,7 @@ class CrossVLT(nn.Module):
         image_index: Int[Tensor, " B"] | None = None,    # the image of each expression; None: one each, or all about the only image
         return_attention: bool = False,                  # also give who looked where, in both directions
     ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], CrossAttention]:
-        "Logits for each expression, at the size of stage 1. Everything but stage 1's blocks runs anew for each."
+        "Logits for each expression, at the size of stage 1 times `factor`. Everything but stage 1's blocks runs anew for each."
         logits, seen = self.run(features, words, image_index, return_attention, align=return_attention)
         return (logits, seen) if return_attention else logits
 

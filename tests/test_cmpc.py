@@ -459,7 +459,7 @@ def test_half_precision_on_a_cpu_gives_finite_gradients_everywhere():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
         whole = model.losses(model.encode(images), padded(), torch.tensor(OF), torch.rand(4, 32, 32))
-    assert all(float(losses[name]) == pytest.approx(float(x), rel=0.1) for name, x in whole.items())
+    assert all(losses[name].item() == pytest.approx(float(x), rel=0.1) for name, x in whole.items())
 
 
 def test_it_survives_saving(tmp_path):

@@ -15,7 +15,7 @@ from refseg_nb.models.backbones import create_backbone
 from refseg_nb.models.decoder import ConcatLevels
 from refseg_nb.models.hcam import HCAM, Conv3dLevels
 from refseg_nb.models.shnet import ABLATIONS, MODELS, PRESETS, TABLE4, SHNetConfig, count_flops, count_parameters, create_model, model_name
-from refseg_nb.reproduce import PAPER, ROWS
+from refseg_nb.reproduce.experiments import PAPER, ROWS
 from refseg_nb.training.checkpoint import load_model, save_model
 
 NAMES = sorted(AGGREGATIONS)

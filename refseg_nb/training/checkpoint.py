@@ -28,6 +28,7 @@ class CheckpointError(ValueError):
 
 def _fsync(path: Path):
     "Make sure that a file, or a folder's list of names, is on the disk."
+    if os.name == "nt": return  # Windows syncs neither a folder nor what is open for reading only
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)

@@ -161,7 +161,9 @@ def own_attention(
     if attention is None: return None
     if hasattr(attention, "expression"): return attention.expression(row)   # those of chapters 17 to 19 know how to cut themselves
     n = attention.grid[0] * attention.grid[1] + words
-    return replace(attention, levels={level: [a[row:row + 1, :, :n, :n] for a in layers] for level, layers in attention.items()}, words=words)
+    levels = {level: [a[row:row + 1, :, :n, :n] for a in layers] for level, layers in attention.items()}
+    steps = {level: [tuple(part[row:row + 1, :, :n] for part in layer) for layer in layers] for level, layers in attention.steps.items()}
+    return replace(attention, levels=levels, words=words, steps=steps)
 
 # %% ../nbs/00_tour.ipynb #062
 class EncodedScene:

@@ -128,7 +128,7 @@ def test_sfm_is_equation_1():
         fast, _, _ = sfm(visual, words, mask)
     got = torch.cat([v.flatten(2).transpose(1, 2), l], 1)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(attention[0], maps, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attention[0].weights, maps, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fast, v, atol=1e-5, rtol=1e-4)
 
 

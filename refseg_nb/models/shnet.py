@@ -21,7 +21,7 @@ from .aggregation import AGGREGATIONS
 from .backbones import BACKBONES, Backbone, create_backbone
 from .decoder import ASPP, BaselineFusion, ConcatLevels, LevelAdapter, TextEncoder, UpsampleDecoder, pick
 from .hcam import HCAM, Conv3dLevels, average_words
-from .sfm import SFM, SFMAttention
+from .sfm import SFM, LayerAttention, SFMAttention
 
 # %% ../../nbs/11_shnet.ipynb #005
 @dataclass(frozen=True)
@@ -219,11 +219,13 @@ class SHNet(nn.Module):
         if self.config.sfm_shared:  # the three levels go through as one batch of 3B
             v, l, a = self.sfm[0](torch.cat(maps), language.words.repeat(3, 1, 1), language.mask.repeat(3, 1), return_attention)
             visual, words = v.chunk(3), l.chunk(3)
-            attention = [[w.chunk(3)[i] for w in a] for i in range(3)] if return_attention else None
+            attention = [[LayerAttention(*(part.chunk(3)[i] for part in layer)) for layer in a] for i in range(3)] if return_attention else None
         else:
             visual, words, attention = zip(*(sfm(m, language.words, language.mask, return_attention) for sfm, m in zip(self.sfm, maps)))
         if return_attention:
-            attention = SFMAttention({level: list(a) for level, a in zip((2, 3, 4), attention)}, (self.config.grid, self.config.grid), t)
+            levels = dict(zip((2, 3, 4), attention))
+            weights, steps = ({level: [layer[part] for layer in layers] for level, layers in levels.items()} for part in (0, slice(1, 3)))
+            attention = SFMAttention(weights, (self.config.grid, self.config.grid), t, steps, self.config.channels // self.config.sfm_heads)
         return list(visual), [average_words(w, language.mask) for w in words], attention if return_attention else None
 
     def segment(

@@ -11,6 +11,7 @@ from refseg_nb.attention.maps import (
     TOKENS,
     AttentionError,
     AttentionMaps,
+    AttentionSteps,
     attention_maps,
     figure7,
     look,
@@ -19,12 +20,14 @@ from refseg_nb.attention.maps import (
     relevance,
     rollout,
     share_inside,
+    weight_steps,
     without_cells,
     without_words,
     word_scores,
 )
 from refseg_nb.data.refer import Refer
 from refseg_nb.inference import Segmenter
+from refseg_nb.models.sfm import SFM, JointAttention
 from refseg_nb.models.shnet import create_model
 
 WORDS = ["the", "red", "ball"]
@@ -101,6 +104,86 @@ def test_batches_are_refused(scene):
     answers[0].attention.levels[3][0] = answers[0].attention.levels[3][0].repeat(2, 1, 1, 1)
     with pytest.raises(AttentionError, match="batch axis has 2 entries"): attention_maps(answers[0].attention, answers[0].words)
     with pytest.raises(AttentionError, match="9 words"): attention_maps(answers[1].attention, ["x"] * 9)
+
+
+def by_hand(attention, x, where, head, query):
+    "q·k, the scores and the values' lengths of one query, key by key, from an attention's own matrices; x is [N, C]."
+    c = x.shape[1]
+    d, w, b = c // attention.heads, attention.qkv.weight.detach(), attention.qkv.bias.detach()
+    own = slice(head * d, (head + 1) * d)
+    placed = x if attention.positions == "none" else x + where
+    q = (w[:c] @ placed[query] + b[:c])[own]
+    products = [float(q @ (w[c:2 * c] @ token + b[c:2 * c])[own]) for token in placed]
+    values = placed if attention.positions == "qkv" else x
+    lengths = [float((attention.out.weight.detach()[:, own] @ (w[2 * c:] @ token + b[2 * c:])[own]).norm()) for token in values]
+    return np.array(products), np.array(products) / d ** .5, np.array(lengths)
+
+
+@pytest.mark.parametrize("positions", ["qkv", "qk", "none"])
+def test_scores_come_back_from_weights_and_log_sums_in_double_precision(positions):
+    torch.manual_seed(0)
+    sfm = SFM(16, 3, heads=4, positions=positions).double()
+    layer = sfm.layers[0]
+    visual, words, mask = torch.randn(2, 16, 3, 3).double(), torch.randn(2, 4, 16).double(), torch.tensor([[True] * 4, [True, True, False, False]])
+    with torch.no_grad():
+        for p in sfm.parameters(): p.add_(.3 * torch.randn_like(p))
+        weights, log_sums, lengths = sfm(visual, words, mask, return_attention=True)[2][0]
+        x = layer.norm1(torch.cat([visual.flatten(2).transpose(1, 2), words], 1))
+    real = torch.cat([mask.new_ones(2, 9), mask], 1)
+    for i, head, query in [(0, 0, 0), (0, 3, 12), (1, 1, 5), (1, 2, 10)]:
+        _, scores, long = by_hand(layer.attention, x[i], torch.cat([sfm.p_v, sfm.p_l[:4]]), head, query)
+        keep = real[i].numpy()
+        softmax = np.exp(scores[keep]) / np.exp(scores[keep]).sum()
+        assert np.abs(weights[i, head, query].numpy()[keep] - softmax).max() < 1e-12 and (weights[i, head, query].numpy()[~keep] == 0).all()
+        assert np.abs(np.log(weights[i, head, query].numpy()[keep]) + float(log_sums[i, head, query]) - scores[keep]).max() < 1e-10
+        assert np.abs(lengths[i, head].numpy() - long).max() < 1e-12
+
+
+@pytest.mark.parametrize("changes", [{}, dict(sfm_shared=False)])
+def test_the_steps_of_shnet_are_those_of_its_own_projections(scene, changes):
+    torch.manual_seed(0)
+    seg = scene.segmenter
+    if changes: seg = Segmenter(create_model("shnet", vocab_size=len(seg.vocabulary), **changes), seg.vocabulary)
+    seen = []                                                                           # what goes into each attention
+    hooks = [m.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[:2])) for m in seg.model.modules() if isinstance(m, JointAttention)]
+    answer, maps = look(seg.encode(scene.image), "the red ball")
+    for hook in hooks: hook.remove()
+    calls = len(seen)
+    alone = seg.encode(scene.image).segment_all(["the small house on the left", "the red ball"], return_attention=True)[1]
+    padded = attention_maps(alone.attention, alone.words)
+    modules = [layer.attention for sfm in seg.model.sfm for layer in sfm.layers]
+    assert calls == len(modules) and maps.levels[3].steps.width == seg.model.config.channels // seg.model.config.sfm_heads
+    for level, layer, head, query in [(2, 0, 0, 7), (3, 1, 1, 144), (4, 0, 1, 146), (4, 1, 0, 60)]:
+        at = layer if len(seg.model.sfm) == 1 else 2 * (level - 2) + layer
+        x, where = seen[at]
+        products, scores, lengths = by_hand(modules[at], x[level - 2 if len(x) == 3 else 0], where, head, query)
+        softmax = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+        for found in (weight_steps(maps, level, layer, head, query), weight_steps(padded, level, layer, head, query)):
+            counts = found["weight"] > 1e-8                                             # below, single precision keeps few digits
+            assert np.allclose(found["scaled"][counts], scores[counts], atol=2e-3) and np.allclose(found["product"][counts], products[counts], atol=2e-2)
+            assert np.allclose(found["weight"], softmax, atol=1e-5) and np.allclose(found["exp"], softmax / softmax.max(), atol=1e-4)
+            assert np.allclose(found["length"], lengths, rtol=1e-4)
+            assert np.allclose(found["added"], softmax * lengths / (softmax @ lengths), atol=1e-5)
+    for kind in ("rollout", "relevance"):
+        other = look(scene, "the ball", kind)[1]
+        with pytest.raises(AttentionError, match=f"not known how these weights were made .kind: {kind}"): weight_steps(other, 3, 0, 0, 0)
+
+
+STEPS = dict(log_sums=np.zeros((2, 2, 9), np.float32), lengths=np.ones((2, 2, 9), np.float32), width=4)
+
+
+@pytest.mark.parametrize("change, kind, message", [
+    (dict(log_sums=STEPS["log_sums"][..., :8]), "raw", r"level 1: steps.log_sums .* \[layer, head, query\] = \[2, 2, 9\], not float32 \[2, 2, 8\]"),
+    (dict(lengths=STEPS["lengths"].astype(float)), "raw", r"steps.lengths must be float32 \[layer, head, key\] = \[2, 2, 9\], not float64"),
+    (dict(lengths=[1.]), "raw", "steps.lengths must be float32"),
+    (dict(lengths=-STEPS["lengths"]), "raw", "negative values in steps.lengths"),
+    (dict(log_sums=STEPS["log_sums"] * np.nan), "raw", "NaN or infinite values in steps.log_sums"),
+    (dict(width=0), "raw", "steps.width is the number of channels of a head, not 0"),
+    ({}, "relevance", "steps belong to raw attention, not to relevance"),
+])
+def test_bad_steps_are_refused(change, kind, message):
+    with pytest.raises(AttentionError, match=message): AttentionMaps.from_arrays(**GOOD, kind=kind, steps=AttentionSteps(**STEPS | change))
+    with pytest.raises(AttentionError, match=r"levels \[1\], but steps has \[2\]"): AttentionMaps.from_arrays(**GOOD, steps={2: AttentionSteps(**STEPS)})
 
 
 def test_rollout_sums_over_paths_and_keeps_rows():

@@ -12,7 +12,7 @@ import traitlets
 
 import refseg_nb
 from refseg_nb.attention.explorer import Explorer, outline, pack_rows, pool_grid, pool_pixels, unpack_rows, view
-from refseg_nb.attention.maps import AttentionError, AttentionMaps
+from refseg_nb.attention.maps import AttentionError, AttentionMaps, AttentionSteps, weight_steps
 from refseg_nb.data.refer import Refer
 
 browser, lab = test_browser.browser, test_browser.lab
@@ -293,6 +293,83 @@ def test_side_by_side_with_other_grids_and_one_way_attention(page_of):
     assert np.allclose(shown(page, 1)["pixels"], right.panels[0].maps["raw"].levels[1].weights[1, 0, :, 2], atol=5e-3)
 
 
+# ---- how a weight is made
+
+def unfold(page, **traits):
+    page.evaluate("() => document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    put(page, **traits)
+    return shown(page)["steps"]
+
+
+@drives
+def test_the_steps_are_those_of_python(explorer, page_of):
+    page, maps = page_of(explorer), explorer.panels[0].maps["raw"]
+    for what, query, level, layer, head in [({"pixel": [3, 4], "grid": [12, 12]}, 40, 3, 0, 1), ({"word": 2}, 146, 2, 1, 0), ({"word": 0}, 144, 4, 0, 1)]:
+        steps = unfold(page, locked={"panel": 0} | what, level=str(level), layer=layer, head=str(head))
+        want = weight_steps(maps, level, layer, head, query)
+        got = {name: np.array([key[name] for key in steps["keys"]]) for name in ("score", "weight", "length", "added", "exp")}
+        off = [np.inf if key["error"] is None else key["error"] + 2e-3 for key in steps["keys"]]
+        kept = np.isfinite(off)
+        assert kept.sum() > 20 and (np.abs(got["score"] - want["scaled"])[kept] <= np.array(off)[kept]).all()
+        assert (want["scaled"] <= got["score"] + 2e-3)[~kept].all()                                  # "< …" is true
+        assert np.allclose(got["length"], want["length"], rtol=1e-5) and np.isclose(steps["sum"], want["exp"].sum(), rtol=.02) and steps["width"] == 32
+        for name in ("weight", "added", "exp"): assert np.abs(np.sqrt(got[name]) - np.sqrt(want[name])).max() < .01 * np.sqrt(want[name].max()), name
+        assert [k["key"] for k in steps["pixels"]] == list(np.argsort(-got["weight"][:144], kind="stable")[:6])
+        rows = page.locator(".made tbody tr")
+        assert rows.count() == len(maps.words) + 6 + 1 and f"all {144 + len(maps.words)} keys" in page.locator(".made tfoot").inner_text()
+        top = steps["pixels"][0]
+        assert f"row {top['key'] // 12}, col {top['key'] % 12}" in rows.nth(len(maps.words)).inner_text()
+    heads = [text.replace("\N{NO-BREAK SPACE}", " ") for text in page.locator(".made thead th").all_inner_texts()]
+    assert heads == ["key", "q·k", "÷ √32 = s", "+ mask", "exp (s − max)", "÷ sum = weight", "× length", "adds"]
+    best = int(want["weight"].argmax())
+    walk = page.locator(".walk").inner_text()
+    assert f"s = {want['scaled'][best]:.1f}"[:-1] in walk.replace("−", "-") and "the mask adds 0" in walk
+
+
+@drives
+def test_what_has_no_steps_says_what_is_missing(explorer, page_of):
+    page = page_of(explorer)
+    text = lambda: page.locator(".made .why").inner_text()
+    assert "one head, in the grid of small maps; one pixel or one word" in unfold(page)["missing"] and page.locator(".made table").is_hidden()
+    assert text().endswith("Still to choose: one head, in the grid of small maps; one pixel or one word.")
+    assert "raw attention" in unfold(page, kind="rollout", locked={"panel": 0, "word": 1})["missing"]
+    assert "the direction “what it looks at”." in unfold(page, kind="raw", head="0", direction="is looked at")["missing"]
+    assert "one pixel or one word." in unfold(page, direction="looks", locked={"panel": 0, "box": [1, 1, 3, 3], "grid": [12, 12]})["missing"]
+    assert "keys" in unfold(page, locked={"panel": 0, "box": [1, 1, 2, 2], "grid": [12, 12]})                 # a box of one pixel is one query
+    assert page.locator(".made .why").is_hidden() and page.locator(".made table").is_visible()
+
+
+@drives
+def test_steps_of_arrays_pooled_or_one_way_or_without(page_of):
+    picture, words, rng = np.zeros((48, 64, 3), np.uint8), ["a", "b"], np.random.default_rng(0)
+    scores = rng.standard_normal((1, 1, 12, 2)).astype(np.float32)
+    steps = AttentionSteps(np.log(np.exp(scores).sum(-1)), rng.random((1, 1, 2), dtype=np.float32), 9)
+    one_way = AttentionMaps.from_arrays(np.exp(scores) / np.exp(scores).sum(-1, keepdims=True), words, (3, 4), "pixels", "words", steps=steps)
+    page = page_of(Explorer.from_arrays(picture, words, one_way))
+    found = unfold(page, locked={"panel": 0, "pixel": [2, 1], "grid": [3, 4]})
+    assert np.allclose([k["score"] for k in found["keys"]], scores[0, 0, 9], atol=.03) and found["pixels"] == [] and page.locator(".made tbody tr").count() == 2
+    assert page_of(Explorer.from_arrays(picture, words, rows((1, 1, 12, 2)), (3, 4), "pixels", "words")).locator(".made").count() == 0
+    n = 30 * 30 + 2
+    steps = AttentionSteps(np.zeros((1, 2, n), np.float32), np.ones((1, 2, n), np.float32), 4)
+    large = Explorer.from_arrays(picture, words, AttentionMaps.from_arrays(rows((1, 2, n, n)), words, (30, 30), steps=steps))
+    page = page_of(large)                                                                             # below two megabytes, so pooled
+    assert "Pixel to pixel is kept at" in unfold(page, head="1", locked={"panel": 0, "pixel": [2, 1], "grid": [30, 30]})["missing"]
+    assert len(unfold(page, locked={"panel": 0, "word": 1})["keys"]) == n
+
+
+@drives
+def test_the_steps_by_keyboard_and_on_a_narrow_page(explorer, page_of):
+    page = page_of(explorer, viewport={"width": 390, "height": 844})
+    put(page, head="0", locked={"panel": 0, "word": 1})
+    page.locator(".made summary").focus(); page.keyboard.press("Enter")
+    settle(page)
+    assert page.locator(".made table").is_visible() and page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.getAttribute('role')") == "region"            # the table can be scrolled
+    page.keyboard.press("Escape")
+    assert locked(page) is None
+
+
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory):
     npm, folder = shutil.which("npm"), tmp_path_factory.mktemp("axe")
@@ -309,9 +386,7 @@ def test_axe_finds_nothing(explorer, page_of, axe, scheme, width):
     page = page_of(explorer, color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True)
     page.evaluate(axe)
     for what in (None, {"panel": 0, "word": 0}, {"panel": 0, "pixel": [6, 6], "grid": [12, 12]}):
-        put(page, locked=what)
-        page.evaluate("() => { document.querySelector('details').open = true; }")
-        settle(page)
+        unfold(page, locked=what, head="mean" if what is None else "1")
         page.wait_for_timeout(120)                                                                   # until the chips have their colours
         found = page.evaluate("async () => (await axe.run()).violations.map(v => [v.id, v.help, v.nodes.map(n => n.html + n.failureSummary).slice(0, 3)])")
         assert found == []
@@ -373,6 +448,7 @@ def test_jupyterlab_point_click_lock_edit(lab, browser):
     for key in ("b", "a", "d", "d", "ArrowDown", "Enter", "x"): page.keyboard.press(key)              # JupyterLab's keys for insert, delete, cut, ...
     page.locator(".word").nth(1).focus(); page.keyboard.press("b"); page.keyboard.press("a")
     page.locator(".atlas [tabindex='0']").focus(); page.keyboard.press("b")
+    page.locator(".made summary").focus(); page.keyboard.press("b")                                   # the steps of a live view
     settle(page)
     assert page.evaluate(f"() => {panel}.content.widgets.length") == count
     page.keyboard.press("Escape")

@@ -68,6 +68,13 @@ def pool_pixels(
     return (member / member.sum(1, keepdims=True)) @ a @ member.T
 
 # %% ../../nbs/15_explorer.ipynb #016
+def _pack_steps(a: AttentionLevel):
+    "What the steps need, for the browser: little-endian floats, pixels and words apart; None stays None."
+    if a.steps is None: return None
+    def floats(array, axis): return {of: array[..., part].astype("<f4").tobytes() for of in ("pixels", "words") if (part := a.part(axis, of)) is not None}
+    return {"width": a.steps.width, "log_sums": floats(a.steps.log_sums, "queries"), "lengths": floats(a.steps.lengths, "keys")}
+
+# %% ../../nbs/15_explorer.ipynb #020
 def outline(
     mask: np.ndarray,           # bool [H, W]
 ) -> list[list[float]]:         # closed lines, each x0, y0, x1, y1, ... in units of the width and the height
@@ -90,7 +97,7 @@ def _pack_mask(mask, grids):
         cover["x".join(map(str, grid))] = share.flatten().numpy().round(4).tolist()
     return {"outline": outline(mask), "cover": cover, "area": float(mask.mean())}
 
-# %% ../../nbs/15_explorer.ipynb #019
+# %% ../../nbs/15_explorer.ipynb #023
 BLOCKS = {"pp": ("pixels", "pixels"), "pw": ("pixels", "words"), "wp": ("words", "pixels"), "ww": ("words", "words")}
 
 
@@ -119,6 +126,7 @@ class Panel:
             blocks = [b.shape for parts in BLOCKS.values() if parts != BLOCKS["pp"] and (b := a.block(*parts)) is not None]
             if a.block("pixels", "pixels") is not None: h, w = pool_grid(a.grid, side)[1]; blocks.append((*a.weights.shape[:2], h * w, h * w))
             total += sum(layers * heads * q * (k + 2) for layers, heads, q, k in blocks)
+            if a.steps is not None: total += a.steps.log_sums.nbytes + a.steps.lengths.nbytes
         return total
 
     def pack(
@@ -130,7 +138,8 @@ class Panel:
             pooled = max(a.grid) > side and blocks["pp"] is not None
             if pooled: blocks["pp"] = pool_pixels(blocks["pp"], a.grid, side)
             return {"name": str(name), "grid": list(a.grid), "layers": a.weights.shape[0], "heads": a.weights.shape[1], "keys": a.keys,
-                    "pool": list(pool_grid(a.grid, side)[1]) if pooled else None, **{key: None if b is None else pack_rows(b) for key, b in blocks.items()}}
+                    "pool": list(pool_grid(a.grid, side)[1]) if pooled else None, "steps": _pack_steps(a),
+                    **{key: None if b is None else pack_rows(b) for key, b in blocks.items()}}
 
         kinds = {kind: [level(name, a) for name, a in maps.levels.items()] for kind, maps in self.maps.items()}
         grids = {a.grid for maps in self.maps.values() for a in maps.levels.values()}
@@ -138,7 +147,7 @@ class Panel:
                 "unknown": [i for i, w in enumerate(self.words) if w in self.unknown],
                 "masks": {"predicted": _pack_mask(self.predicted, grids), "truth": _pack_mask(self.truth, grids)}}
 
-# %% ../../nbs/15_explorer.ipynb #022
+# %% ../../nbs/15_explorer.ipynb #026
 DIRECTIONS = ("looks", "is looked at")
 KIND_NAMES = {"raw": "raw attention", "rollout": "attention rollout", "relevance": "gradient relevance"}
 
@@ -185,7 +194,7 @@ def view(
     pixels, words = (None if f is None else over(f) for f in found)
     return None if pixels is None else pixels.reshape(a.grid), words
 
-# %% ../../nbs/15_explorer.ipynb #025
+# %% ../../nbs/15_explorer.ipynb #029
 STATIC = Path(str(files("refseg_nb"))) / "attention" / "static"
 LIVE_BYTES, PAGE_BYTES = 12_000_000, 2_000_000
 
@@ -258,7 +267,7 @@ class _State(anywidget.AnyWidget):
         if side is None: raise AttentionError(f"the attention does not fit into {limit / 1e6:.1f} MB: show fewer levels, layers or heads")
         return {"image": {"url": _picture_url(self._picture), "width": w, "height": h}, "palette": palette, "panels": [p.pack(side) for p in self.panels]}
 
-# %% ../../nbs/15_explorer.ipynb #027
+# %% ../../nbs/15_explorer.ipynb #031
 HOST = """
 const host = document.getElementById("%(id)s");
 const packed = Uint8Array.from(atob(host.dataset.state), c => c.charCodeAt(0));
@@ -428,7 +437,7 @@ def _draw_panel(state, k: int, above, ax):
         ax.add_patch(Rectangle((c0 * w / gw, r0 * h / gh), (c1 - c0) * w / gw, (r1 - r0) * h / gh, facecolor="none", edgecolor="#ff5c8a", linewidth=1.5))
     ax.set_title(f"{_name(what, panel)} {state.direction}", fontsize=8)
 
-# %% ../../nbs/15_explorer.ipynb #029
+# %% ../../nbs/15_explorer.ipynb #033
 class Explorer(_Pages):
     "The attention explorer: point at a pixel or a word, click to lock, Esc to free; edit the phrase and compare."
     def __init__(self,

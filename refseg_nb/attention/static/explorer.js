@@ -11,6 +11,11 @@ function bytes(value) {
   return value instanceof ArrayBuffer ? new Uint8Array(value) : new Uint8Array(value.buffer, value.byteOffset, value.byteLength);
 }
 
+function floats(value) {
+  const raw = bytes(value), view = new DataView(raw.buffer, raw.byteOffset, raw.byteLength);
+  return Float32Array.from({ length: raw.length / 4 }, (_, i) => view.getFloat32(4 * i, true));
+}
+
 // ---- numbers ---------------------------------------------------------------------------------------------------------
 
 // A block holds [layers * heads, queries, keys] as a byte each: the square of code / 255, times the largest value of its row.
@@ -26,7 +31,9 @@ function unpackLevel(packed) {
   const of = Uint16Array.from({ length: h * w }, (_, i) => Math.floor(Math.floor(i / w) * ph / h) * pw + Math.floor((i % w) * pw / w));
   const size = new Float32Array(ph * pw);
   for (const cell of of) size[cell] += 1;
-  return { ...packed, of, size, pp: block(packed.pp), pw: block(packed.pw), wp: block(packed.wp), ww: block(packed.ww) };
+  const each = parts => Object.fromEntries(Object.entries(parts).map(([tokens, values]) => [tokens, floats(values)]));
+  const steps = packed.steps && { width: packed.steps.width, logSums: each(packed.steps.log_sums), lengths: each(packed.steps.lengths) };
+  return { ...packed, of, size, steps, pp: block(packed.pp), pw: block(packed.pw), wp: block(packed.wp), ww: block(packed.ww) };
 }
 
 // out[i] += weight * row (or column) of a block
@@ -59,6 +66,30 @@ function oneHead(level, map, token, looks, wordCount) {
   }
   return { pixels, words };
 }
+
+// How one head made the weights of one query: for each key the score (ln weight + the query's log-sum, known to +- error), the weight,
+// the length of its value, and its share of all lengths that are added. A weight whose byte is 0 gives an upper bound of the score.
+function stepsOf(level, map, token) {
+  const { width, logSums, lengths } = level.steps, maps = level.layers * level.heads, word = token.word !== undefined, query = word ? token.word : token.cells[0][0];
+  const sums = logSums[word ? "words" : "pixels"], logSum = sums[map * sums.length / maps + query], keys = [];
+  for (const [part, b] of [["pixels", word ? level.wp : level.pp], ["words", word ? level.ww : level.pw]]) {
+    if (!b) continue;
+    const row = map * b.queries + query;
+    for (let k = 0; k < b.keys; k++) {
+      const code = b.codes[row * b.keys + k], score = Math.log(b.top[row] * (Math.max(code, .5) / 255) ** 2) + logSum;
+      keys.push({ part, key: k, score, error: code ? 2 * Math.log(code / (code - .5)) : Infinity, weight: b.top[row] * SQUARE[code], length: lengths[part][map * b.keys + k] });
+    }
+  }
+  const top = Math.max(...keys.map(k => k.weight)), all = keys.reduce((sum, k) => sum + k.weight * k.length, 0) || 1;
+  for (const k of keys) { k.exp = k.weight / top; k.added = k.weight * k.length / all; }
+  return { width, keys, sum: keys.reduce((sum, k) => sum + k.exp, 0) };
+}
+
+// A number with as many digits as its error leaves, two at the most
+const digits = (v, error) => {
+  const text = v.toFixed(clamp(Math.floor(-Math.log10(2 * error)), 0, 2));
+  return `${error > .6 ? "≈ " : ""}${+text ? text.replace("-", "−") : "0"}`;
+};
 
 // The mean and the largest over heads
 function combine(views) {
@@ -260,13 +291,27 @@ export function render({ model, el }) {
     panel.rows = make("tbody");
     const table = make("details", {}, make("summary", {}, "Numbers"), make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "word"), make("th", { scope: "col" }, "share"))), panel.rows));
     const head = make("header", {}, make("p", { class: "title" }, packed.title || "Attention"), make("p", { class: "note" }, packed.note));
+    if (panel.kinds.raw?.some(level => level.steps)) panel.made = makeSteps();
     panel.element = make("article", { class: "panel", "aria-label": packed.title || "Attention" }, head, make("div", { class: "words", role: "group", "aria-label": "Words of the phrase" }, ...panel.chips.map(c => c.chip)),
       make("div", { class: "left" }, panel.stage, panel.help, make("div", { class: "scale" }, panel.bar, panel.ticks, panel.unit), panel.legend),
-      make("div", { class: "right" }, panel.says, panel.inside, panel.readout, panel.atlas, table));
+      make("div", { class: "right" }, panel.says, panel.inside, panel.readout, panel.atlas, table), ...(panel.made ? [panel.made.element] : []));
     listen(panel);
     panel.observer = new ResizeObserver(() => schedule());
     panel.observer.observe(panel.stage);
     return panel;
+  }
+
+  // The table of the steps; it stands only under models that bring what it needs
+  function makeSteps() {
+    const why = make("p", { class: "why" }), walk = make("p", { class: "walk" }), root = make("sup", {}), words = make("tbody"), pixels = make("tbody"), foot = make("tfoot");
+    const heads = ["key", "q·k", ["÷\u00a0√", root, " =\u00a0s"], "+ mask", "exp (s\u00a0−\u00a0max)", "÷\u00a0sum =\u00a0weight", "× length", "adds"].map(text => make("th", { scope: "col" }, ...[text].flat()));
+    const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), words, pixels, foot);
+    const scroll = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Steps from q·k to what each key adds" }, table);
+    const note = make("p", { class: "unit" }, "The scores s are recovered from the weights and one number a row, s = ln weight + ln Σ exp s, with as many digits as the stored bytes leave. "
+      + "Adds: weight × length of the key's value behind the output's matrix, as a share of all lengths (Kobayashi et al., 2020). Long values may still cancel each other.");
+    const found = make("div", {}, walk, scroll, note);
+    const element = make("details", { class: "made" }, make("summary", {}, "How these weights are made"), why, found);
+    return { element, why, walk, root, words, pixels, foot, found };
   }
 
   // One small map for each level and layer (rows), and head (columns), and the mean and the largest over heads
@@ -430,6 +475,7 @@ export function render({ model, el }) {
     const { l, level, layer, head } = selected(panel), [h, w] = level.grid;
     const view = panel.views.get(`${l}/${layer}/${head}`) ?? { pixels: null, words: null };
     const top = shared || largest(view.pixels) || 1, one = level.heads === 1;
+    panel.steps = panel.made?.element.open ? follow(panel) : null;
     paintStage(panel, view, level, top);
     const wordTop = sharedWords || Math.max(largest(view.words), panel.looks ? 1 / keysOf(panel, level) : 1e-12);  // a word that gets less than its even share is not bright
     const word = panel.token?.word;
@@ -451,6 +497,43 @@ export function render({ model, el }) {
     }
     paintScale(panel, view, level, top);
     tell(panel, view, level, layer, head);
+    if (panel.steps) tellSteps(panel, level);
+  }
+
+  // The steps of what is shown, its largest pixels first; or, in `missing`, what has to be chosen before there are any
+  function follow(panel) {
+    const { level, layer, head } = selected(panel), { token, looks } = panel, single = token && (token.word !== undefined || token.cells.length === 1), missing = [];
+    if (kindOf(panel) !== "raw") missing.push("raw attention");
+    if (level.heads > 1 && !(+head >= 0)) missing.push("one head, in the grid of small maps");
+    if (!single) missing.push("one pixel or one word");
+    if (token && !looks) missing.push(`the direction “${DIRECTIONS.looks}”`);
+    if (missing.length) return { missing: `One query of one head's raw attention has steps; means, maxima and columns have none. Still to choose: ${missing.join("; ")}.` };
+    if (!level.steps) return { missing: "How the weights of this level were made is not known." };
+    if (level.pool && token.word === undefined) return { missing: `Pixel to pixel is kept at ${level.pool[0]} × ${level.pool[1]} here, and a cell of it has no product of its own. Words have: point at one.` };
+    const steps = stepsOf(level, layer * level.heads + (+head || 0), token), pixels = steps.keys.filter(k => k.part === "pixels").sort((a, b) => b.weight - a.weight);
+    return { ...steps, words: steps.keys.filter(k => k.part === "words"), pixels: pixels.slice(0, 6), rest: pixels.slice(6) };
+  }
+
+  function tellSteps(panel, level) {
+    const { steps, made } = panel, column = level.grid[1];
+    const name = (k, short) => (k.part === "words" ? `“${panel.words[k.key]}”` : `row ${Math.floor(k.key / column)}, ${short ? "col" : "column"} ${k.key % column}`);
+    made.why.hidden = !steps.missing; made.found.hidden = Boolean(steps.missing);
+    if (steps.missing) { made.why.textContent = steps.missing; return; }
+    const scale = Math.sqrt(steps.width), score = (k, by) => (k.error < Infinity ? digits(by * k.score, by * k.error) : `< ${digits(by * k.score, .5)}`);
+    const most = part => Math.max(...[...steps.words, ...steps.pixels].map(k => k[part])) || 1, tops = { weight: most("weight"), added: most("added") };
+    const share = (k, part) => make("td", { class: "share", style: `--share: ${(100 * k[part] / tops[part]).toFixed(1)}%` }, percent(k[part]));
+    const row = (k, i) => make("tr", {}, make("th", { scope: "row" }, ...(k.part === "pixels" ? [make("span", { class: "mark" }, String(i + 1)), name(k, true)] : [name(k)])),
+      ...[score(k, scale), score(k, 1), "0", k.exp >= .0005 ? k.exp.toFixed(3) : "< 0.001"].map(text => make("td", {}, text)), share(k, "weight"), make("td", {}, k.length.toFixed(1)), share(k, "added"));
+    const totals = (text, keys, exp) => make("tr", {}, make("th", { scope: "row" }, text), make("td"), make("td"), make("td"), make("td", {}, exp.toFixed(exp < 1 ? 3 : 2)),
+      make("td", {}, percent(total(keys.map(k => k.weight)))), make("td"), make("td", {}, percent(total(keys.map(k => k.added)))));
+    made.root.textContent = String(steps.width);
+    made.words.replaceChildren(...steps.words.map(row));
+    made.pixels.replaceChildren(...steps.pixels.map(row), ...(steps.rest.length ? [totals(`${steps.rest.length} other pixels`, steps.rest, total(steps.rest.map(k => k.exp)))] : []));
+    made.foot.replaceChildren(totals(`all ${steps.keys.length} keys`, steps.keys, steps.sum));
+    const best = steps.keys.reduce((a, b) => (b.weight > a.weight ? b : a));
+    made.walk.textContent = `From ${panel.token.name}, the largest weight, on ${name(best)}: q·k = ${score(best, scale)}; divided by √${steps.width} = ${scale.toFixed(2)}, s = ${score(best, 1)}. `
+      + `No key here is padding: the mask adds 0 (padding gets −∞ and is left out). exp(s − max) = 1, and all ${steps.keys.length} sum to ${steps.sum.toFixed(2)}: weight ${percent(best.weight)}. `
+      + `Its value is ${best.length.toFixed(1)} long, so it adds ${percent(best.added)} of all lengths.`;
   }
 
   const linear = v => (v / 255 <= .04045 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4);
@@ -487,6 +570,14 @@ export function render({ model, el }) {
       const [r0, c0, r1, c1] = at, rect = [c0 * width / w, r0 * height / h, (c1 - c0) * width / w, (r1 - r0) * height / h];
       g.lineWidth = 4 * ratio; g.strokeStyle = "rgba(0,0,0,.8)"; g.strokeRect(...rect);
       g.lineWidth = 2 * ratio; g.strokeStyle = S.locked && !S.hover ? "#ff5c8a" : "#fff"; g.strokeRect(...rect);
+    }
+    if (panel.steps?.pixels) {  // the numbers of the table's pixels
+      g.font = `700 ${clamp(.55 * height / h, 10 * ratio, 18 * ratio)}px system-ui, sans-serif`; g.textAlign = "center"; g.textBaseline = "middle"; g.lineJoin = "round";
+      g.lineWidth = 3 * ratio; g.strokeStyle = "#000"; g.fillStyle = "#fff";
+      panel.steps.pixels.forEach(({ key }, i) => {
+        const at = [(key % w + .5) * width / w, (Math.floor(key / w) + .5) * height / h];
+        g.strokeText(String(i + 1), ...at); g.fillText(String(i + 1), ...at);
+      });
     }
   }
 
@@ -547,7 +638,7 @@ export function render({ model, el }) {
   for (const [name, react] of Object.entries(changed)) model.on(`change:${name}`, react);
   root.shown = () => panels.map(panel => {  // the numbers behind the view, for tests and the curious
     const { l, layer, head } = selected(panel), view = panel.views.get(`${l}/${layer}/${head}`) ?? {};
-    return { from: panel.token?.name ?? null, pixels: view.pixels && Array.from(view.pixels), words: view.words && Array.from(view.words) };
+    return { from: panel.token?.name ?? null, pixels: view.pixels && Array.from(view.pixels), words: view.words && Array.from(view.words), steps: panel.made && follow(panel) };
   });
   S.locked = pick("locked");
   build();

@@ -207,8 +207,8 @@ def test_plan_of_everything(tmp_path):
 
 
 def test_cost_of_the_full_reproduction_against_a_count_by_hand():
-    """SHNet at 320 px, grid 20: the facts give 40.5 + 13.2 GFLOP an image, 10.2 + 22.6 + 5.7 + 6.9 + 54.8 a phrase for the released model. The gates are
-    split (a quarter), and two of the decoder's convolutions, 30.3 and 7.6, mix channels on the small map (a quarter, and the doubling as 30 n products a number)."""
+    """SHNet at 320 px, grid 20: the facts give 40.5 + 13.2 GFLOP an image, 10.2 + 22.6 + 5.7 + 6.9 + 54.8 a phrase for the released model. The gates
+    are split (a quarter); two of the decoder's convolutions, 30.3 and 7.6, mix channels on the small map (a quarter, and 30 n products for the places)."""
     small = sum(2 * (9 * 512 + 30 * n) * 512 * n**2 for n in (20, 40)) / 1e9
     line = next(x for x in E.full_cost("released") if x["experiment"] == "shnet")
     by_hand = 30 * (16_994 * (40.5 + 13.2) + 3 * 120_624 * (10.2 + 22.6 / 4 + 5.7 + 6.9 + 54.8 - 30.3 - 7.6 + small)) / 1e9

@@ -95,7 +95,7 @@ class Evaluator:
         seed: int = 0,                    # of the controls and of the subset
         num_workers: int = 0,             # processes that read images
         rank: int = 0,                    # this process ...
-        world: int = 1,                   # ... of so many: each takes its own images, none is repeated
+        world: int = 1,                   # ... of so many: each takes its own batches of images, none is repeated
         mask_cache_bytes: int = 2**29,    # keep true masks (bit-packed) up to this much memory
         ignore: set[tuple[int, int]] | None = None,  # (ref_id, sent_id) of samples that are left out, see `refseg_nb.training.protocols.read_ignore`
     ):
@@ -115,7 +115,8 @@ class Evaluator:
         self.index = {(s.ref_id, s.sent_id): i for i, s in enumerate(self.samples)}
         if len(self.index) != len(self.samples): raise ValueError("the split lists a sentence twice: (ref_id, sent_id) is not unique")
         self.dataset = copy.copy(dataset)
-        self.dataset.groups, self.dataset.target_size = groups[rank::world], None
+        batches = [groups[i:i + images_per_batch] for i in range(0, len(groups), images_per_batch)]  # whole batches, so that each is what one process computes
+        self.dataset.groups, self.dataset.target_size = [group for batch in batches[rank::world] for group in batch], None
         self.masks, self.mask_bytes, self.mask_cache_bytes = {}, 0, mask_cache_bytes
         self.crf_seconds = 0.  # spent so far in the CRF
 

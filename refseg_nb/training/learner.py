@@ -40,6 +40,7 @@ from ..data.referit import open_data
 from ..data.store import build_store
 from ..data.words import load_vectors, vocabulary_for
 from ..models.shnet import Recipe, create_model, recipes_of, training_target
+from ..scaling.out import notice_lost_process, share_batch_norm, share_of_batch
 from refseg_nb.training.checkpoint import (
     CheckpointError,
     atomic_folder,
@@ -494,6 +495,9 @@ class LearnerParts:
         options = {"log_with": c.tracker, "project_dir": str(self.out)} if c.tracker else {}
         self.accelerator = Accelerator(cpu=c.device == "cpu", mixed_precision=c.mixed_precision, **options)
         self.device = self.accelerator.device
+        if str(self.accelerator.distributed_type.value) not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            raise ValueError(f"the launcher asks for {self.accelerator.distributed_type.value}, and the learner only averages gradients: "
+                             "use one of refseg_nb/scaling/launch/cpus.yaml, gpus.yaml or nodes.yaml")
         if c.mixed_precision == "fp16" and self.device.type == "cpu": raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
         if self.device.type == "cuda": torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.main, self.rank, self.world = self.accelerator.is_main_process, self.accelerator.process_index, self.accelerator.num_processes
@@ -519,9 +523,8 @@ class LearnerParts:
         if not self.train_data.groups: raise ValueError(f"split {c.train_split!r} of {c.data} has no samples")
         self.val = self.dataset(c.val_split) if c.val_split else None
         self.backbone_print = fingerprint(self.model.backbone.state_dict())
+        self.norms, self.shares = share_batch_norm(self.model) if self.world > 1 else [], (None, [])
         self.batches_per_epoch = len(self.plan(0))
-        if self.batches_per_epoch == 0:
-            raise ValueError(f"{len(self.train_data.groups)} images give no batch for each of {self.world} processes: lower images_per_batch or batch_size")
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / c.accumulate)
         self.total = min(c.max_steps or math.inf, c.epochs * self.steps_per_epoch)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -556,11 +559,20 @@ class LearnerParts:
                              store=self.store, policy=self.config.targets)
 
     def plan(self, epoch: int) -> list:
-        "This process's batches of an epoch, as groups and samples: a pure function of seed and epoch."
+        "The batches of an epoch, of several processes this one's part of each, as groups and samples: a pure function of seed and epoch."
         c = self.config
         if c.batch_size: batches = expression_batches(self.train_data, c.batch_size, c.expressions_per_image, c.seed, epoch)
         else: batches = epoch_batches(self.train_data, c.images_per_batch, c.expressions_per_image, shuffle=True, seed=c.seed, epoch=epoch)
-        return batches[self.rank::self.world][:len(batches) // self.world]  # the same number for each process
+        if self.world == 1: return batches
+        parts, shares = zip(*(share_of_batch(batch, self.rank, self.world) for batch in batches))
+        self.shares = epoch, shares
+        return list(parts)
+
+    def share(self, number: int) -> float:
+        "This process's share of the expressions of the step's batch with this number."
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        if self.shares[0] != epoch: self.plan(epoch)
+        return self.shares[1][first * self.config.accumulate + number]
 
     def cache(self, progress: Progress | None = None):
         "Fill the feature caches, if they are wanted and fit into memory or have a folder."
@@ -571,6 +583,7 @@ class LearnerParts:
         with torch.no_grad():
             one = self.model.backbone(torch.zeros(1, 3, *[self.model.config.image_size] * 2, dtype=torch.uint8, device=self.device))
         need = images * sum(v.numel() for v in one) * dtype.itemsize
+        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of this machine keeps its own
         store = self.device if need < .4 * available_memory(self.device) else torch.device("cpu")
         if c.cache_features == "auto" and not c.cache_folder and need > .4 * available_memory(store): return
         make = lambda data, grey: FeatureCache(self.model, data, 32, dtype, self.device, store, progress, c.num_workers, self.autocast, grey, c.cache_folder)
@@ -610,18 +623,16 @@ class LearnerSteps(LearnerParts):
         total = 0.
         for i, batch in enumerate(batches):
             with nullcontext() if i + 1 == len(batches) else self.accelerator.no_sync(self.objective):
-                loss = self.loss(batch) / len(batches)
+                share = 1. if self.world == 1 else self.world * self.share(i)  # gradients are averaged over the processes: chapter 21b
+                for norm in self.norms: norm.counted = share > 0
+                loss = share * self.loss(batch) / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
+        if self.world > 1: total = self.accelerator.reduce(total, "mean")
         if c.clip: self.accelerator.clip_grad_norm_(self.objective.parameters(), c.clip)
         self.optimizer.step()
         self.step += 1
         return float(total)
-
-    def share_buffers(self):
-        "Give every process the first one's BatchNorm statistics, so that all evaluate the model that is saved."
-        if self.world > 1:
-            for b in self.model.buffers(): torch.distributed.broadcast(b, 0)
 
     def count(self, samples: list, logits: Tensor, true: Tensor) -> list[Tensor]:
         "Pixels in both masks and in either, and for \"plateau\" the loss of each answer."
@@ -670,9 +681,8 @@ class LearnerState(LearnerSteps):
         "Put a checkpoint back."
         state = found["state"]
         check_same_config(self.config, state["config"])
-        for name, now in (("words", len(self.vocabulary)), ("images", len(self.train_data.groups)), ("world", self.world)):
-            if state[name] != now:
-                raise CheckpointError(f"the checkpoint was made with {name}={state[name]}, and now it is {now}: the data or the number of processes changed")
+        for name, now in (("words", len(self.vocabulary)), ("images", len(self.train_data.groups))):
+            if state[name] != now: raise CheckpointError(f"the checkpoint was made with {name}={state[name]}, and now it is {now}: the data changed")
         if state["backbone"] != self.backbone_print and not self.backbone_trained:
             raise CheckpointError("the checkpoint was made with other weights of the frozen backbone: use those, or begin again with resume=False")
         load_tensors(self.model, found["model"], f"checkpoint step-{state['step']:08d}", self.backbone_trained)
@@ -681,6 +691,10 @@ class LearnerState(LearnerSteps):
         if self.plateau: self.plateau.load_state_dict(state["plateau"])
         self.step = self.resumed_from = state["step"]
         self.best, self.seconds, self.epoch_loss = state["best"], state["seconds"], state["epoch_loss"]
+        if state["world"] != self.world:  # the batches are the same, but who throws dropout's coins is not
+            torch.manual_seed(random.Random(f"{self.config.seed} {self.rank} {self.step}").getrandbits(63))
+            if self.main and not self.config.quiet: print(f"begun with {state['world']} processes, going on with {self.world}: same batches, other dropout")
+            return {}
         return {k.split(".")[0]: v for k, v in found["rng"].items() if k.endswith(f".{self.rank}")}
 
     def open_run(self, resume: bool | str) -> dict | None:
@@ -750,7 +764,6 @@ class Learner(LearnerState):
     def end_epoch(self, epoch: int, clock):
         "Evaluate if it is time, write the history line, and a checkpoint."
         c = self.config
-        self.share_buffers()
         row = {"step": self.step, "epoch": epoch, "loss": self.epoch_loss[0] / max(1, self.epoch_loss[1]), "lr": self.optimizer.param_groups[0]["lr"]}
         if self.evaluator is not None and (epoch % c.eval_every == 0 or self.step == self.total):
             row |= self.evaluate()
@@ -791,4 +804,4 @@ def train(
     model: nn.Module | None = None,  # train this one instead of `create_model(config.model, config.preset, ...)`
 ) -> TrainResult:
     "Train as the configuration says; a run that was stopped goes on where its last checkpoint was, with the same result bit for bit (on a CPU)."
-    return Learner(config, model).fit(resume)
+    with notice_lost_process(config.out): return Learner(config, model).fit(resume)

@@ -318,7 +318,9 @@ def train(
     values.setdefault("quiet", not sys.stdout.isatty())  # no progress bar into a file
     known = [f.name for f in fields(TrainConfig)]
     if strange := [k for k in values if k not in known]: raise ValueError(f"the configuration has no field {strange[0]!r}; it has {', '.join(known)}")
+    from refseg_nb.scaling.out import first_process
     result = run(TrainConfig(**values), resume=False if fresh else "auto")
+    if not first_process(): return
     print(f"{result.steps:,} steps in {result.seconds / 60:.1f} minutes" + (f", overall IoU {result.best['overall_iou']:.1f} on val" if result.best else "")
           + f", peak memory {result.peak_memory / 1e9:.1f} GB")
     print(f"model: {Path(values['out']) / 'model'}")
@@ -351,10 +353,11 @@ def evaluate(
     from refseg_nb.training.evaluation import evaluate as run
     from refseg_nb.training.evaluation import save_record
     from refseg_nb.training.protocols import choose_threshold, read_ignore, write_samples
-    seg = load(model, _device(device)); refer = open_data(_root(root, data), data, split_by)
+    from refseg_nb.scaling.out import first_process, join_processes
+    seg = load(model, join_processes(_device(device))); refer = open_data(_root(root, data), data, split_by)
     if split not in refer.splits: raise ValueError(f"{data} ({refer.split_by}) has no split {split!r}: it has {', '.join(refer.splits)}")
     data_of = lambda split: RISDataset(refer, split, seg.vocabulary, seg.image_size, None, seg.max_words)
-    bar, left_out, chosen_on = sys.stderr.isatty(), read_ignore(ignore) if ignore else None, None
+    bar, left_out, chosen_on = sys.stderr.isatty() and first_process(), read_ignore(ignore) if ignore else None, None
     threshold = seg.threshold if threshold is None else threshold
     if tune_on:
         choice = choose_threshold(seg.model, data_of(tune_on), limit=limit, seed=seed, progress=bar)
@@ -363,6 +366,7 @@ def evaluate(
     controls = [f"{k}-{v}" for k, v in (("text", text_control), ("image", image_control)) if v] + ["crf"] * crf
     record = run(seg.model, data_of(split), threshold, text_control, image_control, name="-".join([name, *controls]), limit=limit, seed=seed, crf=crf,
                  threshold_from=chosen_on, ignore=left_out, progress=bar)
+    if not first_process(): return
     file = save_record(record, out or Path("runs/records") / ("-".join([name, data, split, *controls]) + ".json"))
     if samples: write_samples(record, samples)
     print_record(record); print(f"record: {file}")
@@ -397,14 +401,21 @@ def compare(
 # %% ../nbs/22_command_line.ipynb #052
 @app.command()
 def segment(
-    image: Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)],
-    phrase: Annotated[str, typer.Argument(help='What to look for, as in "the red car on the left".', show_default=False)],
+    image: Annotated[Path | None, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)] = None,
+    phrase: Annotated[str | None, typer.Argument(help='What to look for, as in "the red car on the left".', show_default=False)] = None,
     model: Annotated[str, typer.Option(help="A shipped model, or a folder that training wrote.")] = "shnet-refshapes",
     out: Annotated[Path | None, typer.Option(help="Folder for the two pictures. Default: beside the image.")] = None,
     device: Device = "cpu",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    batch: Annotated[Path | None, typer.Option(help='Many at once: a file with {"image": ..., "phrase": ...} on each line, or a folder of pictures. '
+                                                    "--out gets results.jsonl and masks/; called again, it does what is missing.")] = None,
+    phrases: Annotated[list[str] | None, typer.Option("--phrase", help="With --batch FOLDER: asked about each picture; may be repeated.")] = None,
 ):
-    "Segment what a phrase means: write NAME.mask.png and NAME.overlay.png, print the score."
+    "Segment what a phrase means: write NAME.mask.png and NAME.overlay.png, print the score. Or, with --batch, many phrases in many pictures."
+    if batch: return _segment_batch(image, batch, phrases, model, out, device, json_)
+    for name, given in (("IMAGE", image), ("PHRASE", phrase)):
+        if given is None: raise typer.BadParameter(f"Missing argument '{name}': give a picture and a phrase, or --batch")
+    if phrases: raise typer.BadParameter("--phrase goes with --batch FOLDER; a single phrase stands after the picture")
     if not phrase.strip(): raise ValueError('the phrase is empty: say what to look for, as in "the red car on the left"')
     if not image.exists(): raise FileNotFoundError(f"there is no image at {image}")
     from PIL import Image
@@ -420,6 +431,20 @@ def segment(
                           "unknown_words": answer.unknown_words, "mask": str(mask), "overlay": str(over)}))
     else: print(answer.message, mask, over, sep="\n")
 
+def _segment_batch(image, batch: Path, phrases: list[str] | None, model: str, out: Path | None, device: str, json_: bool):
+    "`refseg segment --batch`; exit code 1 if a request failed."
+    if image: raise typer.BadParameter("give a picture and a phrase, or --batch, not both")
+    if not out: raise typer.BadParameter("--batch needs --out, a folder for results.jsonl and the masks")
+    if not batch.exists(): raise FileNotFoundError(f"there is no file or folder {batch}")
+    from refseg_nb.inference import load
+    from refseg_nb.scaling.service import segment_batch
+    report = segment_batch(load(model, _device(device)), batch, out, tuple(phrases or ()), progress=sys.stderr.isatty())
+    if json_:
+        import json
+        print(json.dumps({k: v for k, v in vars(report).items() if k != "out"} | {"results": str(out / "results.jsonl")}))
+    else: print(report)
+    if not report.ok: raise typer.Exit(1)
+
 def _write_pictures(
     files: dict,  # path -> Pillow image
 ):
@@ -431,7 +456,7 @@ def _write_pictures(
     finally:
         for part in parts.values(): part.unlink(missing_ok=True)
 
-# %% ../nbs/22_command_line.ipynb #059
+# %% ../nbs/22_command_line.ipynb #063
 @app.command()
 def explore(
     image: Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)],
@@ -453,7 +478,7 @@ def explore(
     print(*(panel.note for panel in explorer.panels), page, sep="\n")
     if show: webbrowser.open(page.absolute().as_uri())
 
-# %% ../nbs/22_command_line.ipynb #063
+# %% ../nbs/22_command_line.ipynb #067
 @app.command()
 def reproduce(
     target: Annotated[str, typer.Argument(help="core (four rows of Table 2), table1, table2, table3, table4, presets, figures, or all.")] = "core",

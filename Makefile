@@ -14,7 +14,7 @@ PAGES  := $(VENV)/.refseg-site
 JOBS   ?= 2
 NB     ?= nbs/*.ipynb
 
-.PHONY: reproduce test lab site growth export readme run lint clean
+.PHONY: reproduce test lab site growth bench export readme run lint clean
 
 # Install the package with the extras that are named
 install = if command -v uv >/dev/null; then \
@@ -48,6 +48,10 @@ site: $(PAGES)
 # Time and memory as the work grows (chapter 21b); what results/scaling/growth.json holds is not measured again
 growth: $(READY)
 	$(BIN)/python -m refseg_nb.scaling
+
+# SHNet as published against SHNet as computed here (chapter 21); a record in results/bench is not measured again
+bench: $(READY)
+	$(BIN)/python -m refseg_nb.scaling.fast
 
 # From the notebooks to the package, and to the README
 export: $(READY)

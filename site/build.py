@@ -22,8 +22,8 @@ from refseg_nb.course import readme_from
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PARTS = {0: "Start", 1: "Data", 7: "The model", 12: "Training and measuring", 14: "Attention", 16: "The family", 20: "Reproduction", 22: "Command line",
-         90: "Behind the course"}  # a part begins with the chapter of this number
+PARTS = {0: "Start", 1: "Data", 7: "The model", 12: "Training and measuring", 14: "Attention", 16: "The family", 20: "Reproduction", 21: "Scaling",
+         22: "Command line", 90: "Behind the course"}  # a part begins with the chapter of this number
 
 
 @dataclass

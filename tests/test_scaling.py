@@ -36,7 +36,7 @@ def root(tmp_path_factory): return make_toy(tmp_path_factory.mktemp("toy"))
 
 def values(root, out, **changes) -> dict:
     usual = {"root": root, "data": "toy", "split_by": "unc", "overrides": STILL, "epochs": 2, "images_per_batch": 3, "expressions_per_image": 2, "lr": 1e-3,
-             "warmup": 2, "clip": 1., "out": out, "device": "cpu", "threads": 1, "quiet": True}
+             "warmup": 2, "clip": 1., "threshold": .05, "out": out, "device": "cpu", "threads": 1, "quiet": True}
     return usual | changes
 
 
@@ -184,7 +184,7 @@ def test_two_processes_train_as_one(root, two, tmp_path, job):
     # a bias in front of BatchNorm has a gradient of nothing but rounding, and AdamW makes steps of it
     assert (flat(a) - flat(w)).norm() <= 2e-3 * rough * flat(w).norm()
     scores = [read_history(folder / "history.jsonl")[-1] for folder in (tmp_path / "one", two / job)]
-    assert scores[0]["samples"] == scores[1]["samples"] and scores[1]["overall_iou"] == pytest.approx(scores[0]["overall_iou"], abs=1. * rough)
+    assert scores[0]["samples"] == scores[1]["samples"] and scores[0]["overall_iou"] > 0 and scores[1]["overall_iou"] == pytest.approx(scores[0]["overall_iou"], abs=2. * rough)
 
 
 def test_two_processes_have_the_gradient_of_one(root, two, tmp_path):
@@ -298,7 +298,7 @@ def test_two_machines_and_an_evaluation(root, tmp_path):
     assert "overall_iou" in finish(process) and process.returncode == 0
     assert CliRunner().invoke(app, [*map(str, score[2:]), "--out", str(tmp_path / "one.json")]).exit_code == 0
     one, both = (load_record(tmp_path / f"{name}.json") for name in ("one", "two"))
-    assert one.metrics == both.metrics and one.groups == both.groups and all((one.arrays[k] == both.arrays[k]).all() for k in one.arrays)
+    assert one.metrics == both.metrics and one.arrays["intersection"].any() and one.groups == both.groups and all((one.arrays[k] == both.arrays[k]).all() for k in one.arrays)
 
 
 # --- weights in pieces
@@ -373,5 +373,5 @@ def test_the_recorded_growth():
     def slope(series, of):
         rows = sorted((r for r in record["rows"] if (r["series"], r["of"]) == (series, of)), key=lambda r: r["size"])
         return fitted_slope([r["size"] for r in rows], [r["seconds"] for r in rows])
-    assert all(slope("samples", part) < 1.3 for part in GROWTH["samples"]), "nothing grows faster than the data"
+    assert all(slope("samples", part) < 1.4 for part in GROWTH["samples"]), "nothing grows faster than the data"
     assert slope("phrases", "paper") < 1.15 and slope("words", "paper") < .5

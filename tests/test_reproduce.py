@@ -192,18 +192,74 @@ def test_plan_of_everything(tmp_path):
     assert jobs["shnet-high"]["config"]["overrides"]["image_size"] == 128 and jobs["shnet-high"]["config"]["root"].endswith("large-128")
     assert jobs["shnet-high"]["draw"] == {"size": "large", "resolution": 128} and jobs["shnet"]["draw"] == {"size": "large", "resolution": None}
     assert jobs["shnet-resnet"]["config"]["overrides"]["backbone"] == "refshapes-classifier" and jobs["shnet-gref"]["config"]["data"] == "refshapes-g"
-    from refseg_nb.models.shnet import PRESETS, SHNetConfig
+    from refseg_nb.models.shnet import FAMILY, PRESETS, SHNetConfig
     from refseg_nb.training.learner import TrainConfig
     for job in jobs.values():
         c = TrainConfig(**job["config"], out="x")   # every field is known
-        SHNetConfig.from_dict(PRESETS["refshapes"].to_dict() | c.overrides)
+        if c.model not in FAMILY: SHNetConfig.from_dict(PRESETS["refshapes"].to_dict() | c.overrides)
     for preset in ("paper", "released"):
         for name in ("refcoco", "refcoco+"): (tmp_path / name).mkdir(exist_ok=True)
         real = E.plan(tmp_path, "all", "full", data="real", data_root=tmp_path, preset=preset)
         assert {j["config"]["data"] for j in real} == {"refcoco", "refcoco+"} and all(j["draw"] is None for j in real)
-        sizes = {j["experiment"]: asdict(SHNetConfig.from_dict(PRESETS[preset].to_dict() | j["config"]["overrides"])) for j in real}
+        of_shnet = [j for j in real if j["config"]["model"] not in FAMILY]
+        sizes = {j["experiment"]: asdict(SHNetConfig.from_dict(PRESETS[preset].to_dict() | j["config"]["overrides"])) for j in of_shnet}
         assert sizes["shnet-high"]["image_size"] == 448 and sizes["shnet"]["image_size"] == 320 and sizes["shnet-resnet"]["backbone"] == "resnet101"
         assert sizes["shnet"]["grid"] == PRESETS[preset].grid, "the small model's grid is not the paper's"
+
+
+def test_plan_of_the_family(tmp_path):
+    "The same trainings but for the model and its learning rate; SHNet's jobs are those of Table 1; the published presets at the paper's size."
+    from refseg_nb.models.shnet import FAMILY, family
+    from refseg_nb.training.learner import TrainConfig
+    jobs = E.plan(tmp_path, "family", seeds=(0, 1, 2), data_root=tmp_path)
+    assert {j["experiment"] for j in jobs} == {f"{name}{tag}" for name in ("shnet", *FAMILY) for tag in ("", "-uncplus")} and len(jobs) == 24
+    assert all(j["splits"] == ["val", "testA", "testB"] for j in jobs)
+    same = [{k: v for k, v in j["config"].items() if k not in ("model", "lr", "overrides", "seed", "data")} for j in jobs]
+    assert all(s == same[0] for s in same) and same[0]["max_steps"] == 6000 and same[0]["images_per_batch"] == 3
+    assert all(j["config"]["overrides"] == {} and j["config"]["lr"] == E.FAMILY_LR[j["config"]["model"]] for j in jobs if j["config"]["model"] in FAMILY)
+    tables = {j["experiment"]: j["config"] for j in E.plan(tmp_path, "table1", data_root=tmp_path)}
+    mine = {j["experiment"]: j["config"] for j in jobs if j["seed"] == 0}
+    assert all(mine[name] == tables[name] for name in ("shnet", "shnet-uncplus"))
+    for name in ("refcoco", "refcoco+"): (tmp_path / name).mkdir()
+    real = {j["experiment"]: j["config"] for j in E.plan(tmp_path, "family", "full", data="real", data_root=tmp_path, preset="paper")}
+    for name in FAMILY:
+        c = TrainConfig(**real[f"{name}-uncplus"], out="x"); recipe = family(name).recipes[E.FAMILY_PRESETS[name]]
+        assert (c.preset, c.lr, c.weight_decay, c.data) == (E.FAMILY_PRESETS[name], recipe.lr, recipe.weight_decay, "refcoco+")
+    assert real["shnet"]["preset"] == "paper"
+
+
+def test_cost_of_a_model_against_counts_by_hand():
+    "Parameters: the model's own, less its table of words. Operations: SHNet's parts that an image pays, and the phrase's, as chapter 11 counts them."
+    from refseg_nb.models.shnet import PRESETS, SHNetConfig, count_flops, create_model
+    config = E.model_config({"model": "shnet", "preset": "refshapes", "overrides": {"grid": 8}})
+    assert config == PRESETS["refshapes"].to_dict() | {"grid": 8}
+    cost, model = E.model_cost("shnet", config), create_model("shnet", "refshapes", vocab_size=50, grid=8)
+    words = model.text.embedding.weight.numel()
+    assert cost["all parameters"] == sum(p.numel() for p in model.parameters()) - words
+    assert cost["trained parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad) - words
+    parts = count_flops(SHNetConfig.from_dict(config), 10)
+    assert abs(cost["GFLOP an image"] + cost["GFLOP a phrase"] - sum(parts.values())) < 1e-3
+    assert parts["backbone"] + parts["level adapters"] <= cost["GFLOP an image"] + 1e-3, "some of HCAM's gates hear no word either"
+    seconds = E.model_seconds(model, tries=1)
+    assert set(seconds) == {"seconds an image", "seconds a phrase"} and all(0 <= s < 60 for s in seconds.values()) and model.training
+
+
+def test_the_family_beside_shnet(tmp_path):
+    "Nothing trained: said so. With records: means and intervals are `row_scores`', differences are paired over images, costs are the record's."
+    pytest.importorskip("timm"); pytest.importorskip("transformers")
+    assert T.family_table({}).count("not trained yet") == 8
+    cost = {"seconds": 600., "peak memory": 3e9, "seconds an image": .01, "seconds a phrase": .004, "parameters": 5, "GFLOP": .1}
+    for name, good in (("shnet", .6), ("lavt", .4)):
+        for seed in (0, 1): save_record(fake(name, seed, good, cost=cost), tmp_path / "records" / f"{name}-seed{seed}-val.json")
+    runs = T.load_runs(tmp_path); table = T.family_table(runs, 200); lines = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
+    assert "not trained yet" in lines["CMPC"] and lines["LAVT"].endswith("| not trained yet |") and "2 trainings" in lines["LAVT"]
+    assert "| 10.0 | 4.0 | 10 | 3.0 |" in lines["LAVT"] and f"{T.row_scores(runs['lavt', 'val'], 200)['Overall IoU']['value']:.1f} [" in lines["LAVT"]
+    s = T.summarise(runs, "family", 200)
+    assert [(p["a"], p["b"]) for p in s["differences"]] == [("LAVT", "SHNet")] and s["differences"][0]["ours"]["high"] < 0
+    assert np.isclose(s["differences"][0]["ours"]["value"], T.difference(runs["lavt", "val"], runs["shnet", "val"], 200)["value"])
+    R.report(tmp_path, 100)
+    text = (tmp_path / "report.md").read_text()
+    assert "## The family: Four systems on UNC" in text and "LAVT is worse than SHNet" in text and "not trained yet" in text
 
 
 def test_cost_of_the_full_reproduction_against_a_count_by_hand():

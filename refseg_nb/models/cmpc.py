@@ -314,7 +314,7 @@ class CMPCConfig:
 
 CMPC_PRESETS: dict[str, CMPCConfig] = {
     "published": CMPCConfig(),
-    "refshapes": CMPCConfig(backbone="refshapes", image_size=96, grid=16, word_dim=64, channels=64, heads=3, fused=48, factor=2, legacy=False, prior=.05),
+    "refshapes": CMPCConfig(backbone="refshapes", image_size=96, grid=16, word_dim=64, channels=64, heads=3, fused=32, factor=2, legacy=False, prior=.05),
 }
 
 

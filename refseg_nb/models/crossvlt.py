@@ -205,7 +205,7 @@ CROSSVLT_PRESETS: dict[str, CrossVLTConfig] = {
     "tiny": CrossVLTConfig(backbone="swin-tiny", window=7),
     "small": CrossVLTConfig(backbone="swin-small", window=7),
     "large": CrossVLTConfig(backbone="swin-large"),
-    "refshapes": CrossVLTConfig(backbone="swin-refshapes", backbone_weights="none", window=6, image_size=96, drop_path=0., text_layers=1, text_width=48,
+    "refshapes": CrossVLTConfig(backbone="swin-refshapes", window=6, image_size=96, drop_path=0., text_layers=1, text_width=48,
                                 text_heads=2, text_dropout=0., text_weights="none", train_embeddings=True, begin=True, max_words=25, head_width=16,
                                 align_width=32, decoder_width=24, factor=2, prior=.05),
 }

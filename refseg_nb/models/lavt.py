@@ -235,7 +235,7 @@ def pretrain_swin(
     make = partial(swin_backbone, "swin-refshapes", 6, 96, weights="none", wordless=True)
     return pretrain_backbone(root, make=make, out=out, **how)
 
-# %% ../../nbs/18_lavt.ipynb #037
+# %% ../../nbs/18_lavt.ipynb #039
 class BertText(nn.Module):
     "A BERT on padded token numbers."
     def __init__(
@@ -281,7 +281,7 @@ def bert_encoder(
         with torch.no_grad(): bert.embeddings.word_embeddings.weight[:vocab_size] = vectors
     return BertText(bert.train(), begin)  # transformers hands it out in eval mode: who trains without noticing has no dropout
 
-# %% ../../nbs/18_lavt.ipynb #045
+# %% ../../nbs/18_lavt.ipynb #047
 def over_places(
     norm: nn.InstanceNorm1d,           # without weights
     x: Float[Tensor, "B N C"],         # one row a place
@@ -319,14 +319,14 @@ class PWAM(nn.Module):
         g = over_places(self.norm, self.out((attention @ u).transpose(1, 2).flatten(2)))
         return F.gelu(self.mix(F.gelu(self.visual(v)) * g)), attention
 
-# %% ../../nbs/18_lavt.ipynb #051
+# %% ../../nbs/18_lavt.ipynb #053
 def language_gate(
     channels: int,   # C
 ) -> nn.Sequential:  # [..., C] -> [..., C] in (-1, 1)
     "How much of the fused features goes back into the picture encoder: S = tanh(W2 relu(W1 F)), without biases."
     return nn.Sequential(nn.Linear(channels, channels, bias=False), nn.ReLU(), nn.Linear(channels, channels, bias=False), nn.Tanh())
 
-# %% ../../nbs/18_lavt.ipynb #055
+# %% ../../nbs/18_lavt.ipynb #057
 class TopDownDecoder(nn.Module):
     "LAVT's decoder: from the coarsest map to the finest, each time up-sample, concatenate, two 3x3 convolutions."
     def __init__(
@@ -353,7 +353,7 @@ class TopDownDecoder(nn.Module):
             x = block(torch.cat([F.interpolate(x, beside.shape[-2:], mode="bilinear", align_corners=True), beside], 1))
         return self.classify(x)
 
-# %% ../../nbs/18_lavt.ipynb #061
+# %% ../../nbs/18_lavt.ipynb #063
 def difference(
     scores: Float[Tensor, "B 2 h w"],   # of background and referent
     factor: int = 1,                    # times the size
@@ -362,7 +362,7 @@ def difference(
     logits = scores[:, 1] - scores[:, 0]
     return logits if factor == 1 else F.interpolate(logits[:, None], scale_factor=factor, mode="bilinear")[:, 0]
 
-# %% ../../nbs/18_lavt.ipynb #065
+# %% ../../nbs/18_lavt.ipynb #067
 def weighted_loss(
     logits: Float[Tensor, "B h w"],              # referent minus background
     masks: Float[Tensor, "B H W"],               # in [0, 1]; any size
@@ -373,7 +373,7 @@ def weighted_loss(
     weight = weights[0] + (weights[1] - weights[0]) * masks
     return F.binary_cross_entropy_with_logits(logits, masks, weight, reduction="sum") / weight.sum()
 
-# %% ../../nbs/18_lavt.ipynb #069
+# %% ../../nbs/18_lavt.ipynb #071
 @dataclass
 class PixelWordAttention:
     "Which words each place of a picture attends to: `attention[stage]` is [B, heads, H, W, T], rows sum to one over T, padded words get 0."
@@ -395,7 +395,7 @@ class PixelWordAttention:
         "By stage: weights [B, heads, query, key], their grid, who looks, at what; see `refseg_nb.attention.maps`."
         return {s: (a.flatten(2, 3), tuple(a.shape[2:4]), "pixels", "words") for s, a in self.stages.items()}
 
-# %% ../../nbs/18_lavt.ipynb #071
+# %% ../../nbs/18_lavt.ipynb #073
 @dataclass(frozen=True)
 class LAVTConfig:
     "What LAVT is made of. Defaults are the published LAVT's."
@@ -440,7 +440,7 @@ class LAVTConfig:
         if unknown: raise ValueError(f"LAVTConfig has no field {', '.join(sorted(unknown))}")
         return cls(**values)
 
-# %% ../../nbs/18_lavt.ipynb #075
+# %% ../../nbs/18_lavt.ipynb #077
 class LAVT(nn.Module):
     "LAVT (CVPR 2022). Words enter after every stage of the Swin, so only stage 1 can be shared between the phrases about a picture."
     def __init__(
@@ -512,13 +512,13 @@ class LAVT(nn.Module):
         return {"Swin": [self.backbone], "text encoder": [self.text], "PWAM": [self.fusion], "gates": [self.gates], "norms": [self.norms],
                 "decoder": [self.decoder]}
 
-# %% ../../nbs/18_lavt.ipynb #077
+# %% ../../nbs/18_lavt.ipynb #079
 LAVT_PRESETS: dict[str, LAVTConfig] = {
     "base": LAVTConfig(),  # the published one
     "tiny": LAVTConfig(backbone="swin-tiny", window=7),
     "small": LAVTConfig(backbone="swin-small", window=7),
     "large": LAVTConfig(backbone="swin-large"),
-    "refshapes": LAVTConfig(backbone="swin-refshapes", backbone_weights="none", window=6, image_size=96, drop_path=0., text_layers=2, text_width=64,
+    "refshapes": LAVTConfig(backbone="swin-refshapes", window=6, image_size=96, drop_path=0., text_layers=2, text_width=64,
                             text_heads=2, text_dropout=0., text_weights="none", trained_layers=None, begin=True, max_words=25, decoder_width=24, factor=2,
                             prior=.05),
 }
@@ -557,7 +557,7 @@ def create_lavt(
     if vocab_size is None and preset == "refshapes": raise ValueError("vocab_size is needed: how many words the vocabulary has")
     return LAVT(LAVTConfig.from_dict(LAVT_PRESETS[preset].to_dict() | overrides), vocab_size or 30_522, vectors, backbone)
 
-# %% ../../nbs/18_lavt.ipynb #083
+# %% ../../nbs/18_lavt.ipynb #085
 def count_flops(
     config: LAVTConfig,       # any size
     words: int = 20,          # T
@@ -572,7 +572,7 @@ def count_flops(
     return {"stage 1": of["LAVT.backbone"], "stages 2-4": sum(of[f"LAVT.backbone.stages.{i}"] for i in (1, 2, 3)), "text encoder": of["LAVT.text"],
             "PWAM": sum(of[f"LAVT.fusion.{i}"] for i in range(4)), "gates": sum(of[f"LAVT.gates.{i}"] for i in range(3)), "decoder": of["LAVT.decoder"]}
 
-# %% ../../nbs/18_lavt.ipynb #092
+# %% ../../nbs/18_lavt.ipynb #094
 def parameter_groups(
     model: LAVT,
     weight_decay: float = 1e-2,   # of all but the picture encoder's norms and tables
@@ -587,7 +587,7 @@ def parameter_groups(
 
 LAVT.parameter_groups = parameter_groups   # the learner asks the model
 
-# %% ../../nbs/18_lavt.ipynb #096
+# %% ../../nbs/18_lavt.ipynb #098
 PUBLISHED_NAMES: dict[str, str] = {  # a published name -> ours, or after "!" why it is left out; the first row that matches holds
     r"backbone\.layers\.\d\.blocks\.\d+\.attn\.relative_position_index": "!follows from the size of the window",
     r"backbone\.layers\.3\.res_gate\..*": "!a gate after the last stage: nothing ever used it",

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'CONTROL_NAMES', 'load_runs', 'row_scores', 'only_kind', 'difference', 'summarise', 'markdown_table',
-           'sentence', 'seed_spread', 'conclusions', 'controls_table', 'cost_table', 'print_table']
+           'sentence', 'seed_spread', 'conclusions', 'controls_table', 'cost_table', 'family_costs', 'family_table',
+           'print_table']
 
 # %% ../../nbs/20b_tables.ipynb #003
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .experiments import TABLE2_COLUMNS, Table, tables
+from .experiments import TABLE2_COLUMNS, Table, model_config, model_cost, plan, tables
 
 # %% ../../nbs/20b_tables.ipynb #005
 METRICS = dict(zip(TABLE2_COLUMNS, (*(f"precision@{x:g}" for x in (.5, .6, .7, .8, .9)), "overall_iou")))  # the paper's column -> the record's metric
@@ -215,7 +216,7 @@ def cost_table(
     runs: dict,   # from `load_runs`
 ) -> str:
     "Parameters, operations, time and memory of each training, in markdown; rows without recorded cost are left out."
-    out = [_line("Training", "parameters of the head", "GFLOP a phrase", "minutes", "peak memory, GB", "machine"), "|---|" + "---|" * 5]
+    out = [_line("Training", "trained parameters", "GFLOP a phrase", "minutes", "peak memory, GB", "machine"), "|---|" + "---|" * 5]
     shown = {}
     for (name, split), records in runs.items():
         if "." not in split and all("cost" in r.config for r in records): shown.setdefault(name, records)
@@ -226,6 +227,36 @@ def cost_table(
     return "\n".join(out) + "\n" if shown else ""
 
 # %% ../../nbs/20b_tables.ipynb #047
+def family_costs(
+    runs: dict,            # from `load_runs`; may be empty
+) -> dict[str, dict]:      # system -> what it costs, see `model_cost`; and of its records on UNC val, the recorded cost of the first
+    "What the four systems cost; a system whose libraries are not installed costs {}."
+    found = {}
+    for label, cells in tables()["family"].rows.items():
+        recorded = next((r.config for r in runs.get((cells[0].experiment, "val"), ())), {})
+        training = recorded.get("training") or plan("", "family", rows=(label,))[-1]["config"]
+        try: found[label] = model_cost(training["model"], model_config(training)) | recorded.get("cost", {})
+        except ImportError: found[label] = {}   # timm or transformers, of the extra `zoo`
+    return found
+
+def family_table(
+    runs: dict,              # from `load_runs`; may be empty
+    resamples: int = 2000,   # bootstrap draws over images
+) -> str:
+    "Size, price and score of the four systems, in markdown; what was not trained or measured yet is said to be so."
+    costs, ms = family_costs(runs), lambda seconds: f"{1000 * seconds:.1f}"
+    show = {"trained parameters": "{:,}".format, "GFLOP an image": "{:.3f}".format, "GFLOP a phrase": "{:.3f}".format,
+            "seconds an image": ms, "seconds a phrase": ms, "seconds": lambda s: f"{s / 60:.0f}", "peak memory": lambda b: f"{b / 1e9:.1f}"}
+    out = [_line("System", "trained parameters", "GFLOP, an image", "each phrase", "ms, an image", "each phrase", "minutes of training", "peak memory, GB",
+                 *(f"{tables()[name].title.rpartition(' ')[2]} val" for name in ("family", "family+"))), "|---|" + "---|" * 9]
+    for label in tables()["family"].rows:
+        cells = [tables()[name].rows[label][0] for name in ("family", "family+")]
+        records = [runs.get((cell.experiment, cell.split)) for cell in cells]
+        scores = [f"{_interval(row_scores(r, resamples)['Overall IoU'])}, {len(r)} training{'s' * (len(r) > 1)}" if r else "not trained yet" for r in records]
+        out.append(_line(label, *(f(costs[label][k]) if k in costs[label] else "–" for k, f in show.items()), *scores))
+    return "\n".join(out) + "\n"
+
+# %% ../../nbs/20b_tables.ipynb #051
 def print_table(
     summary: dict,       # from `summarise`
     console=None,        # a rich console

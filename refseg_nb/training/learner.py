@@ -137,8 +137,9 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
         if self.images_per_batch and self.batch_size:
             raise ValueError("images_per_batch and batch_size exclude each other: a batch is counted in images or in expressions")
-        if self.batch_size is not None and self.batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2 (one expression alone cannot be normalised), got {self.batch_size}")
+        least = 1 if self.model == "cmpc" else 2   # CMPC has no BatchNorm, and is published with 1
+        if self.batch_size is not None and self.batch_size < least:
+            raise ValueError(f"batch_size must be at least {least}{' (one expression alone cannot be normalised)' * (least > 1)}, got {self.batch_size}")
         if self.lr <= 0: raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.grayscale <= 1: raise ValueError(f"grayscale is a probability, got {self.grayscale}")
         if not 0 < self.threshold < 1: raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}")

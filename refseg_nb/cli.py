@@ -481,7 +481,7 @@ def explore(
 # %% ../nbs/22_command_line.ipynb #067
 @app.command()
 def reproduce(
-    target: Annotated[str, typer.Argument(help="core (four rows of Table 2), table1, table2, table3, table4, presets, family, figures, or all.")] = "core",
+    target: Annotated[str, typer.Argument(help="core (four rows of Table 2), table1 to table4, presets, family, savings, figures, or all.")] = "core",
     budget: Annotated[str, typer.Option(help="quick (minutes a training on one core) or full (meant for a GPU).")] = "quick",
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row.")] = 1,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Only this row; may be repeated.")] = None,

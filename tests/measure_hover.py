@@ -61,7 +61,8 @@ def main(out: Path):
         version, pooled = browser.version, page.evaluate("() => document.querySelector('[data-state]').explorer.get('data').panels[0].kinds.raw[0].pool")
         browser.close()
     record = {
-        "what": "milliseconds to draw the answer to a pointer event (draw), from the event to the end of the frame that shows it (answer), and from frame to frame when nothing happens (empty)",
+        "what": "milliseconds to draw the answer to a pointer event (draw), from the event to the end of the frame that shows it (answer), "
+                "and from frame to frame when nothing happens (empty)",
         "case": {"grid": [GRID, GRID], "words": WORDS, "layers": LAYERS, "heads": HEADS, "maps": LAYERS * HEADS, "pixel_to_pixel": pooled, "page_bytes": size},
         "hovers": HOVERS, "draw_ms": summary(times["draw"]), "answer_ms": summary(times["answer"]), "empty_frame_ms": summary(times["empty"]),
         "share_of_draws_within_16.7_ms": round(float(np.mean(np.array(times["draw"]) <= 1000 / 60)), 3),

@@ -29,7 +29,7 @@ from refseg_nb.models.lavt import SWINS, parameter_groups, weighted_loss
 from refseg_nb.models.shnet import count_parameters
 
 DEAD = 2 * 1024**2  # the released gate after the last stage, which nothing reads
-TINY = replace(CROSSVLT_PRESETS["refshapes"], window=3, factor=1)
+TINY = replace(CROSSVLT_PRESETS["refshapes"], backbone_weights="none", window=3, factor=1)
 
 
 @pytest.fixture(autouse=True)

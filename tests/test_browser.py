@@ -27,6 +27,17 @@ def browser():
         browser.close()
 
 
+def watched(context):
+    "A page of a browser's context; what it logs, fails at, or asks the network for is kept in `.trouble`."
+    page = context.new_page()
+    page.trouble = []
+    page.on("console", lambda m: page.trouble.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: page.trouble.append(error.stack))
+    page.on("request", lambda r: page.trouble.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+    page.on("requestfailed", lambda r: page.trouble.append(r.url))
+    return page
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "A private JupyterLab on a copy of the notebooks; yields its address."

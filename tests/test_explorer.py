@@ -42,11 +42,7 @@ def page_of(browser, tmp_path_factory):
         path = tmp_path_factory.mktemp("page") / "page.html"
         explorer.to_html(path)
         context = browser.new_context(**dict(viewport={"width": 1100, "height": 900}, offline=True, has_touch=True) | options)
-        page = context.new_page()
-        page.trouble = []
-        page.on("console", lambda m: page.trouble.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: page.trouble.append(error.stack))
-        page.on("request", lambda r: page.trouble.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+        page = test_browser.watched(context)
         page.goto(path.as_uri())
         page.wait_for_selector(".refseg-explorer .stage canvas")
         opened.append((context, page))

@@ -163,12 +163,7 @@ def visit(browser, site):
 
     def open_page(name, **options):
         context = browser.new_context(**dict(viewport={"width": 1300, "height": 900}, offline=True, bypass_csp=True) | options)
-        page = context.new_page()
-        page.trouble = []
-        page.on("console", lambda m: page.trouble.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: page.trouble.append(error.stack))
-        page.on("request", lambda r: page.trouble.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
-        page.on("requestfailed", lambda r: page.trouble.append(r.url))
+        page = test_browser.watched(context)
         page.goto(f"{(site / 'index.html').as_uri().removesuffix('index.html')}{name}")
         opened.append((context, page))
         return page

@@ -50,9 +50,7 @@ class SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         "Add up what each process wants."
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
+        return SumOverProcesses.forward(ctx, gradient)
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):

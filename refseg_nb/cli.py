@@ -276,9 +276,10 @@ def train(
     root: Root = None,
     split_by: SplitBy = None,
     model: Annotated[str | None, typer.Option(help="shnet, another row of Tables 2 and 4, such as baseline or tgfe, or cmpc, lavt, crossvlt.")] = None,
-    preset: Annotated[str | None, typer.Option(help="refshapes (small), paper, or released.")] = None,
+    preset: Annotated[str | None, typer.Option(help="refshapes (small), paper or released; cmpc: published; lavt, crossvlt: base, tiny, small, large.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the model's configuration, as FIELD=VALUE; may be repeated.")] = None,
     vectors: Annotated[str | None, typer.Option(help="Word vectors to begin with: glove.840B.300d, or a file in GloVe's format.")] = None,
+    pieces: Annotated[Path | None, typer.Option(help="BERT's vocab.txt, for lavt and crossvlt at their published size. Default: fetched once.")] = None,
     start: Annotated[str | None, typer.Option(help="Begin with the weights of this model: a folder that training wrote, or a shipped one.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; or --epochs.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the train split.")] = None,
@@ -301,7 +302,7 @@ def train(
     "Train a model. Stopped at any moment, the same command goes on where it was."
     values = read_config(config) if config else {}
     given = {"data": data, "root": root, "split_by": split_by, "model": model, "preset": preset, "vectors": vectors,
-             "start": start, "max_steps": steps, "epochs": epochs,
+             "pieces": pieces and str(pieces), "start": start, "max_steps": steps, "epochs": epochs,
              "images_per_batch": images_per_batch, "expressions_per_image": expressions_per_image, "lr": lr, "weight_decay": weight_decay,
              "warmup": warmup, "seed": seed, "mixed_precision": mixed_precision, "checkpoint_every": checkpoint_every, "eval_every": eval_every,
              "tracker": tracker, "out": out, "store": store and str(store)}
@@ -342,30 +343,39 @@ def evaluate(
     tune_on: Annotated[str | None, typer.Option(help="Choose the threshold on this split (val), and say so in the record.")] = None,
     ignore: Annotated[Path | None, typer.Option(help="Leave out the samples in this JSON list of [ref_id, sent_id].")] = None,
     samples: Annotated[Path | None, typer.Option(help="Write every sample's intersection and union, a JSON line each.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Score as another program does, such as lavt (CrossVLT's too) or cmpc. Default: original size.")] = None,
     crf: Annotated[bool, typer.Option("--crf", help="Sharpen each answer with a dense CRF first, as CMPC's published numbers were (slow).")] = False,
     device: Device = "auto",
     seed: int = 0,
 ):
-    "Evaluate a model on a split, at original resolution, and write the record."
+    "Evaluate a model on a split, at original resolution or as another program does, and write the record."
+    from dataclasses import replace
+
     from refseg_nb.data.batches import RISDataset
     from refseg_nb.data.referit import open_data
     from refseg_nb.inference import load
     from refseg_nb.training.evaluation import evaluate as run
     from refseg_nb.training.evaluation import save_record
-    from refseg_nb.training.protocols import choose_threshold, read_ignore, write_samples
+    from refseg_nb.training.crf import CrfConfig
+    from refseg_nb.training.protocols import choose_threshold, evaluate_protocols, find_protocols, read_ignore, write_samples
     from refseg_nb.scaling.out import first_process, join_processes
+    rule = find_protocols([protocol])[0] if protocol else None
     seg = load(model, join_processes(_device(device))); refer = open_data(_root(root, data), data, split_by)
     if split not in refer.splits: raise ValueError(f"{data} ({refer.split_by}) has no split {split!r}: it has {', '.join(refer.splits)}")
-    data_of = lambda split: RISDataset(refer, split, seg.vocabulary, seg.image_size, None, seg.max_words)
+    data_of = lambda split: RISDataset(refer, split, seg.vocabulary, seg.image_size, None, seg.max_words, sentence=seg.sentence)
     bar, left_out, chosen_on = sys.stderr.isatty() and first_process(), read_ignore(ignore) if ignore else None, None
-    threshold = seg.threshold if threshold is None else threshold
+    if threshold is None: threshold = rule.threshold if rule else seg.threshold
     if tune_on:
         choice = choose_threshold(seg.model, data_of(tune_on), limit=limit, seed=seed, progress=bar)
         threshold, chosen_on = choice.threshold, choice.chosen_on
     folder = Path(model); name = name or (folder.parent.name if folder.name == "model" else folder.name)
-    controls = [f"{k}-{v}" for k, v in (("text", text_control), ("image", image_control)) if v] + ["crf"] * crf
-    record = run(seg.model, data_of(split), threshold, text_control, image_control, name="-".join([name, *controls]), limit=limit, seed=seed, crf=crf,
-                 threshold_from=chosen_on, ignore=left_out, progress=bar)
+    controls = [f"{k}-{v}" for k, v in (("text", text_control), ("image", image_control)) if v] + ["crf"] * crf + [protocol] * bool(rule)
+    usual = {"name": "-".join([name, *controls]), "limit": limit, "seed": seed, "ignore": left_out, "progress": bar}
+    if rule is None: record = run(seg.model, data_of(split), threshold, text_control, image_control, crf=crf, threshold_from=chosen_on, **usual)
+    else:
+        rule = replace(rule, threshold=threshold, threshold_from=chosen_on or rule.threshold_from)
+        record = evaluate_protocols(seg.model, data_of(split), [rule], text_control=text_control, image_control=image_control,
+                                    crf=CrfConfig() if crf else None, **usual)[rule.name]
     if not first_process(): return
     file = save_record(record, out or Path("runs/records") / ("-".join([name, data, split, *controls]) + ".json"))
     if samples: write_samples(record, samples)

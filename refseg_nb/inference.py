@@ -211,17 +211,19 @@ class Segmenter:
         vocabulary,                 # `refseg_nb.data.words.Vocabulary`
         threshold: float = .5,      # a pixel is in the mask above this probability
         device: str = "cpu",        # where to run
+        sentence: str = "sent",     # what it was trained to read: phrases split into words and cleaned, or "raw", as typed
     ):
         self.device, self.model = torch.device(device), model.eval().to(device)
-        self.vocabulary, self.threshold = vocabulary, threshold
+        self.vocabulary, self.threshold, self.sentence = vocabulary, threshold, sentence
         self.image_size, self.max_words = model.config.image_size, model.config.max_words
 
     def read(self,
         phrase: str,   # what the person wrote
-    ) -> list[str]:    # its words, lower case
+    ) -> list[str]:    # its words, lower case; as typed, if the model reads them so
         "Split a phrase into words, without the punctuation that the model never saw; an empty phrase is an error."
         if not isinstance(phrase, str): raise ValueError(f"the phrase must be a string, not {type(phrase).__name__}")
-        words = [w for w in tokenize(phrase) if w in self.vocabulary or any(c.isalnum() for c in w)]
+        if self.sentence == "raw": words = phrase.split() if any(c.isalnum() for c in phrase) else []
+        else: words = [w for w in tokenize(phrase) if w in self.vocabulary or any(c.isalnum() for c in w)]
         if not words: raise ValueError("the phrase is empty: say what to look for, as in \"the red car on the left\"")
         return words
 
@@ -265,4 +267,4 @@ def load(
         names = ", ".join(known) or "none is shipped"
         raise FileNotFoundError(f"there is no model at {name}: give a folder with config.json and model.safetensors, or a shipped model ({names})")
     model, vocabulary, meta = load_model(folder)
-    return Segmenter(model, vocabulary, meta["threshold"], device)
+    return Segmenter(model, vocabulary, meta["threshold"], device, meta.get("training", {}).get("sentence", "sent"))

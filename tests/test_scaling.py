@@ -139,6 +139,7 @@ JOBS = {"images": {"accumulate": 2}, "expressions": {"images_per_batch": None, "
         "released": {"schedule": "plateau", "grayscale": .5, "targets": "dilated", "mask_size": 20, "images_per_batch": 1, "max_steps": 6, "loss": "bce+dice"},
         "bf16": {"mixed_precision": "bf16", "max_steps": 5}, "no cache": {"cache_features": False, "max_steps": 3},
         "backbone": {"train_backbone": True, "max_steps": 3}, "dropout": {"overrides": SMALL}}
+GRADIENTS = {"plain": {"loss": "bce+dice"}, "weighted": {"class_weights": (.2, 3.)}}
 
 
 def first_gradient(root, out, **changes) -> dict:
@@ -150,7 +151,8 @@ def first_gradient(root, out, **changes) -> dict:
 
 
 def train_all(rank, root, folder):
-    torch.save(first_gradient(root, f"{folder}/gradient", accumulate=2, clip=None, loss="bce+dice"), f"{folder}/gradient-{rank}.pt")
+    for name, changes in GRADIENTS.items():
+        torch.save(first_gradient(root, f"{folder}/gradient", accumulate=2, clip=None, **changes), f"{folder}/gradient-{name}-{rank}.pt")
     for name, changes in JOBS.items():
         result = train(TrainConfig(**values(root, f"{folder}/{name}", **changes)))
         torch.save(dict(result.model.state_dict().items()), f"{folder}/{name}-{rank}.pt")
@@ -188,12 +190,13 @@ def test_two_processes_train_as_one(root, two, tmp_path, job):
     assert scores[1]["overall_iou"] == pytest.approx(scores[0]["overall_iou"], abs=2. * rough)
 
 
-def test_two_processes_have_the_gradient_of_one(root, two, tmp_path):
-    """Of two accumulated batches, unevenly shared: every parameter's, in both processes."""
-    one = first_gradient(root, tmp_path / "one", accumulate=2, clip=None, loss="bce+dice")
+@pytest.mark.parametrize("loss", GRADIENTS)
+def test_two_processes_have_the_gradient_of_one(root, two, tmp_path, loss):
+    """Of two accumulated batches, unevenly shared: every parameter's, in both processes; a mean over weights is that of the whole batch."""
+    one = first_gradient(root, tmp_path / "one", accumulate=2, clip=None, **GRADIENTS[loss])
     scale = torch.stack([g.norm() for g in one.values()]).norm()
     for rank in range(2):
-        found = torch.load(two / f"gradient-{rank}.pt", weights_only=True)
+        found = torch.load(two / f"gradient-{loss}-{rank}.pt", weights_only=True)
         assert found.keys() == one.keys() and all((found[k] - one[k]).norm() <= 1e-4 * one[k].norm() + 1e-6 * scale for k in one)
 
 

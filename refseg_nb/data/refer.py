@@ -147,6 +147,7 @@ class Sample:
     "One sentence with its ref: the unit of training and of evaluation."
     ref: Ref
     sentence: Sentence
+    typed: bool = field(default=False, repr=False)  # whether `text` is the sentence as typed
 
     @property
     def image_id(self) -> int: return self.ref.image_id
@@ -159,7 +160,7 @@ class Sample:
     @property
     def kind(self) -> str | None: return self.sentence.kind
     @property
-    def text(self) -> str: return self.sentence.sent
+    def text(self) -> str: return self.sentence.raw if self.typed else self.sentence.sent
 
 # %% ../../nbs/03_refer_format.ipynb #040
 def _get(record: dict, key: str, kind: type, where: str):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .decoder import pick
 from refseg_nb.models.lavt import (
-    LAVT, LAVT_RECIPES, SWINS, LAVTRecipe, SwinBackbone, TopDownDecoder, bert_encoder, difference, language_gate, over_places, swin_backbone,
+    LAVT, LAVT_RECIPES, SWINS, LAVTRecipe, SwinBackbone, TopDownDecoder, bert_encoder, difference, language_gate, over_places, rename_published,
+    swin_backbone,
 )
 from .lavt import PUBLISHED_NAMES as LAVT_NAMES
 
@@ -341,11 +342,12 @@ def create_crossvlt(
     preset: str = "refshapes",              # a key of `CROSSVLT_PRESETS`
     vocab_size: int | None = None,          # tokens, with PAD = 0; None: BERT's 30,522, where the preset reads with BERT
     vectors: Tensor | None = None,          # [V, D] word vectors to start from
-    backbone: SwinBackbone | None = None,   # None: the preset's
+    backbone: SwinBackbone | str | None = None,  # a module, or a key of `SWINS`; None: the preset's
     **overrides,                            # fields of `CrossVLTConfig` to change
 ) -> CrossVLT:
     "CrossVLT by preset, with single fields changed."
     if preset not in CROSSVLT_PRESETS: raise ValueError(f"no preset called {preset!r}; there are {', '.join(CROSSVLT_PRESETS)}")
+    if isinstance(backbone, str): overrides["backbone"], backbone = backbone, None
     if vocab_size is None and vectors is not None: vocab_size = len(vectors)
     if vocab_size is None and preset == "refshapes": raise ValueError("vocab_size is needed: how many words the vocabulary has")
     return CrossVLT(CrossVLTConfig.from_dict(CROSSVLT_PRESETS[preset].to_dict() | overrides), vocab_size or 30_522, vectors, backbone)
@@ -379,21 +381,6 @@ def load_published(
     config: CrossVLTConfig = CROSSVLT_PRESETS["base"],    # of the model that shall take the weights
     vocab_size: int = 30_522,
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:      # a state dict for `CrossVLT(config)`, and why published tensors were left out
-    "Published weights under our names: every tensor is used, left out for a reason that the report names, or an error that lists it."
-    renamed, unknown, left_out = {"temperature": torch.ones(4)}, [], {}
-    for key, value in checkpoint.get("model", checkpoint).items():
-        key = key.removeprefix("module.")
-        row = next(((old, new) for old, new in PUBLISHED_NAMES.items() if re.fullmatch(old, key)), None)
-        if row is None: unknown.append(key)
-        elif row[1].startswith("!"): left_out.setdefault(row[1][1:], []).append(key)
-        else:
-            name = re.sub(*row, key)
-            renamed[name] = value[..., 0] if "fusion." in name and value.dim() == 3 else value  # a convolution of one place is a matrix
+    "Published weights under our names, by `rename_published` of chapter 18."
     with torch.device("meta"): expected = CrossVLT(replace(config, backbone_weights="none", text_weights="none"), vocab_size).state_dict()
-    unknown += sorted(renamed.keys() - expected.keys())
-    missing = sorted(expected.keys() - renamed.keys())
-    shapes = sorted(f"{k} {list(renamed[k].shape)} instead of {list(expected[k].shape)}" for k in expected.keys() & renamed.keys()
-                    if renamed[k].shape != expected[k].shape)
-    problems = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in (("unknown", unknown), ("missing", missing), ("of another shape", shapes)) if keys]
-    if problems: raise ValueError(f"not a published CrossVLT of this size: {'; '.join(problems)}")
-    return renamed, left_out
+    return rename_published(checkpoint.get("model", checkpoint), PUBLISHED_NAMES, expected, "CrossVLT", {"temperature": torch.ones(4)})

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SWINS', 'SHIPPED_SWIN', 'LAVT_PRESETS', 'LAVT_RECIPES', 'PUBLISHED_NAMES', 'WordPieces', 'SwinStage', 'SwinBackbone',
            'swin_backbone', 'pretrain_swin', 'BertText', 'bert_encoder', 'over_places', 'PWAM', 'language_gate',
-           'TopDownDecoder', 'difference', 'weighted_loss', 'PixelWordAttention', 'LAVTConfig', 'LAVT', 'LAVTRecipe',
-           'create_lavt', 'count_flops', 'parameter_groups', 'load_published']
+           'TopDownDecoder', 'difference', 'aligned', 'mean_weight', 'weighted_loss', 'PixelWordAttention',
+           'LAVTConfig', 'LAVT', 'LAVTRecipe', 'create_lavt', 'count_flops', 'parameter_groups', 'rename_published',
+           'load_published']
 
 # %% ../../nbs/18_lavt.ipynb #002
 import hashlib
@@ -276,6 +277,9 @@ def bert_encoder(
         try: bert = BertModel.from_pretrained(weights or "bert-base-uncased", config=config, add_pooling_layer=False)
         except OSError as error:
             raise FileNotFoundError(f"{weights or 'bert-base-uncased'} is not here and could not be fetched; use weights='none' for random weights") from error
+        except RuntimeError as error:  # transformers' word for tensors of another shape
+            raise ValueError(f"{weights or 'bert-base-uncased'} is no BERT of {vocab_size:,} pieces and {width} channels: "
+                             "is it another one's vocab.txt?") from error
     if vectors is not None:
         if vectors.shape != (vocab_size, width): raise ValueError(f"vectors must be [{vocab_size}, {width}], not {list(vectors.shape)}")
         with torch.no_grad(): bert.embeddings.word_embeddings.weight[:vocab_size] = vectors
@@ -363,15 +367,32 @@ def difference(
     return logits if factor == 1 else F.interpolate(logits[:, None], scale_factor=factor, mode="bilinear")[:, 0]
 
 # %% ../../nbs/18_lavt.ipynb #067
+def aligned(
+    logits: Float[Tensor, "B h w"],
+    masks: Float[Tensor, "B H W"],
+) -> Float[Tensor, "B H W"]:
+    "Logits at the size of the masks, the corners of both on each other."
+    return F.interpolate(logits[:, None], masks.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+
+
+def mean_weight(
+    masks: Float[Tensor, "B H W"],               # in [0, 1]
+    weights: tuple[float, float] = (.9, 1.1),    # of background and referent
+) -> Float[Tensor, ""]:
+    "What a pixel of these masks weighs on average."
+    return weights[0] + (weights[1] - weights[0]) * masks.mean()
+
+
 def weighted_loss(
     logits: Float[Tensor, "B h w"],              # referent minus background
     masks: Float[Tensor, "B H W"],               # in [0, 1]; any size
     weights: tuple[float, float] = (.9, 1.1),    # of background and referent, as published
+    mean: Float[Tensor, ""] | None = None,       # what a pixel weighs on average; None: in these masks. With it, parts of a batch add up to the whole
 ) -> Float[Tensor, ""]:
     "LAVT's cross-entropy at the size of the masks: a mean in which pixels weigh by what they are."
-    logits = F.interpolate(logits[:, None], masks.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
     weight = weights[0] + (weights[1] - weights[0]) * masks
-    return F.binary_cross_entropy_with_logits(logits, masks, weight, reduction="sum") / weight.sum()
+    loss = F.binary_cross_entropy_with_logits(aligned(logits, masks), masks, weight, reduction="sum")
+    return loss / (weight.sum() if mean is None else mean * weight.numel())
 
 # %% ../../nbs/18_lavt.ipynb #071
 @dataclass
@@ -534,25 +555,27 @@ class LAVTRecipe:
     schedule: str = "polynomial"       # each step, to 0, without warm-up
     power: float = .9
     class_weights: tuple[float, float] = (.9, 1.1)  # of background and referent, in `weighted_loss`
-    target: str = "hard"               # "hard": the mask at the picture's size, nearest pixel; "soft": the share of each cell that the mask covers
+    mask_size: int | None = 480        # pixels a side at which answer and mask are compared: the picture's; None: the logits' own
+    target: str = "hard"               # "hard": half of the pixel or more (published: the nearest pixel); "soft": the share of each cell that the mask covers
     unit: str = "ref"                  # of an epoch. "ref": one random sentence of each; "sentence": all
     sentence: str = "raw"              # as typed; "sent": cleaned
     protocol: str = "lavt"             # of the evaluation (chapter 13c) and of the cut of long phrases (`WordPieces`)
 
 
 LAVT_RECIPES: dict[str, LAVTRecipe] = {name: LAVTRecipe() for name in ("base", "tiny", "small", "large")} | {
-    "refshapes": LAVTRecipe(epochs=14, lr=2e-3, class_weights=(1., 1.), target="soft", unit="sentence", sentence="sent", protocol="refseg")}
+    "refshapes": LAVTRecipe(epochs=14, lr=2e-3, class_weights=(1., 1.), mask_size=None, target="soft", unit="sentence", sentence="sent", protocol="refseg")}
 
 
 def create_lavt(
     preset: str = "refshapes",              # a key of `LAVT_PRESETS`
     vocab_size: int | None = None,          # tokens, with PAD = 0; None: BERT's 30,522, where the preset reads with BERT
     vectors: Tensor | None = None,          # [V, D] word vectors to start from
-    backbone: SwinBackbone | None = None,   # None: the preset's
+    backbone: SwinBackbone | str | None = None,  # a module, or a key of `SWINS`; None: the preset's
     **overrides,                            # fields of `LAVTConfig` to change
 ) -> LAVT:
     "LAVT by preset, with single fields changed."
     if preset not in LAVT_PRESETS: raise ValueError(f"no preset called {preset!r}; there are {', '.join(LAVT_PRESETS)}")
+    if isinstance(backbone, str): overrides["backbone"], backbone = backbone, None
     if vocab_size is None and vectors is not None: vocab_size = len(vectors)
     if vocab_size is None and preset == "refshapes": raise ValueError("vocab_size is needed: how many words the vocabulary has")
     return LAVT(LAVTConfig.from_dict(LAVT_PRESETS[preset].to_dict() | overrides), vocab_size or 30_522, vectors, backbone)
@@ -607,28 +630,39 @@ PUBLISHED_NAMES: dict[str, str] = {  # a published name -> ours, or after "!" wh
 }
 
 
+def rename_published(
+    published: dict[str, Tensor],                      # name -> tensor, as in the file
+    names: dict[str, str],                             # as `PUBLISHED_NAMES`
+    expected: dict[str, Tensor],                       # the state of the model that shall take them; on the device `meta`, say
+    what: str,                                         # the model's name, for the error
+    given: dict[str, Tensor] | None = None,            # tensors under our names that a file may lack
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:   # our state, and why published tensors were left out
+    "Published weights under our names: every tensor is used, left out for a reason that the report names, or an error that lists it."
+    renamed, unknown, left_out = dict(given or {}), [], {}
+    for key, value in published.items():
+        key = key.removeprefix("module.")
+        row = next(((old, new) for old, new in names.items() if re.fullmatch(old, key)), None)
+        if row is None: unknown.append(key)
+        elif row[1].startswith("!"): left_out.setdefault(row[1][1:], []).append(key)
+        else:
+            name = re.sub(*row, key)
+            renamed[name] = value[..., 0] if "fusion." in name and value.dim() == 3 else value  # a convolution of one place is a matrix
+    unknown += sorted(renamed.keys() - expected.keys())
+    missing = sorted(expected.keys() - renamed.keys())
+    shapes = sorted(f"{k} {list(renamed[k].shape)} instead of {list(expected[k].shape)}" for k in expected.keys() & renamed.keys()
+                    if renamed[k].shape != expected[k].shape)
+    problems = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in (("unknown", unknown), ("missing", missing), ("of another shape", shapes)) if keys]
+    if problems: raise ValueError(f"not a published {what} of this size: {'; '.join(problems)}")
+    return renamed, left_out
+
+
 def load_published(
     checkpoint: dict,                                  # what torch.load gives: a checkpoint of `lavt` or `lavt_one`, or its weights alone
     config: LAVTConfig = LAVT_PRESETS["base"],         # of the model that shall take the weights
     vocab_size: int = 30_522,
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:   # a state dict for `LAVT(config)`, and why published tensors were left out
-    "Published weights under our names: every tensor is used, left out for a reason that the report names, or an error."
+    "Published weights under our names, by `rename_published`."
     state = dict(checkpoint.get("model", checkpoint))
     state |= {f"text_encoder.{k.removeprefix('module.')}": v for k, v in checkpoint.get("bert_model", {}).items()}
-    renamed, unknown, left_out = {}, [], {}
-    for key, value in state.items():
-        key = key.removeprefix("module.")
-        row = next(((old, new) for old, new in PUBLISHED_NAMES.items() if re.fullmatch(old, key)), None)
-        if row is None: unknown.append(key)
-        elif row[1].startswith("!"): left_out.setdefault(row[1][1:], []).append(key)
-        else:
-            name = re.sub(*row, key)
-            renamed[name] = value[..., 0] if name.startswith("fusion.") and value.dim() == 3 else value  # a convolution of one place is a matrix
     with torch.device("meta"): expected = LAVT(replace(config, backbone_weights="none", text_weights="none"), vocab_size).state_dict()
-    unknown += sorted(renamed.keys() - expected.keys())
-    missing = sorted(expected.keys() - renamed.keys())
-    shapes = sorted(f"{k} {list(renamed[k].shape)} instead of {list(expected[k].shape)}" for k in expected.keys() & renamed.keys()
-                    if renamed[k].shape != expected[k].shape)
-    problems = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in (("unknown", unknown), ("missing", missing), ("of another shape", shapes)) if keys]
-    if problems: raise ValueError(f"not a published LAVT of this size: {'; '.join(problems)}")
-    return renamed, left_out
+    return rename_published(state, PUBLISHED_NAMES, expected, "LAVT")

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
@@ -209,15 +210,17 @@ class Evaluator:
         refer = getattr(data, "refer", None)
         return {"dataset": getattr(refer, "name", None), "split_by": getattr(refer, "split_by", None), "split": getattr(data, "split", None),
                 "image_size": getattr(data, "image_size", None), "max_words": getattr(data, "max_words", None), "text_control": self.text_control,
-                "image_control": self.image_control, "left_out": int((~self.kept).sum()), "ignored": self.ignored, "limit": self.limit}
+                "image_control": self.image_control, "left_out": int((~self.kept).sum()), "ignored": self.ignored, "limit": self.limit,
+                **({"text": "raw"} if getattr(data, "sentence", "sent") == "raw" else {})}   # sentences as typed
 
     def sharpen(self, probability: Tensor, samples: list, crf) -> Tensor:  # [B, H, W]
-        "The probability maps after a dense CRF; those of one image are done together. A grey image stays grey here."
+        "The probability maps after a dense CRF, at their own size; those of one image are done together. A grey image stays grey here."
         from refseg_nb.training.crf import dense_crf
         start, by_image, out = time.perf_counter(), {}, torch.empty_like(probability)
         for b, s in enumerate(samples): by_image.setdefault(s.image_id, []).append(b)
         for image_id, part in by_image.items():
-            image = np.asarray(self.dataset.refer.load_image(image_id))
+            image, (h, w) = self.dataset.refer.load_image(image_id), probability.shape[-2:]
+            image = np.asarray(image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BILINEAR))
             if self.image_control == "none": image = np.full_like(image, 127)
             out[part] = dense_crf(probability[part], image, crf)
         if out.is_cuda: torch.cuda.synchronize(out.device)

@@ -35,11 +35,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from ..data.batches import RISDataset, epoch_batches, make_loader
+from ..data.batches import SENTENCES, UNITS, RISDataset, epoch_batches, make_loader
 from ..data.referit import open_data
 from ..data.store import build_store
 from ..data.words import load_vectors, vocabulary_for
-from ..models.shnet import Recipe, create_model, recipes_of, training_target
+from ..models.lavt import WordPieces, aligned, mean_weight, weighted_loss
+from ..models.shnet import FAMILY, Recipe, create_model, family, recipes_of, training_target
 from ..scaling.out import notice_lost_process, share_batch_norm, share_of_batch
 from refseg_nb.training.checkpoint import (
     CheckpointError,
@@ -69,6 +70,8 @@ class TrainConfig:
     train_split: str = "train"
     val_split: str | None = "val"   # None: no evaluation
     limit: int | None = None        # train on the first so many images only
+    sentence: str | None = None     # "sent": cleaned; "raw": as typed; recipe; the paper's is "sent"
+    unit: str | None = None         # an epoch has all sentences ("sentence"), or one random sentence of each ref ("ref"); recipe; the paper's is "sentence"
     num_workers: int = 0            # processes that read images
     store: str | None = None        # folder of image stores (chapter 06b): pictures, targets and masks are read from there; built at the first use
     # model
@@ -76,6 +79,7 @@ class TrainConfig:
     preset: str = "refshapes"
     overrides: dict = field(default_factory=dict)  # fields of the model's configuration
     vectors: str | None = None      # word vectors: a file, or a name that torchtext knows
+    pieces: str | None = None       # BERT's vocab.txt, for a model that reads with BERT (LAVT, CrossVLT); None: its published BERT's, fetched once
     start: str | None = None        # begin with the weights of this model: a folder that training wrote, or the name of a shipped one
     train_backbone: bool = False    # also train the backbone (the paper keeps it frozen)
     # optimisation
@@ -91,8 +95,12 @@ class TrainConfig:
     power: float | None = None      # of the polynomial decay; recipe; the paper's is .7
     warmup: int = 0                 # steps of linear rise
     clip: float | None = None       # largest gradient norm
+    optimizer: str | None = None    # recipe. "adamw", or "adam": the weight decay is an L2 penalty, and goes through the gradient
+    end_lr: float | None = None     # where the polynomial decay ends; recipe; the paper's is 0
+    decay_steps: int | None = None  # when it ends; None: with the training, or as much later as in the recipe, in proportion
     loss: str = "bce"               # "bce" (the paper's), or "bce+dice"
     dice_weight: float = .1         # little: see below
+    class_weights: tuple[float, float] | None = None  # of background and referent in the cross-entropy; recipe; there None: equal
     targets: str | None = None      # recipe. "soft": share of each cell that the mask covers; "hard": half or more; "dilated": bilinear, then > 0 (released)
     mask_size: int | None = None    # pixels a side at which logits and targets are compared; recipe; there None: the logits' own size
     grayscale: float | None = None  # probability that a training image loses its colours in an epoch; recipe
@@ -115,25 +123,35 @@ class TrainConfig:
     quiet: bool = False             # no progress bar
 
     # a resumed run may change these: they do not change the weights
-    FREE = ("root", "num_workers", "store", "cache_folder", "out", "checkpoint_every", "tracker", "quiet")
+    FREE = ("root", "num_workers", "store", "pieces", "cache_folder", "out", "checkpoint_every", "tracker", "quiet")
+
+    # what SHNet's recipe does not say, and what it is there
+    BESIDE = {"sentence": "sent", "unit": "sentence", "class_weights": None, "optimizer": "adamw", "end_lr": 0.}
 
     def __post_init__(self):
-        self.root, self.out, self.cache_folder = str(self.root), str(self.out), self.cache_folder and str(self.cache_folder)
+        self.root, self.out, self.cache_folder, self.pieces = str(self.root), str(self.out), *(p and str(p) for p in (self.cache_folder, self.pieces))
         recipe = self.recipe()
-        defaults = {"epochs": recipe.epochs or 30, "targets": recipe.target}
+        steps = getattr(recipe, "steps", None) if self.epochs is None and self.max_steps is None else None   # a recipe may count in steps
+        defaults = {"epochs": 10**6 if steps else recipe.epochs or 30, "max_steps": steps, "targets": recipe.target}
         defaults |= {k: getattr(recipe, k, getattr(Recipe, k)) for k in ("lr", "weight_decay", "schedule", "power", "mask_size", "grayscale", "threshold")}
+        defaults |= {k: getattr(recipe, k, usual) for k, usual in self.BESIDE.items()}
         if self.images_per_batch is None and self.batch_size is None:
             defaults |= {"images_per_batch": 8} if self.preset == "refshapes" else {"batch_size": recipe.batch_size}
         for mine, theirs in defaults.items():
             if getattr(self, mine) is None: setattr(self, mine, theirs)
-        choices = {"loss": ("bce", "bce+dice"), "schedule": ("polynomial", "plateau"), "targets": ("soft", "hard", "dilated"),
+        if self.class_weights is not None:
+            if len(self.class_weights) != 2 or min(self.class_weights) <= 0:
+                raise ValueError(f"class_weights must be two positive numbers, of background and referent, got {self.class_weights}")
+            self.class_weights = tuple(map(float, self.class_weights))
+        choices = {"loss": ("bce", "bce+dice"), "optimizer": ("adamw", "adam"), "sentence": SENTENCES, "unit": UNITS,
+                   "schedule": ("polynomial", "plateau"), "targets": ("soft", "hard", "dilated"),
                    "mixed_precision": ("no", "bf16", "fp16"), "keep": ("last", "best"), "tracker": (None, "tensorboard", "wandb"),
                    "cache_dtype": ("float32", "float16", "bfloat16"), "cache_features": (True, False, "auto")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed: raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         for name in ("epochs", "accumulate", "eval_every"):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("images_per_batch", "max_steps", "checkpoint_every", "limit", "expressions_per_image", "mask_size", "threads"):
+        for name in ("images_per_batch", "max_steps", "checkpoint_every", "limit", "expressions_per_image", "mask_size", "threads", "decay_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
         if self.images_per_batch and self.batch_size:
             raise ValueError("images_per_batch and batch_size exclude each other: a batch is counted in images or in expressions")
@@ -141,6 +159,7 @@ class TrainConfig:
         if self.batch_size is not None and self.batch_size < least:
             raise ValueError(f"batch_size must be at least {least}{' (one expression alone cannot be normalised)' * (least > 1)}, got {self.batch_size}")
         if self.lr <= 0: raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.end_lr <= self.lr: raise ValueError(f"end_lr must be between 0 and lr = {self.lr}, got {self.end_lr}")
         if not 0 <= self.grayscale <= 1: raise ValueError(f"grayscale is a probability, got {self.grayscale}")
         if not 0 < self.threshold < 1: raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}")
         if self.val_split is None and self.schedule == "plateau":
@@ -155,7 +174,7 @@ class TrainConfig:
         if self.preset not in recipes: raise ValueError(f"{self.model} has no preset called {self.preset!r}; there are {', '.join(recipes)}")
         return recipes[self.preset]
 
-# %% ../../nbs/12_training.ipynb #021
+# %% ../../nbs/12_training.ipynb #022
 def dice_loss(
     logits: Tensor,   # [B, h, w]
     targets: Tensor,  # [B, h, w] in [0, 1]
@@ -173,9 +192,12 @@ class Objective(nn.Module):
         model: nn.Module,
         loss: str = "bce",          # "bce" or "bce+dice"
         dice_weight: float = 1.,
+        class_weights: tuple[float, float] | None = None,  # of background and referent in the cross-entropy; None: equal
     ):
         super().__init__()
         self.model, self.loss, self.dice_weight = model, loss, dice_weight
+        self.class_weights = None if class_weights is None or tuple(class_weights) == (1, 1) else class_weights
+        self.mean_weight = None  # of a pixel of the whole batch, where this process has only a part of it
 
     def compare(
         self,
@@ -183,6 +205,9 @@ class Objective(nn.Module):
         targets: Tensor,  # [B, h', w'] in [0, 1]
     ) -> Tensor:          # scalar loss
         "Mean loss of some answers."
+        if self.class_weights is not None:
+            loss = weighted_loss(logits, targets, self.class_weights, self.mean_weight)
+            return loss + self.dice_weight * dice_loss(aligned(logits, targets), targets) if self.loss == "bce+dice" else loss
         if logits.shape != targets.shape: logits = F.interpolate(logits[:, None], targets.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, targets)
         return loss + self.dice_weight * dice_loss(logits, targets) if self.loss == "bce+dice" else loss
@@ -201,7 +226,7 @@ class Objective(nn.Module):
             return sum(self.model.losses(features, words, image_index, targets, self.compare).values())
         return self.compare(self.model.segment(features, words, image_index).float(), targets)
 
-# %% ../../nbs/12_training.ipynb #025
+# %% ../../nbs/12_training.ipynb #026
 class TargetDataset(RISDataset):
     "A split whose targets follow a recipe's policy."
 
@@ -219,19 +244,20 @@ class TargetDataset(RISDataset):
             if self.cached: self._targets[ann_id] = target
         return target
 
-# %% ../../nbs/12_training.ipynb #029
+# %% ../../nbs/12_training.ipynb #030
 def polynomial_decay(
     step: int,           # optimizer steps done, from 0
-    total: int,          # of the whole training
+    total: int,          # when the decay ends: usually the whole training
     lr: float = 1.2e-4,  # largest learning rate
     power: float = .7,
     warmup: int = 0,     # steps of linear rise
+    end_lr: float = 0.,  # smallest one, from `total` on
 ) -> float:              # the learning rate of this step
-    "lr · (1 − step/total)^power, as in section 4.1 of the paper; with warm-up, the smaller of it and the rise."
-    decayed = lr * max(0., 1 - step / total) ** power
+    "(lr − end) · (1 − step/total)^power + end, with end = 0 in section 4.2 of the paper; with warm-up, the smaller of it and the rise."
+    decayed = end_lr + (lr - end_lr) * max(0., 1 - step / total) ** power
     return min(decayed, lr * (step + 1) / warmup) if step < warmup else decayed
 
-# %% ../../nbs/12_training.ipynb #035
+# %% ../../nbs/12_training.ipynb #036
 def available_memory(
     device: str | torch.device = "cpu",
 ) -> int:  # bytes
@@ -253,7 +279,7 @@ def peak_memory(
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024  # Linux counts kibibytes
 
-# %% ../../nbs/12_training.ipynb #039
+# %% ../../nbs/12_training.ipynb #040
 def turns_grey(
     image_id: int,
     epoch: int,
@@ -263,7 +289,7 @@ def turns_grey(
     "Whether an image loses its colours in an epoch."
     return random.Random(f"{seed} {epoch} {image_id}").random() < share
 
-# %% ../../nbs/12_training.ipynb #042
+# %% ../../nbs/12_training.ipynb #043
 def features_name(
     model: nn.Module,
     dataset: RISDataset,
@@ -281,7 +307,7 @@ def features_name(
     made = [1, network, side, str(dtype), grey, *(version(name) for name in ("torch", "torchvision", "pillow"))]
     return f"{refer.name}-{dataset.split}-{side}-{hashlib.sha256(json.dumps([made, files]).encode()).hexdigest()[:16]}"
 
-# %% ../../nbs/12_training.ipynb #045
+# %% ../../nbs/12_training.ipynb #046
 def map_tensors(
     path: Path,          # a folder that `kept_tensors` wrote
     dtype: torch.dtype,
@@ -318,7 +344,7 @@ def kept_tensors(
             write_json(new / "sums.json", [int(v.sum(dtype=np.int64)) for v in files])
         return map_tensors(path, dtype)
 
-# %% ../../nbs/12_training.ipynb #048
+# %% ../../nbs/12_training.ipynb #049
 class FeatureCache:
     "The frozen backbone's outputs for every image of a data set, computed once and kept in memory or on the disk."
 
@@ -372,7 +398,7 @@ class FeatureCache:
     @property
     def nbytes(self) -> int: return sum(v.nbytes for v in self.levels)
 
-# %% ../../nbs/12_training.ipynb #058
+# %% ../../nbs/12_training.ipynb #059
 def logits_size(
     model: nn.Module,
     image_size: int,  # S
@@ -400,9 +426,10 @@ def expression_batches(
     expressions_per_image: int | None = None,  # at most so many of an image's expressions in an epoch; None: all
     seed: int = 0,
     epoch: int = 0,
+    unit: str = "sentence",                    # as for `epoch_batches`
 ) -> list[list[tuple[int, list[int]]]]:        # for each batch, its (group, indices of samples), as `epoch_batches` gives them
     "The batches of an epoch, each of expressions from any images: a pure function of its arguments."
-    pairs = [(g, i) for [(g, indices)] in epoch_batches(dataset, 1, expressions_per_image, True, seed, epoch) for i in indices]
+    pairs = [(g, i) for [(g, indices)] in epoch_batches(dataset, 1, expressions_per_image, True, seed, epoch, unit) for i in indices]
     order, batches = np.random.default_rng([seed, epoch, 1]).permutation(len(pairs)), []
     for part in np.array_split(order, math.ceil(len(pairs) / batch_size)):  # even sizes: no last batch of one
         groups = {}
@@ -410,7 +437,7 @@ def expression_batches(
         batches.append(list(groups.items()))
     return batches
 
-# %% ../../nbs/12_training.ipynb #062
+# %% ../../nbs/12_training.ipynb #063
 @dataclass
 class TrainResult:
     "What `train` returns."
@@ -425,10 +452,11 @@ class TrainResult:
     resumed_from: int | None = None  # the step that this call went on from
     history: list[dict] = field(default_factory=list, repr=False)  # one entry an epoch, as in history.jsonl
 
-# %% ../../nbs/12_training.ipynb #064
+# %% ../../nbs/12_training.ipynb #065
 def comparable(config: TrainConfig) -> dict:
     "The fields that a resumed run must not change, as plain JSON data."
-    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in TrainConfig.FREE}))
+    values = asdict(config) | ({"class_weights": None} if config.class_weights == (1, 1) else {})   # two ways to say it
+    return json.loads(json.dumps({k: v for k, v in values.items() if k not in TrainConfig.FREE}))
 
 
 def check_same_config(
@@ -437,7 +465,8 @@ def check_same_config(
 ):
     "A run goes on only with the settings that it began with."
     now = comparable(config)
-    stored = {"schedule": "polynomial", "batch_size": None, "mask_size": None, "grayscale": 0., "threshold": .5} | stored  # before these were fields
+    before = {"schedule": "polynomial", "batch_size": None, "mask_size": None, "grayscale": 0., "threshold": .5}   # before these were fields
+    stored = before | TrainConfig.BESIDE | stored
     for k in sorted(now.keys() | stored.keys()):
         if now.get(k) != stored.get(k):
             raise CheckpointError(f"{Path(config.out).name} was begun with {k}={stored.get(k)!r}, and now {k}={now.get(k)!r}: "
@@ -460,7 +489,7 @@ def cut_log(path: Path, step: int):
     path.with_suffix(".new").write_text("".join(json.dumps(r) + "\n" for r in rows))
     path.with_suffix(".new").replace(path)
 
-# %% ../../nbs/12_training.ipynb #066
+# %% ../../nbs/12_training.ipynb #067
 def _as_it_is(batch): return batch
 
 
@@ -504,7 +533,7 @@ class LearnerParts:
         self.main, self.rank, self.world = self.accelerator.is_main_process, self.accelerator.process_index, self.accelerator.num_processes
         self.autocast = self.accelerator.autocast if c.mixed_precision != "no" else nullcontext
         self.refer = open_data(c.root, c.data, c.split_by)
-        with self.accelerator.main_process_first(): self.vocabulary = vocabulary_for(self.refer, c.train_split)
+        with self.accelerator.main_process_first(): self.vocabulary = self.read_vocabulary(model)
         torch.manual_seed(c.seed)
         self.coverage = None  # of the word vectors
         self.model = model if model is not None else self.create_model()
@@ -530,13 +559,32 @@ class LearnerParts:
         self.total = min(c.max_steps or math.inf, c.epochs * self.steps_per_epoch)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if hasattr(self.model, "parameter_groups"): parameters = self.model.parameter_groups(c.weight_decay)  # some have no weight decay
-        optimizer = torch.optim.AdamW(parameters, lr=c.lr, weight_decay=c.weight_decay, fused=self.device.type in ("cpu", "cuda"))
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
+        optimizer = kind(parameters, lr=c.lr, weight_decay=c.weight_decay, fused=self.device.type in ("cpu", "cuda"))
         recipe = c.recipe()
+        longer = recipe.decay_steps / recipe.steps if getattr(recipe, "decay_steps", None) else 1   # CMPC stops before its decay has ended
+        self.decay_steps = c.decay_steps or round(longer * self.total)
         self.plateau = ReduceLROnPlateau(optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience) if c.schedule == "plateau" else None
-        self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model, c.loss, c.dice_weight), optimizer)
+        self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model, c.loss, c.dice_weight, c.class_weights), optimizer)
         self.features = self.val_features = self.evaluator = None
         self.step, self.best, self.seconds, self.epoch_loss, self.history, self.resumed_from = 0, None, 0., [0., 0], [], None
         torch.manual_seed(c.seed + 1000 * self.rank)  # from here on the only random numbers are dropout's
+
+    def read_vocabulary(self, model: nn.Module | None = None):
+        "The words of the training expressions; for a model that reads with BERT, BERT's WordPieces, cut as its recipe says."
+        c = self.config
+        if model is not None: made = vars(model.config)
+        else: made = family(c.model).presets[c.preset].to_dict() | c.overrides if c.model in FAMILY else {}
+        if made.get("begin", True):  # a model of BERT's kind that puts a [CLS] of its own before the course's words, or no BERT at all
+            if c.pieces:
+                raise ValueError(f"pieces={c.pieces!r}: this model reads the words of {c.data}, not BERT's pieces; lavt's and crossvlt's base do")
+            return vocabulary_for(self.refer, c.train_split)
+        if c.vectors: raise ValueError(f"vectors={c.vectors!r}: a model that reads with BERT has BERT's own vectors; leave it away")
+        protocol, bert = getattr(c.recipe(), "protocol", "refseg"), made.get("text_weights")
+        if c.pieces: return WordPieces.from_file(c.pieces, protocol)
+        try: return WordPieces.pretrained(bert if bert not in (None, "none") else "bert-base-uncased", protocol)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}: pieces='vocab.txt', or refseg train --pieces vocab.txt") from error
 
     def create_model(self) -> nn.Module:
         "The model that the configuration names."
@@ -557,13 +605,13 @@ class LearnerParts:
         "A split at the model's sizes."
         m = self.model.config
         return TargetDataset(self.refer, split, self.vocabulary, image_size=m.image_size, target_size=self.target_size, max_words=m.max_words,
-                             store=self.store, policy=self.config.targets)
+                             store=self.store, sentence=self.config.sentence, policy=self.config.targets)
 
     def plan(self, epoch: int) -> list:
         "The batches of an epoch, of several processes this one's part of each, as groups and samples: a pure function of seed and epoch."
         c = self.config
-        if c.batch_size: batches = expression_batches(self.train_data, c.batch_size, c.expressions_per_image, c.seed, epoch)
-        else: batches = epoch_batches(self.train_data, c.images_per_batch, c.expressions_per_image, shuffle=True, seed=c.seed, epoch=epoch)
+        if c.batch_size: batches = expression_batches(self.train_data, c.batch_size, c.expressions_per_image, c.seed, epoch, c.unit)
+        else: batches = epoch_batches(self.train_data, c.images_per_batch, c.expressions_per_image, True, c.seed, epoch, c.unit)
         if self.world == 1: return batches
         parts, shares = zip(*(share_of_batch(batch, self.rank, self.world) for batch in batches))
         self.shares = epoch, shares
@@ -597,7 +645,7 @@ class LearnerParts:
         return iter(DataLoader(self.train_data, batch_size=None, sampler=self.plan(epoch)[skip:], collate_fn=_as_it_is, num_workers=self.config.num_workers,
                                pin_memory=self.device.type == "cuda", generator=torch.Generator().manual_seed(0)))
 
-# %% ../../nbs/12_training.ipynb #070
+# %% ../../nbs/12_training.ipynb #071
 class LearnerSteps(LearnerParts):
     "One step, one evaluation."
 
@@ -612,9 +660,14 @@ class LearnerSteps(LearnerParts):
     def rate(self) -> float:
         "The learning rate of the next step."
         c = self.config
-        if self.plateau is None: return polynomial_decay(self.step, self.total, c.lr, c.power, c.warmup)
+        if self.plateau is None: return polynomial_decay(self.step, self.decay_steps, c.lr, c.power, c.warmup, c.end_lr)
         lr = self.plateau.get_last_lr()[0]
         return min(lr, c.lr * (self.step + 1) / c.warmup) if self.step < c.warmup else lr
+
+    def share_weights(self, batch, share: float):
+        "Tell the loss the mean weight of a pixel over all processes' parts of a batch: then their shares add up to the weighted mean of the whole."
+        mine = share * mean_weight(batch.targets.to(self.device), self.config.class_weights)
+        self.accelerator.unwrap_model(self.objective).mean_weight = self.accelerator.reduce(mine, "sum")
 
     def optimizer_step(self, batches: list) -> float:
         "Gradients of some batches, one step; returns the mean loss."
@@ -626,6 +679,7 @@ class LearnerSteps(LearnerParts):
             with nullcontext() if i + 1 == len(batches) else self.accelerator.no_sync(self.objective):
                 share = 1. if self.world == 1 else self.world * self.share(i)  # gradients are averaged over the processes: chapter 21b
                 for norm in self.norms: norm.counted = share > 0
+                if self.world > 1 and c.class_weights: self.share_weights(batch, self.share(i))
                 loss = share * self.loss(batch) / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -639,7 +693,8 @@ class LearnerSteps(LearnerParts):
         "Pixels in both masks and in either, and for \"plateau\" the loss of each answer."
         found = [*intersection_union(probability_at(logits, tuple(true.shape[-2:])) > self.config.threshold, true)]
         if self.plateau is None: return found
-        compare = self.accelerator.unwrap_model(self.objective).compare
+        objective = self.accelerator.unwrap_model(self.objective)
+        objective.mean_weight, compare = None, objective.compare
         targets = torch.stack([self.val.target(s.ann_id) for s in samples]).to(logits)
         losses = torch.stack([compare(z[None], y[None]) for z, y in zip(logits, targets)])
         return [*found, losses.double().view(torch.int64)]  # the bits: a row is of whole numbers
@@ -654,13 +709,13 @@ class LearnerSteps(LearnerParts):
         loss = {"val_loss": float(rows["loss"].view(np.float64).mean())} if self.plateau else {}
         return metric.compute() | {"samples": len(rows["index"])} | loss
 
-# %% ../../nbs/12_training.ipynb #074
+# %% ../../nbs/12_training.ipynb #075
 class LearnerState(LearnerSteps):
     "What a run leaves on the disk, and how it is taken up again."
 
     def meta(self) -> dict:
         "What is stored with the model."
-        c = {k: v for k, v in asdict(self.config).items() if k not in ("root", "out", "store", "cache_folder")}
+        c = {k: v for k, v in asdict(self.config).items() if k not in ("root", "out", "store", "pieces", "cache_folder")}
         return {"model": self.config.model, "threshold": self.config.threshold, "training": c, "steps": self.step, "versions": versions(),
                 "commit": git_commit(), "best": self.best, "vectors": str(self.coverage) if self.coverage else None}
 
@@ -674,7 +729,8 @@ class LearnerState(LearnerSteps):
         if not self.main: return
         scaler = self.accelerator.scaler
         state = {"config": comparable(self.config), "best": self.best, "seconds": self.seconds, "epoch_loss": self.epoch_loss, "words": len(self.vocabulary),
-                 "world": self.world, "images": len(self.train_data.groups), "backbone": self.backbone_print, "scaler": scaler.state_dict() if scaler else None,
+                 "vocabulary": self.vocabulary.fingerprint, "world": self.world, "images": len(self.train_data.groups),
+                 "backbone": self.backbone_print, "scaler": scaler.state_dict() if scaler else None,
                  "plateau": self.plateau.state_dict() if self.plateau else None}
         save_checkpoint(self.out / "checkpoint", self.step, self.model, self.optimizer.optimizer, rng, state, self.backbone_trained)
 
@@ -684,6 +740,9 @@ class LearnerState(LearnerSteps):
         check_same_config(self.config, state["config"])
         for name, now in (("words", len(self.vocabulary)), ("images", len(self.train_data.groups))):
             if state[name] != now: raise CheckpointError(f"the checkpoint was made with {name}={state[name]}, and now it is {now}: the data changed")
+        if state.get("vocabulary", self.vocabulary.fingerprint) != self.vocabulary.fingerprint:
+            raise CheckpointError("the checkpoint was made with other words: begin again with resume=False, or give back "
+                                  f"{'its vocab.txt' if self.config.pieces else 'its expressions'}")
         if state["backbone"] != self.backbone_print and not self.backbone_trained:
             raise CheckpointError("the checkpoint was made with other weights of the frozen backbone: use those, or begin again with resume=False")
         load_tensors(self.model, found["model"], f"checkpoint step-{state['step']:08d}", self.backbone_trained)
@@ -715,7 +774,7 @@ class LearnerState(LearnerSteps):
             for name in ("history.jsonl", "losses.jsonl"): cut_log(self.out / name, found["state"]["step"] if found else 0)
         return found
 
-# %% ../../nbs/12_training.ipynb #076
+# %% ../../nbs/12_training.ipynb #077
 class Learner(LearnerState):
     "Data, model, optimizer and loop of one training."
 
@@ -798,7 +857,7 @@ class Learner(LearnerState):
         return TrainResult(model.eval(), self.vocabulary, c, self.out, self.step, self.seconds, self.best, peak_memory(self.device),
                            self.resumed_from, self.history)
 
-# %% ../../nbs/12_training.ipynb #078
+# %% ../../nbs/12_training.ipynb #079
 def train(
     config: TrainConfig,
     resume: bool | str = "auto",     # "auto": go on if there is a checkpoint; True: there must be one; False: begin again

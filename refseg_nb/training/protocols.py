@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.refer import _replace
+from .crf import CrfConfig
 from refseg_nb.training.evaluation import (
     Evaluator,
     Record,
@@ -86,7 +87,7 @@ PROTOCOLS = {p.name: p for p in (
     Protocol("lavt", .5, "squash", 480, ">=", 0., source="LAVT's test program; the maps are not resized with aligned corners"),
     Protocol("cris", .35, empty=0., headline="mean_iou", source="CRIS's test program; the maps are resized bilinearly, not bicubically"),
     Protocol("cris-val", .35, empty=0., headline="mean_iou", sentences="first", source="CRIS's validation during training"),
-    Protocol("cmpc", .5, "binary", 320, ">=", 0., source="CMPC's test program without its DenseCRF; theirs divides by zero for two empty masks"),
+    Protocol("cmpc", .5, "binary", 320, ">=", 0., source="CMPC's test program, its DenseCRF if `crf` says so; theirs divides by zero for two empty masks"),
 )}
 
 
@@ -123,14 +124,14 @@ def compared_masks(
     protocol: Protocol,
     logits: Tensor,     # [b, h, w] the model's answers, at its own resolution
     true: Tensor,       # [b, H, W] bool, at the size of the images
+    sharpen=None,       # a function of probabilities [b, h, w]: a CRF, which so works at the size of the decision
 ) -> tuple[Tensor, Tensor]:  # predicted and true masks, bool, at the size where the protocol compares them
     "The two masks of which a protocol counts intersection and union."
     size, square = tuple(true.shape[-2:]), (protocol.side, protocol.side)
-    if protocol.resolution == "original": return probability_at(logits, size) > protocol.threshold, true
-    if protocol.resolution == "binary":
-        small = tuple(max(1, round(n * protocol.side / max(size))) for n in size)
-        return dilated(probability_at(logits, small) > protocol.threshold, size), true
-    return probability_at(logits, square) > protocol.threshold, nearest(true, protocol.side) if protocol.resolution == "squash" else dilated(true, square)
+    def decide(at): return (sharpen or (lambda p: p))(probability_at(logits, at)) > protocol.threshold
+    if protocol.resolution == "original": return decide(size), true
+    if protocol.resolution == "binary": return dilated(decide(tuple(max(1, round(n * protocol.side / max(size))) for n in size)), size), true
+    return decide(square), nearest(true, protocol.side) if protocol.resolution == "squash" else dilated(true, square)
 
 # %% ../../nbs/13c_protocols.ipynb #021
 def evaluate_protocols(
@@ -139,8 +140,11 @@ def evaluate_protocols(
     protocols: Iterable[str | Protocol] | None = None,  # names or protocols; None: all of `PROTOCOLS`
     *,
     name: str = "model",              # of the records
+    text_control: str | None = None,  # as for `evaluate`, as is the next one
+    image_control: str | None = None,
     limit: int | None = None,         # only so many images
-    seed: int = 0,                    # of the subset
+    seed: int = 0,                    # of controls and subset
+    crf: CrfConfig | None = None,     # each probability map goes through a dense CRF (chapter 13b) before its threshold
     ignore: set[tuple[int, int]] | None = None,  # (ref_id, sent_id) of samples that are left out, from `read_ignore`
     resamples: int = 2000,            # of the bootstrap
     images_per_batch: int = 16,
@@ -152,9 +156,11 @@ def evaluate_protocols(
 ) -> dict[str, Record]:               # protocol's name -> record
     "Score the same predictions under several protocols; the model runs once."
     wanted, (rank, world) = find_protocols(protocols), this_process()
-    evaluator = Evaluator(dataset, None, None, images_per_batch, expressions_per_step, limit, seed, num_workers, rank, world, ignore=ignore)
+    evaluator = Evaluator(dataset, text_control, image_control, images_per_batch, expressions_per_step, limit, seed, num_workers, rank, world, ignore=ignore)
     names = tuple((p.name, what) for p in wanted for what in ("intersection", "union"))
-    def count(samples, logits, true): return [n for p in wanted for n in intersection_union(*compared_masks(p, logits, true))]
+    def count(samples, logits, true):
+        sharpen = crf and (lambda p: evaluator.sharpen(p, samples, crf))
+        return [n for p in wanted for n in intersection_union(*compared_masks(p, logits, true, sharpen))]
     bar = f"Evaluating {name}" if progress and rank == 0 else None
     rows = gather_rows(evaluator.measure(model, names, count, features, autocast, None, bar))
     config, device = asdict(model.config) if is_dataclass(getattr(model, "config", None)) else {}, next(model.parameters()).device
@@ -163,7 +169,8 @@ def evaluate_protocols(
         keep = np.array([p.asks(evaluator.samples[i]) for i in rows["index"]], dtype=bool)
         own = {k: rows[k] for k in ("index", "area", "pixels")} | {k: rows[p.name, k] for k in ("intersection", "union")}
         arrays = sample_arrays(evaluator, {k: v[keep] for k, v in own.items()})
-        found[p.name] = make_record(name, arrays, evaluator.stamp() | p.stamp(), config, {"evaluation": seed}, 0., device, resamples, p.comparator, p.empty)
+        protocol = evaluator.stamp() | p.stamp() | {"crf": asdict(crf) if crf else False}
+        found[p.name] = make_record(name, arrays, protocol, config, {"evaluation": seed}, 0., device, resamples, p.comparator, p.empty)
     return found
 
 # %% ../../nbs/13c_protocols.ipynb #037

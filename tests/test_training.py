@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors.torch import load_file
 from torchvision.transforms import v2
 from toy_refer import SMALL, make_toy
@@ -238,6 +239,14 @@ def test_a_broken_checkpoint_is_said(root, whole, tmp_path):
     for p in newest.iterdir(): p.unlink()
     newest.rmdir()
     assert train(c).resumed_from == 1, "the one before is still whole"
+
+
+def test_one_process_trains_into_a_folder(root, tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(CheckpointError, match=r"another process is training into .*run: wait for it"):
+        train(config(root, tmp_path / "run"))
+    with pytest.raises(FloatingPointError): train(config(root, tmp_path / "run", lr=1e30, clip=None, warmup=0))
+    assert train(config(root, tmp_path / "run", epochs=1), resume=False).steps > 0, "the lock ends with the training, also one that failed"
 
 
 def test_resume_with_another_configuration(root, whole, tmp_path):

@@ -19,7 +19,7 @@ from .tables import conclusions, controls_table, cost_table, family_table, load_
 
 # %% ../../nbs/20d_reproduction.ipynb #006
 PAPER_CAPTION = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "table4": "Table 4", "presets": "Paper or released code?",
-                 "family": "The family", "family+": "The family, without places"}
+                 "family": "The family", "family+": "The family, without places", "savings": "Inexact savings"}
 
 FAMILY_NOTE = ("SHNet, CMPC, LAVT and CrossVLT at their small sizes, the same steps, batches and scenes for all. An image's part is paid once, "
                "however many phrases ask about it; parameters are without the table of words, milliseconds are processor time on one core.")
@@ -53,7 +53,7 @@ def report_text(
         for kind, caption in (("bars", "Overall IoU here and in the paper."), ("kinds", "Overall IoU by kind of expression, with 95 % intervals.")):
             if f"{name}-{kind}.png" in (pictures or {}): out += [f"![{caption}]({name}-{kind}.png)", ""]
     for file, caption in (pictures or {}).items():
-        if not re.fullmatch(r"(table\d|presets|family\+?)-(bars|kinds)\.png", file): out += [f"![{caption}]({file})", "", f"*{caption}*", ""]
+        if file.rpartition("-")[0] not in found: out += [f"![{caption}]({file})", "", f"*{caption}*", ""]
     out += ["## The family: size, price and score", "", FAMILY_NOTE, "", family_table(runs)]
     if text := controls_table(runs): out += ["## Blind controls", "", "SHNet with its words or its picture taken away.", "", text]
     if text := cost_table(runs): out += ["## Cost", "", text]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAVINGS', 'AsPublished', 'make_case', 'count', 'training_memory', 'fold_norms', 'Segment', 'export_segment',
-           'matmul_peak', 'timed', 'peak_of', 'precisions', 'ways_of', 'measure', 'loader_rate', 'measure_loader',
-           'cases', 'bench', 'main', 'read_bench', 'bench_table']
+           'export_onnx', 'matmul_peak', 'timed', 'peak_of', 'precisions', 'ways_of', 'measure', 'loader_rate',
+           'measure_loader', 'cases', 'bench', 'main', 'read_bench', 'bench_cases', 'bench_table']
 
 # %% ../../nbs/21_fast.ipynb #002
 import copy
@@ -33,6 +33,7 @@ from ..models.decoder import double
 from ..models.hcam import average_words
 from ..models.shnet import SHNet, create_model
 from ..training.evaluation import git_commit, machine, versions
+from ..training.learner import peak_memory, reset_peak_memory
 
 # %% ../../nbs/21_fast.ipynb #005
 SAVINGS = ("encode once", "short text", "one SFM call", "fused attention", "split gates", "2-D convolution", "small-map decoder")
@@ -197,6 +198,19 @@ def export_segment(
         return torch.export.export(Segment(model.eval()), (*levels, tokens, tokens[:, 0] * 0))
 
 # %% ../../nbs/21_fast.ipynb #037
+def export_onnx(
+    model: SHNet,      # in eval mode
+    path: str | Path,  # of the file that is written, such as segment.onnx
+    phrases: int = 1,  # B
+    words: int = 25,   # T: every phrase is padded to it
+) -> Path:             # the file: inputs v2, v3, v4, words and image_index, as for `export_segment`
+    "The part that runs once a phrase, for ONNX Runtime and others."
+    try: import onnxscript  # noqa: F401
+    except ImportError as error: raise ImportError("ONNX needs two packages more: pip install 'refseg_nb[onnx]'") from error
+    torch.onnx.export(export_segment(model, phrases, words), dynamo=True, verbose=False).save(path)
+    return Path(path)
+
+# %% ../../nbs/21_fast.ipynb #040
 def matmul_peak(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -225,14 +239,11 @@ def peak_of(
     device: str = "cpu",
 ) -> int | None:        # bytes; None where the system does not tell
     "The largest memory while some work runs: torch's on a GPU, else this process's (Linux)."
-    if str(device).startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(); work(); return torch.cuda.max_memory_allocated()
-    try: Path("/proc/self/clear_refs").write_text("5")   # begin to count anew
-    except OSError: work(); return None
+    known = reset_peak_memory(device)
     work()
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return peak_memory(device) if known else None
 
-# %% ../../nbs/21_fast.ipynb #041
+# %% ../../nbs/21_fast.ipynb #044
 def precisions(device: str = "cpu") -> tuple[str, ...]:  # "fp32", and "bf16" where the machine computes in it
     "What is worth measuring here."
     has = torch.cuda.is_bf16_supported() if str(device).startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
@@ -269,7 +280,7 @@ def ways_of(
     pairs = [(run, precision, f"{name}, {precision}") for precision in precisions(device) for name, run in runs.items()]
     return {label: (lambda run=run, precision=precision: step(run, precision)) for run, precision, label in pairs}
 
-# %% ../../nbs/21_fast.ipynb #043
+# %% ../../nbs/21_fast.ipynb #046
 def measure(
     what: str,                # "inference" or "training"
     pixels: int = 320,
@@ -313,7 +324,7 @@ def _about(device: str) -> dict:
     return {"machine": machine(device), "load": load, "versions": versions(), "commit": git_commit(), "system": platform.system(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
-# %% ../../nbs/21_fast.ipynb #047
+# %% ../../nbs/21_fast.ipynb #050
 def loader_rate(
     root: Path,            # of a RefShapes data set
     pixels: int = 320,
@@ -352,7 +363,7 @@ def measure_loader(
             for size in pixels for stored in (True, False) for n in workers}
     return {"what": "loader", "rows": rows} | _about("cpu")
 
-# %% ../../nbs/21_fast.ipynb #051
+# %% ../../nbs/21_fast.ipynb #054
 def cases(quick: bool = False) -> dict[str, dict]:   # name of the record -> arguments of `measure`
     "What the benchmark consists of; the important ones first."
     if quick: return {f"quick-{what}": dict(what=what, pixels=96, phrases=2, preset="refshapes", repeats=1) for what in ("inference", "training")}
@@ -401,7 +412,7 @@ def main(arguments: list[str] | None = None):
     if not bench(Path(options.out), options.quick, options.device, options.only):
         sys.exit(f"no record's name contains {options.only!r}; there are {', '.join(cases(options.quick))}, loader")
 
-# %% ../../nbs/21_fast.ipynb #055
+# %% ../../nbs/21_fast.ipynb #058
 def read_bench(
     folder: Path,            # `results/bench`
 ) -> dict[str, dict]:        # name -> record
@@ -409,20 +420,28 @@ def read_bench(
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
 
 
-def bench_table(
+def bench_cases(
     records: dict[str, dict],   # of `read_bench`
-) -> list[dict]:                # a line a way and case
-    "The records of models as lines."
-    lines = []
-    for record in records.values():
-        for way, row in record["rows"].items() if record["what"] in ("inference", "training") else ():
-            share = f"{row['share_of_peak']:.0%}" if row["share_of_peak"] else ""
-            memory = f"{row['peak_memory'] / 1e9:.1f} GB" if row["peak_memory"] else ""
-            case, less = f"{record['what']}, {record['pixels']} px, {record['phrases']} phrases", row["times_less_cpu"]
-            lines.append({"case": case, "way": way, "per second": f"{row['expressions_per_second']:.2f}", "times as fast": f"{row['times_as_fast']:.2f}",
-                          "cpu": f"{less:.2f}" if less else "", "of peak": share, "memory": memory})
-    return lines
+    what: str,                  # "inference" or "training"
+) -> list[dict]:                # the records, small pictures and few phrases first
+    "The records of one kind, without the compiled case, which has other ways."
+    found = [r for name, r in records.items() if r["what"] == what and "compiled" not in name]
+    return sorted(found, key=lambda r: (r["pixels"], r["phrases"]))
 
-# %% ../../nbs/21_fast.ipynb #071
+
+def bench_table(
+    cases: list[dict],   # of `bench_cases`, or a record that they do not have
+) -> str:
+    "How many times as fast, expressions a second, share of the peak and memory, in markdown: a line a way, a column a case."
+    def cell(row):
+        parts = [f"{row['times_as_fast']:.2f} ×", f"{row['expressions_per_second']:.2f}/s"]
+        if row["share_of_peak"]: parts.append(f"{row['share_of_peak']:.0%} of peak")
+        if row["peak_memory"]: parts.append(f"{row['peak_memory'] / 1e9:.1f} GB")
+        return f"**{parts[0]}**<br>{'<br>'.join(parts[1:])}"
+    lines = ["| | " + " | ".join(f"{r['pixels']} px, {r['phrases']}" for r in cases) + " |", "|---|" + "---|" * len(cases)]
+    ways = dict.fromkeys(way for r in cases for way in r["rows"])
+    return "\n".join(lines + [f"| {way} | " + " | ".join(cell(r["rows"][way]) if way in r["rows"] else "" for r in cases) + " |" for way in ways])
+
+# %% ../../nbs/21_fast.ipynb #082
 #| eval: false
 if __name__ == "__main__": main()

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GROWTH', 'QUICK', 'share_of_batch', 'SumOverProcesses', 'SharedBatchNorm2d', 'share_batch_norm', 'join_processes',
            'first_process', 'ProcessLost', 'notice_lost_process', 'launch_folder', 'fitted_slope', 'measured',
-           'in_child', 'model_cost', 'write_annotations', 'data_cost', 'processes_cost', 'growth', 'main']
+           'in_child', 'picture_cost', 'write_annotations', 'data_cost', 'processes_cost', 'growth', 'main']
 
 # %% ../../nbs/21b_scaling_out.ipynb #002
 import json
 import os
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -150,8 +150,8 @@ def measured(
     "Time and memory of some work in this process."
     import psutil
 
-    from refseg_nb.training.learner import peak_memory
-    with suppress(OSError): Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of what came before
+    from refseg_nb.training.learner import peak_memory, reset_peak_memory
+    reset_peak_memory()
     before, seconds = psutil.Process().memory_info().rss, []
     for _ in range(repeats):
         start = time.process_time()
@@ -181,7 +181,7 @@ def _child(send, task, *args):
     send.send(task(*args))
 
 # %% ../../nbs/21b_scaling_out.ipynb #040
-def model_cost(
+def picture_cost(
     preset: str,        # of SHNet: "refshapes" (small) or "paper"
     training: bool,     # forward and backward, or only forward
     phrases: int = 0,   # about one picture; 0: one, or two in training, since BatchNorm cannot normalise one
@@ -328,7 +328,7 @@ def growth(
 
 
 def _model_point(preset, training, series, size):
-    return model_cost(preset, training, **{series: size}, repeats=1 if preset == "paper" else 5)
+    return picture_cost(preset, training, **{series: size}, repeats=1 if preset == "paper" else 5)
 
 # %% ../../nbs/21b_scaling_out.ipynb #048
 def main(arguments: list[str] | None = None):

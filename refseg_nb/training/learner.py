@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'dice_loss', 'Objective', 'TargetDataset', 'polynomial_decay', 'available_memory', 'peak_memory',
-           'turns_grey', 'features_name', 'map_tensors', 'kept_tensors', 'FeatureCache', 'logits_size', 'first_images',
-           'expression_batches', 'TrainResult', 'comparable', 'check_same_config', 'read_history', 'cut_log',
-           'unfreeze', 'LearnerParts', 'LearnerSteps', 'LearnerState', 'Learner', 'train']
+           'reset_peak_memory', 'turns_grey', 'features_name', 'map_tensors', 'kept_tensors', 'FeatureCache',
+           'logits_size', 'first_images', 'expression_batches', 'TrainResult', 'comparable', 'check_same_config',
+           'read_history', 'cut_log', 'unfreeze', 'LearnerParts', 'LearnerSteps', 'LearnerState', 'Learner', 'train']
 
 # %% ../../nbs/12_training.ipynb #002
 import hashlib
@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -278,6 +278,17 @@ def peak_memory(
     import resource  # not on Windows
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024  # Linux counts kibibytes
+
+
+def reset_peak_memory(
+    device: str | torch.device = "cpu",
+) -> bool:  # whether it could: on a CPU, Linux alone can
+    "Forget the peak so far: `peak_memory` is of what comes from here on."
+    if torch.device(device).type == "cuda": torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try: Path("/proc/self/clear_refs").write_text("5")
+        except OSError: return False
+    return True
 
 # %% ../../nbs/12_training.ipynb #040
 def turns_grey(
@@ -757,6 +768,17 @@ class LearnerState(LearnerSteps):
             return {}
         return {k.split(".")[0]: v for k, v in found["rng"].items() if k.endswith(f".{self.rank}")}
 
+    @contextmanager
+    def alone(self):
+        "No other training writes into the folder meanwhile."
+        self.out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.out / ".lock")
+        try:
+            if self.main: lock.acquire(timeout=0)
+        except Timeout: raise CheckpointError(f"another process is training into {self.out}: wait for it, or give another folder") from None
+        try: yield
+        finally: lock.release()
+
     def open_run(self, resume: bool | str) -> dict | None:
         "The checkpoint to go on from, after the old run was cleared if it is not wanted."
         if resume not in (True, False, "auto", "never"): raise ValueError(f"resume must be 'auto', True or False, got {resume!r}")
@@ -864,4 +886,6 @@ def train(
     model: nn.Module | None = None,  # train this one instead of `create_model(config.model, config.preset, ...)`
 ) -> TrainResult:
     "Train as the configuration says; a run that was stopped goes on where its last checkpoint was, with the same result bit for bit (on a CPU)."
-    with notice_lost_process(config.out): return Learner(config, model).fit(resume)
+    with notice_lost_process(config.out):
+        learner = Learner(config, model)
+        with learner.alone(): return learner.fit(resume)

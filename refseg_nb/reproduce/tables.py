@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'CONTROL_NAMES', 'load_runs', 'row_scores', 'only_kind', 'difference', 'summarise', 'markdown_table',
-           'sentence', 'seed_spread', 'conclusions', 'controls_table', 'cost_table', 'family_costs', 'family_table',
-           'print_table']
+           'sentence', 'seed_spread', 'among_trainings', 'conclusions', 'controls_table', 'cost_table', 'family_costs',
+           'family_table', 'print_table']
 
 # %% ../../nbs/20b_tables.ipynb #003
 from dataclasses import replace
@@ -173,12 +173,25 @@ def seed_spread(
     variances = [np.var(e, ddof=1) for e in each if len(e) > 1]
     return {"points": float(np.sqrt(2 * np.mean(variances))), "rows": len(variances)} if variances else None
 
-# %% ../../nbs/20b_tables.ipynb #034
+# %% ../../nbs/20b_tables.ipynb #035
+def among_trainings(
+    p: dict,         # one of the summary's "differences"
+    summary: dict,   # from `summarise`
+) -> str:            # empty where both rows have one training, or both have several
+    "Where the single training of one row lies among those of the other."
+    cells = {row: summary["rows"][row]["cells"][summary["key"]] for row in (p["a"], p["b"])}
+    one, several = sorted(cells, key=lambda row: len(cells[row]["each seed"]) if cells[row] else 0)
+    if not cells[one] or len(cells[one]["each seed"]) > 1 or len(cells[several]["each seed"]) < 2: return ""
+    [x], others = cells[one]["each seed"], cells[several]["each seed"]
+    where = "above them all" if x > max(others) else "below them all" if x < min(others) else "among them"
+    return f" The {len(others)} trainings of {several} reach {min(others):.1f} to {max(others):.1f}; the one of {one}, {x:.1f}, lies {where}."
+
+# %% ../../nbs/20b_tables.ipynb #037
 def conclusions(
     summary: dict,  # from `summarise`
 ) -> list[str]:     # a sentence or two for each difference, then the order of the rows
     "What the intervals allow to be said, in words; written from the numbers."
-    lines = [sentence(p) for p in summary["differences"]]
+    lines = [sentence(p) + among_trainings(p, summary) for p in summary["differences"]]
     spread = seed_spread(summary)
     if spread and any(len(p["ours"]["by seed"] or [0, 0]) == 1 for p in summary["differences"]):
         lines.append(f"Two trainings of the same row lie {spread['points']:.1f} points apart (root mean square; {spread['rows']} rows have several): "
@@ -192,7 +205,7 @@ def conclusions(
         lines.append(text + ".")
     return lines
 
-# %% ../../nbs/20b_tables.ipynb #039
+# %% ../../nbs/20b_tables.ipynb #042
 CONTROL_NAMES = {"": "picture and phrase", ".no-text": "no phrase", ".no-image": "no picture", ".shuffled": "phrases shuffled between samples",
                  ".other": "another object's phrase"}
 
@@ -211,7 +224,7 @@ def controls_table(
     out += [_line(text, *(cell(runs[key] if not control else kept.get(control)) for key, kept in found.items())) for control, text in CONTROL_NAMES.items()]
     return "\n".join(out) + "\n"
 
-# %% ../../nbs/20b_tables.ipynb #043
+# %% ../../nbs/20b_tables.ipynb #046
 def cost_table(
     runs: dict,   # from `load_runs`
 ) -> str:
@@ -226,7 +239,7 @@ def cost_table(
                          f"{max(x['peak memory'] for x in c) / 1e9:.1f}", m.get("device_name", m["device"])))
     return "\n".join(out) + "\n" if shown else ""
 
-# %% ../../nbs/20b_tables.ipynb #047
+# %% ../../nbs/20b_tables.ipynb #050
 def family_costs(
     runs: dict,            # from `load_runs`; may be empty
 ) -> dict[str, dict]:      # system -> what it costs, see `model_cost`; and of its records on UNC val, the recorded cost of the first
@@ -256,7 +269,7 @@ def family_table(
         out.append(_line(label, *(f(costs[label][k]) if k in costs[label] else "–" for k, f in show.items()), *scores))
     return "\n".join(out) + "\n"
 
-# %% ../../nbs/20b_tables.ipynb #051
+# %% ../../nbs/20b_tables.ipynb #054
 def print_table(
     summary: dict,       # from `summarise`
     console=None,        # a rich console

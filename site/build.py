@@ -150,7 +150,8 @@ def prepare(
 ) -> list[Chapter]:
     "Write what Sphinx reads."
     chapters = [read(path) for path in sorted(nbs.glob("[0-9]*.ipynb"))]
-    for chapter in chapters: nbformat.write(page(chapter), source / f"{chapter.name}.ipynb")
+    texts = {chapter.name: nbformat.writes(page(chapter)).replace("](../results/", "](results/") for chapter in chapters}
+    for name, text in texts.items(): (source / f"{name}.ipynb").write_text(text, encoding="utf-8")
     (source / "library.md").write_text(library(chapters), encoding="utf-8")
     parts = {part: [c.name for c in inside] for part, inside in groupby(chapters, lambda c: c.part)}
     parts[chapters[-1].part] += ["library", "real_data"]
@@ -158,7 +159,7 @@ def prepare(
     home = readme_from(nbs / "index.ipynb").replace("](nbs/", "](").replace("](data_setup/README.md)", "](real_data.md)")
     (source / "index.md").write_text(home + "\n" + "\n".join(contents), encoding="utf-8")
     (source / "real_data.md").write_text((ROOT / "data_setup" / "README.md").read_text(encoding="utf-8").replace("](../nbs/", "]("), encoding="utf-8")
-    for name in set(re.findall(r"\]\(((?:results/|LICENSE)[^)]*)\)", home)):
+    for name in set(re.findall(r"\]\(((?:results/|LICENSE)[^)]*)\)", home + "".join(texts.values()))):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     known = {s.name: f"{c.name}.html#{s.name}" for c in chapters for s in c.symbols}

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -108,6 +110,14 @@ def test_where_pieces_come_from(tiny_root, pieces, tmp_path, monkeypatch):
 def test_a_bert_of_another_vocabulary_is_refused(tmp_path):
     bert_encoder(1, 16, 2, 30, weights="none").bert.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no BERT of 40 pieces and 16 channels"): bert_encoder(1, 16, 2, 40, weights=str(tmp_path))
+
+
+def test_torch_knows_its_constructors_after_a_bert_was_loaded(tmp_path):
+    "In a process of its own: transformers replaces torch.linspace while it loads, and torch lists its constructors once."
+    bert_encoder(1, 16, 2, 30, weights="none").bert.save_pretrained(tmp_path)
+    code = ("import sys, torch; from refseg_nb.models.lavt import bert_encoder; bert_encoder(1, 16, 2, 30, weights=sys.argv[1])\n"
+            "with torch.device('meta'): assert torch.linspace(0, 1, 3).device.type == 'meta'")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
 # --- weights of background and referent

@@ -130,7 +130,7 @@ def test_conclusions_say_no_more_than_the_intervals(folder):
 
 
 def test_single_trainings_are_read_against_the_spread_of_seeds(tmp_path):
-    rows = {"shnet": (.6, .4), "preset-pool": (.5,), "preset-grid": (.55,)}
+    rows = {"shnet-third": (.6, .4), "preset-pool": (.5,), "preset-grid": (.55,)}
     for name, goods in rows.items():
         for seed, good in enumerate(goods): save_record(fake(name, seed, good), tmp_path / "records" / f"{name}-seed{seed}-val.json")
     s = T.summarise(T.load_runs(tmp_path), "presets", 200); spread = T.seed_spread(s)
@@ -205,6 +205,16 @@ def test_plan_of_everything(tmp_path):
         sizes = {j["experiment"]: asdict(SHNetConfig.from_dict(PRESETS[preset].to_dict() | j["config"]["overrides"])) for j in of_shnet}
         assert sizes["shnet-high"]["image_size"] == 448 and sizes["shnet"]["image_size"] == 320 and sizes["shnet-resnet"]["backbone"] == "resnet101"
         assert sizes["shnet"]["grid"] == PRESETS[preset].grid, "the small model's grid is not the paper's"
+
+
+def test_presets_are_trained_for_a_third_of_the_steps_and_so_is_what_they_are_compared_with(tmp_path):
+    steps = lambda *args, **more: {j["experiment"]: j["config"]["max_steps"] for j in E.plan(tmp_path, *args, data_root=tmp_path, **more)}
+    assert set(steps("presets").values()) == {2000} and set(steps("presets", steps=30).values()) == {10} and set(steps("presets", "tiny").values()) == {2}
+    assert {c.experiment for row in E.tables()["presets"].rows.values() for c in row} == set(steps("presets"))
+    assert set(steps("savings").values()) == set(steps("table2").values()) == {6000}, "a cheaper model is compared with the whole training"
+    short, whole = ([j | {"draw": None} for j in E.plan(tmp_path, name, data_root=tmp_path)[:1]] for name in ("presets", "table2"))
+    minutes = lambda jobs: E.estimate(jobs, 1)["minutes"]
+    assert np.isclose(minutes(short + whole), minutes(short) + minutes(whole)) and np.isclose(minutes(whole), 3 * minutes(short))
 
 
 def test_plan_of_the_family(tmp_path):

@@ -274,6 +274,7 @@ def bert_encoder(
                         hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, initializer_range=.02 * (768 / width) ** .5)
     if weights == "none": bert = BertModel(config, add_pooling_layer=False)
     else:
+        with torch.device("meta"): torch.empty(0)  # torch lists what makes tensors when this is first used; transformers hides `linspace` while it loads
         try: bert = BertModel.from_pretrained(weights or "bert-base-uncased", config=config, add_pooling_layer=False)
         except OSError as error:
             raise FileNotFoundError(f"{weights or 'bert-base-uncased'} is not here and could not be fetched; use weights='none' for random weights") from error

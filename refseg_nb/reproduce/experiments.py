@@ -88,6 +88,7 @@ class Experiment:
     backbone: str = "segmentation"     # "segmentation": DeepLabv3+ in the paper; "classification": ResNet-101
     overrides: dict = field(default_factory=dict)  # further fields of the model's configuration
     training: dict = field(default_factory=dict)   # fields of `TrainConfig`
+    share: float = 1.                  # of the budget's steps
 
 # %% ../../nbs/20_experiments.ipynb #018
 ROWS = ("Baseline", "Only HCAM", "Only SFM", "SHNet")  # the rows of Table 2 that carry the argument; trained if nothing else is asked
@@ -105,6 +106,7 @@ def _of_the_tables() -> list[Experiment]:
 
 # %% ../../nbs/20_experiments.ipynb #020
 _SMALL = {"grid": {18: 8, 20: 9}, "sfm_ffn": {0: 0, 512: 128}}   # the presets' sizes on RefShapes
+_SHARE = 1 / 3     # of the budget's steps
 _IN_TRAINING = {   # fields of the recipe -> fields of `TrainConfig`, (paper, released)
     "batch_size": ({"images_per_batch": 3}, {"images_per_batch": 2}),   # 50 and 32 expressions; here 24 and 16
     "schedule": ({"schedule": "polynomial"}, {"schedule": "plateau", "val_split": "val", "eval_limit": 200}),
@@ -123,7 +125,7 @@ NOT_TRAINED = {   # the other differences, and why they are no training of their
 # %% ../../nbs/20_experiments.ipynb #022
 def _of_the_presets() -> list[Experiment]:
     from refseg_nb.models.shnet import PRESETS, RECIPES, differences
-    mine, found = {**PRESETS["refshapes"].to_dict(), **RECIPE["overrides"]}, []
+    mine, found = {**PRESETS["refshapes"].to_dict(), **RECIPE["overrides"]}, [Experiment("shnet-third", "SHNet, a third of the steps", share=_SHARE)]
     say = lambda v: {True: "yes", False: "no"}.get(v, v) if isinstance(v, bool) else v
     for name, sides in (differences(PRESETS["paper"], PRESETS["released"]) | differences(RECIPES["paper"], RECIPES["released"])).items():
         if name in NOT_TRAINED: continue
@@ -132,7 +134,7 @@ def _of_the_presets() -> list[Experiment]:
             small = [_SMALL.get(name, {}).get(side, side) for side in sides]
             other = small.index(next(v for v in small if v != mine[name])); changes = {"overrides": {name: small[other]}}
         label = f"{name}: {say(sides[1 - other])} → {say(sides[other])} ({('paper', 'released')[other]})"
-        found.append(Experiment(f"preset-{name.replace('_', '-')}", label, **changes))
+        found.append(Experiment(f"preset-{name.replace('_', '-')}", label, share=_SHARE, **changes))
     return found
 
 # %% ../../nbs/20_experiments.ipynb #024
@@ -149,6 +151,7 @@ def _of_the_family() -> list[Experiment]:
 def _of_the_savings() -> list[Experiment]:
     return [Experiment("savings-wide-decoder", "decoder as wide as published", overrides={"decoder_widths": [64, 64, 64, 32]}),   # C, C, C, C/2
             Experiment("savings-narrow-decoder", "decoder of 32, 16, 8", overrides={"decoder_widths": [32, 16, 8]}),
+            Experiment("savings-one-layer", "one layer of SFM", overrides={"sfm_layers": 1}),
             Experiment("savings-small-grid", "grid of 6", overrides={"grid": 6}),
             Experiment("savings-one-gate", "one gate for all pairs", overrides={"hcam_gates": "one"})]
 
@@ -227,8 +230,9 @@ def _table4() -> Table:
 
 def _presets() -> Table:
     own = {e.label: e.name for e in experiments().values() if e.name.startswith("preset-")}
-    rows = {label: (Cell(name),) for label, name in {"SHNet as trained here": "shnet", **own}.items()}
-    return Table("Paper or released code, one difference at a time", ("Overall IoU",), rows, pairs=tuple((label, "SHNet as trained here") for label in own))
+    rows = {label: (Cell(name),) for label, name in {"SHNet as trained here": "shnet-third", **own}.items()}
+    pairs = tuple((label, "SHNet as trained here") for label in own)
+    return Table("Paper or released code, one difference at a time, in a third of the steps", ("Overall IoU",), rows, pairs=pairs)
 
 def _family(dataset: str) -> Table:
     from refseg_nb.models.shnet import FAMILY
@@ -237,7 +241,7 @@ def _family(dataset: str) -> Table:
     return Table(f"Four systems on {dataset}", splits, rows, pairs=tuple((label, "SHNet") for label in FAMILY.values()))
 
 def _savings() -> Table:
-    rows = {"SHNet as trained here": (Cell("shnet"),), "one layer of SFM": (Cell("preset-sfm-layers"),)} | {e.label: (Cell(e.name),) for e in _of_the_savings()}
+    rows = {"SHNet as trained here": (Cell("shnet"),)} | {e.label: (Cell(e.name),) for e in _of_the_savings()}
     return Table("What a cheaper model costs", ("Overall IoU",), rows, pairs=tuple((row, "SHNet as trained here") for row in list(rows)[1:]))
 
 @cache
@@ -324,8 +328,8 @@ def plan(
                 if preset != "refshapes": own, recipe, training = FAMILY_PRESETS[e.model], {"checkpoint_every": 250}, {}
             config = {"data": folder, "root": str(root / drawn[0] if drawn else root), "split_by": split_by or partition, "epochs": 10**6,
                       "val_split": "val" if preset == "released" else None,   # its learning rate follows the validation loss
-                      "max_steps": steps or b.steps, "preset": own, "mixed_precision": _precision(), **recipe, **training, "overrides": overrides,
-                      "model": e.model, "seed": seed}
+                      "max_steps": max(1, round((steps or b.steps) * e.share)), "preset": own, "mixed_precision": _precision(),
+                      **recipe, **training, "overrides": overrides, "model": e.model, "seed": seed}
             slug = f"{name}-seed{seed}"
             jobs.append({"experiment": name, "label": e.label, "seed": seed, "budget": budget, "splits": asked[name],
                          "controls": name in {f"shnet{tag}" for tag in TAGS.values()} and target in ("table1", "all"),
@@ -362,7 +366,8 @@ def estimate(
     if not jobs: return {"side by side": 0, "minutes": 0.}
     b = BUDGETS[jobs[0]["budget"]]; n = max(1, min(n_jobs or cores(), len(jobs)))
     sets = {(j["config"]["data"], j["config"]["root"]) for j in jobs if j["draw"]}
-    training = math.ceil(len(jobs) / n) * b.minutes * jobs[0]["config"]["max_steps"] / b.steps * max(1, n / cores())
+    steps = sum(j["config"]["max_steps"] for j in jobs) / len(jobs)   # of one training
+    training = math.ceil(len(jobs) / n) * b.minutes * steps / b.steps * max(1, n / cores())
     return {"side by side": n, "minutes": training + len(sets) * b.data_minutes * 2 / min(cores(), 8)}
 
 # %% ../../nbs/20_experiments.ipynb #061

@@ -172,7 +172,8 @@ def reproduce(
     todo = [j for j in jobs if not is_done(j)]
     check_jobs(jobs); cost = estimate(todo, n_jobs)
     say(f"Budget {budget}: {BUDGETS[budget].what}.")
-    say(f"{len(jobs)} trainings of {jobs[0]['config']['max_steps']:,} steps, {cost['side by side']} side by side on {cores()} cores, "
+    steps = " to ".join(f"{n:,}" for n in sorted({f([j["config"]["max_steps"] for j in jobs]) for f in (min, max)}))
+    say(f"{len(jobs)} trainings of {steps} steps, {cost['side by side']} side by side on {cores()} cores, "
         f"{len(jobs) - len(todo)} of them done already: about {cost['minutes']:.0f} minutes at the speed that was measured for this budget.")
     if left_out: say(f"Left out, because they are not there: {', '.join(left_out)}.")
     draw_data(todo, say)

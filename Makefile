@@ -18,7 +18,7 @@ NB     ?= nbs/*.ipynb
 
 # Install the package with the extras that are named
 install = if command -v uv >/dev/null; then \
-    { [ -x $(BIN)/python ] || uv venv -q --python $(PYTHON) $(VENV); } && uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(1)]'; \
+    { [ -x $(BIN)/python ] || uv venv -q --python $(PYTHON) $(VENV); } && uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[$(1)]'; \
   else \
     { [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); } && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(1)]'; \
   fi

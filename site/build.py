@@ -91,6 +91,9 @@ def read(path: Path) -> Chapter:
     return Chapter(path.stem, notebook, module)
 
 
+RESULTS = "](../results/", "](results/"   # figures are copied to stand beside the pages
+
+
 def page(chapter: Chapter) -> nbformat.NotebookNode:
     "The notebook as Sphinx reads it."
     out = []
@@ -102,7 +105,9 @@ def page(chapter: Chapter) -> nbformat.NotebookNode:
             cell.source = re.sub(r"\A(#\|.*\n?)+", "", cell.source)
             imports = all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(cell.source).body)
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), *["export"] * ("export" in found), *["hide-input"] * imports]
-        if cell.cell_type == "markdown": cell.source = cell.source.replace("](index.ipynb)", "](index.md)")
+        if cell.cell_type == "markdown": cell.source = cell.source.replace("](index.ipynb)", "](index.md)").replace(*RESULTS)
+        for made in (o.data for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})):
+            made["text/markdown"] = made["text/markdown"].replace(*RESULTS)
         out.append(cell)
     where = f"Notebook `nbs/{chapter.name}.ipynb`" + (f", exports [`{chapter.module}`](library.md#{chapter.module.replace('.', '')})" if chapter.module else "")
     out[0].source = re.sub(r"\A# .*", f"# {chapter.title}", out[0].source) + f"\n\n{{.where}}\n{where}\n"
@@ -150,7 +155,7 @@ def prepare(
 ) -> list[Chapter]:
     "Write what Sphinx reads."
     chapters = [read(path) for path in sorted(nbs.glob("[0-9]*.ipynb"))]
-    texts = {chapter.name: nbformat.writes(page(chapter)).replace("](../results/", "](results/") for chapter in chapters}
+    texts = {chapter.name: nbformat.writes(page(chapter)) for chapter in chapters}
     for name, text in texts.items(): (source / f"{name}.ipynb").write_text(text, encoding="utf-8")
     (source / "library.md").write_text(library(chapters), encoding="utf-8")
     parts = {part: [c.name for c in inside] for part, inside in groupby(chapters, lambda c: c.part)}
@@ -159,7 +164,7 @@ def prepare(
     home = readme_from(nbs / "index.ipynb").replace("](nbs/", "](").replace("](data_setup/README.md)", "](real_data.md)")
     (source / "index.md").write_text(home + "\n" + "\n".join(contents), encoding="utf-8")
     (source / "real_data.md").write_text((ROOT / "data_setup" / "README.md").read_text(encoding="utf-8").replace("](../nbs/", "]("), encoding="utf-8")
-    for name in set(re.findall(r"\]\(((?:results/|LICENSE)[^)]*)\)", home + "".join(texts.values()))):
+    for name in set(re.findall(r"\]\(((?:results/|LICENSE)[^){]*)\)", home + "".join(texts.values()))):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     known = {s.name: f"{c.name}.html#{s.name}" for c in chapters for s in c.symbols}

@@ -13,7 +13,7 @@ import re
 import time
 from pathlib import Path
 
-from .experiments import BUDGETS, check_jobs, cores, draw_data, estimate, is_done, leave_out, plan, run_jobs, tables, write_whole
+from .experiments import BUDGETS, PAPER, check_jobs, cores, draw_data, estimate, is_done, leave_out, plan, run_jobs, tables, write_whole
 from .figures import figure_bars, figure_curves, figure_kinds, png
 from .tables import conclusions, controls_table, cost_table, family_table, load_runs, markdown_table, print_table, summarise
 
@@ -218,8 +218,11 @@ def readme_results(
             "the order and the steps, not the heights:", ""]
     if not (results / "reproduction" / "records").is_dir(): return "\n".join([*out, "Not recorded yet."]) + "\n"
     for name, summary in summaries(load_runs(results / "reproduction")).items():
+        if name not in PAPER: continue
         out += [f"*{PAPER_CAPTION[name]}: {summary['title']}*", "", markdown_table(summary).rstrip(), "", *[f"- {line}" for line in conclusions(summary)], ""]
-    out += [f"**The family.** {FAMILY_NOTE} Scores are overall IoU with 95 % intervals.", "", family_table(load_runs(results / "reproduction"))]
+    out += ["**Paper or released code, cheaper models, the family's differences**: in [chapter 20d](nbs/20d_reproduction.ipynb) and",
+            "[chapter 19b](nbs/19b_family.ipynb).", "",
+            f"**The family.** {FAMILY_NOTE} Scores are overall IoU with 95 % intervals.", "", family_table(load_runs(results / "reproduction"))]
     return "\n".join(out).rstrip() + "\n"
 
 # %% ../../nbs/20d_reproduction.ipynb #046

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from refseg_nb.models.shnet import FAMILY, PRESETS, SHNetConfig, family
@@ -305,6 +306,30 @@ def test_two_rows_from_nothing_killed_and_resumed(tmp_path):
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").iterdir()}, "finished rows are not done again"
     other = subprocess.run([*args, "--steps", "9"], capture_output=True, text=True, env=ENV, timeout=300)
     assert other.returncode == 2 and "other settings" in other.stderr and len(other.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("how, ends", [(signal.SIGTERM, True), (signal.SIGHUP, True), (signal.SIGHUP, False)])
+def test_no_training_goes_on_alone(how, ends, tmp_path):
+    "A signal to the program that started them ends the trainings too; one that it was told to ignore (nohup) ends nothing."
+    code = ("import signal, sys, refseg_nb.reproduce.experiments as E; E.JOB = 'import time; time.sleep(60)'\n"
+            f"if not {ends}: signal.signal(signal.{how.name}, signal.SIG_IGN)\n"
+            "E.run_jobs(E.plan(sys.argv[1])[:2], 2)")
+    parent = psutil.Process(subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL).pid)
+    wait_for(lambda: len(parent.children()) == 2)
+    trainings = parent.children(); parent.send_signal(how)
+    try:
+        if ends: wait_for(lambda: not any(p.is_running() for p in trainings))
+        else: time.sleep(1.); assert parent.is_running() and all(p.is_running() for p in trainings)
+    finally:
+        for p in (parent, *trainings):
+            if p.is_running(): p.kill()
+
+
+def wait_for(what, seconds=60):
+    end = time.time() + seconds
+    while not what():
+        assert time.time() < end, "waited in vain"
+        time.sleep(.05)
 
 
 @pytest.mark.slow

@@ -7,15 +7,18 @@ __all__ = ['TABLE2_COLUMNS', 'PAPER', 'WORLDS', 'SCALES', 'ROWS', 'TAGS', 'THIRD
            'FAMILY_PRESETS', 'RECIPE', 'PAPER_RECIPE', 'BUDGETS', 'TARGETS', 'CONTROLS', 'REAL_SIZES', 'JOB',
            'Experiment', 'experiments', 'Budget', 'Cell', 'Table', 'tables', 'default_root', 'write_whole', 'wanted',
            'plan', 'records_of', 'is_done', 'cores', 'estimate', 'full_cost', 'model_config', 'model_cost',
-           'model_seconds', 'thin_curve', 'run_job', 'check_jobs', 'run_jobs', 'draw_data', 'leave_out']
+           'model_seconds', 'thin_curve', 'run_job', 'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
 
 # %% ../../nbs/20_experiments.ipynb #003
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -521,6 +524,18 @@ def check_jobs(
             raise ValueError(f"{file.parent} holds a run with other settings: give another output folder, or delete this one")
 
 # %% ../../nbs/20_experiments.ipynb #078
+@contextmanager
+def as_ctrl_c():
+    "SIGTERM and SIGHUP end what runs inside as Ctrl-C does."
+    def stop(*_): raise KeyboardInterrupt
+    inside = threading.current_thread() is threading.main_thread()   # only there may handlers be set
+    mine = [s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s and inside and signal.getsignal(s) is signal.SIG_DFL]
+    for s in mine: signal.signal(s, stop)
+    try: yield
+    finally:
+        for s in mine: signal.signal(s, signal.SIG_DFL)
+
+@as_ctrl_c()
 def run_jobs(
     jobs: list[dict],            # from `plan`
     n_jobs: int | None = None,   # processes side by side; default: one a core

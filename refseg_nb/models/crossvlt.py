@@ -212,7 +212,7 @@ CROSSVLT_PRESETS: dict[str, CrossVLTConfig] = {
 }
 CROSSVLT_RECIPES: dict[str, LAVTRecipe] = {  # fields as in chapter 18
     name: replace(LAVT_RECIPES[name], batch_size=12, lr=3e-5) for name in ("base", "tiny", "small", "large")
-} | {"refshapes": LAVT_RECIPES["refshapes"]}
+} | {"refshapes": replace(LAVT_RECIPES["refshapes"], lr=2e-3)}
 
 # %% ../../nbs/19_crossvlt.ipynb #048
 @dataclass

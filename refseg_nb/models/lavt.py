@@ -564,7 +564,7 @@ class LAVTRecipe:
 
 
 LAVT_RECIPES: dict[str, LAVTRecipe] = {name: LAVTRecipe() for name in ("base", "tiny", "small", "large")} | {
-    "refshapes": LAVTRecipe(epochs=14, lr=2e-3, class_weights=(1., 1.), mask_size=None, target="soft", unit="sentence", sentence="sent", protocol="refseg")}
+    "refshapes": LAVTRecipe(epochs=14, lr=1e-3, class_weights=(1., 1.), mask_size=None, target="soft", unit="sentence", sentence="sent", protocol="refseg")}
 
 
 def create_lavt(

@@ -143,7 +143,7 @@ def _of_the_presets() -> list[Experiment]:
     return found
 
 # %% ../../nbs/20_experiments.ipynb #024
-FAMILY_LR = {"cmpc": 2e-3, "lavt": 2e-3, "crossvlt": 2e-3}   # at the small size
+FAMILY_LR = {"cmpc": 2e-3, "lavt": 1e-3, "crossvlt": 2e-3}   # at the small size
 FAMILY_PRESETS = {"cmpc": "published", "lavt": "base", "crossvlt": "base"}   # at the paper's size
 
 def _of_the_family() -> list[Experiment]:

@@ -312,7 +312,7 @@ def test_two_rows_from_nothing_killed_and_resumed(tmp_path):
 def test_no_training_goes_on_alone(how, ends, tmp_path):
     "A signal to the program that started them ends the trainings too; one that it was told to ignore (nohup) ends nothing."
     code = ("import signal, sys, refseg_nb.reproduce.experiments as E; E.JOB = 'import time; time.sleep(60)'\n"
-            f"if not {ends}: signal.signal(signal.{how.name}, signal.SIG_IGN)\n"
+            f"signal.signal(signal.{how.name}, signal.{'SIG_DFL' if ends else 'SIG_IGN'})\n"   # whatever this process was told itself
             "E.run_jobs(E.plan(sys.argv[1])[:2], 2)")
     parent = psutil.Process(subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL).pid)
     wait_for(lambda: len(parent.children()) == 2)

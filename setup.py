@@ -28,8 +28,13 @@ setup(
     license="MIT",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["refseg_nb", "refseg_nb.*"]),
-    package_data={"refseg_nb": ["weights/**/*", "data/manifest.toml", "attention/static/*", "scaling/launch/*"]},
+    package_data={
+        "refseg_nb": ["weights/**/*", "data/manifest.toml", "attention/static/*", "scaling/launch/*"]
+    },
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["refseg_nb=refseg_nb._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": ["refseg_nb=refseg_nb._modidx:d"],
+    },
 )

@@ -19,77 +19,122 @@ import typer
 from typer.core import TyperGroup
 
 # %% ../nbs/22_command_line.ipynb #005
-ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # typer's own copy of click, or click's
+# typer's own copy of click, or click's
+ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-USER_ERRORS = (ClickException, ValueError, OSError)  # what the person can mend; anything else is a bug and keeps its traceback
+# what the person can mend; anything else is a bug and keeps its traceback
+USER_ERRORS = (ClickException, ValueError, OSError)
+
 
 def explain(
     error: BaseException,  # what was raised
-) -> str:                  # one line
+) -> str:  # one line
     "An error as one line for the person who typed the command."
-    if isinstance(error, ClickException): text = error.format_message()
-    elif isinstance(error, OSError) and error.filename and error.strerror: text = f"{error.filename}: {error.strerror.lower()}"
-    else: text = str(error)
+    if isinstance(error, ClickException):
+        text = error.format_message()
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror.lower()}"
+    else:
+        text = str(error)
     return " ".join(text.split()) or type(error).__name__
 
 # %% ../nbs/22_command_line.ipynb #009
 class OneLineErrors(TyperGroup):
     "The one place where a user's error becomes one line on stderr and exit code 2, and Ctrl-C exit code 130."
+
     def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
-        try: code = super().main(args, prog_name or "refseg", standalone_mode=False, **extra)
-        except (KeyboardInterrupt, typer.Abort): code = 130
-        except BrokenPipeError: code = 1
+        try:
+            code = super().main(args, prog_name or "refseg", standalone_mode=False, **extra)
+        except (KeyboardInterrupt, typer.Abort):
+            code = 130
+        except BrokenPipeError:
+            code = 1
         except USER_ERRORS as error:
-            if os.environ.get("REFSEG_DEBUG"): raise
-            print(f"refseg: {explain(error)}", file=sys.stderr); code = 2
-        if code == 130: print("refseg: stopped", file=sys.stderr)
+            if os.environ.get("REFSEG_DEBUG"):
+                raise
+            print(f"refseg: {explain(error)}", file=sys.stderr)
+            code = 2
+        if code == 130:
+            print("refseg: stopped", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
 
 # %% ../nbs/22_command_line.ipynb #010
-app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Referring image segmentation: a picture and a phrase in, the mask of what the phrase means out.")
+app = typer.Typer(
+    cls=OneLineErrors,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Referring image segmentation: a picture and a phrase in, the mask of what the phrase means out.",
+)
 data_app = typer.Typer(help="Draw, fetch, verify, convert and look at data sets.")
 app.add_typer(data_app, name="data")
+
 
 def _version(value: bool):
     if value:
         from refseg_nb import __version__
-        print(f"refseg {__version__}"); raise typer.Exit()
+
+        print(f"refseg {__version__}")
+        raise typer.Exit()
+
 
 @data_app.callback(invoke_without_command=True)
 def _data(ctx: typer.Context):
-    if ctx.invoked_subcommand is None: print(ctx.get_help())
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
 
 @app.callback(invoke_without_command=True)
 def _start(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ):
-    if ctx.invoked_subcommand is None: print(ctx.get_help())
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
 
 # %% ../nbs/22_command_line.ipynb #014
 def _root(
-    root: Path | None,     # what the person gave
-    data: str,             # name of the data set
-    size: str = "quick",   # RefShapes size
+    root: Path | None,  # what the person gave
+    data: str,  # name of the data set
+    size: str = "quick",  # RefShapes size
 ) -> Path:
     "The folder of a data set: as given, else `$REFSEG_DATA` or `data/`, with one folder a RefShapes size."
-    if root: return root
+    if root:
+        return root
     base = Path(os.environ.get("REFSEG_DATA") or "data")
     return base / size if data.startswith("refshapes") else base
+
 
 def _device(
     device: str,  # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> str:
     "A device that exists here."
     import torch
-    if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    try: torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError): raise ValueError(f"device {device!r} is not available here: use cpu, or auto") from None
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device!r} is not available here: use cpu, or auto") from None
     return device
 
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of the data sets. Default: $REFSEG_DATA or data/, with one folder a RefShapes size.")]
-SplitBy = Annotated[str | None, typer.Option("--split-by", help="Who made the splits: unc, google, umd, berkeley. Needed for refcocog only.")]
+
+Root = Annotated[
+    Path | None,
+    typer.Option(
+        "--root",
+        help="Folder of the data sets. Default: $REFSEG_DATA or data/, with one folder a RefShapes size.",
+    ),
+]
+SplitBy = Annotated[
+    str | None,
+    typer.Option(
+        "--split-by", help="Who made the splits: unc, google, umd, berkeley. Needed for refcocog only."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 Size = Annotated[str, typer.Option(help="RefShapes size, where --root is not given.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; default: one a core.")]
@@ -99,17 +144,36 @@ Name = Annotated[str, typer.Argument(help=DATA_SETS)]
 # %% ../nbs/22_command_line.ipynb #018
 @data_app.command("make")
 def data_make(
-    name: Annotated[str, typer.Argument(help="refshapes (location words), refshapes+ (none), refshapes-g (long), refshapes-stuff (regions).")] = "refshapes",
-    size: Annotated[str, typer.Option(help="tiny (tests), quick (minutes), full (the paper's counts).")] = "quick",
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="refshapes (location words), refshapes+ (none), refshapes-g (long), refshapes-stuff (regions)."
+        ),
+    ] = "refshapes",
+    size: Annotated[
+        str, typer.Option(help="tiny (tests), quick (minutes), full (the paper's counts).")
+    ] = "quick",
     root: Root = None,
     seed: Annotated[int, typer.Option(help="Of the scenes and the expressions.")] = 0,
-    resolution: Annotated[int | None, typer.Option(help="Side of a picture in pixels; default: the size's.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of a picture in pixels; default: the size's.")
+    ] = None,
     workers: Workers = None,
 ):
     "Draw a RefShapes data set; a second call with the same settings does nothing."
     from refseg_nb.refshapes.dataset import make_refshapes
-    folder = make_refshapes(_root(root, name, size), name, size, seed=seed, resolution=resolution, workers=workers, progress=sys.stderr.isatty())
+
+    folder = make_refshapes(
+        _root(root, name, size),
+        name,
+        size,
+        seed=seed,
+        resolution=resolution,
+        workers=workers,
+        progress=sys.stderr.isatty(),
+    )
     print(f"{name} ({size}) is in {folder}")
+
 
 @data_app.command("info")
 def data_info(
@@ -124,27 +188,50 @@ def data_info(
 
     from refseg_nb.data.refer import verify_counts
     from refseg_nb.data.referit import open_data
-    refer = open_data(_root(root, name, size), name, split_by); report = verify_counts(refer)
+
+    refer = open_data(_root(root, name, size), name, split_by)
+    report = verify_counts(refer)
     table = Table(title=f"{name} ({refer.split_by})")
-    for column in ("split", "images", "refs", "expressions", "words each"): table.add_column(column, justify="left" if column == "split" else "right")
+    for column in ("split", "images", "refs", "expressions", "words each"):
+        table.add_column(column, justify="left" if column == "split" else "right")
     for split, counts in refer.counts().items():
         words = [len(s.sentence.sent.split()) for s in refer.samples(split)]
-        table.add_row(split, *(f"{counts[k]:,}" for k in ("images", "refs", "expressions")), f"{sum(words) / max(1, len(words)):.1f}")
-    Console(force_jupyter=False).print(table); print(f"{report.status}: {report.message}")
+        table.add_row(
+            split,
+            *(f"{counts[k]:,}" for k in ("images", "refs", "expressions")),
+            f"{sum(words) / max(1, len(words)):.1f}",
+        )
+    Console(force_jupyter=False).print(table)
+    print(f"{report.status}: {report.message}")
 
 # %% ../nbs/22_command_line.ipynb #022
 @data_app.command("fetch")
 def data_fetch(
-    name: Annotated[str, typer.Argument(help="refcoco, refcoco+, refcocog, refclef, referit, glove or backbones.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="refcoco, refcoco+, refcocog, refclef, referit, glove or backbones.", show_default=False
+        ),
+    ],
     root: Root = None,
-    images: Annotated[str, typer.Option(help="COCO's pictures: needed (one by one), zip (the needed ones of the archive), all (of it), or none.")] = "needed",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, from where, and how large it is.")] = False,
+    images: Annotated[
+        str,
+        typer.Option(
+            help="COCO's pictures: needed (one by one), zip (the needed ones of the archive), all (of it), or none."
+        ),
+    ] = "needed",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be fetched, from where, and how large it is.")
+    ] = False,
 ):
     "Download a real data set, word vectors or weights. What cannot be had is said, with what to do by hand."
     from refseg_nb.data.fetch import fetch
+
     report = fetch(name, _root(root, name), images=images, dry_run=dry_run, progress=sys.stderr.isatty())
     print(report)
-    if not report.ok: raise typer.Exit(1)
+    if not report.ok:
+        raise typer.Exit(1)
+
 
 @data_app.command("verify")
 def data_verify(
@@ -158,54 +245,95 @@ def data_verify(
 ):
     "Look at every file, record and mask of a data set, compare it with the published counts, and list all that is wrong."
     from refseg_nb.data.verify import verify
+
     report = verify(_root(root, name, size), name, split_by, images, workers, progress=sys.stderr.isatty())
     print(report)
-    if out: print(f"record: {report.save(out)}")
-    if not report.ok: raise typer.Exit(1)
+    if out:
+        print(f"record: {report.save(out)}")
+    if not report.ok:
+        raise typer.Exit(1)
+
 
 @data_app.command("leakage")
 def data_leakage(
     root: Root = None,
-    write_filter: Annotated[Path | None, typer.Option(help="Write the ids of all val and test images, to be left out of any pre-training.")] = None,
+    write_filter: Annotated[
+        Path | None,
+        typer.Option(help="Write the ids of all val and test images, to be left out of any pre-training."),
+    ] = None,
 ):
     "Which val and test images of one data set are training images of another, over all data sets under the root."
     from refseg_nb.data.verify import leakage
+
     report = leakage(_root(root, ""))
     print(report)
-    if write_filter: print(report.write_filter(write_filter))
+    if write_filter:
+        print(report.write_filter(write_filter))
+
 
 def _schema(value: bool):
     if value:
         import json
 
         from refseg_nb.data.convert import SCHEMA
-        print(json.dumps(SCHEMA, indent=1)); raise typer.Exit()
+
+        print(json.dumps(SCHEMA, indent=1))
+        raise typer.Exit()
+
 
 @data_app.command("check")
 def data_check(
-    file: Annotated[Path, typer.Argument(help="A JSONL: image, expression, mask and split on each line.", show_default=False)],
-    images: Annotated[bool, typer.Option("--images/--no-images", help="Also open every image and mask.")] = True,
-    schema: Annotated[bool, typer.Option("--schema", callback=_schema, is_eager=True, help="Print the JSON Schema of a line and stop.")] = False,
+    file: Annotated[
+        Path,
+        typer.Argument(help="A JSONL: image, expression, mask and split on each line.", show_default=False),
+    ],
+    images: Annotated[
+        bool, typer.Option("--images/--no-images", help="Also open every image and mask.")
+    ] = True,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema", callback=_schema, is_eager=True, help="Print the JSON Schema of a line and stop."
+        ),
+    ] = False,
 ):
     "List the mistakes in a data set of your own, each with its line and field."
     from refseg_nb.data.convert import validate_jsonl
+
     problems = validate_jsonl(file, images)
-    for problem in problems: print(problem)
+    for problem in problems:
+        print(problem)
     print(f"{file}: {len(problems)} problem{'s' * (len(problems) != 1)}")
-    if problems: raise typer.Exit(1)
+    if problems:
+        raise typer.Exit(1)
+
 
 @data_app.command("convert")
 def data_convert(
-    source: Annotated[Path, typer.Argument(help="A JSONL of your own, a folder in one of the layouts that circulate, or parquet files.", show_default=False)],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A JSONL of your own, a folder in one of the layouts that circulate, or parquet files.",
+            show_default=False,
+        ),
+    ],
     root: Root = None,
     name: Annotated[str | None, typer.Option(help="Name of the data set. Default: the source's.")] = None,
-    layout: Annotated[str, typer.Option(help="auto, or what the source is: jsonl, refer, shnet, parquet, referit.")] = "auto",
-    images: Annotated[str, typer.Option(help="link (a second name for the same file, no space needed) or copy.")] = "link",
-    image_folder: Annotated[Path | None, typer.Option(help="Where the pictures are, if not at one of the usual places.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="auto, or what the source is: jsonl, refer, shnet, parquet, referit.")
+    ] = "auto",
+    images: Annotated[
+        str, typer.Option(help="link (a second name for the same file, no space needed) or copy.")
+    ] = "link",
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where the pictures are, if not at one of the usual places.")
+    ] = None,
 ):
     "Bring a data set into the layout that is read here."
     from refseg_nb.data.convert import convert
+
     print(convert(source, _root(root, name or ""), name, layout, images, image_folder))
+
 
 @data_app.command("store")
 def data_store(
@@ -216,20 +344,39 @@ def data_store(
     image_size: Annotated[int, typer.Option(help="Side of the stored pictures: the model's.")] = 320,
     target_size: Annotated[int, typer.Option(help="Side of the stored targets: the model's output.")] = 72,
     workers: Workers = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the stores, for `refseg train --store`. Default: stores/ under the root.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the stores, for `refseg train --store`. Default: stores/ under the root."
+        ),
+    ] = None,
 ):
     "Decode every picture once into a file that training reads without waiting."
     from refseg_nb.data.referit import open_data
     from refseg_nb.data.store import build_store
+
     base = _root(root, name, size)
-    print(build_store(open_data(base, name, split_by), image_size, target_size, out or base / "stores", workers=workers, progress=sys.stderr.isatty()))
+    print(
+        build_store(
+            open_data(base, name, split_by),
+            image_size,
+            target_size,
+            out or base / "stores",
+            workers=workers,
+            progress=sys.stderr.isatty(),
+        )
+    )
 
 # %% ../nbs/22_command_line.ipynb #034
 @app.command()
 def pretrain(
     root: Root = None,
-    task: Annotated[str, typer.Option(help="pixels: name every pixel; presence: only what is in the picture.")] = "pixels",
-    out: Annotated[Path | None, typer.Option(help="The file to write [default: runs/ and the name of the shipped one].")] = None,
+    task: Annotated[
+        str, typer.Option(help="pixels: name every pixel; presence: only what is in the picture.")
+    ] = "pixels",
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write [default: runs/ and the name of the shipped one].")
+    ] = None,
     size: Size = "quick",
     epochs: Annotated[int | None, typer.Option(help="Passes over the train images.")] = None,
     seed: int = 0,
@@ -237,11 +384,17 @@ def pretrain(
 ):
     "Pre-train the small RefShapes backbone; `refseg train --set backbone_weights=FILE` uses it."
     from refseg_nb.models.backbones import SHIPPED_BACKBONES, TASKS, pretrain_backbone
-    if task not in TASKS: raise typer.BadParameter(f"{task!r} is not one of {', '.join(TASKS)}", param_hint="--task")
+
+    if task not in TASKS:
+        raise typer.BadParameter(f"{task!r} is not one of {', '.join(TASKS)}", param_hint="--task")
     out = out or Path("runs") / SHIPPED_BACKBONES["refshapes" if task == "pixels" else "refshapes-classifier"]
     more = {} if epochs is None else {"epochs": epochs}
-    result = pretrain_backbone(_root(root, "refshapes", size), task=task, out=out, seed=seed, device=_device(device), **more)
-    print(f"{result.metric.replace('_', ' ')} {result.score:.1%} on val after {result.seconds / 60:.1f} minutes\n{out}")
+    result = pretrain_backbone(
+        _root(root, "refshapes", size), task=task, out=out, seed=seed, device=_device(device), **more
+    )
+    print(
+        f"{result.metric.replace('_', ' ')} {result.score:.1%} on val after {result.seconds / 60:.1f} minutes\n{out}"
+    )
 
 # %% ../nbs/22_command_line.ipynb #037
 def read_config(
@@ -250,23 +403,35 @@ def read_config(
     "Read a configuration file."
     import json
     import tomllib
-    if not file.is_file(): raise FileNotFoundError(f"there is no configuration file {file}")
-    try: values = tomllib.loads(file.read_text()) if file.suffix == ".toml" else json.loads(file.read_text())
-    except ValueError as error: raise ValueError(f"{file} is not valid {'TOML' if file.suffix == '.toml' else 'JSON'}: {error}") from None
-    if not isinstance(values, dict): raise ValueError(f"{file} must hold one table of settings")
+
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no configuration file {file}")
+    try:
+        values = tomllib.loads(file.read_text()) if file.suffix == ".toml" else json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not valid {'TOML' if file.suffix == '.toml' else 'JSON'}: {error}"
+        ) from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold one table of settings")
     return values
+
 
 def parse_overrides(
     pairs: list[str],  # "field=value"
 ) -> dict:
     "`use_hcam=false` to {'use_hcam': False}: values are read as JSON, else as text."
     import json
+
     out = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
-        if not sign or not key: raise ValueError(f"--set needs FIELD=VALUE, got {pair!r}")
-        try: out[key.strip()] = json.loads(value)
-        except ValueError: out[key.strip()] = value
+        if not sign or not key:
+            raise ValueError(f"--set needs FIELD=VALUE, got {pair!r}")
+        try:
+            out[key.strip()] = json.loads(value)
+        except ValueError:
+            out[key.strip()] = value
     return out
 
 # %% ../nbs/22_command_line.ipynb #040
@@ -275,76 +440,175 @@ def train(
     data: Annotated[str | None, typer.Option(help=DATA_SETS)] = None,
     root: Root = None,
     split_by: SplitBy = None,
-    model: Annotated[str | None, typer.Option(help="shnet, another row of Tables 2 and 4, such as baseline or tgfe, or cmpc, lavt, crossvlt.")] = None,
-    preset: Annotated[str | None, typer.Option(help="refshapes (small), paper or released; cmpc: published; lavt, crossvlt: base, tiny, small, large.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the model's configuration, as FIELD=VALUE; may be repeated.")] = None,
-    vectors: Annotated[str | None, typer.Option(help="Word vectors to begin with: glove.840B.300d, or a file in GloVe's format.")] = None,
-    pieces: Annotated[Path | None, typer.Option(help="BERT's vocab.txt, for lavt and crossvlt at their published size. Default: fetched once.")] = None,
-    start: Annotated[str | None, typer.Option(help="Begin with the weights of this model: a folder that training wrote, or a shipped one.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="shnet, another row of Tables 2 and 4, such as baseline or tgfe, or cmpc, lavt, crossvlt."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="refshapes (small), paper or released; cmpc: published; lavt, crossvlt: base, tiny, small, large."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the model's configuration, as FIELD=VALUE; may be repeated."),
+    ] = None,
+    vectors: Annotated[
+        str | None,
+        typer.Option(help="Word vectors to begin with: glove.840B.300d, or a file in GloVe's format."),
+    ] = None,
+    pieces: Annotated[
+        Path | None,
+        typer.Option(
+            help="BERT's vocab.txt, for lavt and crossvlt at their published size. Default: fetched once."
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="Begin with the weights of this model: a folder that training wrote, or a shipped one."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; or --epochs.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the train split.")] = None,
     images_per_batch: Annotated[int | None, typer.Option(help="Images a step.")] = None,
-    expressions_per_image: Annotated[int | None, typer.Option(help="Expressions drawn an image and step.")] = None,
+    expressions_per_image: Annotated[
+        int | None, typer.Option(help="Expressions drawn an image and step.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate at the start.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.")] = None,
     device: Device = "auto",
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; there is one at the end of each epoch too.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; there is one at the end of each epoch too.")
+    ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Epochs between evaluations on val.")] = None,
     tracker: Annotated[str | None, typer.Option(help="tensorboard or wandb.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/DATA.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of image stores, as `refseg data store` makes them; built at the first use.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A .json or .toml file with any fields of TrainConfig; options on the command line win.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew where the folder holds a checkpoint.")] = False,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of image stores, as `refseg data store` makes them; built at the first use."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .json or .toml file with any fields of TrainConfig; options on the command line win."
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew where the folder holds a checkpoint.")
+    ] = False,
 ):
     "Train a model. Stopped at any moment, the same command goes on where it was."
     values = read_config(config) if config else {}
-    given = {"data": data, "root": root, "split_by": split_by, "model": model, "preset": preset, "vectors": vectors,
-             "pieces": pieces and str(pieces), "start": start, "max_steps": steps, "epochs": epochs,
-             "images_per_batch": images_per_batch, "expressions_per_image": expressions_per_image, "lr": lr, "weight_decay": weight_decay,
-             "warmup": warmup, "seed": seed, "mixed_precision": mixed_precision, "checkpoint_every": checkpoint_every, "eval_every": eval_every,
-             "tracker": tracker, "out": out, "store": store and str(store)}
+    given = {
+        "data": data,
+        "root": root,
+        "split_by": split_by,
+        "model": model,
+        "preset": preset,
+        "vectors": vectors,
+        "pieces": pieces and str(pieces),
+        "start": start,
+        "max_steps": steps,
+        "epochs": epochs,
+        "images_per_batch": images_per_batch,
+        "expressions_per_image": expressions_per_image,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "seed": seed,
+        "mixed_precision": mixed_precision,
+        "checkpoint_every": checkpoint_every,
+        "eval_every": eval_every,
+        "tracker": tracker,
+        "out": out,
+        "store": store and str(store),
+    }
     values |= {k: v for k, v in given.items() if v is not None}
     overrides = dict(values.get("overrides", {})) | parse_overrides(set_ or [])
     from dataclasses import fields
 
     from refseg_nb.training.learner import TrainConfig
     from refseg_nb.training.learner import train as run
+
     name = values.setdefault("data", "refshapes")
-    values["root"] = str(values.get("root") or _root(None, name)); values["out"] = str(values.get("out") or Path("runs") / name)
-    if values.get("max_steps") and "epochs" not in values: values["epochs"] = 10**6  # steps alone say when it ends
-    values["device"] = _device(values.get("device", device) if device == "auto" else device); values["overrides"] = overrides
+    values["root"] = str(values.get("root") or _root(None, name))
+    values["out"] = str(values.get("out") or Path("runs") / name)
+    # steps alone say when it ends
+    if values.get("max_steps") and "epochs" not in values:
+        values["epochs"] = 10**6
+    values["device"] = _device(values.get("device", device) if device == "auto" else device)
+    values["overrides"] = overrides
     values.setdefault("quiet", not sys.stdout.isatty())  # no progress bar into a file
     known = [f.name for f in fields(TrainConfig)]
-    if strange := [k for k in values if k not in known]: raise ValueError(f"the configuration has no field {strange[0]!r}; it has {', '.join(known)}")
+    if strange := [k for k in values if k not in known]:
+        raise ValueError(f"the configuration has no field {strange[0]!r}; it has {', '.join(known)}")
     from refseg_nb.scaling.out import first_process
+
     result = run(TrainConfig(**values), resume=False if fresh else "auto")
-    if not first_process(): return
-    print(f"{result.steps:,} steps in {result.seconds / 60:.1f} minutes" + (f", overall IoU {result.best['overall_iou']:.1f} on val" if result.best else "")
-          + f", peak memory {result.peak_memory / 1e9:.1f} GB")
+    if not first_process():
+        return
+    print(
+        f"{result.steps:,} steps in {result.seconds / 60:.1f} minutes"
+        + (f", overall IoU {result.best['overall_iou']:.1f} on val" if result.best else "")
+        + f", peak memory {result.peak_memory / 1e9:.1f} GB"
+    )
     print(f"model: {Path(values['out']) / 'model'}")
 
 # %% ../nbs/22_command_line.ipynb #044
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder that training wrote, or a shipped model.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="A folder that training wrote, or a shipped model.", show_default=False)
+    ],
     data: Annotated[str, typer.Option(help=DATA_SETS)] = "refshapes",
     root: Root = None,
     split_by: SplitBy = None,
     split: Annotated[str, typer.Option(help="Which split.")] = "val",
-    threshold: Annotated[float | None, typer.Option(help="A pixel is in the mask above this probability. Default: the model's, 0.5.")] = None,
-    text_control: Annotated[str | None, typer.Option(help="Give the model other words: shuffled, none, or other (another object's).")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="A pixel is in the mask above this probability. Default: the model's, 0.5."),
+    ] = None,
+    text_control: Annotated[
+        str | None,
+        typer.Option(help="Give the model other words: shuffled, none, or other (another object's)."),
+    ] = None,
     image_control: Annotated[str | None, typer.Option(help="none: give the model a grey picture.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many images.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the record. Default: the model's folder.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The record to write. Default: runs/records/….json.")] = None,
-    tune_on: Annotated[str | None, typer.Option(help="Choose the threshold on this split (val), and say so in the record.")] = None,
-    ignore: Annotated[Path | None, typer.Option(help="Leave out the samples in this JSON list of [ref_id, sent_id].")] = None,
-    samples: Annotated[Path | None, typer.Option(help="Write every sample's intersection and union, a JSON line each.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="Score as another program does, such as lavt (CrossVLT's too) or cmpc. Default: original size.")] = None,
-    crf: Annotated[bool, typer.Option("--crf", help="Sharpen each answer with a dense CRF first, as CMPC's published numbers were (slow).")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The record to write. Default: runs/records/….json.")
+    ] = None,
+    tune_on: Annotated[
+        str | None, typer.Option(help="Choose the threshold on this split (val), and say so in the record.")
+    ] = None,
+    ignore: Annotated[
+        Path | None, typer.Option(help="Leave out the samples in this JSON list of [ref_id, sent_id].")
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Write every sample's intersection and union, a JSON line each.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Score as another program does, such as lavt (CrossVLT's too) or cmpc. Default: original size."
+        ),
+    ] = None,
+    crf: Annotated[
+        bool,
+        typer.Option(
+            "--crf",
+            help="Sharpen each answer with a dense CRF first, as CMPC's published numbers were (slow).",
+        ),
+    ] = False,
     device: Device = "auto",
     seed: int = 0,
 ):
@@ -357,29 +621,81 @@ def evaluate(
     from refseg_nb.training.evaluation import evaluate as run
     from refseg_nb.training.evaluation import save_record
     from refseg_nb.training.crf import CrfConfig
-    from refseg_nb.training.protocols import choose_threshold, evaluate_protocols, find_protocols, read_ignore, write_samples
+    from refseg_nb.training.protocols import (
+        choose_threshold,
+        evaluate_protocols,
+        find_protocols,
+        read_ignore,
+        write_samples,
+    )
     from refseg_nb.scaling.out import first_process, join_processes
+
     rule = find_protocols([protocol])[0] if protocol else None
-    seg = load(model, join_processes(_device(device))); refer = open_data(_root(root, data), data, split_by)
-    if split not in refer.splits: raise ValueError(f"{data} ({refer.split_by}) has no split {split!r}: it has {', '.join(refer.splits)}")
-    data_of = lambda split: RISDataset(refer, split, seg.vocabulary, seg.image_size, None, seg.max_words, sentence=seg.sentence)
-    bar, left_out, chosen_on = sys.stderr.isatty() and first_process(), read_ignore(ignore) if ignore else None, None
-    if threshold is None: threshold = rule.threshold if rule else seg.threshold
+    seg = load(model, join_processes(_device(device)))
+    refer = open_data(_root(root, data), data, split_by)
+    if split not in refer.splits:
+        raise ValueError(
+            f"{data} ({refer.split_by}) has no split {split!r}: it has {', '.join(refer.splits)}"
+        )
+    data_of = lambda split: RISDataset(
+        refer, split, seg.vocabulary, seg.image_size, None, seg.max_words, sentence=seg.sentence
+    )
+    bar, left_out, chosen_on = (
+        sys.stderr.isatty() and first_process(),
+        read_ignore(ignore) if ignore else None,
+        None,
+    )
+    if threshold is None:
+        threshold = rule.threshold if rule else seg.threshold
     if tune_on:
         choice = choose_threshold(seg.model, data_of(tune_on), limit=limit, seed=seed, progress=bar)
         threshold, chosen_on = choice.threshold, choice.chosen_on
-    folder = Path(model); name = name or (folder.parent.name if folder.name == "model" else folder.name)
-    controls = [f"{k}-{v}" for k, v in (("text", text_control), ("image", image_control)) if v] + ["crf"] * crf + [protocol] * bool(rule)
-    usual = {"name": "-".join([name, *controls]), "limit": limit, "seed": seed, "ignore": left_out, "progress": bar}
-    if rule is None: record = run(seg.model, data_of(split), threshold, text_control, image_control, crf=crf, threshold_from=chosen_on, **usual)
+    folder = Path(model)
+    name = name or (folder.parent.name if folder.name == "model" else folder.name)
+    controls = (
+        [f"{k}-{v}" for k, v in (("text", text_control), ("image", image_control)) if v]
+        + ["crf"] * crf
+        + [protocol] * bool(rule)
+    )
+    usual = {
+        "name": "-".join([name, *controls]),
+        "limit": limit,
+        "seed": seed,
+        "ignore": left_out,
+        "progress": bar,
+    }
+    if rule is None:
+        record = run(
+            seg.model,
+            data_of(split),
+            threshold,
+            text_control,
+            image_control,
+            crf=crf,
+            threshold_from=chosen_on,
+            **usual,
+        )
     else:
         rule = replace(rule, threshold=threshold, threshold_from=chosen_on or rule.threshold_from)
-        record = evaluate_protocols(seg.model, data_of(split), [rule], text_control=text_control, image_control=image_control,
-                                    crf=CrfConfig() if crf else None, **usual)[rule.name]
-    if not first_process(): return
-    file = save_record(record, out or Path("runs/records") / ("-".join([name, data, split, *controls]) + ".json"))
-    if samples: write_samples(record, samples)
-    print_record(record); print(f"record: {file}")
+        record = evaluate_protocols(
+            seg.model,
+            data_of(split),
+            [rule],
+            text_control=text_control,
+            image_control=image_control,
+            crf=CrfConfig() if crf else None,
+            **usual,
+        )[rule.name]
+    if not first_process():
+        return
+    file = save_record(
+        record, out or Path("runs/records") / ("-".join([name, data, split, *controls]) + ".json")
+    )
+    if samples:
+        write_samples(record, samples)
+    print_record(record)
+    print(f"record: {file}")
+
 
 def print_record(
     record,  # a `Record`
@@ -387,73 +703,146 @@ def print_record(
     "A record as a table: every metric with its interval, and overall IoU by kind."
     from rich.console import Console
     from rich.table import Table
-    table = Table(title=f"{record.name}: {record.protocol['dataset']} {record.protocol['split']}, {record.metrics['samples']:,} expressions")
-    for column in ("", "%", "95 % interval"): table.add_column(column, justify="left" if not column else "right")
+
+    table = Table(
+        title=f"{record.name}: {record.protocol['dataset']} {record.protocol['split']}, {record.metrics['samples']:,} expressions"
+    )
+    for column in ("", "%", "95 % interval"):
+        table.add_column(column, justify="left" if not column else "right")
     show = lambda label, m: table.add_row(label, f"{m['value']:.1f}", f"{m['low']:.1f}–{m['high']:.1f}")
     for metric, m in record.metrics.items():
-        if isinstance(m, dict): show(metric, m)
-    for kind, metrics in record.groups.get("kind", {}).items(): show(f"overall_iou, {kind}", metrics["overall_iou"])
+        if isinstance(m, dict):
+            show(metric, m)
+    for kind, metrics in record.groups.get("kind", {}).items():
+        show(f"overall_iou, {kind}", metrics["overall_iou"])
     Console(force_jupyter=False).print(table)
 
 # %% ../nbs/22_command_line.ipynb #048
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="A record, or a folder with one record a seed.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="The same of the other model, on the same samples.", show_default=False)],
+    a: Annotated[
+        Path, typer.Argument(help="A record, or a folder with one record a seed.", show_default=False)
+    ],
+    b: Annotated[
+        Path, typer.Argument(help="The same of the other model, on the same samples.", show_default=False)
+    ],
     resamples: Annotated[int, typer.Option(help="Bootstrap draws over images.")] = 2000,
 ):
     "Differences between two models (B - A) with paired intervals, overall and by group."
     from refseg_nb.training.evaluation import load_record
     from refseg_nb.training.protocols import compare as run
-    read = lambda path: [load_record(file) for file in sorted(path.glob("*.json"))] if path.is_dir() else load_record(path)
+
+    read = lambda path: (
+        [load_record(file) for file in sorted(path.glob("*.json"))] if path.is_dir() else load_record(path)
+    )
     print(run(read(a), read(b), resamples))
 
 # %% ../nbs/22_command_line.ipynb #052
 @app.command()
 def segment(
-    image: Annotated[Path | None, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)] = None,
-    phrase: Annotated[str | None, typer.Argument(help='What to look for, as in "the red car on the left".', show_default=False)] = None,
-    model: Annotated[str, typer.Option(help="A shipped model, or a folder that training wrote.")] = "shnet-refshapes",
-    out: Annotated[Path | None, typer.Option(help="Folder for the two pictures. Default: beside the image.")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False),
+    ] = None,
+    phrase: Annotated[
+        str | None,
+        typer.Argument(help='What to look for, as in "the red car on the left".', show_default=False),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A shipped model, or a folder that training wrote.")
+    ] = "shnet-refshapes",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the two pictures. Default: beside the image.")
+    ] = None,
     device: Device = "cpu",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
-    batch: Annotated[Path | None, typer.Option(help='Many at once: a file with {"image": ..., "phrase": ...} on each line, or a folder of pictures. '
-                                                    "--out gets results.jsonl and masks/; called again, it does what is missing.")] = None,
-    phrases: Annotated[list[str] | None, typer.Option("--phrase", help="With --batch FOLDER: asked about each picture; may be repeated.")] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            help='Many at once: a file with {"image": ..., "phrase": ...} on each line, or a folder of pictures. '
+            "--out gets results.jsonl and masks/; called again, it does what is missing."
+        ),
+    ] = None,
+    phrases: Annotated[
+        list[str] | None,
+        typer.Option("--phrase", help="With --batch FOLDER: asked about each picture; may be repeated."),
+    ] = None,
 ):
     "Segment what a phrase means: write NAME.mask.png and NAME.overlay.png, print the score. Or, with --batch, many phrases in many pictures."
-    if batch: return _segment_batch(image, batch, phrases, model, out, device, json_)
+    if batch:
+        return _segment_batch(image, batch, phrases, model, out, device, json_)
     for name, given in (("IMAGE", image), ("PHRASE", phrase)):
-        if given is None: raise typer.BadParameter(f"Missing argument '{name}': give a picture and a phrase, or --batch")
-    if phrases: raise typer.BadParameter("--phrase goes with --batch FOLDER; a single phrase stands after the picture")
-    if not phrase.strip(): raise ValueError('the phrase is empty: say what to look for, as in "the red car on the left"')
-    if not image.exists(): raise FileNotFoundError(f"there is no image at {image}")
+        if given is None:
+            raise typer.BadParameter(f"Missing argument '{name}': give a picture and a phrase, or --batch")
+    if phrases:
+        raise typer.BadParameter(
+            "--phrase goes with --batch FOLDER; a single phrase stands after the picture"
+        )
+    if not phrase.strip():
+        raise ValueError('the phrase is empty: say what to look for, as in "the red car on the left"')
+    if not image.exists():
+        raise FileNotFoundError(f"there is no image at {image}")
     from PIL import Image
 
     from refseg_nb.inference import load
+
     answer = load(model, _device(device)).segment(image, phrase)
-    folder = out or image.parent; folder.mkdir(parents=True, exist_ok=True)
+    folder = out or image.parent
+    folder.mkdir(parents=True, exist_ok=True)
     mask, over = folder / f"{image.stem}.mask.png", folder / f"{image.stem}.overlay.png"
-    _write_pictures({mask: Image.fromarray(answer.mask).convert("L"), over: Image.fromarray(answer.overlay())})
+    _write_pictures(
+        {mask: Image.fromarray(answer.mask).convert("L"), over: Image.fromarray(answer.overlay())}
+    )
     if json_:
         import json
-        print(json.dumps({"phrase": phrase, "score": round(answer.score, 4), "found": answer.found, "share": round(float(answer.mask.mean()), 6),
-                          "unknown_words": answer.unknown_words, "mask": str(mask), "overlay": str(over)}))
-    else: print(answer.message, mask, over, sep="\n")
 
-def _segment_batch(image, batch: Path, phrases: list[str] | None, model: str, out: Path | None, device: str, json_: bool):
+        print(
+            json.dumps(
+                {
+                    "phrase": phrase,
+                    "score": round(answer.score, 4),
+                    "found": answer.found,
+                    "share": round(float(answer.mask.mean()), 6),
+                    "unknown_words": answer.unknown_words,
+                    "mask": str(mask),
+                    "overlay": str(over),
+                }
+            )
+        )
+    else:
+        print(answer.message, mask, over, sep="\n")
+
+
+def _segment_batch(
+    image, batch: Path, phrases: list[str] | None, model: str, out: Path | None, device: str, json_: bool
+):
     "`refseg segment --batch`; exit code 1 if a request failed."
-    if image: raise typer.BadParameter("give a picture and a phrase, or --batch, not both")
-    if not out: raise typer.BadParameter("--batch needs --out, a folder for results.jsonl and the masks")
-    if not batch.exists(): raise FileNotFoundError(f"there is no file or folder {batch}")
+    if image:
+        raise typer.BadParameter("give a picture and a phrase, or --batch, not both")
+    if not out:
+        raise typer.BadParameter("--batch needs --out, a folder for results.jsonl and the masks")
+    if not batch.exists():
+        raise FileNotFoundError(f"there is no file or folder {batch}")
     from refseg_nb.inference import load
     from refseg_nb.scaling.service import segment_batch
-    report = segment_batch(load(model, _device(device)), batch, out, tuple(phrases or ()), progress=sys.stderr.isatty())
+
+    report = segment_batch(
+        load(model, _device(device)), batch, out, tuple(phrases or ()), progress=sys.stderr.isatty()
+    )
     if json_:
         import json
-        print(json.dumps({k: v for k, v in vars(report).items() if k != "out"} | {"results": str(out / "results.jsonl")}))
-    else: print(report)
-    if not report.ok: raise typer.Exit(1)
+
+        print(
+            json.dumps(
+                {k: v for k, v in vars(report).items() if k != "out"}
+                | {"results": str(out / "results.jsonl")}
+            )
+        )
+    else:
+        print(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
 
 def _write_pictures(
     files: dict,  # path -> Pillow image
@@ -461,48 +850,98 @@ def _write_pictures(
     "Write all the pictures or none: first under temporary names, then renamed."
     parts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
-        for path, picture in files.items(): picture.save(parts[path], format="PNG")
-        for path, part in parts.items(): os.replace(part, path)
+        for path, picture in files.items():
+            picture.save(parts[path], format="PNG")
+        for path, part in parts.items():
+            os.replace(part, path)
     finally:
-        for part in parts.values(): part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 # %% ../nbs/22_command_line.ipynb #063
 @app.command()
 def explore(
-    image: Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)],
-    phrase: Annotated[str, typer.Argument(help='What to look for, as in "the red car on the left".', show_default=False)],
-    model: Annotated[str, typer.Option(help="A shipped model, or a folder that training wrote.")] = "shnet-refshapes",
+    image: Annotated[
+        Path, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)
+    ],
+    phrase: Annotated[
+        str, typer.Argument(help='What to look for, as in "the red car on the left".', show_default=False)
+    ],
+    model: Annotated[
+        str, typer.Option(help="A shipped model, or a folder that training wrote.")
+    ] = "shnet-refshapes",
     beside: Annotated[str | None, typer.Option(help="A second model that answers the same phrase.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The page. Default: NAME.explorer.html beside the image.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page. Default: NAME.explorer.html beside the image.")
+    ] = None,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
     device: Device = "cpu",
 ):
     "Write a page on which you point at pixels and words and see the attention; it needs no kernel and no network."
-    if not image.exists(): raise FileNotFoundError(f"there is no image at {image}")
+    if not image.exists():
+        raise FileNotFoundError(f"there is no image at {image}")
     from refseg_nb.attention.explorer import Explorer
     from refseg_nb.inference import load
+
     first, *second = (name for name in (model, beside) if name)
-    explorer = Explorer(load(first, _device(device)), image, phrase, *(load(name, _device(device)) for name in second), names=(first, *second))
-    page = out or image.with_name(f"{image.stem}.explorer.html"); page.parent.mkdir(parents=True, exist_ok=True)
+    explorer = Explorer(
+        load(first, _device(device)),
+        image,
+        phrase,
+        *(load(name, _device(device)) for name in second),
+        names=(first, *second),
+    )
+    page = out or image.with_name(f"{image.stem}.explorer.html")
+    page.parent.mkdir(parents=True, exist_ok=True)
     explorer.to_html(page)
     print(*(panel.note for panel in explorer.panels), page, sep="\n")
-    if show: webbrowser.open(page.absolute().as_uri())
+    if show:
+        webbrowser.open(page.absolute().as_uri())
 
 # %% ../nbs/22_command_line.ipynb #067
 @app.command()
 def reproduce(
-    target: Annotated[str, typer.Argument(help="core (four rows of Table 2), table1 to table4, presets, family, savings, figures, or all.")] = "core",
-    budget: Annotated[str, typer.Option(help="quick (minutes a training on one core) or full (meant for a GPU).")] = "quick",
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="core (four rows of Table 2), table1 to table4, presets, family, savings, figures, or all."
+        ),
+    ] = "core",
+    budget: Annotated[
+        str, typer.Option(help="quick (minutes a training on one core) or full (meant for a GPU).")
+    ] = "quick",
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row.")] = 1,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Only this row; may be repeated.")] = None,
-    data: Annotated[str, typer.Option(help="refshapes, or real: RefCOCO, RefCOCO+, RefCOCOg and ReferIt, those that are there.")] = "refshapes",
-    data_root: Annotated[Path | None, typer.Option("--root", help="Folder of the data sets. Default: $REFSEG_DATA or data/.")] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="refshapes, or real: RefCOCO, RefCOCO+, RefCOCOg and ReferIt, those that are there."
+        ),
+    ] = "refshapes",
+    data_root: Annotated[
+        Path | None, typer.Option("--root", help="Folder of the data sets. Default: $REFSEG_DATA or data/.")
+    ] = None,
     split_by: SplitBy = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a row, instead of the budget's.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Trainings side by side. Default: one a core.")] = None,
-    preset: Annotated[str, typer.Option(help="Size of the model: refshapes (small), paper, or released.")] = "refshapes",
+    preset: Annotated[
+        str, typer.Option(help="Size of the model: refshapes (small), paper, or released.")
+    ] = "refshapes",
     out: Annotated[Path, typer.Option(help="Folder of everything that is made.")] = Path("runs/reproduce"),
 ):
     "Train the rows of the paper's tables and print them beside the paper's; call it again to go on where it was stopped."
     from refseg_nb.reproduce.report import reproduce as run
-    run(target, out, budget, tuple(range(seeds)), tuple(rows) if rows else None, data, split_by, data_root, steps, jobs, preset)
+
+    run(
+        target,
+        out,
+        budget,
+        tuple(range(seeds)),
+        tuple(rows) if rows else None,
+        data,
+        split_by,
+        data_root,
+        steps,
+        jobs,
+        preset,
+    )

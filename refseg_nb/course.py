@@ -20,48 +20,82 @@ import numpy as np
 # %% ../nbs/90_course.ipynb #004
 def set_style():
     "Set matplotlib's defaults for the course: small, light figures with no needless frames."
-    import matplotlib.pyplot as plt  # here, as in the other functions: `overlay` is all that `refseg segment` needs, and it must start quickly
-    plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 90, "figure.figsize": (6, 3.4), "font.size": 9, "axes.titlesize": 9,
-                         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "image.interpolation": "nearest",
-                         "axes.prop_cycle": plt.cycler(color=["#3b6fb6", "#d9743a", "#4a9b63", "#a35fb0", "#b8a13a", "#777777"])})
+    # here, as in the other functions: `overlay` is all that `refseg segment` needs, and it must start quickly
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "figure.dpi": 90,
+            "savefig.dpi": 90,
+            "figure.figsize": (6, 3.4),
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": False,
+            "image.interpolation": "nearest",
+            "axes.prop_cycle": plt.cycler(
+                color=["#3b6fb6", "#d9743a", "#4a9b63", "#a35fb0", "#b8a13a", "#777777"]
+            ),
+        }
+    )
 
 # %% ../nbs/90_course.ipynb #006
 def overlay(
-    image: np.ndarray,       # [H, W, 3] uint8, or float in [0, 1]
-    mask: np.ndarray,        # [H, W] bool, or a probability in [0, 1]
+    image: np.ndarray,  # [H, W, 3] uint8, or float in [0, 1]
+    mask: np.ndarray,  # [H, W] bool, or a probability in [0, 1]
     color: str = "#ff2d95",  # tint of the mask
-    alpha: float = .55,      # strength of the tint
-    dim: float = .25,        # how much the rest is darkened
-) -> np.ndarray:             # [H, W, 3] float in [0, 1]
+    alpha: float = 0.55,  # strength of the tint
+    dim: float = 0.25,  # how much the rest is darkened
+) -> np.ndarray:  # [H, W, 3] float in [0, 1]
     "Tint the mask over the image and dim the rest."
     from matplotlib.colors import to_rgb
-    image = np.asarray(image); mask = np.asarray(mask, dtype=float)
-    if image.shape[:2] != mask.shape: raise ValueError(f"image is {image.shape[:2]} but mask is {mask.shape}: they must have the same height and width")
-    if image.dtype == np.uint8: image = image / 255
+
+    image = np.asarray(image)
+    mask = np.asarray(mask, dtype=float)
+    if image.shape[:2] != mask.shape:
+        raise ValueError(
+            f"image is {image.shape[:2]} but mask is {mask.shape}: they must have the same height and width"
+        )
+    if image.dtype == np.uint8:
+        image = image / 255
     weight = mask[..., None]
     return image * (1 - dim * (1 - weight)) * (1 - alpha * weight) + alpha * weight * np.array(to_rgb(color))
 
 # %% ../nbs/90_course.ipynb #009
 def show_images(
-    images: list,              # list of [H, W, 3] or [H, W] arrays
+    images: list,  # list of [H, W, 3] or [H, W] arrays
     titles: list | None = None,  # one title an image
-    masks: list | None = None,   # one mask an image, or None: shown by `overlay`
-    ncols: int = 4,            # pictures in a row
-    size: float = 2.,          # inches a picture
-    cmap: str = "gray",        # for [H, W] arrays
+    masks: list | None = None,  # one mask an image, or None: shown by `overlay`
+    ncols: int = 4,  # pictures in a row
+    size: float = 2.0,  # inches a picture
+    cmap: str = "gray",  # for [H, W] arrays
     titlesize: float = 8,
 ):
     "Show pictures in a grid, each with its title and, where given, its mask; returns the axes, flat."
     import matplotlib.pyplot as plt
+
     rows = -(-len(images) // ncols)
-    fig, axes = plt.subplots(rows, min(ncols, len(images)), figsize=(size * min(ncols, len(images)), (size + .25) * rows), squeeze=False, layout="constrained")
-    for ax in axes.flat: ax.set_axis_off()
-    fold = lambda title: "\n".join("\n".join(textwrap.wrap(line, int(130 * size / titlesize))) for line in title.splitlines())  # a letter is about .55 em
+    fig, axes = plt.subplots(
+        rows,
+        min(ncols, len(images)),
+        figsize=(size * min(ncols, len(images)), (size + 0.25) * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    # a letter is about .55 em
+    fold = lambda title: "\n".join(
+        "\n".join(textwrap.wrap(line, int(130 * size / titlesize))) for line in title.splitlines()
+    )
     for i, (ax, image) in enumerate(zip(axes.flat, images)):
         image = np.asarray(image)
-        if masks is not None and masks[i] is not None: image = overlay(image, masks[i])
+        if masks is not None and masks[i] is not None:
+            image = overlay(image, masks[i])
         ax.imshow(image, cmap=cmap if image.ndim == 2 else None)
-        if titles is not None: ax.set_title(fold(titles[i]), fontsize=titlesize)
+        if titles is not None:
+            ax.set_title(fold(titles[i]), fontsize=titlesize)
     return axes.ravel()
 
 # %% ../nbs/90_course.ipynb #012
@@ -75,7 +109,9 @@ def expect_error(
     except kinds or Exception as error:
         print(f"{type(error).__name__}: {error}")
     else:
-        raise AssertionError(f"expected {' or '.join(k.__name__ for k in kinds) or 'an error'}, but nothing was raised")
+        raise AssertionError(
+            f"expected {' or '.join(k.__name__ for k in kinds) or 'an error'}, but nothing was raised"
+        )
 
 # %% ../nbs/90_course.ipynb #015
 def data_root() -> Path:  # `$REFSEG_DATA` if it is set, else a folder in the user's cache
@@ -85,9 +121,10 @@ def data_root() -> Path:  # `$REFSEG_DATA` if it is set, else a folder in the us
 
 def tiny_data(
     name: str = "refshapes",  # "refshapes" or "refshapes+"
-) -> Path:                    # the root folder, as `Refer(root, name)` takes it
+) -> Path:  # the root folder, as `Refer(root, name)` takes it
     "The root of the `tiny` RefShapes data set; drawn on the first call."
     from refseg_nb.refshapes.dataset import make_refshapes
+
     root = data_root() / "tiny"
     make_refshapes(root, name, "tiny", progress=False)
     return root
@@ -96,7 +133,8 @@ def tiny_data(
 def results_folder() -> Path:  # the `results/` folder of the checkout
     "The folder of the recorded runs: in this directory or one of its parents."
     for folder in [Path.cwd(), *Path.cwd().parents]:
-        if (folder / "results").is_dir() and (folder / "settings.ini").is_file(): return folder / "results"
+        if (folder / "results").is_dir() and (folder / "settings.ini").is_file():
+            return folder / "results"
     raise FileNotFoundError("no results/ folder here or above: run this from a checkout of refseg_nb")
 
 # %% ../nbs/90_course.ipynb #020
@@ -105,25 +143,27 @@ SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.S
 
 def solution_of(
     markdown: str,  # text of an exercise cell
-) -> str:           # Python code
+) -> str:  # Python code
     "The solution that is folded away in an exercise cell."
     found = SOLUTION.search(markdown)
-    if not found: raise ValueError(f"no folded solution in the exercise cell that begins with {markdown[:60]!r}")
+    if not found:
+        raise ValueError(f"no folded solution in the exercise cell that begins with {markdown[:60]!r}")
     return found[1]
 
 
 def exercise_stub(
     markdown: str,  # text of an exercise cell, with its solution
-    name: str,      # the function that the reader writes
-) -> str:           # the stub cell: signature, docstring, a body that raises, and the call of the check
+    name: str,  # the function that the reader writes
+) -> str:  # the stub cell: signature, docstring, a body that raises, and the call of the check
     "Make the stub cell of an exercise from its solution."
     source = solution_of(markdown)
     lines, out = source.splitlines(), ["#| eval: false"]
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Import | ast.ImportFrom): out.append(ast.unparse(node))
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            out.append(ast.unparse(node))
         if isinstance(node, ast.FunctionDef) and node.name == name:
             first = node.body[0]
-            out += lines[node.lineno - 1:first.end_lineno if ast.get_docstring(node) else first.lineno - 1]
+            out += lines[node.lineno - 1 : first.end_lineno if ast.get_docstring(node) else first.lineno - 1]
             out.append(" " * first.col_offset + 'raise NotImplementedError("your turn")')
     return "\n".join([*out, "", f"check_{name}({name})"])
 
@@ -133,40 +173,49 @@ STUB = re.compile(r"^check_(\w+)\(\1\)$")
 
 def exercises(
     notebook,  # a chapter, as nbformat reads it
-):             # pairs of (exercise cell, stub cell, function name)
+):  # pairs of (exercise cell, stub cell, function name)
     "Find the exercises of a chapter."
     for before, cell in zip(notebook.cells, notebook.cells[1:]):
         last = cell.source.strip().splitlines()[-1:] or [""]
-        if cell.cell_type == "code" and cell.source.startswith("#| eval: false") and (found := STUB.match(last[0])):
+        if (
+            cell.cell_type == "code"
+            and cell.source.startswith("#| eval: false")
+            and (found := STUB.match(last[0]))
+        ):
             yield before, cell, found[1]
 
 
 def refresh_stubs(
     path: Path,  # a notebook
-) -> int:        # number of stubs that changed
+) -> int:  # number of stubs that changed
     "Make every stub of a notebook again from its solution, and write the notebook where one has changed."
     import nbformat
+
     notebook = nbformat.read(path, as_version=4)
     changed = 0
     for text, cell, name in exercises(notebook):
         made = exercise_stub(text.source, name)
         changed += made != cell.source
         cell.source = made
-    if changed: nbformat.write(notebook, path)
+    if changed:
+        nbformat.write(notebook, path)
     return changed
 
 # %% ../nbs/90_course.ipynb #028
 def readme_from(
     path: Path,  # nbs/index.ipynb
-) -> str:        # markdown
+) -> str:  # markdown
     "The README: prose of the index notebook, and the markdown output of its cells."
     import nbformat
+
     parts = []
     for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "markdown": parts.append(cell.source)
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
         for output in cell.get("outputs", []):
             text = output.get("data", {}).get("text/markdown")
-            if text: parts.append(text if isinstance(text, str) else "".join(text))
+            if text:
+                parts.append(text if isinstance(text, str) else "".join(text))
     text = "\n\n".join(parts).replace("](../", "](").replace('src="../', 'src="')
     return re.sub(r"\]\((\d\d\w+\.ipynb)\)", r"](nbs/\1)", text).rstrip() + "\n"
 
@@ -176,10 +225,14 @@ def main(
 ):
     "What the Makefile calls: `python -m refseg_nb.course readme|stubs NOTEBOOK...`."
     match arguments:
-        case ["readme"]: Path("README.md").write_text(readme_from(Path("nbs/index.ipynb")), encoding="utf-8")
-        case ["stubs", *notebooks]: print(f"{sum(refresh_stubs(Path(n)) for n in notebooks)} stubs made again")
-        case _: sys.exit("usage: python -m refseg_nb.course readme | stubs NOTEBOOK...")
+        case ["readme"]:
+            Path("README.md").write_text(readme_from(Path("nbs/index.ipynb")), encoding="utf-8")
+        case ["stubs", *notebooks]:
+            print(f"{sum(refresh_stubs(Path(n)) for n in notebooks)} stubs made again")
+        case _:
+            sys.exit("usage: python -m refseg_nb.course readme | stubs NOTEBOOK...")
 
 # %% ../nbs/90_course.ipynb #030
 #| eval: false
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -27,78 +27,111 @@ class ImageError(ValueError):
 # %% ../nbs/00_tour.ipynb #040
 LONGEST_SIDE = 2048  # a picture is kept at most this large; its mask still comes back at the original size
 
+
 def _eight_bits(
     values: np.ndarray,  # any number type, any shape
-    name: str,           # how the picture is called in an error
-) -> np.ndarray:         # uint8, same shape
+    name: str,  # how the picture is called in an error
+) -> np.ndarray:  # uint8, same shape
     "Bring samples to 0..255: bool, 8 bits, 16 bits, or floats in [0, 1]."
-    if values.dtype == np.uint8: return values
-    if values.dtype == bool: return values.astype(np.uint8) * 255
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
     if not (np.issubdtype(values.dtype, np.integer) or np.issubdtype(values.dtype, np.floating)):
         raise ImageError(f"{name} holds {values.dtype} values: give uint8, or floats in [0, 1]")
-    if values.size and not np.isfinite(values).all(): raise ImageError(f"{name} holds NaN or infinite values")
-    low, high = (float(values.min()), float(values.max())) if values.size else (0., 0.)
+    if values.size and not np.isfinite(values).all():
+        raise ImageError(f"{name} holds NaN or infinite values")
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if np.issubdtype(values.dtype, np.floating):
-        top = 1. if high <= 1 else 255.
+        top = 1.0 if high <= 1 else 255.0
     else:
-        top = 255. if high <= 255 and values.dtype != np.uint16 else 65535.
-    if low < 0 or high > top: raise ImageError(f"{name} holds values from {low:g} to {high:g}: give uint8, or floats in [0, 1]")
+        top = 255.0 if high <= 255 and values.dtype != np.uint16 else 65535.0
+    if low < 0 or high > top:
+        raise ImageError(f"{name} holds values from {low:g} to {high:g}: give uint8, or floats in [0, 1]")
     return np.round(values.astype(np.float32) * (255 / top)).astype(np.uint8)
 
 # %% ../nbs/00_tour.ipynb #043
 def _flatten(
     im: Image.Image,  # any mode
-    name: str,        # how the picture is called in an error
-) -> Image.Image:     # mode RGB
+    name: str,  # how the picture is called in an error
+) -> Image.Image:  # mode RGB
     "Any Pillow mode to RGB: transparency goes over white, 16 bits are scaled to 8."
     if im.mode in ("I", "F") or im.mode.startswith("I;16"):
         values = np.asarray(im)
-        if im.mode == "F" or (im.mode == "I" and values.size and values.max() > 65535):  # no agreed scale: from the smallest to the largest value
-            values = values.astype(np.float32); span = values.max() - values.min()
+        # no agreed scale: from the smallest to the largest value
+        if im.mode == "F" or (im.mode == "I" and values.size and values.max() > 65535):
+            values = values.astype(np.float32)
+            span = values.max() - values.min()
             values = (values - values.min()) / (span if span > 0 else 1)
-        elif im.mode == "I": values = values.clip(0).astype(np.uint16 if values.max() > 255 else np.uint8)
-        else: values = values.astype(np.uint16)
+        elif im.mode == "I":
+            values = values.clip(0).astype(np.uint16 if values.max() > 255 else np.uint8)
+        else:
+            values = values.astype(np.uint16)
         return Image.fromarray(_eight_bits(values, name)).convert("RGB")
     if im.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in im.info:
-        im = im.convert("RGBA"); white = Image.new("RGBA", im.size, "white"); white.alpha_composite(im)
+        im = im.convert("RGBA")
+        white = Image.new("RGBA", im.size, "white")
+        white.alpha_composite(im)
         return white.convert("RGB")
     return im.convert("RGB")
 
 # %% ../nbs/00_tour.ipynb #046
 def read_image(
-    image,  # a path, a Pillow image, an array [H, W], [H, W, 1|3|4], or a tensor [3, H, W]; uint8, uint16, bool or float in [0, 1]
-) -> tuple[np.ndarray, tuple[int, int]]:  # uint8 [h, w, 3], sides at most `LONGEST_SIDE`; and the original (H, W), turned as EXIF says
+    # a path, a Pillow image, an array [H, W], [H, W, 1|3|4], or a tensor [3, H, W]; uint8, uint16, bool or
+    # float in [0, 1]
+    image,
+) -> tuple[
+    np.ndarray, tuple[int, int]
+]:  # uint8 [h, w, 3], sides at most `LONGEST_SIDE`; and the original (H, W), turned as EXIF says
     "Read any picture that a person has."
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu().numpy()
-        if image.ndim == 3: image = image.transpose(1, 2, 0)
+        if image.ndim == 3:
+            image = image.transpose(1, 2, 0)
     if isinstance(image, np.ndarray):
         name = "the array"
-        if image.ndim == 3 and image.shape[2] == 1: image = image[..., 0]
+        if image.ndim == 3 and image.shape[2] == 1:
+            image = image[..., 0]
         if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)) or 0 in image.shape:
             raise ImageError(f"the array has shape {list(image.shape)}: give [H, W], [H, W, 3] or [H, W, 4]")
         im = Image.fromarray(np.ascontiguousarray(_eight_bits(image, name)))
-    elif isinstance(image, Image.Image): im, name = image, "the image"
+    elif isinstance(image, Image.Image):
+        im, name = image, "the image"
     else:
-        path = Path(image); name = str(path)
-        if not path.exists(): raise FileNotFoundError(f"there is no image at {name}")
-        if path.is_dir(): raise ImageError(f"{name} is a folder: give one image file")
+        path = Path(image)
+        name = str(path)
+        if not path.exists():
+            raise FileNotFoundError(f"there is no image at {name}")
+        if path.is_dir():
+            raise ImageError(f"{name} is a folder: give one image file")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 im = Image.open(path)
-        except UnidentifiedImageError: raise ImageError(f"{name} is not an image that can be read: give a PNG, JPEG or another common format") from None
-        except Image.DecompressionBombError as error: raise ImageError(f"{name} is too large to be opened safely ({error}): scale it down first") from None
-        except PermissionError: raise ImageError(f"{name} may not be read: check the file's permissions") from None
-        except (OSError, SyntaxError, ValueError) as error: raise ImageError(f"{name} cannot be read ({error}): the file may be damaged") from None
+        except UnidentifiedImageError:
+            raise ImageError(
+                f"{name} is not an image that can be read: give a PNG, JPEG or another common format"
+            ) from None
+        except Image.DecompressionBombError as error:
+            raise ImageError(
+                f"{name} is too large to be opened safely ({error}): scale it down first"
+            ) from None
+        except PermissionError:
+            raise ImageError(f"{name} may not be read: check the file's permissions") from None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ImageError(f"{name} cannot be read ({error}): the file may be damaged") from None
     try:
         w, h = im.size
-        if w * h == 0: raise ImageError(f"{name} is empty ({w} x {h} pixels)")
+        if w * h == 0:
+            raise ImageError(f"{name} is empty ({w} x {h} pixels)")
         turned = im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        if max(w, h) > LONGEST_SIDE: im.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))  # a JPEG is scaled down while it is decoded
+        # a JPEG is scaled down while it is decoded
+        if max(w, h) > LONGEST_SIDE:
+            im.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))
         im = _flatten(ImageOps.exif_transpose(im), name)
         im.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.BOX)
-    except ImageError: raise
+    except ImageError:
+        raise
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
         raise ImageError(f"{name} cannot be read ({error}): the file may be damaged") from None
     return np.array(im), ((w, h) if turned else (h, w))
@@ -106,31 +139,40 @@ def read_image(
 # %% ../nbs/00_tour.ipynb #054
 def squash(
     image: np.ndarray,  # uint8 [H, W, 3]
-    size: int,          # S
-) -> torch.Tensor:      # uint8 [3, S, S]
+    size: int,  # S
+) -> torch.Tensor:  # uint8 [3, S, S]
     "Resize a picture to the square that the model reads, antialiased: what `refseg_nb.data.batches.squash` does, without importing torchvision."
-    return F.interpolate(torch.tensor(image).permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True)[0]
+    return F.interpolate(
+        torch.tensor(image).permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True
+    )[0]
+
 
 def probability_at(
-    logits: torch.Tensor,   # [h, w], the model's own resolution
+    logits: torch.Tensor,  # [h, w], the model's own resolution
     size: tuple[int, int],  # (H, W) of the picture
-) -> np.ndarray:            # float32 [H, W]
+) -> np.ndarray:  # float32 [H, W]
     "Probabilities at the picture's size: what `refseg_nb.training.evaluation.probability_at` does, without importing torchmetrics."
     smaller = size[0] < logits.shape[0] or size[1] < logits.shape[1]
-    return F.interpolate(logits.float().sigmoid()[None, None], size, mode="bilinear", antialias=smaller)[0, 0].cpu().numpy()
+    return (
+        F.interpolate(logits.float().sigmoid()[None, None], size, mode="bilinear", antialias=smaller)[0, 0]
+        .cpu()
+        .numpy()
+    )
 
 # %% ../nbs/00_tour.ipynb #057
 @dataclass
 class Answer:
     "What a phrase means in a picture."
-    phrase: str               # as it was given
-    words: list[str]          # its words; the model reads the first `max_words`
+
+    phrase: str  # as it was given
+    words: list[str]  # its words; the model reads the first `max_words`
     unknown_words: list[str]  # words that are not in the model's vocabulary: it read <unk> in their place
-    mask: np.ndarray          # bool [H, W], at the picture's original size
-    probability: np.ndarray   # float32 [H, W]
-    score: float              # mean probability inside the mask; 0 when nothing was found
+    mask: np.ndarray  # bool [H, W], at the picture's original size
+    probability: np.ndarray  # float32 [H, W]
+    score: float  # mean probability inside the mask; 0 when nothing was found
     image: np.ndarray = field(repr=False, default=None)  # uint8 [h, w, 3]: the picture, for `overlay`
-    attention: object = field(repr=False, default=None)  # see `refseg_nb.models.sfm`; None unless it was asked for
+    # see `refseg_nb.models.sfm`; None unless it was asked for
+    attention: object = field(repr=False, default=None)
 
     @property
     def found(self) -> bool:  # whether any pixel is in the mask
@@ -140,101 +182,144 @@ class Answer:
     @property
     def message(self) -> str:  # one line for a person
         "What was found, in one line."
-        text = f"score {self.score:.2f}, {self.mask.mean():.1%} of the picture" if self.found else "nothing found, score 0"
-        if self.unknown_words: text += f" (unknown words: {', '.join(self.unknown_words)})"
+        text = (
+            f"score {self.score:.2f}, {self.mask.mean():.1%} of the picture"
+            if self.found
+            else "nothing found, score 0"
+        )
+        if self.unknown_words:
+            text += f" (unknown words: {', '.join(self.unknown_words)})"
         return text
 
     def overlay(self) -> np.ndarray:  # uint8 [h, w, 3]
         "The picture with the mask tinted, at most `LONGEST_SIDE` pixels a side."
         from refseg_nb.course import overlay
+
         h, w = self.image.shape[:2]
-        mask = self.mask if self.mask.shape == (h, w) else np.asarray(Image.fromarray(self.mask).resize((w, h), Image.Resampling.NEAREST))
+        mask = (
+            self.mask
+            if self.mask.shape == (h, w)
+            else np.asarray(Image.fromarray(self.mask).resize((w, h), Image.Resampling.NEAREST))
+        )
         return (overlay(self.image, mask) * 255).round().astype(np.uint8)
 
 # %% ../nbs/00_tour.ipynb #060
 def own_attention(
-    attention,   # `SFMAttention` of a batch, or None
-    row: int,    # which expression
+    attention,  # `SFMAttention` of a batch, or None
+    row: int,  # which expression
     words: int,  # how many words it has, without padding
-):               # `SFMAttention` of that expression alone, or None
+):  # `SFMAttention` of that expression alone, or None
     "Cut one expression's attention out of a batch's."
-    if attention is None: return None
-    if hasattr(attention, "expression"): return attention.expression(row)   # those of chapters 17 to 19 know how to cut themselves
+    if attention is None:
+        return None
+    # those of chapters 17 to 19 know how to cut themselves
+    if hasattr(attention, "expression"):
+        return attention.expression(row)
     n = attention.grid[0] * attention.grid[1] + words
-    levels = {level: [a[row:row + 1, :, :n, :n] for a in layers] for level, layers in attention.items()}
-    steps = {level: [tuple(part[row:row + 1, :, :n] for part in layer) for layer in layers] for level, layers in attention.steps.items()}
+    levels = {level: [a[row : row + 1, :, :n, :n] for a in layers] for level, layers in attention.items()}
+    steps = {
+        level: [tuple(part[row : row + 1, :, :n] for part in layer) for layer in layers]
+        for level, layers in attention.steps.items()
+    }
     return replace(attention, levels=levels, words=words, steps=steps)
 
 # %% ../nbs/00_tour.ipynb #062
 class EncodedScene:
     "A picture that was encoded once; ask it about as many phrases as you like."
-    def __init__(self,
+
+    def __init__(
+        self,
         segmenter: "Segmenter",  # who encoded it
-        image: np.ndarray,       # uint8 [h, w, 3]
-        size: tuple[int, int],   # the original (H, W)
-        features: list,          # what the model's `encode` gave, for one picture
+        image: np.ndarray,  # uint8 [h, w, 3]
+        size: tuple[int, int],  # the original (H, W)
+        features: list,  # what the model's `encode` gave, for one picture
     ):
         self.segmenter, self.image, self.size, self.features = segmenter, image, size, features
 
-    def segment(self,
-        phrase: str,                    # what to look for
-        return_attention: bool = False, # whether the answer carries the model's attention
+    def segment(
+        self,
+        phrase: str,  # what to look for
+        return_attention: bool = False,  # whether the answer carries the model's attention
     ) -> Answer:
         "Segment what one phrase means."
         return self.segment_all([phrase], return_attention)[0]
 
     @torch.inference_mode()
-    def segment_all(self,
-        phrases: list[str],              # B phrases
+    def segment_all(
+        self,
+        phrases: list[str],  # B phrases
         return_attention: bool = False,  # whether each answer carries the model's attention
-    ) -> list[Answer]:                   # one a phrase
+    ) -> list[Answer]:  # one a phrase
         "Segment several phrases in one pass over the text."
         seg = self.segmenter
         words = [seg.read(phrase) for phrase in phrases]
         ids = [seg.vocabulary.encode(" ".join(line), seg.max_words) for line in words]
         index = torch.zeros(len(ids), dtype=torch.long, device=seg.device)
-        out = seg.model.segment(self.features, pad_words(ids).to(seg.device), index, return_attention=return_attention)
+        out = seg.model.segment(
+            self.features, pad_words(ids).to(seg.device), index, return_attention=return_attention
+        )
         logits, attention = out if return_attention else (out, None)
         answers = []
         for i, phrase in enumerate(phrases):
             probability = probability_at(logits[i], self.size)
             mask = probability > seg.threshold
-            score = float(probability[mask].mean()) if mask.any() else 0.
-            answers.append(Answer(phrase, words[i], seg.unknown(words[i]), mask, probability, score, self.image, own_attention(attention, i, len(ids[i]))))
+            score = float(probability[mask].mean()) if mask.any() else 0.0
+            answers.append(
+                Answer(
+                    phrase,
+                    words[i],
+                    seg.unknown(words[i]),
+                    mask,
+                    probability,
+                    score,
+                    self.image,
+                    own_attention(attention, i, len(ids[i])),
+                )
+            )
         return answers
 
 # %% ../nbs/00_tour.ipynb #064
 class Segmenter:
     "A trained model, its vocabulary and its threshold: everything from a picture and a phrase to a mask."
-    def __init__(self,
-        model: torch.nn.Module,     # `encode` and `segment` as every model of the course has them
-        vocabulary,                 # `refseg_nb.data.words.Vocabulary`
-        threshold: float = .5,      # a pixel is in the mask above this probability
-        device: str = "cpu",        # where to run
-        sentence: str = "sent",     # what it was trained to read: phrases split into words and cleaned, or "raw", as typed
+
+    def __init__(
+        self,
+        model: torch.nn.Module,  # `encode` and `segment` as every model of the course has them
+        vocabulary,  # `refseg_nb.data.words.Vocabulary`
+        threshold: float = 0.5,  # a pixel is in the mask above this probability
+        device: str = "cpu",  # where to run
+        # what it was trained to read: phrases split into words and cleaned, or "raw", as typed
+        sentence: str = "sent",
     ):
         self.device, self.model = torch.device(device), model.eval().to(device)
         self.vocabulary, self.threshold, self.sentence = vocabulary, threshold, sentence
         self.image_size, self.max_words = model.config.image_size, model.config.max_words
 
-    def read(self,
-        phrase: str,   # what the person wrote
-    ) -> list[str]:    # its words, lower case; as typed, if the model reads them so
+    def read(
+        self,
+        phrase: str,  # what the person wrote
+    ) -> list[str]:  # its words, lower case; as typed, if the model reads them so
         "Split a phrase into words, without the punctuation that the model never saw; an empty phrase is an error."
-        if not isinstance(phrase, str): raise ValueError(f"the phrase must be a string, not {type(phrase).__name__}")
-        if self.sentence == "raw": words = phrase.split() if any(c.isalnum() for c in phrase) else []
-        else: words = [w for w in tokenize(phrase) if w in self.vocabulary or any(c.isalnum() for c in w)]
-        if not words: raise ValueError("the phrase is empty: say what to look for, as in \"the red car on the left\"")
+        if not isinstance(phrase, str):
+            raise ValueError(f"the phrase must be a string, not {type(phrase).__name__}")
+        if self.sentence == "raw":
+            words = phrase.split() if any(c.isalnum() for c in phrase) else []
+        else:
+            words = [w for w in tokenize(phrase) if w in self.vocabulary or any(c.isalnum() for c in w)]
+        if not words:
+            raise ValueError('the phrase is empty: say what to look for, as in "the red car on the left"')
         return words
 
-    def unknown(self,
+    def unknown(
+        self,
         words: list[str],  # as `read` gives them
-    ) -> list[str]:        # those that the vocabulary does not hold, each once
+    ) -> list[str]:  # those that the vocabulary does not hold, each once
         "The words that the model has never seen."
         return [w for w in dict.fromkeys(words) if w not in self.vocabulary]
 
     @torch.inference_mode()
-    def encode(self,
+    def encode(
+        self,
         image,  # whatever `read_image` reads
     ) -> EncodedScene:
         "Encode one picture."
@@ -242,8 +327,9 @@ class Segmenter:
         batch = squash(pixels, self.image_size)[None]
         return EncodedScene(self, pixels, size, self.model.encode(batch.to(self.device)))
 
-    def segment(self,
-        image,        # whatever `read_image` reads
+    def segment(
+        self,
+        image,  # whatever `read_image` reads
         phrase: str,  # what to look for
     ) -> Answer:
         "Encode one picture and segment one phrase."
@@ -256,15 +342,23 @@ def shipped() -> dict[str, Path]:  # name -> folder with config.json and model.s
     root = Path(str(files("refseg_nb"))) / "weights"
     return {p.parent.name: p.parent for p in sorted(root.glob("*/config.json"))}
 
+
 def load(
     name: str | Path = "shnet-refshapes",  # a shipped model, or a folder that training wrote
-    device: str = "cpu",                   # "cpu", "cuda", …
+    device: str = "cpu",  # "cpu", "cuda", …
 ) -> Segmenter:
     "Load a trained model, ready to segment."
-    known = shipped(); folder = known.get(str(name), Path(name))
-    if (folder / "model" / "config.json").is_file(): folder = folder / "model"  # the output folder of a training run
+    known = shipped()
+    folder = known.get(str(name), Path(name))
+    # the output folder of a training run
+    if (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
     if not (folder / "config.json").is_file():
         names = ", ".join(known) or "none is shipped"
-        raise FileNotFoundError(f"there is no model at {name}: give a folder with config.json and model.safetensors, or a shipped model ({names})")
+        raise FileNotFoundError(
+            f"there is no model at {name}: give a folder with config.json and model.safetensors, or a shipped model ({names})"
+        )
     model, vocabulary, meta = load_model(folder)
-    return Segmenter(model, vocabulary, meta["threshold"], device, meta.get("training", {}).get("sentence", "sent"))
+    return Segmenter(
+        model, vocabulary, meta["threshold"], device, meta.get("training", {}).get("sentence", "sent")
+    )

@@ -22,76 +22,113 @@ from refseg_nb.course import readme_from
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PARTS = {0: "Start", 1: "Data", 7: "The model", 12: "Training and measuring", 14: "Attention", 16: "The family", 20: "Reproduction", 21: "Scaling",
-         22: "Command line", 90: "Behind the course"}  # a part begins with the chapter of this number
+PARTS = {
+    0: "Start",
+    1: "Data",
+    7: "The model",
+    12: "Training and measuring",
+    14: "Attention",
+    16: "The family",
+    20: "Reproduction",
+    21: "Scaling",
+    22: "Command line",
+    90: "Behind the course",
+}  # a part begins with the chapter of this number
 
 
 @dataclass
 class Symbol:
     "What a chapter adds to the library."
-    name: str     # in full: "refseg_nb.data.refer.Refer"
-    kind: str     # "module", "class", "function", "method" or "data"
+
+    name: str  # in full: "refseg_nb.data.refer.Refer"
+    kind: str  # "module", "class", "function", "method" or "data"
     summary: str  # the first line of its docstring
 
 
 @dataclass
 class Chapter:
     "A notebook, and what it exports."
-    name: str                       # "03_refer_format"
+
+    name: str  # "03_refer_format"
     notebook: nbformat.NotebookNode  # as it is committed
-    module: str                     # "refseg_nb.data.refer"; empty where nothing is exported
+    module: str  # "refseg_nb.data.refer"; empty where nothing is exported
 
     @property
-    def title(self) -> str: return f"{self.name.split('_')[0]} · {self.notebook.cells[0].source.splitlines()[0].removeprefix('# ')}"
+    def title(self) -> str:
+        return (
+            f"{self.name.split('_')[0]} · {self.notebook.cells[0].source.splitlines()[0].removeprefix('# ')}"
+        )
 
     @property
-    def part(self) -> str: return PARTS[max(first for first in PARTS if first <= int(self.name[:2]))]
+    def part(self) -> str:
+        return PARTS[max(first for first in PARTS if first <= int(self.name[:2]))]
 
     @property
-    def sentence(self) -> str: return next((x.removeprefix("> ") for x in self.notebook.cells[0].source.splitlines() if x.startswith("> ")), "")
+    def sentence(self) -> str:
+        return next(
+            (x.removeprefix("> ") for x in self.notebook.cells[0].source.splitlines() if x.startswith("> ")),
+            "",
+        )
 
     @property
     def symbols(self) -> list[Symbol]:
         own = [Symbol(self.module, "module", self.sentence)] if self.module else []
-        return own + [s for c in self.notebook.cells if "export" in directives(c) for s in symbols_of(c.source, self.module)]
+        return own + [
+            s
+            for c in self.notebook.cells
+            if "export" in directives(c)
+            for s in symbols_of(c.source, self.module)
+        ]
 
 
 def directives(cell) -> dict[str, str]:
     "nbdev's directives at the head of a code cell: `#| eval: false` is {'eval': 'false'}."
-    if cell.cell_type != "code": return {}
+    if cell.cell_type != "code":
+        return {}
     return {m[1]: m[2] for line in cell.source.splitlines() if (m := re.match(r"#\| *(\w+):? *(.*)$", line))}
 
 
 def symbols_of(
-    source: str,   # an exported cell
-    scope: str,    # the module, or the class
+    source: str,  # an exported cell
+    scope: str,  # the module, or the class
     kind: str = "function",
 ) -> list[Symbol]:
     "The public names that a cell defines."
     found = []
     for node in (ast.parse(source) if isinstance(source, str) else source).body:
-        if isinstance(node, ast.FunctionDef): found.append((node.name, kind, node))
-        if isinstance(node, ast.ClassDef): found.append((node.name, "class", node))
+        if isinstance(node, ast.FunctionDef):
+            found.append((node.name, kind, node))
+        if isinstance(node, ast.ClassDef):
+            found.append((node.name, "class", node))
         if isinstance(node, ast.Assign | ast.AnnAssign) and kind == "function":
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found += [(t.id, "data", None) for target in targets for t in ast.walk(target) if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)]
+            found += [
+                (t.id, "data", None)
+                for target in targets
+                for t in ast.walk(target)
+                if isinstance(t, ast.Name) and isinstance(t.ctx, ast.Store)
+            ]
     out = []
     for name, what, node in found:
-        if name.startswith("_"): continue
+        if name.startswith("_"):
+            continue
         lines = (ast.get_docstring(node) or "" if node else "").splitlines()
         out.append(Symbol(f"{scope}.{name}", what, lines[0] if lines else ""))
-        if what == "class": out += symbols_of(node, f"{scope}.{name}", "method")
+        if what == "class":
+            out += symbols_of(node, f"{scope}.{name}", "method")
     return out
 
 
 def read(path: Path) -> Chapter:
     "Read a chapter."
     notebook = nbformat.read(path, as_version=4)
-    module = next((f"refseg_nb.{d['default_exp']}" for d in map(directives, notebook.cells) if "default_exp" in d), "")
+    module = next(
+        (f"refseg_nb.{d['default_exp']}" for d in map(directives, notebook.cells) if "default_exp" in d), ""
+    )
     return Chapter(path.stem, notebook, module)
 
 
-RESULTS = "](../results/", "](results/"   # figures are copied to stand beside the pages
+RESULTS = "](../results/", "](results/"  # figures are copied to stand beside the pages
 
 
 def page(chapter: Chapter) -> nbformat.NotebookNode:
@@ -99,25 +136,43 @@ def page(chapter: Chapter) -> nbformat.NotebookNode:
     out = []
     for cell in chapter.notebook.cells:
         cell, found = nbformat.from_dict(cell), directives(cell)
-        if "hide" in found or "default_exp" in found: continue
-        if "export" in found: out.append(anchors(symbols_of(cell.source, chapter.module)))
+        if "hide" in found or "default_exp" in found:
+            continue
+        if "export" in found:
+            out.append(anchors(symbols_of(cell.source, chapter.module)))
         if found:
             cell.source = re.sub(r"\A(#\|.*\n?)+", "", cell.source)
-            imports = all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(cell.source).body)
-            cell.metadata["tags"] = [*cell.metadata.get("tags", []), *["export"] * ("export" in found), *["hide-input"] * imports]
-        if cell.cell_type == "markdown": cell.source = cell.source.replace("](index.ipynb)", "](index.md)").replace(*RESULTS)
+            imports = all(
+                isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(cell.source).body
+            )
+            cell.metadata["tags"] = [
+                *cell.metadata.get("tags", []),
+                *["export"] * ("export" in found),
+                *["hide-input"] * imports,
+            ]
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("](index.ipynb)", "](index.md)").replace(*RESULTS)
         for made in (o.data for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})):
             made["text/markdown"] = made["text/markdown"].replace(*RESULTS)
         out.append(cell)
-    where = f"Notebook `nbs/{chapter.name}.ipynb`" + (f", exports [`{chapter.module}`](library.md#{chapter.module.replace('.', '')})" if chapter.module else "")
+    where = f"Notebook `nbs/{chapter.name}.ipynb`" + (
+        f", exports [`{chapter.module}`](library.md#{chapter.module.replace('.', '')})"
+        if chapter.module
+        else ""
+    )
     out[0].source = re.sub(r"\A# .*", f"# {chapter.title}", out[0].source) + f"\n\n{{.where}}\n{where}\n"
-    if chapter.module: out.insert(1, anchors(chapter.symbols[:1]))
+    if chapter.module:
+        out.insert(1, anchors(chapter.symbols[:1]))
     return nbformat.v4.new_notebook(cells=[c for c in out if c], metadata=chapter.notebook.metadata)
 
 
 def anchors(symbols: list[Symbol]) -> nbformat.NotebookNode | None:
     "A cell with an anchor for each symbol: the directive of conf.py."
-    return new_markdown_cell("\n".join(["```{symbols}", *(f"{s.name} {s.kind}" for s in symbols), "```"])) if symbols else None
+    return (
+        new_markdown_cell("\n".join(["```{symbols}", *(f"{s.name} {s.kind}" for s in symbols), "```"]))
+        if symbols
+        else None
+    )
 
 
 def links(chapter: Chapter) -> dict[str, str]:
@@ -125,51 +180,77 @@ def links(chapter: Chapter) -> dict[str, str]:
     own = [s for s in chapter.symbols if s.kind != "module"]
     found, taken = {s.name.rpartition(".")[2]: s.name for s in own if s.kind != "method"}, set()
     for cell in chapter.notebook.cells:
-        if cell.cell_type != "code": continue
+        if cell.cell_type != "code":
+            continue
         for node in ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.M))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("refseg_nb"):
                 found |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): taken.add(node.id)
-            if isinstance(node, ast.arg): taken.add(node.arg)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                taken.add(node.id)
+            if isinstance(node, ast.arg):
+                taken.add(node.arg)
     return {name: full for name, full in found.items() if name not in taken}
 
 
 def library(chapters: list[Chapter]) -> str:
     "The page that lists the library's symbols, by module."
-    lines = ["# The library", "", "Every public name of `refseg_nb`. Each leads to the place in the course where it is built, explained and tested.", ""]
-    plain = lambda text: "`".join(t if i % 2 else re.sub(r"([\\<*$|{}\[\]])", r"\\\1", t) for i, t in enumerate(text.split("`")))
+    lines = [
+        "# The library",
+        "",
+        "Every public name of `refseg_nb`. Each leads to the place in the course where it is built, explained and tested.",
+        "",
+    ]
+    plain = lambda text: "`".join(
+        t if i % 2 else re.sub(r"([\\<*$|{}\[\]])", r"\\\1", t) for i, t in enumerate(text.split("`"))
+    )
     for part, inside in groupby((c for c in chapters if c.module), lambda c: c.part):
         lines += [f"## {part}", ""]
         for chapter in inside:
             lines += [f"### `{chapter.module}`", "", f"[]({chapter.name}.ipynb): {chapter.sentence}", ""]
             for s in chapter.symbols[1:]:
                 short = s.name.removeprefix(chapter.module + ".")
-                lines.append(f"{'  ' * short.count('.')}- {{py:obj}}`{short.rpartition('.')[2]} <{s.name}>`" + (f" · {plain(s.summary)}" if s.summary else ""))
+                lines.append(
+                    f"{'  ' * short.count('.')}- {{py:obj}}`{short.rpartition('.')[2]} <{s.name}>`"
+                    + (f" · {plain(s.summary)}" if s.summary else "")
+                )
             lines.append("")
     return "\n".join(lines)
 
 
 def prepare(
-    nbs: Path,     # the notebooks
+    nbs: Path,  # the notebooks
     source: Path,  # an empty folder
 ) -> list[Chapter]:
     "Write what Sphinx reads."
     chapters = [read(path) for path in sorted(nbs.glob("[0-9]*.ipynb"))]
     texts = {chapter.name: nbformat.writes(page(chapter)) for chapter in chapters}
-    for name, text in texts.items(): (source / f"{name}.ipynb").write_text(text, encoding="utf-8")
+    for name, text in texts.items():
+        (source / f"{name}.ipynb").write_text(text, encoding="utf-8")
     (source / "library.md").write_text(library(chapters), encoding="utf-8")
     parts = {part: [c.name for c in inside] for part, inside in groupby(chapters, lambda c: c.part)}
     parts[chapters[-1].part] += ["library", "real_data"]
-    contents = ["\n".join(["```{toctree}", f":caption: {part}", ":hidden:", "", *names, "```", ""]) for part, names in parts.items()]
-    home = readme_from(nbs / "index.ipynb").replace("](nbs/", "](").replace("](data_setup/README.md)", "](real_data.md)")
+    contents = [
+        "\n".join(["```{toctree}", f":caption: {part}", ":hidden:", "", *names, "```", ""])
+        for part, names in parts.items()
+    ]
+    home = (
+        readme_from(nbs / "index.ipynb")
+        .replace("](nbs/", "](")
+        .replace("](data_setup/README.md)", "](real_data.md)")
+    )
     (source / "index.md").write_text(home + "\n" + "\n".join(contents), encoding="utf-8")
-    (source / "real_data.md").write_text((ROOT / "data_setup" / "README.md").read_text(encoding="utf-8").replace("](../nbs/", "]("), encoding="utf-8")
+    (source / "real_data.md").write_text(
+        (ROOT / "data_setup" / "README.md").read_text(encoding="utf-8").replace("](../nbs/", "]("),
+        encoding="utf-8",
+    )
     for name in set(re.findall(r"\]\(((?:results/|LICENSE)[^){]*)\)", home + "".join(texts.values()))):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     known = {s.name: f"{c.name}.html#{s.name}" for c in chapters for s in c.symbols}
     known["refseg_nb.load"] = known["refseg_nb.inference.load"]
-    (source / "symbols.json").write_text(json.dumps({"symbols": known, "names": {c.name: links(c) for c in chapters}}), encoding="utf-8")
+    (source / "symbols.json").write_text(
+        json.dumps({"symbols": known, "names": {c.name: links(c) for c in chapters}}), encoding="utf-8"
+    )
     return chapters
 
 
@@ -179,11 +260,15 @@ def build(
 ) -> int:  # 0 if Sphinx had nothing to complain about
     "Build the pages."
     from sphinx.cmd.build import build_main
+
     source = out.with_name(out.name + "-source")
-    for folder in (source, out): shutil.rmtree(folder, ignore_errors=True)
+    for folder in (source, out):
+        shutil.rmtree(folder, ignore_errors=True)
     source.mkdir(parents=True)
     prepare(nbs, source)
-    return build_main(["-q", "-W", "--keep-going", "-c", str(HERE), "-d", str(source / ".doctrees"), str(source), str(out)])
+    return build_main(
+        ["-q", "-W", "--keep-going", "-c", str(HERE), "-d", str(source / ".doctrees"), str(source), str(out)]
+    )
 
 
 if __name__ == "__main__":
@@ -191,5 +276,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "site")
     out = parser.parse_args().out.resolve()
     status = build(out=out)
-    if status == 0: print(f"open {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}/index.html")
+    if status == 0:
+        print(f"open {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}/index.html")
     sys.exit(status)

@@ -40,12 +40,15 @@ HOVER = """async hovers => {
 
 
 def summary(values):
-    return {name: round(float(np.quantile(values, q)), 2) for name, q in (("median", .5), ("p95", .95), ("max", 1))}
+    return {
+        name: round(float(np.quantile(values, q)), 2)
+        for name, q in (("median", 0.5), ("p95", 0.95), ("max", 1))
+    }
 
 
 def main(out: Path):
     "Measure, and write the record."
-    rng, n = np.random.default_rng(0), GRID ** 2 + WORDS
+    rng, n = np.random.default_rng(0), GRID**2 + WORDS
     a = rng.random((LAYERS, HEADS, n, n), dtype=np.float32) ** 8
     a /= a.sum(-1, keepdims=True)
     picture = rng.integers(0, 255, (320, 320, 3), dtype=np.uint8)
@@ -58,15 +61,34 @@ def main(out: Path):
         page.goto(path.as_uri())
         page.wait_for_selector(".refseg-explorer .stage canvas")
         times = page.evaluate(HOVER, HOVERS)
-        version, pooled = browser.version, page.evaluate("() => document.querySelector('[data-state]').explorer.get('data').panels[0].kinds.raw[0].pool")
+        version, pooled = (
+            browser.version,
+            page.evaluate(
+                "() => document.querySelector('[data-state]').explorer.get('data').panels[0].kinds.raw[0].pool"
+            ),
+        )
         browser.close()
     record = {
         "what": "milliseconds to draw the answer to a pointer event (draw), from the event to the end of the frame that shows it (answer), "
-                "and from frame to frame when nothing happens (empty)",
-        "case": {"grid": [GRID, GRID], "words": WORDS, "layers": LAYERS, "heads": HEADS, "maps": LAYERS * HEADS, "pixel_to_pixel": pooled, "page_bytes": size},
-        "hovers": HOVERS, "draw_ms": summary(times["draw"]), "answer_ms": summary(times["answer"]), "empty_frame_ms": summary(times["empty"]),
+        "and from frame to frame when nothing happens (empty)",
+        "case": {
+            "grid": [GRID, GRID],
+            "words": WORDS,
+            "layers": LAYERS,
+            "heads": HEADS,
+            "maps": LAYERS * HEADS,
+            "pixel_to_pixel": pooled,
+            "page_bytes": size,
+        },
+        "hovers": HOVERS,
+        "draw_ms": summary(times["draw"]),
+        "answer_ms": summary(times["answer"]),
+        "empty_frame_ms": summary(times["empty"]),
         "share_of_draws_within_16.7_ms": round(float(np.mean(np.array(times["draw"]) <= 1000 / 60)), 3),
-        "browser": f"Chromium {version}, no GPU", "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "system": platform.platform(terse=True),
+        "browser": f"Chromium {version}, no GPU",
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "system": platform.platform(terse=True),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,4 +96,5 @@ def main(out: Path):
     print(json.dumps(record, indent=1))
 
 
-if __name__ == "__main__": main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results" / "explorer" / "hover.json")
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results" / "explorer" / "hover.json")

@@ -14,7 +14,17 @@ from refseg_nb.models.aggregation import AGGREGATIONS, GBFM, MGATE, TGFE, ConvLS
 from refseg_nb.models.backbones import create_backbone
 from refseg_nb.models.decoder import ConcatLevels
 from refseg_nb.models.hcam import HCAM, Conv3dLevels
-from refseg_nb.models.shnet import ABLATIONS, MODELS, PRESETS, TABLE4, SHNetConfig, count_flops, count_parameters, create_model, model_name
+from refseg_nb.models.shnet import (
+    ABLATIONS,
+    MODELS,
+    PRESETS,
+    TABLE4,
+    SHNetConfig,
+    count_flops,
+    count_parameters,
+    create_model,
+    model_name,
+)
 from refseg_nb.reproduce.experiments import PAPER, ROWS
 from refseg_nb.training.checkpoint import load_model, save_model
 
@@ -99,14 +109,26 @@ def naive_exchange(module, own, others, sentence):
     "One level's part: place by place and channel by channel."
     c, h, w = own.shape
     places = list(itertools.product(range(h), range(w)))
-    key, query = conv(own, module.key.weight, module.key.bias), module.query.weight @ sentence + module.query.bias
-    scores = [math.exp(sum((key[k, y, z] * query[k]).item() for k in range(c)) / math.sqrt(c)) for y, z in places]
-    summary = [sum(a / sum(scores) * own[k, y, z].item() for a, (y, z) in zip(scores, places)) for k in range(c)]
-    context = module.context.weight @ torch.cat([sentence, sentence.new_tensor(summary)]) + module.context.bias
+    key, query = (
+        conv(own, module.key.weight, module.key.bias),
+        module.query.weight @ sentence + module.query.bias,
+    )
+    scores = [
+        math.exp(sum((key[k, y, z] * query[k]).item() for k in range(c)) / math.sqrt(c)) for y, z in places
+    ]
+    summary = [
+        sum(a / sum(scores) * own[k, y, z].item() for a, (y, z) in zip(scores, places)) for k in range(c)
+    ]
+    context = (
+        module.context.weight @ torch.cat([sentence, sentence.new_tensor(summary)]) + module.context.bias
+    )
     context = context / math.sqrt((context**2).sum().item())
     out = own.clone()
     for j in range(2):
-        gate, feature = module.gates[j].weight @ context + module.gates[j].bias, conv(others[j], module.features[j].weight, module.features[j].bias)
+        gate, feature = (
+            module.gates[j].weight @ context + module.gates[j].bias,
+            conv(others[j], module.features[j].weight, module.features[j].bias),
+        )
         for k, (y, z) in itertools.product(range(c), places):
             out[k, y, z] += sigmoid(gate[k].item()) * max(0.0, feature[k, y, z].item())
     for y, z in places:
@@ -116,7 +138,10 @@ def naive_exchange(module, own, others, sentence):
 
 def naive_tgfe(module, maps, sentences):
     for round_ in module.rounds:
-        maps = [naive_exchange(round_[i], maps[i], [maps[j] for j in range(3) if j != i], sentences[i]) for i in range(3)]
+        maps = [
+            naive_exchange(round_[i], maps[i], [maps[j] for j in range(3) if j != i], sentences[i])
+            for i in range(3)
+        ]
     return naive_convlstm(module.fuse, maps)
 
 
@@ -125,7 +150,9 @@ def naive_gbfm(module, maps):
         return x + conv(torch.cat([x, path]), gate.weight, gate.bias).sigmoid() * path
 
     x2, x3, x4 = maps
-    return step(x4, step(x3, x2, module.up[0]), module.up[1]) + step(x2, step(x3, x4, module.down[0]), module.down[1])
+    return step(x4, step(x3, x2, module.up[0]), module.up[1]) + step(
+        x2, step(x3, x4, module.down[0]), module.down[1]
+    )
 
 
 NAIVE = {"convlstm": naive_convlstm, "mgate": naive_mgate, "tgfe": naive_tgfe, "gbfm": naive_gbfm}
@@ -148,7 +175,9 @@ def test_exchange_is_its_equations():
         for p in module.parameters():
             p.add_(torch.randn_like(p))
         new, gates = module(visual[0], visual[1:], language[0])
-        torch.testing.assert_close(new[0], naive_exchange(module, visual[0][0], [v[0] for v in visual[1:]], language[0][0]))
+        torch.testing.assert_close(
+            new[0], naive_exchange(module, visual[0][0], [v[0] for v in visual[1:]], language[0][0])
+        )
     assert [g.shape for g in gates] == [(1, C)] * 2 and (gates[0] - gates[1]).abs().max() > 1e-3
 
 
@@ -197,7 +226,10 @@ def test_mgate_with_gates_of_one_value(memory, reset):
         module.gamma.copy_(torch.tensor([0.5, 1.0, 2.0]))
         got = module(x)
     m, r, gamma = sigmoid(memory), sigmoid(reset), (0.5, 1.0, 2.0)
-    want = sum(r * ((1 - m) * x[i] + m * sum(gamma[j] * x[j] for j in range(3) if j != i)).tanh() + (1 - r) * x[i] for i in range(3))
+    want = sum(
+        r * ((1 - m) * x[i] + m * sum(gamma[j] * x[j] for j in range(3) if j != i)).tanh() + (1 - r) * x[i]
+        for i in range(3)
+    )
     torch.testing.assert_close(got, want)
     if reset == -60:
         torch.testing.assert_close(got, sum(x))  # the exchange is off
@@ -238,7 +270,9 @@ def test_exchange_without_a_question_summarises_by_the_average():
         module.query.weight.zero_()
         module.query.bias.zero_()
         c = F.normalize(module.context(torch.cat([words[0], x[0].mean((2, 3))], 1)), dim=1)
-        torch.testing.assert_close(module(x[0], x[1:], words[0])[1], [gate(c).sigmoid() for gate in module.gates])
+        torch.testing.assert_close(
+            module(x[0], x[1:], words[0])[1], [gate(c).sigmoid() for gate in module.gates]
+        )
 
 
 def test_tgfe_treats_equal_levels_equally_and_does_not_see_a_round_s_own_results():
@@ -264,7 +298,9 @@ def test_convlstm_gates_at_their_ends():
         torch.testing.assert_close(module(x), o.sigmoid() * (i.sigmoid() * g.tanh()).tanh())
         module.input.bias[C : 2 * C] = 1e4  # forget nothing: all candidates are summed
         parts = [module.input(v).chunk(4, 1) for v in x]
-        torch.testing.assert_close(module(x), parts[2][3].sigmoid() * sum(p[0].sigmoid() * p[2].tanh() for p in parts).tanh())
+        torch.testing.assert_close(
+            module(x), parts[2][3].sigmoid() * sum(p[0].sigmoid() * p[2].tanh() for p in parts).tanh()
+        )
         module.input.bias[:C] = -1e4  # let nothing in
         assert (module(x) == 0).all()
 
@@ -288,7 +324,10 @@ def together(name):
 def test_words_matter_by_construction_or_not_at_all(name):
     module, (x, words) = together(name), inputs()
     with torch.no_grad():
-        change = [(module(x, words) - module(x, [w + (k == level) for k, w in enumerate(words)])).abs().max() for level in range(3)]
+        change = [
+            (module(x, words) - module(x, [w + (k == level) for k, w in enumerate(words)])).abs().max()
+            for level in range(3)
+        ]
     assert all((c > 1e-6) == (name in ("tgfe", "hcam")) for c in change), change
     if name not in ("tgfe", "hcam"):
         assert torch.equal(module(x), module(x, words))
@@ -296,12 +335,15 @@ def test_words_matter_by_construction_or_not_at_all(name):
 
 def test_whose_words_move_which_gates():
     x, words = inputs()
-    for name, want in (("hcam", lambda k: k[1] == 3), ("tgfe", lambda k: k[1] == 3)):  # HCAM: (listener, sender); TGFE: (round, listener, sender)
+    # HCAM: (listener, sender); TGFE: (round, listener, sender)
+    for name, want in (("hcam", lambda k: k[1] == 3), ("tgfe", lambda k: k[1] == 3)):
         module = together(name)
         with torch.no_grad():
             _, before = module(x, words, return_gates=True)
             _, after = module(x, [words[0], words[1] + 1, words[2]], return_gates=True)
-        assert {k for k in before if not torch.equal(before[k], after[k])} == {k for k in before if want(k)}, name
+        assert {k for k in before if not torch.equal(before[k], after[k])} == {
+            k for k in before if want(k)
+        }, name
 
 
 SHAPES = {"convlstm": (C, 4, 5), "mgate": (1, 4, 5), "tgfe": (C,), "gbfm": (C, 4, 5)}
@@ -317,7 +359,13 @@ def test_gates_are_part_of_the_answer(name):
     assert all(g.shape == (2, *SHAPES[name]) and 0 < g.min() and g.max() < 1 for g in gates.values())
 
 
-REACH = {"convlstm": (49, 25, 9), "mgate": (9, 9, 9), "tgfe": (121, 121, 121), "gbfm": (25, 25, 25), "hcam": (25, 25, 25)}
+REACH = {
+    "convlstm": (49, 25, 9),
+    "mgate": (9, 9, 9),
+    "tgfe": (121, 121, 121),
+    "gbfm": (25, 25, 25),
+    "hcam": (25, 25, 25),
+}
 
 
 @pytest.mark.parametrize("name", sorted(REACH))
@@ -329,7 +377,10 @@ def test_reach(name):
         with torch.no_grad():
             changed = (module(x, words) - module(other, words)).abs().amax(1)[0] > 1e-12
         side = math.isqrt(REACH[name][level])
-        assert changed.sum() == side * side and changed[5 - side // 2 : 6 + side // 2, 5 - side // 2 : 6 + side // 2].all()
+        assert (
+            changed.sum() == side * side
+            and changed[5 - side // 2 : 6 + side // 2, 5 - side // 2 : 6 + side // 2].all()
+        )
 
 
 @every
@@ -339,7 +390,9 @@ def test_a_picture_s_answer_does_not_depend_on_its_batch(name):
     with torch.no_grad():
         all_ = module(x, words)
         for b in range(5):
-            torch.testing.assert_close(module([v[b : b + 1] for v in x], [w[b : b + 1] for w in words])[0], all_[b])
+            torch.testing.assert_close(
+                module([v[b : b + 1] for v in x], [w[b : b + 1] for w in words])[0], all_[b]
+            )
         torch.testing.assert_close(module([v[order] for v in x], [w[order] for w in words]), all_[order])
 
 
@@ -354,7 +407,12 @@ def test_the_input_is_left_as_it_is(name):
 
 # ---- counts
 
-FORMULA = {"convlstm": lambda c: 72 * c * c + 4 * c, "mgate": lambda c: 54 * c + 9, "tgfe": lambda c: 56 * c * c + 46 * c, "gbfm": lambda c: 72 * c * c + 4 * c}
+FORMULA = {
+    "convlstm": lambda c: 72 * c * c + 4 * c,
+    "mgate": lambda c: 54 * c + 9,
+    "tgfe": lambda c: 56 * c * c + 46 * c,
+    "gbfm": lambda c: 72 * c * c + 4 * c,
+}
 
 
 @every
@@ -374,7 +432,9 @@ def test_exchange_has_the_layers_that_were_counted_on_cmpc_s_program():
 
 def test_conv3d_has_fewer_parameters_than_the_convlstm_as_the_paper_says():
     count = lambda m: sum(p.numel() for p in m.parameters())
-    assert count(ConvLSTMLevels(32, kernel=1)) < count(Conv3dLevels(32, norm=False)) < count(ConvLSTMLevels(32))
+    assert (
+        count(ConvLSTMLevels(32, kernel=1)) < count(Conv3dLevels(32, norm=False)) < count(ConvLSTMLevels(32))
+    )
 
 
 # ---- rows of the tables
@@ -383,7 +443,17 @@ ROW_NAMES = [*ABLATIONS, *TABLE4]
 
 
 def small(row, **overrides):
-    settings = dict(vocab_size=20, backbone_weights="none", channels=16, grid=6, word_dim=8, sfm_heads=2, sfm_ffn=24, decoder_widths=(12, 8), image_size=48)
+    settings = dict(
+        vocab_size=20,
+        backbone_weights="none",
+        channels=16,
+        grid=6,
+        word_dim=8,
+        sfm_heads=2,
+        sfm_ffn=24,
+        decoder_widths=(12, 8),
+        image_size=48,
+    )
     torch.manual_seed(0)
     return create_model(model_name(row), **(settings | overrides))
 
@@ -391,28 +461,46 @@ def small(row, **overrides):
 def test_rows_have_the_paper_s_names():
     assert list(ABLATIONS) == list(PAPER["table2"]["rows"]) and list(TABLE4) == list(PAPER["table4"]["rows"])
     assert set(ROWS) <= set(ABLATIONS)
-    assert {model_name(row) for row in ROWS} == {"baseline", "only-hcam", "only-sfm", "shnet"}  # recorded runs and saved models have these
+    # recorded runs and saved models have these
+    assert {model_name(row) for row in ROWS} == {"baseline", "only-hcam", "only-sfm", "shnet"}
     assert list(MODELS) == ["shnet", "baseline", "only-hcam", "only-sfm", "sfm-convlstm", "sfm-conv3d", "shnet-without-glove", "shnet-without-pe",
                             "mgate", "tgfe", "gbfm", "hcam"]  # fmt: skip
 
 
 def test_rows_differ_in_what_they_say_and_in_nothing_else():
     paper = PRESETS["paper"]
-    changes = {row: {k: v for k, v in (ABLATIONS | TABLE4)[row].items() if getattr(paper, k) != v} for row in ROW_NAMES}
+    changes = {
+        row: {k: v for k, v in (ABLATIONS | TABLE4)[row].items() if getattr(paper, k) != v}
+        for row in ROW_NAMES
+    }
     assert changes["SHNet"] == changes["HCAM"] == {}
-    assert changes["SHNet w/o Glove"] == {"one_hot": True} and changes["SHNet w/o P.E"] == {"sfm_positions": "none"}
-    assert changes["SFM+Conv3D"] == {"use_hcam": False, "level_fusion": "conv3d"} and changes["TGFE"] == {"use_hcam": False, "level_fusion": "tgfe"}
-    assert {changes[row]["level_fusion"] for row in ("SFM+ConvLSTM", "MGATE", "TGFE", "GBFM")} == set(AGGREGATIONS)
+    assert changes["SHNet w/o Glove"] == {"one_hot": True} and changes["SHNet w/o P.E"] == {
+        "sfm_positions": "none"
+    }
+    assert changes["SFM+Conv3D"] == {"use_hcam": False, "level_fusion": "conv3d"} and changes["TGFE"] == {
+        "use_hcam": False,
+        "level_fusion": "tgfe",
+    }
+    assert {changes[row]["level_fusion"] for row in ("SFM+ConvLSTM", "MGATE", "TGFE", "GBFM")} == set(
+        AGGREGATIONS
+    )
 
 
 @pytest.mark.parametrize("row", ["SFM+ConvLSTM", "SFM+Conv3D", "MGATE", "TGFE", "GBFM"])
 def test_everything_around_the_aggregation_is_the_same(row):
     model, shnet = small(row), small("SHNet")
-    around = lambda m: {k: tuple(v.shape) for k, v in m.state_dict().items() if not k.startswith(("hcam.", "levels."))}
+    around = lambda m: {
+        k: tuple(v.shape) for k, v in m.state_dict().items() if not k.startswith(("hcam.", "levels."))
+    }
     assert around(model) == around(shnet)
-    assert not any(k.startswith("hcam.") for k in model.state_dict()) and any(k.startswith("levels.") for k in model.state_dict())
+    assert not any(k.startswith("hcam.") for k in model.state_dict()) and any(
+        k.startswith("levels.") for k in model.state_dict()
+    )
     counts = count_parameters(model)
-    assert counts["level fusion"] == sum(p.numel() for p in model.levels.parameters()) and sum(counts.values()) == 2 * counts["total"]
+    assert (
+        counts["level fusion"] == sum(p.numel() for p in model.levels.parameters())
+        and sum(counts.values()) == 2 * counts["total"]
+    )
     assert set(counts) - set(count_parameters(shnet)) == {"level fusion"}
 
 
@@ -422,8 +510,15 @@ def test_every_row_can_be_laid_over_every_preset(preset):
         backbone = create_backbone(PRESETS[preset].backbone, "none")
         for row in ROW_NAMES:
             model = create_model(model_name(row), preset, vocab_size=30, backbone=backbone)
-            assert count_parameters(model)["total"] > 0 and SHNetConfig.from_dict(model.config.to_dict()) == model.config
-            assert replace(model.config, **(ABLATIONS | TABLE4)[row]) == model.config == replace(PRESETS[preset], **(ABLATIONS | TABLE4)[row])
+            assert (
+                count_parameters(model)["total"] > 0
+                and SHNetConfig.from_dict(model.config.to_dict()) == model.config
+            )
+            assert (
+                replace(model.config, **(ABLATIONS | TABLE4)[row])
+                == model.config
+                == replace(PRESETS[preset], **(ABLATIONS | TABLE4)[row])
+            )
 
 
 @pytest.mark.parametrize("row", [r for r in ROW_NAMES if r != "HCAM"])
@@ -431,14 +526,21 @@ def test_operations_of_every_row(row):
     config = small(row).config
     flops = count_flops(config, words=5)
     c, p, taps = config.channels, config.grid**2, 9
-    by_hand = {"convlstm": 5 * taps * c * 4 * c * p, "mgate": 6 * taps * c * p, "gbfm": 4 * taps * 2 * c * c * p, "conv3d": 3 * taps * c * c * p,
-               "concat": 3 * c * c * p,
-               "tgfe": 6 * ((3 * c * c + 2 * c) * p + c * c + 2 * c * c + 2 * c * c) + 5 * c * 4 * c * p}  # fmt: skip
+    by_hand = {
+        "convlstm": 5 * taps * c * 4 * c * p,
+        "mgate": 6 * taps * c * p,
+        "gbfm": 4 * taps * 2 * c * c * p,
+        "conv3d": 3 * taps * c * c * p,
+        "concat": 3 * c * c * p,
+        # fmt: skip
+        "tgfe": 6 * ((3 * c * c + 2 * c) * p + c * c + 2 * c * c + 2 * c * c) + 5 * c * 4 * c * p,
+    }
     if config.use_hcam:
         assert {"HCAM gates", "HCAM Conv3d"} <= set(flops)
     else:
         assert flops["level fusion"] * 1e9 == pytest.approx(2 * by_hand[config.level_fusion])
-    assert flops["ASPP"] * 1e9 == 2 * ((1 + 3 * taps + 5) * c * c * p + c * c)  # a 1x1, three 3x3 and the projection of five; one vector
+    # a 1x1, three 3x3 and the projection of five; one vector
+    assert flops["ASPP"] * 1e9 == 2 * ((1 + 3 * taps + 5) * c * c * p + c * c)
 
 
 def test_the_model_hands_over_maps_and_words():
@@ -448,12 +550,17 @@ def test_the_model_hands_over_maps_and_words():
         with torch.no_grad():
             features = model.encode(images)
             visual, language, _ = model.fuse(features, model.text(words))
-            want = model.decoder(model.aspp(AGGREGATIONS[row.lower()].forward(model.levels, visual, language)))
+            want = model.decoder(
+                model.aspp(AGGREGATIONS[row.lower()].forward(model.levels, visual, language))
+            )
             torch.testing.assert_close(model.segment(features, words), want)
 
 
 def test_an_unknown_fusion_names_what_there_is():
-    with pytest.raises(ValueError, match="level_fusion must be one of concat, conv3d, convlstm, mgate, tgfe, gbfm, not 'lstm'"):
+    with pytest.raises(
+        ValueError,
+        match="level_fusion must be one of concat, conv3d, convlstm, mgate, tgfe, gbfm, not 'lstm'",
+    ):
         SHNetConfig(level_fusion="lstm")
     assert isinstance(small("Only SFM").levels, ConcatLevels)
 
@@ -469,6 +576,9 @@ def test_a_row_survives_saving(row, tmp_path):
     model = small(row, vocab_size=len(vocabulary)).eval()
     save_model(tmp_path / "m", model, vocabulary, {})
     again, _, _ = load_model(tmp_path / "m")
-    images, words = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8), torch.randint(1, len(vocabulary), (1, 5))
+    images, words = (
+        torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8),
+        torch.randint(1, len(vocabulary), (1, 5)),
+    )
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(images, words), model(images, words))

@@ -36,7 +36,17 @@ from refseg_nb.models.cmpc import (
 from refseg_nb.training.checkpoint import load_model, save_model
 from refseg_nb.training.protocols import PROTOCOLS
 
-TINY = CMPCConfig(backbone="refshapes", backbone_weights="none", image_size=32, grid=4, word_dim=6, channels=8, fused=4, heads=2, factor=3)
+TINY = CMPCConfig(
+    backbone="refshapes",
+    backbone_weights="none",
+    image_size=32,
+    grid=4,
+    word_dim=6,
+    channels=8,
+    fused=4,
+    heads=2,
+    factor=3,
+)
 V = 10  # words of the tiny vocabulary
 
 
@@ -49,7 +59,9 @@ def published_arrays():
     "Random arrays of the tiny layout, large enough that nothing is nearly linear; norms' scales near one."
     arrays = {}
     for name, shape in published_layout(V, TINY).items():
-        arrays[name] = torch.randn(shape, dtype=torch.double) * (0.3 if name.endswith(("bias", "beta")) else 0.6) + (1.0 if name.endswith("gamma") else 0.0)
+        arrays[name] = torch.randn(shape, dtype=torch.double) * (
+            0.3 if name.endswith(("bias", "beta")) else 0.6
+        ) + (1.0 if name.endswith("gamma") else 0.0)
     return arrays
 
 
@@ -102,7 +114,11 @@ def naive(arrays, levels, numbers):
 
     h, c, w, lstm = np.zeros(8), np.zeros(8), [], "reader.encoder.lstm."
     for number in numbers:
-        i, j, f, o = np.split(np.concatenate([a["reader.encoder.embedding.weight"][number], h]) @ a[lstm + "kernel"] + a[lstm + "bias"], 4)
+        i, j, f, o = np.split(
+            np.concatenate([a["reader.encoder.embedding.weight"][number], h]) @ a[lstm + "kernel"]
+            + a[lstm + "bias"],
+            4,
+        )
         c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(j)
         h = sigmoid(o) * np.tanh(c)
         w.append(unit(h))
@@ -110,16 +126,31 @@ def naive(arrays, levels, numbers):
     q = unit(sum((p[0] + p[1]) * x for p, x in zip(shares, w)))
     s = unit(sum((p[0] + p[1] + p[2]) * x for p, x in zip(shares, w)))
 
-    edges = lambda y, x: [x / 2 - 1, y / 2 - 1, (x + 1) / 2 - 1, (y + 1) / 2 - 1, (x + 0.5) / 2 - 1, (y + 0.5) / 2 - 1, 0.25, 0.25]
+    edges = lambda y, x: [
+        x / 2 - 1,
+        y / 2 - 1,
+        (x + 1) / 2 - 1,
+        (y + 1) / 2 - 1,
+        (x + 0.5) / 2 - 1,
+        (y + 0.5) / 2 - 1,
+        0.25,
+        0.25,
+    ]
     where = np.array([[edges(y, x) for x in range(4)] for y in range(4)])
     maps, ps, qs, scores = [], [], [], []
     for n, level in enumerate(levels):
         of = f"levels.{n}."
         v = unit(dense(of + "lateral", level.permute(1, 2, 0).numpy()))
-        seen, said = np.tanh(dense(of + "fusion.visual", np.concatenate([v, where], 2))), np.tanh(dense(of + "fusion.language", q))
-        X = unit(np.tanh(seen[..., :8] * said[:8] + seen[..., 8:] * said[8:]))  # two heads, one behind the other on the last axis
+        seen, said = (
+            np.tanh(dense(of + "fusion.visual", np.concatenate([v, where], 2))),
+            np.tanh(dense(of + "fusion.language", q)),
+        )
+        # two heads, one behind the other on the last axis
+        X = unit(np.tanh(seen[..., :8] * said[:8] + seen[..., 8:] * said[8:]))
         key = dense(of + "graph.place", X).reshape(16, 8)
-        A = np.stack([p[2] * (key @ dense(of + "graph.word", t)) / math.sqrt(8) for p, t in zip(shares, w)], axis=1)
+        A = np.stack(
+            [p[2] * (key @ dense(of + "graph.word", t)) / math.sqrt(8) for p, t in zip(shares, w)], axis=1
+        )
         P, Q = np.stack([softmax(row) for row in A]), np.stack([softmax(column) for column in A.T], axis=1)
         G = joint(of + "graph.norm1", ((P @ Q.T) @ X.reshape(16, 8)).reshape(4, 4, 8))
         R = unit(relu(joint(of + "graph.norm2", dense(of + "graph.out", relu(X + G)))))
@@ -139,7 +170,11 @@ def naive(arrays, levels, numbers):
     of, h, c = "exchange.fuse.", np.zeros((4, 4, 4)), np.zeros((4, 4, 4))
     for x in maps:
         j, i, f, o = np.split(np.concatenate([x, h], axis=2) @ a[of + "kernel"][0, 0], 4, axis=2)
-        j, i, f = joint(of + "norms.0", j), joint(of + "norms.1", i + a[of + "w_ci"] * c), joint(of + "norms.2", f + a[of + "w_cf"] * c)
+        j, i, f = (
+            joint(of + "norms.0", j),
+            joint(of + "norms.1", i + a[of + "w_ci"] * c),
+            joint(of + "norms.2", f + a[of + "w_cf"] * c),
+        )
         c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(j)
         o, c = joint(of + "norms.3", o + a[of + "w_co"] * c), joint(of + "norms.4", c)
         h = sigmoid(o) * np.tanh(c)
@@ -153,7 +188,9 @@ def legacy(m, factor):
     for y, x in itertools.product(range(n * factor), repeat=2):
         (y0, fy), (x0, fx) = divmod(y, factor), divmod(x, factor)
         y1, x1, fy, fx = min(y0 + 1, n - 1), min(x0 + 1, n - 1), fy / factor, fx / factor
-        out[y, x] = (1 - fy) * ((1 - fx) * m[y0, x0] + fx * m[y0, x1]) + fy * ((1 - fx) * m[y1, x0] + fx * m[y1, x1])
+        out[y, x] = (1 - fy) * ((1 - fx) * m[y0, x0] + fx * m[y0, x1]) + fy * (
+            (1 - fx) * m[y1, x0] + fx * m[y1, x1]
+        )
     return out
 
 
@@ -188,7 +225,13 @@ def test_losses_are_the_weighted_entropies_of_the_answer_and_the_levels():
     model, raw, targets = loaded(arrays), random_levels(), torch.rand(2, 12, 12, dtype=torch.double)
     with torch.no_grad():
         got = model.losses(model.adapt(raw), padded(PHRASES[:2]), torch.tensor(OF[:2]), targets)
-        other = model.losses(model.adapt(raw), padded(PHRASES[:2]), torch.tensor(OF[:2]), targets, mask_loss=lambda y, t: (y - t).sum())
+        other = model.losses(
+            model.adapt(raw),
+            padded(PHRASES[:2]),
+            torch.tensor(OF[:2]),
+            targets,
+            mask_loss=lambda y, t: (y - t).sum(),
+        )
     maps = [naive(arrays, [level[k] for level in raw], numbers)[0] for numbers, k in zip(PHRASES[:2], OF[:2])]
     answer, *levels = (torch.tensor(np.stack(m), dtype=torch.double) for m in zip(*maps))
     entropy = lambda y: -(targets * y.sigmoid().log() + (1 - targets) * (1 - y.sigmoid()).log()).mean()
@@ -204,9 +247,14 @@ def test_every_published_array_is_used_once_and_every_key_is_filled():
     arrays = published_arrays()
     state, report = load_published({k: a.numpy() for k, a in arrays.items()}, V, TINY)
     own = {k: v for k, v in CMPC(TINY, V).state_dict().items() if not k.startswith("backbone.")}
-    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()} and set(report) == set(own)
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()} and set(
+        report
+    ) == set(own)
     assert set(itertools.chain(*report.values())) == set(arrays)
-    assert sum(v.numel() for v in state.values()) == sum(a.numel() for a in arrays.values()) + 4 * TINY.channels  # the constant forget bias
+    # the constant forget bias
+    assert (
+        sum(v.numel() for v in state.values()) == sum(a.numel() for a in arrays.values()) + 4 * TINY.channels
+    )
     assert report["reader.encoder.lstm.bias_hh_l0"] == []
 
 
@@ -216,7 +264,9 @@ def test_what_does_not_fit_the_published_layout_is_named():
         load_published({k: a for k, a in arrays.items() if k != "exchange.fuse.w_cf"}, V, TINY)
     with pytest.raises(ValueError, match=r"1 unknown keys \(global_step\)"):
         load_published(arrays | {"global_step": torch.zeros(1)}, V, TINY)
-    with pytest.raises(ValueError, match=r"wrong shapes \(score.kernel \[1, 4, 3, 3\] instead of \[3, 3, 4, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"wrong shapes \(score.kernel \[1, 4, 3, 3\] instead of \[3, 3, 4, 1\]"
+    ):
         load_published(arrays | {"score.kernel": arrays["score.kernel"].permute(3, 2, 0, 1)}, V, TINY)
     with pytest.raises(ValueError, match="embedding"):
         load_published(arrays, V + 1, TINY)
@@ -228,8 +278,12 @@ def test_peepholes_are_interpolated_to_another_grid():
     model = CMPC(replace(TINY, grid=7), V)
     assert not model.load_state_dict(state, strict=False)[1]
     row = torch.arange(4.0).expand(4, 4)
-    flat = load_published(arrays | {"exchange.fuse.w_ci": row[..., None].expand(4, 4, 4).double()}, V, TINY, grid=8)[0]["exchange.fuse.peepholes"]
-    torch.testing.assert_close(flat[0, 0, 0], torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]).double())
+    flat = load_published(
+        arrays | {"exchange.fuse.w_ci": row[..., None].expand(4, 4, 4).double()}, V, TINY, grid=8
+    )[0]["exchange.fuse.peepholes"]
+    torch.testing.assert_close(
+        flat[0, 0, 0], torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]).double()
+    )
 
 
 def test_the_published_layout_holds_the_published_number_of_weights():
@@ -248,10 +302,25 @@ def published():
 
 def test_parameters_of_every_part(published):
     counts = count_parameters(published)
-    assert counts == {"word vectors": 3_633_600, "LSTM": 5_204_000, "parser": 502_504, "laterals": 3_587_000, "MUTAN": 3 * 10_050_000, "graph": 3 * 3_007_000,
-                      "mix": 3 * 1_504_500, "scores": 18_004, "exchange": 6 * 2_503_500, "ConvLSTM": 4_405_000, "total": 76_055_608}  # fmt: skip
-    trained, frozen = (sum(p.numel() for p in published.parameters() if p.requires_grad is flag) for flag in (True, False))
-    assert trained == counts["total"] and frozen == 42_500_160 + 4_000  # PyTorch's second LSTM bias: the constant forget bias
+    assert counts == {
+        "word vectors": 3_633_600,
+        "LSTM": 5_204_000,
+        "parser": 502_504,
+        "laterals": 3_587_000,
+        "MUTAN": 3 * 10_050_000,
+        "graph": 3 * 3_007_000,
+        # fmt: skip
+        "mix": 3 * 1_504_500,
+        "scores": 18_004,
+        "exchange": 6 * 2_503_500,
+        "ConvLSTM": 4_405_000,
+        "total": 76_055_608,
+    }
+    trained, frozen = (
+        sum(p.numel() for p in published.parameters() if p.requires_grad is flag) for flag in (True, False)
+    )
+    # PyTorch's second LSTM bias: the constant forget bias
+    assert trained == counts["total"] and frozen == 42_500_160 + 4_000
     assert trained + 42_500_160 == 118_555_768
     assert 0.25e6 < count_parameters(create_cmpc(vocab_size=80, backbone_weights="none"))["total"] < 0.35e6
 
@@ -259,12 +328,27 @@ def test_parameters_of_every_part(published):
 def test_operations_by_hand():
     n, t, c, d = 16, 20, 8, 4
     flops = {k: round(x * 1e9) for k, x in count_flops(TINY).items()}
-    assert flops["MUTAN, picture"] == 3 * 2 * n * (c + 8) * 2 * c and flops["MUTAN, words"] == 3 * 2 * c * 2 * c
-    assert flops["laterals"] == 2 * c * (48 * 64 + 96 * 16 + 160 * 4)  # at the levels' own sizes: 8, 4 and 2 places a side
-    assert flops["graph"] == 3 * 2 * (2 * t * c * c + 3 * n * t * c + n * c * c)  # keys, W_x^T k; scores, gather, hand out; W_h
+    assert (
+        flops["MUTAN, picture"] == 3 * 2 * n * (c + 8) * 2 * c and flops["MUTAN, words"] == 3 * 2 * c * 2 * c
+    )
+    # at the levels' own sizes: 8, 4 and 2 places a side
+    assert flops["laterals"] == 2 * c * (48 * 64 + 96 * 16 + 160 * 4)
+    # keys, W_x^T k; scores, gather, hand out; W_h
+    assert flops["graph"] == 3 * 2 * (2 * t * c * c + 3 * n * t * c + n * c * c)
     assert flops["mix"] == 3 * 2 * (n * 2 * c * d + c * d + n * 8 * d) and flops["score"] == 2 * 9 * d * n
     assert flops["ConvLSTM"] == 2 * 5 * n * d * 4 * d
-    assert set(flops) == {"backbone", "laterals", "MUTAN, picture", "words", "MUTAN, words", "graph", "mix", "exchange", "ConvLSTM", "score"}
+    assert set(flops) == {
+        "backbone",
+        "laterals",
+        "MUTAN, picture",
+        "words",
+        "MUTAN, words",
+        "graph",
+        "mix",
+        "exchange",
+        "ConvLSTM",
+        "score",
+    }
 
 
 def test_only_convolutions_are_decayed(published):
@@ -272,10 +356,20 @@ def test_only_convolutions_are_decayed(published):
     assert [g["weight_decay"] for g in parameter_groups(published, 0.5)] == [0.5, 0.0] and not decayed & free
     assert decayed | free == {id(p) for p in published.parameters() if p.requires_grad}
     names = {name for name, p in published.named_parameters() if id(p) in decayed}
-    assert all(name.endswith("weight") and "norm" not in name and "embedding" not in name and "lstm" not in name and "fuse" not in name for name in names)
+    assert all(
+        name.endswith("weight")
+        and "norm" not in name
+        and "embedding" not in name
+        and "lstm" not in name
+        and "fuse" not in name
+        for name in names
+    )
     layout = {name.replace(".kernel", ".weight") for name in published_layout() if name.endswith(".kernel")}
     assert names == {n for n in layout if n not in ("reader.encoder.lstm.weight", "exchange.fuse.weight")}
-    assert CMPC_RECIPES["published"].weight_decay == pytest.approx(4.9e-9, rel=0.01) and CMPC_RECIPES["published"].protocol in PROTOCOLS
+    assert (
+        CMPC_RECIPES["published"].weight_decay == pytest.approx(4.9e-9, rel=0.01)
+        and CMPC_RECIPES["published"].protocol in PROTOCOLS
+    )
 
 
 # ---- what it may depend on
@@ -299,12 +393,18 @@ def test_padding_and_company_change_nothing():
     with torch.no_grad():
         features = model.adapt(raw)
         together = model.segment(features, F.pad(padded(), (0, 3)), torch.tensor(OF))
-        alone = [model.segment([f[k : k + 1] for f in features], torch.tensor([p])) for p, k in zip(PHRASES, OF)]
+        alone = [
+            model.segment([f[k : k + 1] for f in features], torch.tensor([p])) for p, k in zip(PHRASES, OF)
+        ]
     torch.testing.assert_close(torch.cat(alone), together)
 
 
 def test_without_relations_every_place_gets_the_average():
-    graph, x, w = RelationGraph(8).double(), torch.randn(2, 8, 3, 5, dtype=torch.double), torch.randn(2, 4, 8, dtype=torch.double)
+    graph, x, w = (
+        RelationGraph(8).double(),
+        torch.randn(2, 8, 3, 5, dtype=torch.double),
+        torch.randn(2, 4, 8, dtype=torch.double),
+    )
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     _, p, q = graph(x, w, mask, torch.zeros(2, 4, dtype=torch.double))
     torch.testing.assert_close(p @ q.transpose(1, 2), torch.full((2, 15, 15), 1 / 15, dtype=torch.double))
@@ -317,7 +417,9 @@ def test_a_phrase_s_first_words_do_not_know_its_last():
         long, short = reader(torch.tensor([[3, 4, 5, 6]])), reader(torch.tensor([[3, 4]]))
     torch.testing.assert_close(long.words[:, :2], short.words)
     torch.testing.assert_close(long.types[:, :2], short.types)
-    assert torch.allclose(long.words.norm(dim=2), torch.ones(1, 4)) and torch.allclose(long.types.sum(2), torch.ones(1, 4))
+    assert torch.allclose(long.words.norm(dim=2), torch.ones(1, 4)) and torch.allclose(
+        long.types.sum(2), torch.ones(1, 4)
+    )
     constant = reader.encoder.lstm.bias_hh_l0  # PyTorch's gates: i, f, g, o
     assert constant.tolist() == [0.0] * 8 + [1.0] * 8 + [0.0] * 16 and not constant.requires_grad
 
@@ -327,7 +429,9 @@ def test_every_trained_weight_gets_a_gradient_and_the_frozen_ones_none():
     with torch.no_grad():
         model.exchange.fuse.peepholes.normal_()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    sum(model.losses(model.encode(images), padded(), torch.tensor(OF), torch.rand(4, 12, 12)).values()).backward()
+    sum(
+        model.losses(model.encode(images), padded(), torch.tensor(OF), torch.rand(4, 12, 12)).values()
+    ).backward()
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
@@ -343,19 +447,26 @@ def test_coordinates(height, width):
     where = coordinates(height, width)
     for y, x in itertools.product(range(height), range(width)):
         edges = [2 * x / width - 1, 2 * y / height - 1, 2 * (x + 1) / width - 1, 2 * (y + 1) / height - 1]
-        want = torch.tensor([*edges, (edges[0] + edges[2]) / 2, (edges[1] + edges[3]) / 2, 1 / width, 1 / height])
+        want = torch.tensor(
+            [*edges, (edges[0] + edges[2]) / 2, (edges[1] + edges[3]) / 2, 1 / width, 1 / height]
+        )
         torch.testing.assert_close(where[:, y, x], want, atol=1e-6, rtol=0)
 
 
 def test_enlarge_both_ways():
     m = torch.randn(2, 1, 5, 5)
-    torch.testing.assert_close(enlarge(m, 8, True)[1, 0], torch.tensor(legacy(m[1, 0].numpy(), 8)).float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        enlarge(m, 8, True)[1, 0], torch.tensor(legacy(m[1, 0].numpy(), 8)).float(), atol=1e-5, rtol=1e-5
+    )
     ramp = torch.arange(5.0).expand(1, 1, 5, 5)
     torch.testing.assert_close(enlarge(ramp, 2)[0, 0, 3, 1:-1], torch.arange(8) / 2 + 0.25)
     torch.testing.assert_close(enlarge(ramp, 2, True)[0, 0, 3, :9], torch.arange(9) / 2)
 
 
-@pytest.mark.parametrize("size, kernel, stride, want", [(320, 7, 2, (2, 3)), (160, 3, 2, (0, 1)), (321, 7, 2, (3, 3)), (7, 3, 2, (1, 1)), (8, 1, 2, (0, 0))])
+@pytest.mark.parametrize(
+    "size, kernel, stride, want",
+    [(320, 7, 2, (2, 3)), (160, 3, 2, (0, 1)), (321, 7, 2, (3, 3)), (7, 3, 2, (1, 1)), (8, 1, 2, (0, 0))],
+)
 def test_padding_same(size, kernel, stride, want):
     row = pad_same(torch.ones(1, 1, 2, size), kernel, stride)[0, 0].amax(0)
     assert (int(row.argmax()), int(row.flip(0).argmax())) == want
@@ -365,11 +476,22 @@ def test_padding_same(size, kernel, stride, want):
 def test_deeplab_resnet_is_laid_out_as_caffe_s():
     with torch.device("meta"):
         net = DeepLabResNet()
-    strided = [(name, m.kernel_size) for name, m in net.body.named_modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+    strided = [
+        (name, m.kernel_size)
+        for name, m in net.body.named_modules()
+        if isinstance(m, nn.Conv2d) and m.stride == (2, 2)
+    ]
     assert strided == [("conv1", (7, 7)), ("layer2.0.conv1", (1, 1)), ("layer2.0.downsample.0", (1, 1))]
-    rates = {layer: {b.conv2.dilation for b in getattr(net.body, layer)} for layer in ("layer1", "layer2", "layer3", "layer4")}
+    rates = {
+        layer: {b.conv2.dilation for b in getattr(net.body, layer)}
+        for layer in ("layer1", "layer2", "layer3", "layer4")
+    }
     assert rates == {"layer1": {(1, 1)}, "layer2": {(1, 1)}, "layer3": {(2, 2)}, "layer4": {(4, 4)}}
-    assert {m.eps for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3} and net.strides == (8, 8, 8)
+    assert {m.eps for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3} and net.strides == (
+        8,
+        8,
+        8,
+    )
 
 
 def test_deeplab_resnet_s_first_layer_sees_blue_green_red_less_their_means():
@@ -382,9 +504,17 @@ def test_deeplab_resnet_s_first_layer_sees_blue_green_red_less_their_means():
     with torch.no_grad():
         levels = net(image)
     x = np.zeros((17, 17, 3))
-    x[2:14, 2:14] = image[0].permute(1, 2, 0).numpy()[..., ::-1] - np.array([104.007, 116.669, 122.679])  # two before, three after
+    # two before, three after
+    x[2:14, 2:14] = image[0].permute(1, 2, 0).numpy()[..., ::-1] - np.array([104.007, 116.669, 122.679])
     kernel = net.body.conv1.weight.permute(2, 3, 1, 0).numpy()
-    want = np.stack([np.stack([np.einsum("ijc,ijco->o", x[2 * y : 2 * y + 7, 2 * z : 2 * z + 7], kernel) for z in range(6)]) for y in range(6)])
+    want = np.stack(
+        [
+            np.stack(
+                [np.einsum("ijc,ijco->o", x[2 * y : 2 * y + 7, 2 * z : 2 * z + 7], kernel) for z in range(6)]
+            )
+            for y in range(6)
+        ]
+    )
     np.testing.assert_allclose(seen[0][0].permute(1, 2, 0).numpy(), want, atol=1e-3)
     assert levels[0].shape == (1, 64, 3, 3)
 
@@ -392,7 +522,8 @@ def test_deeplab_resnet_s_first_layer_sees_blue_green_red_less_their_means():
 def test_backbone_weights_from_a_file(tmp_path):
     with torch.device("meta"):
         layout = DeepLabResNet().body.state_dict()
-    state = {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in layout.items()}  # a byte or four each on the disk
+    # a byte or four each on the disk
+    state = {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in layout.items()}
     state["conv1.weight"] = torch.tensor(7.0).expand(64, 3, 7, 7)
     torch.save(state, tmp_path / "resnet.pt")
     net = deeplab_backbone(str(tmp_path / "resnet.pt"))
@@ -407,7 +538,9 @@ def test_backbone_weights_from_a_file(tmp_path):
 
 def test_other_backbones_come_at_stride_8():
     with torch.device("meta"):
-        model = create_cmpc("published", vocab_size=5, backbone="deeplabv3plus-resnet101", backbone_weights="none")
+        model = create_cmpc(
+            "published", vocab_size=5, backbone="deeplabv3plus-resnet101", backbone_weights="none"
+        )
         assert [tuple(v.shape[2:]) for v in model.backbone(torch.empty(1, 3, 320, 320))] == [(40, 40)] * 3
         assert model(torch.empty(1, 3, 320, 320), torch.ones(1, 20, dtype=torch.long)).shape == (1, 320, 320)
 
@@ -415,7 +548,10 @@ def test_other_backbones_come_at_stride_8():
 def test_word_vectors_give_the_table_and_its_size():
     vectors = torch.randn(7, 5)
     model = create_cmpc(vectors=vectors, backbone_weights="none", train_words=False)
-    assert torch.equal(model.reader.encoder.embedding.weight[1:], vectors[1:]) and not model.reader.encoder.embedding.weight.requires_grad
+    assert (
+        torch.equal(model.reader.encoder.embedding.weight[1:], vectors[1:])
+        and not model.reader.encoder.embedding.weight.requires_grad
+    )
     assert count_parameters(model)["word vectors"] == 0
 
 
@@ -481,7 +617,10 @@ def test_the_learner_trains_it(tiny_root, tmp_path):
     model = create_cmpc(vocab_size=len(vocabulary))
     before = model.score.weight.detach().clone()
     sizes = dict(limit=2, images_per_batch=1, expressions_per_image=2, max_steps=2)
-    result = train(TrainConfig(root=tiny_root, val_split=None, device="cpu", out=tmp_path / "run", quiet=True, **sizes), model=model)
+    result = train(
+        TrainConfig(root=tiny_root, val_split=None, device="cpu", out=tmp_path / "run", quiet=True, **sizes),
+        model=model,
+    )
     assert result.steps == 2 and (result.model.score.weight - before).abs().max() > 1e-5
 
 
@@ -494,7 +633,8 @@ def test_it_learns_two_scenes_by_heart(tiny_root):
     index = torch.tensor([k for k, rows in enumerate(which) for _ in rows])
     rows = which[0] + which[1]
     words, target = data.words[rows], torch.stack([data.target(data.samples[k].ann_id) for k in rows]).float()
-    model = create_cmpc(vocab_size=len(vocabulary), channels=48, fused=32, heads=2)  # less work than the preset's
+    # less work than the preset's
+    model = create_cmpc(vocab_size=len(vocabulary), channels=48, fused=32, heads=2)
     raw = model.backbone(torch.stack([data.image(i) for i in ids]))
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4), 2e-3)
     for _ in range(30):

@@ -29,7 +29,11 @@ def prose(notebook):
 
 
 def runs(cell):
-    return cell.cell_type == "code" and cell.source.strip() and "skip-execution" not in cell.metadata.get("tags", [])
+    return (
+        cell.cell_type == "code"
+        and cell.source.strip()
+        and "skip-execution" not in cell.metadata.get("tags", [])
+    )
 
 
 def visible(cell):
@@ -40,7 +44,9 @@ def visible(cell):
 def test_each_notebook_opens_with_title_and_one_sentence(path):
     first = read(path).cells[0].source
     assert first.startswith("# ")
-    assert path.name == "index.ipynb" or re.search(r"^> \S.*[.!?]$", first, re.M), "under the title stands one sentence, marked with >"
+    assert path.name == "index.ipynb" or re.search(r"^> \S.*[.!?]$", first, re.M), (
+        "under the title stands one sentence, marked with >"
+    )
 
 
 @by_name(NOTEBOOKS)
@@ -49,10 +55,16 @@ def test_no_notebook_is_too_large_or_carries_machine_paths_warnings_or_traceback
     for number, cell in enumerate(read(path).cells):
         for output in cell.get("outputs", []):
             assert output.output_type != "error", f"cell {number} shows a traceback"
-            text = str({k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}) + str(output.get("text", ""))
-            assert not re.search(r"(?<![\w.])/(tmp|work|root|home|opt|Users)/", text), f"cell {number} shows a path of a machine"
+            text = str({k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}) + str(
+                output.get("text", "")
+            )
+            assert not re.search(r"(?<![\w.])/(tmp|work|root|home|opt|Users)/", text), (
+                f"cell {number} shows a path of a machine"
+            )
             assert not re.search(r"\w*Warning: ", text), f"cell {number} shows a warning"
-        assert not re.search(r"(?<![\w.])/(tmp|work|root|home|opt|Users)/\w", cell.source), f"cell {number} names a path of a machine"
+        assert not re.search(r"(?<![\w.])/(tmp|work|root|home|opt|Users)/\w", cell.source), (
+            f"cell {number} names a path of a machine"
+        )
 
 
 def ends_in_a_value(cell):
@@ -65,7 +77,9 @@ def ends_in_a_value(cell):
 def test_committed_outputs_are_there(path):
     values = [c for c in read(path).cells if visible(c) and ends_in_a_value(c)]
     without = [c.source for c in values if not c.outputs]
-    assert len(without) <= .2 * len(values), f"{len(without)} of {len(values)} cells that end in a value show none: run the chapter. The first:\n{without[0]}"
+    assert len(without) <= 0.2 * len(values), (
+        f"{len(without)} of {len(values)} cells that end in a value show none: run the chapter. The first:\n{without[0]}"
+    )
 
 
 @by_name(CHAPTERS)
@@ -83,11 +97,14 @@ def test_chapter_is_more_prose_than_code_and_its_cells_are_small(path):
     notebook = read(path)
     code = [c for c in notebook.cells if visible(c)]
     lines = [len([x for x in c.source.splitlines() if x.strip() and not x.startswith("#|")]) for c in code]
-    assert sum(c.cell_type == "markdown" for c in notebook.cells) >= .9 * len(code)
+    assert sum(c.cell_type == "markdown" for c in notebook.cells) >= 0.9 * len(code)
     assert statistics.median(lines) <= 9, f"median cell of {statistics.median(lines)} lines"
     showing = sum(bool(c.get("outputs")) or "assert" in c.source or "#| export" in c.source for c in code)
-    assert showing >= .6 * len(code), "most cells show or assert something"
-    assert sum("assert" in c.source or "test_" in c.source or "check_" in c.source or "expect_error" in c.source for c in code) >= .2 * len(code)
+    assert showing >= 0.6 * len(code), "most cells show or assert something"
+    assert sum(
+        "assert" in c.source or "test_" in c.source or "check_" in c.source or "expect_error" in c.source
+        for c in code
+    ) >= 0.2 * len(code)
 
 
 @by_name(CHAPTERS)
@@ -99,7 +116,9 @@ def test_links_between_chapters_lead_somewhere(path):
 EXERCISES = [(p, text.source, stub.source, name) for p in CHAPTERS for text, stub, name in exercises(read(p))]
 
 
-@pytest.mark.parametrize("path, text, stub, name", EXERCISES, ids=[f"{p.stem.split('_')[0]}-{n}" for p, _, _, n in EXERCISES])
+@pytest.mark.parametrize(
+    "path, text, stub, name", EXERCISES, ids=[f"{p.stem.split('_')[0]}-{n}" for p, _, _, n in EXERCISES]
+)
 def test_exercise_stub_is_made_from_its_solution_and_the_check_tells_them_apart(path, text, stub, name):
     assert "difficulty" in text and "minutes" in text and "<summary>Hint</summary>" in text
     assert stub == exercise_stub(text, name), "stub and solution differ: make them again with `make run`"
@@ -113,4 +132,6 @@ def test_exercise_stub_is_made_from_its_solution_and_the_check_tells_them_apart(
 
 
 def test_readme_is_made_from_the_index_notebook():
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_from(ROOT / "nbs" / "index.ipynb"), "run `make readme`"
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_from(ROOT / "nbs" / "index.ipynb"), (
+        "run `make readme`"
+    )

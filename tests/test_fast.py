@@ -14,8 +14,23 @@ from refseg_nb.models.decoder import UpsampleDecoder, double, doubled_conv, doub
 from refseg_nb.models.shnet import create_model
 from refseg_nb.scaling import fast
 
-SMALL = dict(vocab_size=30, backbone="refshapes", backbone_weights="none", image_size=64, grid=6, channels=128, word_dim=8, sfm_heads=2, aspp_rates=(1, 2, 4),
-             decoder_widths=(128, 16, 8), max_words=12, sfm_dropout=0.0, hcam_dropout=0.0, aspp_dropout=0.0, decoder_dropout=0.0)
+SMALL = dict(
+    vocab_size=30,
+    backbone="refshapes",
+    backbone_weights="none",
+    image_size=64,
+    grid=6,
+    channels=128,
+    word_dim=8,
+    sfm_heads=2,
+    aspp_rates=(1, 2, 4),
+    decoder_widths=(128, 16, 8),
+    max_words=12,
+    sfm_dropout=0.0,
+    hcam_dropout=0.0,
+    aspp_dropout=0.0,
+    decoder_dropout=0.0,
+)
 
 
 def case(preset="released", **changes):
@@ -32,9 +47,15 @@ def case(preset="released", **changes):
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 3), (5, 5)])
 def test_doubled_conv_is_the_convolution_of_the_doubled_map(shape):
-    x, weight, bias = torch.randn(2, 3, *shape).double(), torch.randn(4, 3, 3, 3).double(), torch.randn(4).double()
+    x, weight, bias = (
+        torch.randn(2, 3, *shape).double(),
+        torch.randn(4, 3, 3, 3).double(),
+        torch.randn(4).double(),
+    )
     torch.testing.assert_close(doubled_conv(x, weight, bias), F.conv2d(double(x), weight, bias, padding=1))
-    assert torch.autograd.gradcheck(doubled_conv, tuple(t.requires_grad_() for t in (x[:1], weight[:2], bias[:2])))
+    assert torch.autograd.gradcheck(
+        doubled_conv, tuple(t.requires_grad_() for t in (x[:1], weight[:2], bias[:2]))
+    )
 
 
 def test_taps_of_doubling_by_hand():
@@ -52,10 +73,15 @@ def test_taps_of_doubling_by_hand():
     torch.testing.assert_close(doubling_taps(n), want)
 
 
-@pytest.mark.parametrize("widths, doublings", [((130, 128, 9), 2), ((130, 9), 2), ((130,), 1), ((130, 129), 0)])
+@pytest.mark.parametrize(
+    "widths, doublings", [((130, 128, 9), 2), ((130, 9), 2), ((130,), 1), ((130, 129), 0)]
+)
 def test_wide_decoder_against_convolutions_of_doubled_maps(widths, doublings):
     torch.manual_seed(0)
-    decoder, x = UpsampleDecoder(128, widths, doublings, dropout=0.0).double(), torch.randn(2, 128, 3, 4).double()
+    decoder, x = (
+        UpsampleDecoder(128, widths, doublings, dropout=0.0).double(),
+        torch.randn(2, 128, 3, 4).double(),
+    )
     y = x
     for i, conv in enumerate(decoder.convs):
         y = conv(y)
@@ -64,15 +90,22 @@ def test_wide_decoder_against_convolutions_of_doubled_maps(widths, doublings):
     torch.testing.assert_close(decoder(x), decoder.last(y).squeeze(1))
 
 
-@pytest.mark.parametrize("preset, changes", [("released", {}), ("paper", {}), ("paper", {"sfm_shared": False, "hcam_gates": "one"})])
+@pytest.mark.parametrize(
+    "preset, changes",
+    [("released", {}), ("paper", {}), ("paper", {"sfm_shared": False, "hcam_gates": "one"})],
+)
 def test_each_saving_leaves_the_function_as_it_is(preset, changes):
     model, batch = case(preset, **changes)
     with torch.no_grad():
         want = fast.AsPublished(model)(*batch)
         for savings in [(name,) for name in fast.SAVINGS] + [fast.SAVINGS]:
-            torch.testing.assert_close(fast.AsPublished(model, savings)(*batch), want, atol=1e-9, rtol=1e-7, msg=str(savings))
+            torch.testing.assert_close(
+                fast.AsPublished(model, savings)(*batch), want, atol=1e-9, rtol=1e-7, msg=str(savings)
+            )
         torch.testing.assert_close(model(*batch), want, atol=1e-9, rtol=1e-7)
-        torch.testing.assert_close(model.float()(batch[0].float(), *batch[1:]), want.float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.float()(batch[0].float(), *batch[1:]), want.float(), atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("saving", [*fast.SAVINGS, "all"])
@@ -82,7 +115,12 @@ def test_gradients_of_each_saving(saving):
     model.train()
     index, savings = torch.tensor([0, 0, 1, 1]), fast.SAVINGS if saving == "all" else (saving,)
     weight, parameters = torch.randn(4, 24, 24).double(), [p for p in model.parameters() if p.requires_grad]
-    want, got = (torch.autograd.grad((fast.AsPublished(model, s)(images[:2], words[:4], index) * weight).sum(), parameters) for s in ((), savings))
+    want, got = (
+        torch.autograd.grad(
+            (fast.AsPublished(model, s)(images[:2], words[:4], index) * weight).sum(), parameters
+        )
+        for s in ((), savings)
+    )
     for a, b in zip(want, got):
         torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-6)
 
@@ -127,8 +165,14 @@ def test_published_paper_size_costs_what_the_facts_say():
 def test_memory_by_accounting_against_hand():
     linear = nn.Sequential(nn.Linear(10, 20), nn.ReLU())
     found = fast.training_memory(linear, torch.zeros(7, 10))
-    assert found["weights"] * 1e9 == 4 * 220 and found["optimizer"] * 1e9 == pytest.approx(8 * 220) and found["gradients"] == found["weights"]
-    assert found["activations"] * 1e9 == pytest.approx(4 * (7 * 10 + 7 * 20)), "a linear layer keeps its input, ReLU its output"
+    assert (
+        found["weights"] * 1e9 == 4 * 220
+        and found["optimizer"] * 1e9 == pytest.approx(8 * 220)
+        and found["gradients"] == found["weights"]
+    )
+    assert found["activations"] * 1e9 == pytest.approx(4 * (7 * 10 + 7 * 20)), (
+        "a linear layer keeps its input, ReLU its output"
+    )
 
 
 def test_onnx_gives_what_the_model_gives(tmp_path):
@@ -137,9 +181,13 @@ def test_onnx_gives_what_the_model_gives(tmp_path):
     torch.manual_seed(0)
     model = create_model("shnet", vocab_size=12).eval()
     levels = model.encode(torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8))
-    words = torch.tensor([[2, 3, 4, 0, 0, 0], [5, 6, 7, 8, 9, 10], [11, 0, 0, 0, 0, 0]]); index = torch.zeros(3, dtype=torch.long)
-    with torch.no_grad(): want = model.segment(levels, words, index)
-    session = onnxruntime.InferenceSession(fast.export_onnx(model, tmp_path / "segment.onnx", 3, 6), providers=["CPUExecutionProvider"])
+    words = torch.tensor([[2, 3, 4, 0, 0, 0], [5, 6, 7, 8, 9, 10], [11, 0, 0, 0, 0, 0]])
+    index = torch.zeros(3, dtype=torch.long)
+    with torch.no_grad():
+        want = model.segment(levels, words, index)
+    session = onnxruntime.InferenceSession(
+        fast.export_onnx(model, tmp_path / "segment.onnx", 3, 6), providers=["CPUExecutionProvider"]
+    )
     named = {"v2": levels[0], "v3": levels[1], "v4": levels[2], "words": words, "image_index": index}
     [got] = session.run(None, {name: x.detach().numpy() for name, x in named.items()})
     torch.testing.assert_close(torch.from_numpy(got), want, atol=1e-5, rtol=1e-4)
@@ -153,23 +201,44 @@ def test_exported_graph_is_the_model():
             words, zeros = torch.randint(2, 30, (phrases, 6)), torch.zeros(phrases, dtype=torch.long)
             words[0, 3:] = 0
             program = fast.export_segment(model, phrases, 6).module()
-            torch.testing.assert_close(program(*levels, words, zeros), model.segment(levels, words, zeros), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                program(*levels, words, zeros), model.segment(levels, words, zeros), atol=1e-4, rtol=1e-4
+            )
 
 
 def test_benchmark_is_taken_up_where_it_was_stopped(tmp_path):
-    command = [sys.executable, "-m", "refseg_nb.scaling.fast", "--quick", "--device", "cpu", "--out", str(tmp_path), "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "refseg_nb.scaling.fast",
+        "--quick",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+        "--threads",
+        "1",
+    ]
     first = subprocess.run([*command, "--only", "inference"], capture_output=True, text=True, timeout=300)
     assert first.returncode == 0, first.stderr
     path = tmp_path / "cpu-quick-inference.json"
     record, stamp = json.loads(path.read_text()), path.stat().st_mtime_ns
-    assert {"machine", "versions", "commit", "date", "command", "rows", "matmul_gflops"} <= set(record) and str(tmp_path) not in path.read_text()
+    assert {"machine", "versions", "commit", "date", "command", "rows", "matmul_gflops"} <= set(
+        record
+    ) and str(tmp_path) not in path.read_text()
     published, here = record["rows"]["as published, fp32"], record["rows"]["here, fp32"]
-    assert published["times_as_fast"] == 1 and published["difference"] == 0 and here["difference"] < 1e-4 < record["spread_of_logits"]
+    assert (
+        published["times_as_fast"] == 1
+        and published["difference"] == 0
+        and here["difference"] < 1e-4 < record["spread_of_logits"]
+    )
     assert here["expressions_per_second"] == pytest.approx(record["phrases"] / here["seconds"])
     assert len(fast.bench(tmp_path, quick=True, device="cpu")) == 3
     assert path.stat().st_mtime_ns == stamp, "a record that is there is not measured again"
     cases = fast.bench_cases(fast.read_bench(tmp_path), "training")
     lines = fast.bench_table(cases).splitlines()
     assert lines[0] == "| | 96 px, 2 |" and lines[2].startswith("| as published, fp32 | **1.00 ×**<br>")
-    assert {"as published, fp32", "here, features cached, fp32"} <= {line.split(" | ")[0].removeprefix("| ") for line in lines[2:]}
+    assert {"as published, fp32", "here, features cached, fp32"} <= {
+        line.split(" | ")[0].removeprefix("| ") for line in lines[2:]
+    }
     assert subprocess.run([*command, "--only", "nothing"], capture_output=True, timeout=300).returncode == 1

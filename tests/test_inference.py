@@ -15,10 +15,12 @@ from refseg_nb.models.shnet import create_model
 from refseg_nb.training.checkpoint import save_model
 
 
-def small_model(prior=.5):
+def small_model(prior=0.5):
     torch.manual_seed(0)
     vocabulary = Vocabulary.build(["the red car on the left", "the tree behind the house"])
-    return create_model("shnet", "refshapes", vocab_size=len(vocabulary), backbone_weights="none", prior=prior), vocabulary
+    return create_model(
+        "shnet", "refshapes", vocab_size=len(vocabulary), backbone_weights="none", prior=prior
+    ), vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,9 @@ def seg():
 
 def picture(h=37, w=53, channels=3):
     y, x = np.mgrid[:h, :w]
-    return np.stack([x * 255 // w, y * 255 // h, (x + y) % 256, np.full((h, w), 255)], -1).astype(np.uint8)[..., :channels]
+    return np.stack([x * 255 // w, y * 255 // h, (x + y) % 256, np.full((h, w), 255)], -1).astype(np.uint8)[
+        ..., :channels
+    ]
 
 
 FILES = {
@@ -62,29 +66,42 @@ def test_every_file_is_read_and_answered_at_its_own_size(name, tmp_path, seg):
 def test_the_grey_levels_survive(tmp_path):
     grey = picture()[..., 0]
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "a.png")
-    for image in (tmp_path / "a.png", grey, grey[..., None], grey.astype(np.uint16) * 257, grey / 255, Image.fromarray(grey)):
+    for image in (
+        tmp_path / "a.png",
+        grey,
+        grey[..., None],
+        grey.astype(np.uint16) * 257,
+        grey / 255,
+        Image.fromarray(grey),
+    ):
         pixels, _ = read_image(image)
         assert np.abs(pixels.astype(int) - grey[..., None]).max() <= 1
     assert np.array_equal(read_image(torch.from_numpy(picture()).permute(2, 0, 1))[0], picture())
 
 
 def test_transparency_goes_over_white(tmp_path):
-    pixels = picture(channels=4); pixels[..., 3] = 0
+    pixels = picture(channels=4)
+    pixels[..., 3] = 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert (read_image(tmp_path / "a.png")[0] == 255).all() and (read_image(pixels)[0] == 255).all()
-    palette = Image.fromarray(picture()).convert("P"); palette.info["transparency"] = palette.getpixel((0, 0))
+    palette = Image.fromarray(picture()).convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
     palette.save(tmp_path / "p.png")
     assert (read_image(tmp_path / "p.png")[0][0, 0] == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_undone(orientation, tmp_path, seg):
-    exif = Image.Exif(); exif[0x0112] = orientation
+    exif = Image.Exif()
+    exif[0x0112] = orientation
     Image.fromarray(picture()).save(tmp_path / "a.jpg", exif=exif, quality=100)
     from PIL import ImageOps
+
     upright = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")))
     pixels, size = read_image(tmp_path / "a.jpg")
-    assert np.array_equal(pixels, upright) and size == upright.shape[:2] == ((53, 37) if orientation > 4 else (37, 53))
+    assert np.array_equal(pixels, upright) and size == upright.shape[:2] == (
+        (53, 37) if orientation > 4 else (37, 53)
+    )
     assert seg.segment(tmp_path / "a.jpg", "the tree").mask.shape == size
 
 
@@ -100,42 +117,68 @@ def test_a_huge_picture_is_scaled_down_but_its_mask_is_not(ending, tmp_path, seg
 def test_a_bomb_is_refused_in_one_sentence(tmp_path, monkeypatch):
     Image.new("1", (400, 400)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ImageError, match=r"a\.png is too large to be opened safely.*scale it down"): read_image(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"a\.png is too large to be opened safely.*scale it down"):
+        read_image(tmp_path / "a.png")
 
 
 def test_a_tiny_picture(seg):
-    for shape in ((1, 1), (1, 300), (300, 1)): assert seg.encode(np.zeros((*shape, 3), np.uint8)).segment("car").mask.shape == shape
+    for shape in ((1, 1), (1, 300), (300, 1)):
+        assert seg.encode(np.zeros((*shape, 3), np.uint8)).segment("car").mask.shape == shape
 
 
 def test_what_is_no_picture_is_said(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)).save(tmp_path / "whole.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)).save(
+        tmp_path / "whole.jpg"
+    )
     Image.open(tmp_path / "whole.jpg").save(tmp_path / "whole.png")
     for ending in ("jpg", "png"):
         data = (tmp_path / f"whole.{ending}").read_bytes()
-        (tmp_path / f"cut.{ending}").write_bytes(data[:len(data) // 2])
+        (tmp_path / f"cut.{ending}").write_bytes(data[: len(data) // 2])
     (tmp_path / "flipped.png").write_bytes(data[:100] + bytes(200) + data[300:])
     for name in ("text.png", "empty.jpg", "cut.jpg", "cut.png", "flipped.png"):
-        with pytest.raises(ImageError, match=name): read_image(tmp_path / name)
-    with pytest.raises(ImageError, match="is a folder"): read_image(tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no image at"): read_image(tmp_path / "nothing.png")
+        with pytest.raises(ImageError, match=name):
+            read_image(tmp_path / name)
+    with pytest.raises(ImageError, match="is a folder"):
+        read_image(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no image at"):
+        read_image(tmp_path / "nothing.png")
 
 
-@pytest.mark.parametrize("array", [np.zeros((3, 4, 5, 3), np.uint8), np.zeros((4, 5, 2), np.uint8), np.zeros((0, 5, 3), np.uint8), np.full((4, 5), np.nan),
-                                   np.full((4, 5), -1), np.full((4, 5), 1e6), np.zeros((4, 5), complex), np.array([["a"]])])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((3, 4, 5, 3), np.uint8),
+        np.zeros((4, 5, 2), np.uint8),
+        np.zeros((0, 5, 3), np.uint8),
+        np.full((4, 5), np.nan),
+        np.full((4, 5), -1),
+        np.full((4, 5), 1e6),
+        np.zeros((4, 5), complex),
+        np.array([["a"]]),
+    ],
+)
 def test_an_array_that_is_no_picture_is_said(array):
-    with pytest.raises(ImageError, match="the array"): read_image(array)
+    with pytest.raises(ImageError, match="the array"):
+        read_image(array)
 
 
 def test_phrases(seg):
     scene = seg.encode(picture())
     for phrase in ("", "   ", "\n", "?!"):
-        with pytest.raises(ValueError, match="the phrase is empty"): scene.segment(phrase)
-        with pytest.raises(ValueError, match="the phrase is empty"): seg.segment(picture(), phrase)
-    with pytest.raises(ValueError, match="must be a string"): scene.segment(None)
+        with pytest.raises(ValueError, match="the phrase is empty"):
+            scene.segment(phrase)
+        with pytest.raises(ValueError, match="the phrase is empty"):
+            seg.segment(picture(), phrase)
+    with pytest.raises(ValueError, match="must be a string"):
+        scene.segment(None)
     answer = scene.segment("The RED zebra, zebra!")
-    assert answer.words == ["the", "red", "zebra", "zebra"] and answer.unknown_words == ["zebra"] and "zebra" in answer.message
+    assert (
+        answer.words == ["the", "red", "zebra", "zebra"]
+        and answer.unknown_words == ["zebra"]
+        and "zebra" in answer.message
+    )
     assert np.array_equal(scene.segment("the red car.").probability, scene.segment("the red car").probability)
     assert scene.segment("the red car").unknown_words == []
     assert scene.segment("car " * 200).mask.shape == scene.size
@@ -143,7 +186,8 @@ def test_phrases(seg):
 
 
 def test_one_encoding_serves_many_phrases(seg):
-    scene = seg.encode(picture()); phrases = ["the red car", "the tree behind the house", "left"]
+    scene = seg.encode(picture())
+    phrases = ["the red car", "the tree behind the house", "left"]
     together = scene.segment_all(phrases)
     for phrase, answer in zip(phrases, together):
         alone = seg.segment(picture(), phrase)
@@ -152,10 +196,11 @@ def test_one_encoding_serves_many_phrases(seg):
 
 def test_score_is_the_mean_probability_inside_the_mask():
     answer = Segmenter(*small_model()).segment(picture(), "the red car")
-    if answer.found: assert np.isclose(answer.score, answer.probability[answer.mask].mean()) and .5 < answer.score <= 1
-    nothing = Segmenter(*small_model(), threshold=1.).segment(picture(), "the red car")
+    if answer.found:
+        assert np.isclose(answer.score, answer.probability[answer.mask].mean()) and 0.5 < answer.score <= 1
+    nothing = Segmenter(*small_model(), threshold=1.0).segment(picture(), "the red car")
     assert not nothing.found and nothing.score == 0 and nothing.message.startswith("nothing found")
-    everything = Segmenter(*small_model(), threshold=0.).segment(picture(), "the red car")
+    everything = Segmenter(*small_model(), threshold=0.0).segment(picture(), "the red car")
     assert everything.mask.all() and np.isclose(everything.score, everything.probability.mean())
 
 
@@ -164,11 +209,15 @@ def test_the_short_cuts_are_the_same_as_training_and_evaluation():
     from refseg_nb import inference
     from refseg_nb.data import batches
     from refseg_nb.training import evaluation
+
     for h, w in ((37, 53), (300, 200), (96, 96), (500, 31)):
         image = picture(h, w)
         assert torch.equal(inference.squash(image, 96), batches.squash(Image.fromarray(image), 96))
         logits = torch.randn(48, 48, generator=torch.Generator().manual_seed(h))
-        assert np.array_equal(inference.probability_at(logits, (h, w)), evaluation.probability_at(logits[None], (h, w))[0].numpy())
+        assert np.array_equal(
+            inference.probability_at(logits, (h, w)),
+            evaluation.probability_at(logits[None], (h, w))[0].numpy(),
+        )
 
 
 def test_inference_imports_nothing_that_it_does_not_need():
@@ -183,7 +232,8 @@ def test_attention_on_request(seg):
     for answer in (one, two):
         n = 12 * 12 + len(answer.words)
         for layers in answer.attention.values():
-            for a in layers: assert a.shape[-2:] == (n, n) and torch.allclose(a.sum(-1), torch.ones(()), atol=1e-4)
+            for a in layers:
+                assert a.shape[-2:] == (n, n) and torch.allclose(a.sum(-1), torch.ones(()), atol=1e-4)
 
 
 def test_load(tmp_path, seg):
@@ -191,6 +241,12 @@ def test_load(tmp_path, seg):
     save_model(tmp_path / "run" / "model", model, vocabulary, {})
     for folder in (tmp_path / "run" / "model", tmp_path / "run", str(tmp_path / "run")):
         again = refseg_nb.load(folder)
-        assert np.allclose(again.segment(picture(), "the red car").probability, seg.segment(picture(), "the red car").probability, atol=1e-5)
-    with pytest.raises(FileNotFoundError, match="there is no model at nothing"): load("nothing")
-    with pytest.raises(AttributeError): refseg_nb.no_such_name  # noqa: B018
+        assert np.allclose(
+            again.segment(picture(), "the red car").probability,
+            seg.segment(picture(), "the red car").probability,
+            atol=1e-5,
+        )
+    with pytest.raises(FileNotFoundError, match="there is no model at nothing"):
+        load("nothing")
+    with pytest.raises(AttributeError):
+        refseg_nb.no_such_name  # noqa: B018

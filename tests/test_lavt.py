@@ -46,7 +46,16 @@ DEAD = 2 * 1024**2  # the published gate of stage 4, which feeds nothing
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "red", "car", "chim", "##ney", "tall", "##er", "!"]
 VOCAB = 40
 # maps 16 to 2: padded
-SMALL = replace(LAVT_PRESETS["refshapes"], backbone_weights="none", begin=False, decoder_width=None, factor=1, window=5, image_size=64, text_width=16)
+SMALL = replace(
+    LAVT_PRESETS["refshapes"],
+    backbone_weights="none",
+    begin=False,
+    decoder_width=None,
+    factor=1,
+    window=5,
+    image_size=64,
+    text_width=16,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +88,11 @@ def disturb(module):
     with torch.no_grad():
         for name, p in [*module.named_parameters(), *module.named_buffers()]:
             if p.dim() == 1 and p.is_floating_point():
-                p.copy_(torch.rand_like(p) + 0.5 if "weight" in name or "var" in name else 0.3 * torch.randn_like(p))
+                p.copy_(
+                    torch.rand_like(p) + 0.5
+                    if "weight" in name or "var" in name
+                    else 0.3 * torch.randn_like(p)
+                )
     return module
 
 
@@ -88,9 +101,21 @@ def disturb(module):
 
 def test_parameters_of_the_published_size_by_part(base):
     counts = count_parameters(base)
-    assert counts == {"Swin": 86_876_536, "text encoder": 108_891_648, "PWAM": 8_531_200, "gates": 2_785_280 - DEAD, "norms": 3_840,
-                      "decoder": 20_651_010, "total": 227_739_514 - DEAD}
-    assert [sum(p.numel() for p in m.parameters()) for m in base.fusion] == [262_912, 656_896, 1_838_080, 5_773_312]
+    assert counts == {
+        "Swin": 86_876_536,
+        "text encoder": 108_891_648,
+        "PWAM": 8_531_200,
+        "gates": 2_785_280 - DEAD,
+        "norms": 3_840,
+        "decoder": 20_651_010,
+        "total": 227_739_514 - DEAD,
+    }
+    assert [sum(p.numel() for p in m.parameters()) for m in base.fusion] == [
+        262_912,
+        656_896,
+        1_838_080,
+        5_773_312,
+    ]
 
 
 def test_what_the_published_optimizer_trains(base):
@@ -111,7 +136,11 @@ def test_the_other_sizes_are_made(name, embed, depth):
     assert model.backbone.channels == (embed, 2 * embed, 4 * embed, 8 * embed)
     assert sum(len(s.blocks) for s in model.backbone.stages) == depth
     window = LAVT_PRESETS[name].window
-    assert all(len(b.attn.relative_position_bias_table) == (2 * window - 1) ** 2 for s in model.backbone.stages for b in s.blocks)
+    assert all(
+        len(b.attn.relative_position_bias_table) == (2 * window - 1) ** 2
+        for s in model.backbone.stages
+        for b in s.blocks
+    )
     assert LAVT_RECIPES[name].lr == 5e-5
 
 
@@ -126,7 +155,9 @@ def test_flops_of_a_part_by_hand():
     for n, c in zip(pixels[:3], (128, 256, 512)):
         gates += 2 * 2 * n * c * c
     assert flops["gates"] * 1e9 == pytest.approx(gates)
-    convolutions = sum(n * 9 * 512 * (width + 512) for n, width in zip(pixels, (640, 768, 1536))) + pixels[0] * 512 * 2
+    convolutions = (
+        sum(n * 9 * 512 * (width + 512) for n, width in zip(pixels, (640, 768, 1536))) + pixels[0] * 512 * 2
+    )
     assert flops["decoder"] * 1e9 == pytest.approx(2 * convolutions)
     assert flops["stage 1"] < 0.05 * sum(flops.values())
 
@@ -140,14 +171,19 @@ def torchvision_swin(ours, window):
 
     depths, heads = [len(s.blocks) for s in ours.stages], [s.blocks[0].attn.num_heads for s in ours.stages]
     patch = ours.patch_embed.proj.kernel_size[0]
-    swin = SwinTransformer([patch] * 2, ours.channels[0], depths, heads, [window] * 2, stochastic_depth_prob=0.0, num_classes=1)
+    swin = SwinTransformer(
+        [patch] * 2, ours.channels[0], depths, heads, [window] * 2, stochastic_depth_prob=0.0, num_classes=1
+    )
     swin.features[0][0].load_state_dict(ours.patch_embed.proj.state_dict())
     swin.features[0][2].load_state_dict(ours.patch_embed.norm.state_dict())
     for i, stage in enumerate(ours.stages):
         if i:
             swin.features[2 * i].load_state_dict(stage.downsample.state_dict())
         for mine, theirs in zip(stage.blocks, swin.features[2 * i + 1]):
-            state = {k.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.3"): v for k, v in mine.state_dict().items()}
+            state = {
+                k.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.3"): v
+                for k, v in mine.state_dict().items()
+            }
             missing, unknown = theirs.load_state_dict(state, strict=False)
             assert not unknown and all("relative_position_index" in k for k in missing)
     return swin.eval()
@@ -157,8 +193,17 @@ def torchvision_swin(ours, window):
 def test_stages_equal_torchvisions_swin(size, window, padded):
     from timm.models.swin_transformer import SwinTransformer
 
-    stock = SwinTransformer(img_size=size, patch_size=2, num_classes=0, embed_dim=8, depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 4), window_size=window,
-                            always_partition=True, drop_path_rate=0.0).eval()
+    stock = SwinTransformer(
+        img_size=size,
+        patch_size=2,
+        num_classes=0,
+        embed_dim=8,
+        depths=(2, 2, 2, 2),
+        num_heads=(1, 2, 2, 4),
+        window_size=window,
+        always_partition=True,
+        drop_path_rate=0.0,
+    ).eval()
     disturb(stock)
     ours = SwinBackbone(stock)
     reference, x, differs = torchvision_swin(ours, window), torch.randn(2, 3, size, size), []
@@ -168,10 +213,13 @@ def test_stages_equal_torchvisions_swin(size, window, padded):
             if i:
                 b = reference.features[2 * i](b)
             a, b, c = ours.stages[i](a), reference.features[2 * i + 1](b), stock.layers[i](c)
-            if a.shape[1] > window:  # torchvision does not shift a map that fits into one window; the published Swin does
+            # torchvision does not shift a map that fits into one window; the published Swin does
+            if a.shape[1] > window:
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
                 differs.append(float((a - c).abs().max()) > 1e-2)
-    assert any(differs) == padded, "timm's own order must be seen to differ where, and only where, a map is padded"
+    assert any(differs) == padded, (
+        "timm's own order must be seen to differ where, and only where, a map is padded"
+    )
 
 
 def test_a_map_within_one_window_is_still_shifted():
@@ -180,7 +228,9 @@ def test_a_map_within_one_window_is_still_shifted():
 
     from refseg_nb.models.lavt import SwinStage
 
-    stage = SwinTransformerStage(4, 4, (3, 3), 2, downsample=False, num_heads=1, window_size=4, always_partition=True)
+    stage = SwinTransformerStage(
+        4, 4, (3, 3), 2, downsample=False, num_heads=1, window_size=4, always_partition=True
+    )
     disturb(stage)
     block, x = stage.blocks[1], torch.randn(1, 3, 3, 4)
     with torch.no_grad():
@@ -190,11 +240,17 @@ def test_a_map_within_one_window_is_still_shifted():
         q, k, v = qkv.split(4, dim=-1)
         out = torch.zeros(16, 4)
         for n in range(16):
-            same = [m for m in range(16) if (m // 4 < 2) == (n // 4 < 2) and (m % 4 < 2) == (n % 4 < 2)]  # what lay on the same side of the edges
-            bias = [block.attn.relative_position_bias_table[(n // 4 - m // 4 + 3) * 7 + n % 4 - m % 4 + 3, 0] for m in same]
+            # what lay on the same side of the edges
+            same = [m for m in range(16) if (m // 4 < 2) == (n // 4 < 2) and (m % 4 < 2) == (n % 4 < 2)]
+            bias = [
+                block.attn.relative_position_bias_table[(n // 4 - m // 4 + 3) * 7 + n % 4 - m % 4 + 3, 0]
+                for m in same
+            ]
             weights = torch.stack([q[n] @ k[m] / 2 + b for m, b in zip(same, bias)]).softmax(0)
             out[n] = weights @ v[same]
-        out = (out @ block.attn.proj.weight.T + block.attn.proj.bias).view(4, 4, 4).roll((2, 2), (0, 1))[:3, :3]
+        out = (
+            (out @ block.attn.proj.weight.T + block.attn.proj.bias).view(4, 4, 4).roll((2, 2), (0, 1))[:3, :3]
+        )
     torch.testing.assert_close(got[0], out, atol=1e-5, rtol=1e-5)
 
 
@@ -204,10 +260,19 @@ def official_swin(window=7):
     state = {f"patch_embed.{k}": torch.randn(v.shape) for k, v in ours.patch_embed.state_dict().items()}
     for i, stage in enumerate(ours.stages):
         for k, v in stage.state_dict().items():
-            state[f"layers.{i - 1}.{k}" if k.startswith("downsample") else f"layers.{i}.{k}"] = torch.randn(v.shape)
+            state[f"layers.{i - 1}.{k}" if k.startswith("downsample") else f"layers.{i}.{k}"] = torch.randn(
+                v.shape
+            )
         for j in range(len(stage.blocks)):
-            state[f"layers.{i}.blocks.{j}.attn.relative_position_index"] = torch.zeros(window**2, window**2, dtype=torch.long)
-    return state | {"norm.weight": torch.ones(64), "norm.bias": torch.zeros(64), "head.weight": torch.zeros(5, 64), "head.bias": torch.zeros(5)}
+            state[f"layers.{i}.blocks.{j}.attn.relative_position_index"] = torch.zeros(
+                window**2, window**2, dtype=torch.long
+            )
+    return state | {
+        "norm.weight": torch.ones(64),
+        "norm.bias": torch.zeros(64),
+        "head.weight": torch.zeros(5, 64),
+        "head.bias": torch.zeros(5),
+    }
 
 
 def test_swin_weights_are_read_in_their_authors_layout(tmp_path, monkeypatch):
@@ -217,7 +282,9 @@ def test_swin_weights_are_read_in_their_authors_layout(tmp_path, monkeypatch):
     swin = swin_backbone("swin-tiny", 7, 96, weights=tmp_path / "swin.pth")
     assert torch.equal(swin.patch_embed.proj.weight, state["patch_embed.proj.weight"])
     for i in range(3):
-        assert torch.equal(swin.stages[i + 1].downsample.reduction.weight, state[f"layers.{i}.downsample.reduction.weight"])
+        assert torch.equal(
+            swin.stages[i + 1].downsample.reduction.weight, state[f"layers.{i}.downsample.reduction.weight"]
+        )
     for k in ("attn.qkv.weight", "attn.relative_position_bias_table", "mlp.fc2.bias", "norm2.weight"):
         assert torch.equal(swin.stages[2].blocks[1].state_dict()[k], state[f"layers.2.blocks.1.{k}"])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -232,20 +299,37 @@ def test_swin_weights_are_read_in_their_authors_layout(tmp_path, monkeypatch):
 
 
 def test_bad_swins_are_named(tmp_path):
-    for call, error, text in [(lambda: swin_backbone("swin-giant"), ValueError, "swin-giant"),
-                              (lambda: swin_backbone("swin-refshapes", weights=tmp_path / "no.safetensors"), FileNotFoundError, "pretrain_swin.*'none'"),
-                              (lambda: swin_backbone("swin-base", weights=tmp_path / "no.pth"), FileNotFoundError, "no.pth"),
-                              (lambda: swin_backbone("swin-refshapes", 6, 32, weights="none")(torch.zeros(1, 3, 40, 32)), ValueError, "32 x 32")]:
+    for call, error, text in [
+        (lambda: swin_backbone("swin-giant"), ValueError, "swin-giant"),
+        (
+            lambda: swin_backbone("swin-refshapes", weights=tmp_path / "no.safetensors"),
+            FileNotFoundError,
+            "pretrain_swin.*'none'",
+        ),
+        (lambda: swin_backbone("swin-base", weights=tmp_path / "no.pth"), FileNotFoundError, "no.pth"),
+        (
+            lambda: swin_backbone("swin-refshapes", 6, 32, weights="none")(torch.zeros(1, 3, 40, 32)),
+            ValueError,
+            "32 x 32",
+        ),
+    ]:
         with pytest.raises(error, match=text):
             call()
 
 
 def test_the_pretrained_small_swin_is_the_one_that_hears_words_later(tiny_root, tmp_path):
-    result = pretrain_swin(tiny_root, tmp_path / "swin.safetensors", epochs=4, batch_size=8, limit=32, progress=False)
+    result = pretrain_swin(
+        tiny_root, tmp_path / "swin.safetensors", epochs=4, batch_size=8, limit=32, progress=False
+    )
     assert result.losses[-1] < result.losses[0]
-    assert [v.shape[1:] for v in result.backbone(torch.zeros(1, 3, 96, 96))] == [(16 << i, 24 >> i, 24 >> i) for i in range(4)]
+    assert [v.shape[1:] for v in result.backbone(torch.zeros(1, 3, 96, 96))] == [
+        (16 << i, 24 >> i, 24 >> i) for i in range(4)
+    ]
     model = create_lavt(vocab_size=VOCAB, backbone_weights=str(tmp_path / "swin.safetensors")).eval()
-    assert not model.backbone.frozen and model.backbone.state_dict().keys() == result.backbone.state_dict().keys()
+    assert (
+        not model.backbone.frozen
+        and model.backbone.state_dict().keys() == result.backbone.state_dict().keys()
+    )
     x = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
     with torch.no_grad():
         maps = [model.encode(x)[0]]
@@ -289,7 +373,11 @@ def pwam_by_hand(p, v, words, mask):
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_pixel_word_attention_equals_loops(heads):
     module = disturb(PWAM(8, 6, heads))
-    v, words, mask = 2 * torch.randn(2, 9, 8), 2 * torch.randn(2, 5, 6), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    v, words, mask = (
+        2 * torch.randn(2, 9, 8),
+        2 * torch.randn(2, 5, 6),
+        torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool(),
+    )
     with torch.no_grad():
         f, attention = module(v, words, mask)
         for b in range(2):
@@ -305,7 +393,9 @@ def test_a_phrase_of_one_token_says_nothing_and_begin_mends_it(tiny):
     one, other = torch.tensor([[3]]), torch.tensor([[9]])
     dumb = create_lavt(vocab_size=VOCAB, begin=False).eval()
     with torch.no_grad():
-        f1, f2 = (dumb.fusion[0](dumb.encode(image)[0].flatten(1, 2), *dumb.text(w)[:2])[0] for w in (one, other))
+        f1, f2 = (
+            dumb.fusion[0](dumb.encode(image)[0].flatten(1, 2), *dumb.text(w)[:2])[0] for w in (one, other)
+        )
         assert (f1 - f2).abs().max() < 1e-2
         assert (tiny(image, one) - tiny(image, other)).abs().max() > 1e-2
 
@@ -327,7 +417,9 @@ def aligned(x, size):
             y0, z0 = min(int(y), n - 2), min(int(z), n - 2)
             for dy in (0, 1):
                 for dz in (0, 1):
-                    out[..., i, j] += x[..., y0 + dy, z0 + dz] * abs(1 - dy - (y - y0)) * abs(1 - dz - (z - z0))
+                    out[..., i, j] += (
+                        x[..., y0 + dy, z0 + dz] * abs(1 - dy - (y - y0)) * abs(1 - dz - (z - z0))
+                    )
     return out
 
 
@@ -346,7 +438,10 @@ def test_decoder_goes_from_coarse_to_fine():
         x = maps[3]
         for block, beside in zip(decoder.blocks, (maps[2], maps[1], maps[0])):
             x = mix(block, torch.cat([aligned(x, beside.shape[-1]), beside], 1))
-        want = torch.einsum("bchw,oc->bohw", x, decoder.classify.weight[..., 0, 0]) + decoder.classify.bias[:, None, None]
+        want = (
+            torch.einsum("bchw,oc->bohw", x, decoder.classify.weight[..., 0, 0])
+            + decoder.classify.bias[:, None, None]
+        )
         torch.testing.assert_close(decoder(maps), want, atol=1e-5, rtol=1e-4)
 
 
@@ -359,10 +454,16 @@ def test_the_answer_is_enlarged_between_the_middles_of_places_and_begins_at_the_
         for j in range(6):
             at = [min(max((k + 0.5) / 2 - 0.5, 0), 2) for k in (i, j)]
             (y, fy), (x, fx) = ((min(int(p), 1), p - min(int(p), 1)) for p in at)
-            want = sum(wy * wx * logits[:, y + dy, x + dx] for dy, wy in ((0, 1 - fy), (1, fy)) for dx, wx in ((0, 1 - fx), (1, fx)))
+            want = sum(
+                wy * wx * logits[:, y + dy, x + dx]
+                for dy, wy in ((0, 1 - fy), (1, fy))
+                for dx, wx in ((0, 1 - fx), (1, fx))
+            )
             torch.testing.assert_close(large[:, i, j], want)
     decoder = TopDownDecoder([2, 3, 4, 6], width=5, prior=0.05)
-    empty = difference(decoder.eval()([torch.zeros(1, c, s, s) for c, s in zip((2, 3, 4, 6), (12, 6, 3, 2))])).sigmoid()
+    empty = difference(
+        decoder.eval()([torch.zeros(1, c, s, s) for c, s in zip((2, 3, 4, 6), (12, 6, 3, 2))])
+    ).sigmoid()
     torch.testing.assert_close(empty, torch.full_like(empty, 0.05))
     small, double = create_lavt(vocab_size=VOCAB, factor=1).eval(), create_lavt(vocab_size=VOCAB).eval()
     double.load_state_dict(small.state_dict())
@@ -381,7 +482,9 @@ def test_text_does_not_depend_on_the_padding_and_begins_with_its_own_token():
     torch.testing.assert_close(short.words[0, :3], bert[0], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(short.sentence, short.words[:, 0])
     vectors = torch.randn(VOCAB, 16)
-    table = bert_encoder(1, 16, 2, VOCAB, weights="none", vectors=vectors).bert.embeddings.word_embeddings.weight
+    table = bert_encoder(
+        1, 16, 2, VOCAB, weights="none", vectors=vectors
+    ).bert.embeddings.word_embeddings.weight
     assert torch.equal(table, vectors)
     with pytest.raises(ValueError, match=r"\[40, 16\]"):
         bert_encoder(1, 16, 2, VOCAB, weights="none", vectors=torch.zeros(VOCAB, 8))
@@ -395,12 +498,17 @@ def test_a_published_bert_keeps_its_first_layers_and_its_dropout(tmp_path):
     part = bert_encoder(2, 16, 2, VOCAB, weights=str(tmp_path / "bert"))
     assert part.training and part.bert.training
     state = whole.state_dict()
-    assert all(torch.equal(v, state[k]) for k, v in part.state_dict().items()) and len(part.bert.encoder.layer) == 2
+    assert (
+        all(torch.equal(v, state[k]) for k, v in part.state_dict().items())
+        and len(part.bert.encoder.layer) == 2
+    )
 
 
 def test_loss_is_the_published_cross_entropy_over_two_scores():
     scores, truth = torch.randn(2, 2, 6, 6), torch.rand(2, 20, 20) > 0.6
-    want = F.cross_entropy(F.interpolate(scores, 20, mode="bilinear", align_corners=True), truth.long(), torch.tensor([0.9, 1.1]))
+    want = F.cross_entropy(
+        F.interpolate(scores, 20, mode="bilinear", align_corners=True), truth.long(), torch.tensor([0.9, 1.1])
+    )
     torch.testing.assert_close(weighted_loss(scores[:, 1] - scores[:, 0], truth.float()), want)
 
 
@@ -415,28 +523,64 @@ def published_checkpoint(c, depths, heads, window, d, layers, vocab):
         n, at = c * 2**i, f"backbone.layers.{i}"
         for j in range(depth):
             b = f"{at}.blocks.{j}"
-            for name, shape in [("norm1", (n,)), ("norm2", (n,)), ("attn.qkv", (3 * n, n)), ("attn.proj", (n, n)), ("mlp.fc1", (4 * n, n)),
-                                ("mlp.fc2", (n, 4 * n))]:
+            for name, shape in [
+                ("norm1", (n,)),
+                ("norm2", (n,)),
+                ("attn.qkv", (3 * n, n)),
+                ("attn.proj", (n, n)),
+                ("mlp.fc1", (4 * n, n)),
+                ("mlp.fc2", (n, 4 * n)),
+            ]:
                 s |= both(f"{b}.{name}", *shape)
-            s |= {f"{b}.attn.relative_position_bias_table": ((2 * window - 1) ** 2, h), f"{b}.attn.relative_position_index": (window**2, window**2)}
-        for name, width in [("vis_project", n), ("image_lang_att.f_query", n), ("image_lang_att.f_key", d), ("image_lang_att.f_value", d),
-                            ("image_lang_att.W", n), ("project_mm", n)]:
+            s |= {
+                f"{b}.attn.relative_position_bias_table": ((2 * window - 1) ** 2, h),
+                f"{b}.attn.relative_position_index": (window**2, window**2),
+            }
+        for name, width in [
+            ("vis_project", n),
+            ("image_lang_att.f_query", n),
+            ("image_lang_att.f_key", d),
+            ("image_lang_att.f_value", d),
+            ("image_lang_att.W", n),
+            ("project_mm", n),
+        ]:
             s |= both(f"{at}.fusion.{name}.0", n, width, 1)
-        s |= {f"{at}.res_gate.0.weight": (n, n), f"{at}.res_gate.2.weight": (n, n)} | both(f"backbone.norm{i}", n)
+        s |= {f"{at}.res_gate.0.weight": (n, n), f"{at}.res_gate.2.weight": (n, n)} | both(
+            f"backbone.norm{i}", n
+        )
         if i < 3:
             s |= both(f"{at}.downsample.norm", 4 * n) | {f"{at}.downsample.reduction.weight": (2 * n, 4 * n)}
     for level, width in ((4, 12 * c), (3, 6 * c), (2, 5 * c)):
         for half, n in ((1, width), (2, 4 * c)):
-            s |= {f"classifier.conv{half}_{level}.weight": (4 * c, n, 3, 3)} | both(f"classifier.bn{half}_{level}", 4 * c)
-            s |= {f"classifier.bn{half}_{level}.running_mean": (4 * c,), f"classifier.bn{half}_{level}.running_var": (4 * c,),
-                  f"classifier.bn{half}_{level}.num_batches_tracked": ()}
-    s |= both("classifier.conv1_1", 2, 4 * c, 1, 1) | both("text_encoder.embeddings.LayerNorm", d) | {"text_encoder.embeddings.position_ids": (1, 512)}
-    s |= {f"text_encoder.embeddings.{k}_embeddings.weight": (n, d) for k, n in (("word", vocab), ("position", 512), ("token_type", 2))}
+            s |= {f"classifier.conv{half}_{level}.weight": (4 * c, n, 3, 3)} | both(
+                f"classifier.bn{half}_{level}", 4 * c
+            )
+            s |= {
+                f"classifier.bn{half}_{level}.running_mean": (4 * c,),
+                f"classifier.bn{half}_{level}.running_var": (4 * c,),
+                f"classifier.bn{half}_{level}.num_batches_tracked": (),
+            }
+    s |= (
+        both("classifier.conv1_1", 2, 4 * c, 1, 1)
+        | both("text_encoder.embeddings.LayerNorm", d)
+        | {"text_encoder.embeddings.position_ids": (1, 512)}
+    )
+    s |= {
+        f"text_encoder.embeddings.{k}_embeddings.weight": (n, d)
+        for k, n in (("word", vocab), ("position", 512), ("token_type", 2))
+    }
     for j in range(layers):
         b = f"text_encoder.encoder.layer.{j}"
-        for name, shape in [("attention.self.query", (d, d)), ("attention.self.key", (d, d)), ("attention.self.value", (d, d)),
-                            ("attention.output.dense", (d, d)), ("attention.output.LayerNorm", (d,)), ("intermediate.dense", (4 * d, d)),
-                            ("output.dense", (d, 4 * d)), ("output.LayerNorm", (d,))]:
+        for name, shape in [
+            ("attention.self.query", (d, d)),
+            ("attention.self.key", (d, d)),
+            ("attention.self.value", (d, d)),
+            ("attention.output.dense", (d, d)),
+            ("attention.output.LayerNorm", (d,)),
+            ("intermediate.dense", (4 * d, d)),
+            ("output.dense", (d, 4 * d)),
+            ("output.LayerNorm", (d,)),
+        ]:
             s |= both(f"{b}.{name}", *shape)
 
     def number(name, shape):
@@ -462,7 +606,10 @@ class Reference(nn.Module):
     def fuse(self, at, v, words, m):
         "v [B, C, N], words [B, D, T], m [B, T]."
         q = F.instance_norm(self.conv(f"{at}.image_lang_att.f_query", v))
-        k, u = self.conv(f"{at}.image_lang_att.f_key", words) * m[:, None], self.conv(f"{at}.image_lang_att.f_value", words) * m[:, None]
+        k, u = (
+            self.conv(f"{at}.image_lang_att.f_key", words) * m[:, None],
+            self.conv(f"{at}.image_lang_att.f_value", words) * m[:, None],
+        )
         a = (torch.einsum("bcn,bct->bnt", q, k) * v.shape[1] ** -0.5 + (1e4 * m - 1e4)[:, None]).softmax(-1)
         g = F.instance_norm(self.conv(f"{at}.image_lang_att.W", torch.einsum("bnt,bct->bcn", a, u)))
         return F.gelu(self.conv(f"{at}.project_mm", F.gelu(self.conv(f"{at}.vis_project", v)) * g))
@@ -475,26 +622,46 @@ class Reference(nn.Module):
         for i in range(4):
             at = f"backbone.layers.{i}"
             x = self.swin.features[2 * i + 1](x)
-            f = self.fuse(f"{at}.fusion", x.flatten(1, 2).transpose(1, 2), language, m).transpose(1, 2).view_as(x)
-            maps.append(F.layer_norm(f, f.shape[-1:], s[f"backbone.norm{i}.weight"], s[f"backbone.norm{i}.bias"]).permute(0, 3, 1, 2))
-            x = x + torch.tanh((f @ s[f"{at}.res_gate.0.weight"].T).relu() @ s[f"{at}.res_gate.2.weight"].T) * f
+            f = (
+                self.fuse(f"{at}.fusion", x.flatten(1, 2).transpose(1, 2), language, m)
+                .transpose(1, 2)
+                .view_as(x)
+            )
+            maps.append(
+                F.layer_norm(
+                    f, f.shape[-1:], s[f"backbone.norm{i}.weight"], s[f"backbone.norm{i}.bias"]
+                ).permute(0, 3, 1, 2)
+            )
+            x = (
+                x
+                + torch.tanh((f @ s[f"{at}.res_gate.0.weight"].T).relu() @ s[f"{at}.res_gate.2.weight"].T) * f
+            )
             if i < 3:
                 x = self.swin.features[2 * i + 2](x)
         x = maps[3]
         for level, beside in ((4, maps[2]), (3, maps[1]), (2, maps[0])):
-            x = torch.cat([F.interpolate(x, beside.shape[-2:], mode="bilinear", align_corners=True), beside], 1)
+            x = torch.cat(
+                [F.interpolate(x, beside.shape[-2:], mode="bilinear", align_corners=True), beside], 1
+            )
             for half in (1, 2):
-                x, bn = F.conv2d(x, s[f"classifier.conv{half}_{level}.weight"], padding=1), f"classifier.bn{half}_{level}"
-                x = F.batch_norm(x, s[f"{bn}.running_mean"], s[f"{bn}.running_var"], s[f"{bn}.weight"], s[f"{bn}.bias"]).relu()
+                x, bn = (
+                    F.conv2d(x, s[f"classifier.conv{half}_{level}.weight"], padding=1),
+                    f"classifier.bn{half}_{level}",
+                )
+                x = F.batch_norm(
+                    x, s[f"{bn}.running_mean"], s[f"{bn}.running_var"], s[f"{bn}.weight"], s[f"{bn}.bias"]
+                ).relu()
         return F.conv2d(x, s["classifier.conv1_1.weight"], s["classifier.conv1_1.bias"])
 
 
 def test_logits_from_a_published_checkpoint_equal_those_of_other_parts():
-    config = replace(SMALL, window=3, image_size=128)  # maps 32, 16, 8, 4: padded to 33, 18, 9, 6, and none fits into a window
+    # maps 32, 16, 8, 4: padded to 33, 18, 9, 6, and none fits into a window
+    config = replace(SMALL, window=3, image_size=128)
     file = published_checkpoint(16, (2, 2, 2, 2), (1, 2, 4, 8), 3, 16, 2, VOCAB)
     model = LAVT(config, VOCAB).eval()
     model.load_state_dict(load_published({"model": file}, config, VOCAB)[0])
-    reference = Reference({k: v.double() for k, v in file.items()}, model, 3).double().eval()  # in single precision these weights amplify rounding
+    # in single precision these weights amplify rounding
+    reference = Reference({k: v.double() for k, v in file.items()}, model, 3).double().eval()
     images, words = torch.rand(3, 3, 128, 128, dtype=torch.double), phrases(6, 3, 2)
     with torch.no_grad():
         scores, logits = reference(images, words), model.double()(images, words)
@@ -508,11 +675,20 @@ def test_every_key_of_the_published_layout_is_accounted_for():
     file = published_checkpoint(16, (2, 2, 2, 2), (1, 2, 4, 8), 5, 16, 2, VOCAB)
     state, left_out = load_published(file, config, VOCAB)
     assert len(state) + sum(map(len, left_out.values())) == len(file)
-    assert sorted(len(keys) for keys in left_out.values()) == [1, 2, 8]  # position ids; the unused gate; an index for each of 8 blocks
-    assert torch.equal(state["fusion.2.key.weight"], file["backbone.layers.2.fusion.image_lang_att.f_key.0.weight"][..., 0])
-    assert torch.equal(state["backbone.stages.3.downsample.norm.bias"], file["backbone.layers.2.downsample.norm.bias"])
-    two_files = {"model": {f"module.{k}": v for k, v in file.items() if not k.startswith("text_encoder.")},
-                 "bert_model": {k.removeprefix("text_encoder."): v for k, v in file.items() if k.startswith("text_encoder.")}}
+    # position ids; the unused gate; an index for each of 8 blocks
+    assert sorted(len(keys) for keys in left_out.values()) == [1, 2, 8]
+    assert torch.equal(
+        state["fusion.2.key.weight"], file["backbone.layers.2.fusion.image_lang_att.f_key.0.weight"][..., 0]
+    )
+    assert torch.equal(
+        state["backbone.stages.3.downsample.norm.bias"], file["backbone.layers.2.downsample.norm.bias"]
+    )
+    two_files = {
+        "model": {f"module.{k}": v for k, v in file.items() if not k.startswith("text_encoder.")},
+        "bert_model": {
+            k.removeprefix("text_encoder."): v for k, v in file.items() if k.startswith("text_encoder.")
+        },
+    }
     again, _ = load_published(two_files, config, VOCAB)
     assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
 
@@ -524,7 +700,11 @@ def test_a_damaged_checkpoint_is_an_error_that_lists_the_keys():
     with pytest.raises(ValueError, match="6 missing: gates.0.0.weight, .*gates.2.2.weight"):
         load_published({k: v for k, v in file.items() if k not in lost}, config, VOCAB)
     with pytest.raises(ValueError, match="2 unknown: head.bias, backbone.layers.0.fusion.other.weight"):
-        load_published(file | {"head.bias": torch.zeros(2), "backbone.layers.0.fusion.other.weight": torch.zeros(2)}, config, VOCAB)
+        load_published(
+            file | {"head.bias": torch.zeros(2), "backbone.layers.0.fusion.other.weight": torch.zeros(2)},
+            config,
+            VOCAB,
+        )
     with pytest.raises(ValueError, match=r"1 unknown: fusion\.9\.visual\.bias"):
         load_published(file | {"backbone.layers.9.fusion.vis_project.0.bias": torch.zeros(2)}, config, VOCAB)
     with pytest.raises(ValueError, match=r"word_embeddings.weight \[40, 16\] instead of \[41, 16\]"):
@@ -535,36 +715,59 @@ def test_a_damaged_checkpoint_is_an_error_that_lists_the_keys():
 
 
 def test_shared_encoding_gives_what_each_phrase_alone_gets(tiny):
-    images, words, index = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), phrases(6, 2, 4), torch.tensor([1, 0, 1])
+    images, words, index = (
+        torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8),
+        phrases(6, 2, 4),
+        torch.tensor([1, 0, 1]),
+    )
     with torch.no_grad():
         features = tiny.encode(images)
         together, attention = tiny.segment(features, words, index, return_attention=True)
         for b in range(3):
             real = words[b][words[b] != 0][None]
-            torch.testing.assert_close(together[b], tiny(images[index[b]][None], real)[0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(tiny.segment(tiny.adapt(tiny.backbone(images)), words, index), together, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                together[b], tiny(images[index[b]][None], real)[0], atol=1e-5, rtol=1e-4
+            )
+        torch.testing.assert_close(
+            tiny.segment(tiny.adapt(tiny.backbone(images)), words, index), together, atol=1e-6, rtol=1e-5
+        )
         cut = attention.expression(1)
         alone = tiny.segment(tiny.encode(images[:1]), words[1:2, :2], return_attention=True)[1]
     with pytest.raises(ValueError, match="image_index"):
         tiny.segment(features, words)
-    assert {s: tuple(a.shape) for s, a in attention.items()} == {i + 1: (3, 1, 24 >> i, 24 >> i, 7) for i in range(4)}
+    assert {s: tuple(a.shape) for s, a in attention.items()} == {
+        i + 1: (3, 1, 24 >> i, 24 >> i, 7) for i in range(4)
+    }
     for stage, a in attention.items():
         torch.testing.assert_close(a.sum(-1), torch.ones(a.shape[:-1]))
-        assert (a[1, ..., 3:] == 0).all() and cut[stage].shape == (1, 1, 24 >> (stage - 1), 24 >> (stage - 1), 3)
+        assert (a[1, ..., 3:] == 0).all() and cut[stage].shape == (
+            1,
+            1,
+            24 >> (stage - 1),
+            24 >> (stage - 1),
+            3,
+        )
         torch.testing.assert_close(cut[stage], alone[stage], atol=1e-5, rtol=1e-4)
 
 
 def test_heads_show_in_the_attention():
     model = create_lavt(vocab_size=VOCAB, heads=(1, 2, 4, 8)).eval()
     with torch.no_grad():
-        attention = model.segment(model.encode(torch.zeros(1, 3, 96, 96)), phrases(3, longest=3), return_attention=True)[1]
+        attention = model.segment(
+            model.encode(torch.zeros(1, 3, 96, 96)), phrases(3, longest=3), return_attention=True
+        )[1]
     assert [attention[s].shape[1] for s in (1, 2, 3, 4)] == [1, 2, 4, 8]
 
 
 def test_configuration_goes_to_json_and_back_and_bad_fields_are_named():
     for config in LAVT_PRESETS.values():
         assert LAVTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    for values, text in [({"windows": 7}, "windows"), ({"backbone": "vgg"}, "vgg"), ({"heads": (1, 1)}, "4 stages"), ({"trained_layers": 13}, "trained")]:
+    for values, text in [
+        ({"windows": 7}, "windows"),
+        ({"backbone": "vgg"}, "vgg"),
+        ({"heads": (1, 1)}, "4 stages"),
+        ({"trained_layers": 13}, "trained"),
+    ]:
         with pytest.raises(ValueError, match=text):
             LAVTConfig.from_dict(values)
     with pytest.raises(ValueError, match="vocab_size"):
@@ -575,13 +778,18 @@ def test_configuration_goes_to_json_and_back_and_bad_fields_are_named():
 
 def test_gradients_reach_what_is_trained_and_nothing_else():
     model = create_lavt(vocab_size=VOCAB, trained_layers=1, text_layers=2)
-    weighted_loss(model(torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), phrases(3, 5)), (torch.rand(2, 96, 96) > 0.5).float()).backward()
+    weighted_loss(
+        model(torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), phrases(3, 5)),
+        (torch.rand(2, 96, 96) > 0.5).float(),
+    ).backward()
     without = sorted(n for n, p in model.named_parameters() if p.requires_grad and p.grad is None)
     assert not without
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     trained = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith("text.")}
     assert trained and all(n.startswith("text.bert.encoder.layer.0.") for n in trained)
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def test_two_scenes_are_learnt_by_heart(tiny_root):
@@ -607,20 +815,28 @@ def test_a_saved_model_is_read_back(tiny, tmp_path):
 
     def create(stored):
         assert stored["model"] == "lavt" and stored["backbone_stored"]
-        return LAVT(LAVTConfig.from_dict(stored["config"] | {"backbone_weights": "none", "text_weights": "none"}), VOCAB), vocabulary
+        return LAVT(
+            LAVTConfig.from_dict(stored["config"] | {"backbone_weights": "none", "text_weights": "none"}),
+            VOCAB,
+        ), vocabulary
 
     save_model(tmp_path / "model", tiny, vocabulary, {"model": "lavt"})
     model, _, _ = load_model(tmp_path / "model", create)
     images, words = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8), phrases(3, longest=3)
     with torch.no_grad():
-        assert torch.equal(model(images, words), tiny(images, words)) and model.config == replace(tiny.config, backbone_weights="none", text_weights="none")
+        assert torch.equal(model(images, words), tiny(images, words)) and model.config == replace(
+            tiny.config, backbone_weights="none", text_weights="none"
+        )
 
 
 @pytest.mark.slow
 def test_a_training_step_at_the_published_size():
     model = create_lavt("base", backbone_weights="none", text_weights="none").train()
     words = torch.randint(1, 30_522, (1, 20))
-    loss = weighted_loss(model(torch.randint(0, 256, (1, 3, 480, 480), dtype=torch.uint8), words), (torch.rand(1, 480, 480) > 0.9).float())
+    loss = weighted_loss(
+        model(torch.randint(0, 256, (1, 3, 480, 480), dtype=torch.uint8), words),
+        (torch.rand(1, 480, 480) > 0.9).float(),
+    )
     loss.backward()
     assert loss.isfinite()
     for name, p in model.named_parameters():
@@ -635,7 +851,10 @@ def test_word_pieces_equal_greedy_longest_match():
         "BERT's WordPiece: the longest piece from the left, again and again; [UNK] for the whole word if that fails."
         out, start = [], 0
         while start < len(word):
-            end = next((e for e in range(len(word), start, -1) if ("##" if start else "") + word[start:e] in PIECES), None)
+            end = next(
+                (e for e in range(len(word), start, -1) if ("##" if start else "") + word[start:e] in PIECES),
+                None,
+            )
             if end is None:
                 return ["[UNK]"]
             out.append(("##" if start else "") + word[start:end])
@@ -664,10 +883,20 @@ def test_word_pieces_report_store_and_refuse(tmp_path):
     pieces = WordPieces(PIECES, "lavt")
     numbers, report = pieces.encode_all(["the taller chimney", "a red car", "", "red"], 5)
     assert [len(n) for n in numbers] == [5, 5, 2, 3]
-    assert (report.expressions, report.words, report.unknown, report.empty, report.cut, report.longest) == (4, 7 + 5 + 2 + 3, 1, 1, 1, 7)
+    assert (report.expressions, report.words, report.unknown, report.empty, report.cut, report.longest) == (
+        4,
+        7 + 5 + 2 + 3,
+        1,
+        1,
+        1,
+        7,
+    )
     assert pieces.encode_all([], 5)[1].longest == 0
     back = WordPieces.from_json(pieces.to_json())
-    assert back == pieces != WordPieces(PIECES) and back.fingerprint == pieces.fingerprint != WordPieces(PIECES).fingerprint
+    assert (
+        back == pieces != WordPieces(PIECES)
+        and back.fingerprint == pieces.fingerprint != WordPieces(PIECES).fingerprint
+    )
     assert back.encode("the taller chimney", 5) == numbers[0] and len(back) == len(PIECES)
     assert "taller" in pieces and "boat" not in pieces and "" not in pieces
     (tmp_path / "vocab.txt").write_text("\n".join(PIECES) + "\n")

@@ -16,11 +16,15 @@ from refseg_nb.training.metrics import THRESHOLDS, SegmentationMetric, intersect
 def random_masks(n=40, h=31, w=47, seed=0):
     rng = np.random.default_rng(seed)
     yy, xx = np.mgrid[:h, :w]
+
     def disc():
         cy, cx, r = rng.uniform(0, h), rng.uniform(0, w), rng.uniform(2, 15)
         return (yy - cy) ** 2 + (xx - cx) ** 2 < r * r
+
     target = np.stack([disc() for _ in range(n)])
-    pred = np.stack([np.roll(t, rng.integers(-4, 5), rng.integers(2)) if rng.random() < .8 else disc() for t in target])
+    pred = np.stack(
+        [np.roll(t, rng.integers(-4, 5), rng.integers(2)) if rng.random() < 0.8 else disc() for t in target]
+    )
     return torch.from_numpy(pred), torch.from_numpy(target)
 
 
@@ -35,8 +39,11 @@ def naive(pred, target, comparator=">", empty=Fraction(1)):
         ious.append(Fraction(i, u) if u else empty)
     hit = (lambda v, x: v > x) if comparator == ">" else (lambda v, x: v >= x)
     xs = {x: Fraction(str(x)) for x in THRESHOLDS}
-    return {"overall_iou": float(100 * (Fraction(inter, union) if union else empty)), "mean_iou": float(100 * sum(ious) / len(ious)),
-            **{f"precision@{x:g}": 100 * sum(hit(v, f) for v in ious) / len(ious) for x, f in xs.items()}}
+    return {
+        "overall_iou": float(100 * (Fraction(inter, union) if union else empty)),
+        "mean_iou": float(100 * sum(ious) / len(ious)),
+        **{f"precision@{x:g}": 100 * sum(hit(v, f) for v in ious) / len(ious) for x, f in xs.items()},
+    }
 
 
 def test_against_loops_and_pycocotools():
@@ -50,7 +57,11 @@ def test_against_loops_and_pycocotools():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=30), st.sampled_from([">", ">="]), st.sampled_from([0., .5, 1.]))
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=30),
+    st.sampled_from([">", ">="]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
 def test_counts_against_fractions(pairs, comparator, empty):
     """Any counts, both comparators, all empty rules: thresholds that an IoU hits exactly are where floats go wrong."""
     counts = [(min(i, u), u) for i, u in pairs]
@@ -72,7 +83,8 @@ def test_the_order_of_batches_changes_no_bit():
     results = set()
     for seed in range(5):
         order, metric = np.random.default_rng(seed).permutation(999), SegmentationMetric()
-        for part in np.array_split(order, seed + 1): metric.update_counts(inter[part], union[part])
+        for part in np.array_split(order, seed + 1):
+            metric.update_counts(inter[part], union[part])
         results.add(tuple(metric.compute().values()))
     assert len(results) == 1
 
@@ -80,22 +92,27 @@ def test_the_order_of_batches_changes_no_bit():
 def test_large_sums():
     """More pixels than int32 holds, and far more than float16 or float32 count one by one."""
     metric = SegmentationMetric()
-    for _ in range(3): metric.update_counts(np.full(1000, 2**21 + 1), np.full(1000, 2**22))
-    assert metric.intersection.dtype == torch.int64 and metric.intersection.item() == 3000 * (2**21 + 1) > 2**31
+    for _ in range(3):
+        metric.update_counts(np.full(1000, 2**21 + 1), np.full(1000, 2**22))
+    assert (
+        metric.intersection.dtype == torch.int64 and metric.intersection.item() == 3000 * (2**21 + 1) > 2**31
+    )
     assert metric.compute()["overall_iou"] == 100 * (2**21 + 1) / 2**22
 
 
 def test_empty_masks():
     none, some = torch.zeros(1, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4, dtype=torch.bool)
-    assert iou(none, none).item() == 1 and iou(none, none, empty=0.).item() == 0
+    assert iou(none, none).item() == 1 and iou(none, none, empty=0.0).item() == 0
     assert iou(none, some).item() == 0 and iou(some, none).item() == 0
     metric = SegmentationMetric()
     metric.update(torch.cat([none, some]), torch.cat([none, some]))
     assert metric.compute()["overall_iou"] == 100 and metric.compute()["mean_iou"] == 100
-    metric = SegmentationMetric(empty=0.)
+    metric = SegmentationMetric(empty=0.0)
     metric.update(torch.cat([none, some]), torch.cat([none, some]))
-    assert metric.compute()["overall_iou"] == 100 and metric.compute()["mean_iou"] == 50, "an empty pair adds nothing to the overall IoU"
-    metric = SegmentationMetric(empty=.5)
+    assert metric.compute()["overall_iou"] == 100 and metric.compute()["mean_iou"] == 50, (
+        "an empty pair adds nothing to the overall IoU"
+    )
+    metric = SegmentationMetric(empty=0.5)
     metric.update(none, none)
     assert metric.compute()["overall_iou"] == 50
     assert all(map(math.isnan, SegmentationMetric().compute().values()))
@@ -114,13 +131,18 @@ def test_sizes_may_differ_and_states_reset():
 
 def test_what_is_refused():
     a = torch.zeros(2, 4, 4, dtype=torch.bool)
-    with pytest.raises(ValueError, match="bool"): intersection_union(a.float(), a)
-    with pytest.raises(ValueError, match="resize"): intersection_union(a, torch.zeros(2, 5, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="comparator"): SegmentationMetric(comparator="<")
-    with pytest.raises(ValueError, match="empty"): SegmentationMetric(empty=2.)
-    with pytest.raises(ValueError, match="2 predicted"): SegmentationMetric().update(list(a), list(a)[:1])
+    with pytest.raises(ValueError, match="bool"):
+        intersection_union(a.float(), a)
+    with pytest.raises(ValueError, match="resize"):
+        intersection_union(a, torch.zeros(2, 5, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="comparator"):
+        SegmentationMetric(comparator="<")
+    with pytest.raises(ValueError, match="empty"):
+        SegmentationMetric(empty=2.0)
+    with pytest.raises(ValueError, match="2 predicted"):
+        SegmentationMetric().update(list(a), list(a)[:1])
 
 
 def test_counts_do_not_wrap():
     big = iou_of_counts(torch.tensor([2**40]), torch.tensor([2**41]))
-    assert big.dtype == torch.float64 and big.item() == .5
+    assert big.dtype == torch.float64 and big.item() == 0.5

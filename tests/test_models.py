@@ -13,7 +13,17 @@ from refseg_nb.models import backbones as B
 from refseg_nb.models.decoder import ASPP, BaselineFusion, LevelAdapter, TextEncoder, UpsampleDecoder
 from refseg_nb.models.hcam import HCAM, Conv3dLevels, average_words, constant_conv
 from refseg_nb.models.sfm import SFM, pixel_positions, sinusoid, word_positions
-from refseg_nb.models.shnet import ABLATIONS, MODELS, PRESETS, RECIPES, SHNetConfig, count_parameters, create_model, differences, training_target
+from refseg_nb.models.shnet import (
+    ABLATIONS,
+    MODELS,
+    PRESETS,
+    RECIPES,
+    SHNetConfig,
+    count_parameters,
+    create_model,
+    differences,
+    training_target,
+)
 
 RELEASED = {
     "text encoder": 1_667_072,
@@ -34,7 +44,15 @@ def _seed():
 def small(name="shnet", **overrides):
     "A model that is small enough for a test: 6 x 6 places, 16 channels."
     settings = dict(
-        vocab_size=20, backbone_weights="none", channels=16, grid=6, word_dim=8, sfm_heads=2, sfm_ffn=24, decoder_widths=(12, 8), image_size=48
+        vocab_size=20,
+        backbone_weights="none",
+        channels=16,
+        grid=6,
+        word_dim=8,
+        sfm_heads=2,
+        sfm_ffn=24,
+        decoder_widths=(12, 8),
+        image_size=48,
     )
     return create_model(name, **(settings | overrides))
 
@@ -57,17 +75,28 @@ def test_released_counts_by_part():
 
 def test_every_row_has_the_same_aspp_and_decoder():
     counts = {row: count_parameters(small(row)) for row in ("baseline", "only-hcam", "only-sfm", "shnet")}
-    assert len({(c["ASPP"], c["decoder"], c["text encoder"], c["level adapters"]) for c in counts.values()}) == 1
-    assert len({c["total"] for c in counts.values()}) == 4 and {"Baseline", "Only HCAM", "Only SFM", "SHNet"} <= set(ABLATIONS)
+    assert (
+        len({(c["ASPP"], c["decoder"], c["text encoder"], c["level adapters"]) for c in counts.values()}) == 1
+    )
+    assert len({c["total"] for c in counts.values()}) == 4 and {
+        "Baseline",
+        "Only HCAM",
+        "Only SFM",
+        "SHNet",
+    } <= set(ABLATIONS)
 
 
 def test_presets_differ_one_field_at_a_time():
     changes = differences(PRESETS["paper"], PRESETS["released"])
-    assert {"grid", "pool", "sfm_layers", "sfm_ffn", "sfm_positions", "hcam_gates", "train_words"} <= set(changes)
+    assert {"grid", "pool", "sfm_layers", "sfm_ffn", "sfm_positions", "hcam_gates", "train_words"} <= set(
+        changes
+    )
     for name, (_, value) in changes.items():  # each difference can be turned alone, and gives a model
         with torch.device("meta"):
             create_model("shnet", "paper", vocab_size=10, backbone_weights="none", **{name: value})
-    assert {"schedule", "target", "threshold", "keep_digits", "grayscale", "batch_size"} <= set(differences(RECIPES["paper"], RECIPES["released"]))
+    assert {"schedule", "target", "threshold", "keep_digits", "grayscale", "batch_size"} <= set(
+        differences(RECIPES["paper"], RECIPES["released"])
+    )
 
 
 def test_config_survives_json():
@@ -85,8 +114,14 @@ def test_config_survives_json():
 
 def test_refshapes_preset_is_small():
     model = create_model(vocab_size=100, backbone_weights="none")
-    assert count_parameters(model)["total"] < 1_000_000 and sum(p.numel() for p in model.backbone.parameters()) <= 450_000
-    assert model.output_size == 48 and create_model(vocab_size=9, backbone_weights="none", decoder_doublings=3).output_size == 96
+    assert (
+        count_parameters(model)["total"] < 1_000_000
+        and sum(p.numel() for p in model.backbone.parameters()) <= 450_000
+    )
+    assert (
+        model.output_size == 48
+        and create_model(vocab_size=9, backbone_weights="none", decoder_doublings=3).output_size == 96
+    )
 
 
 # ---- SFM
@@ -109,17 +144,25 @@ def naive_sfm(sfm, visual, words, mask):
             rows = [slice(part * c + head * d, part * c + (head + 1) * d) for part in range(3)]
             for n in range(x.shape[1]):
                 q = weight[rows[0]] @ x[i, n] + bias[rows[0]]
-                scores = torch.stack([q @ (weight[rows[1]] @ x[i, m] + bias[rows[1]]) / math.sqrt(d) for m in keys])
+                scores = torch.stack(
+                    [q @ (weight[rows[1]] @ x[i, m] + bias[rows[1]]) / math.sqrt(d) for m in keys]
+                )
                 a = scores.exp() / scores.exp().sum()
                 maps[i, head, n, keys] = a
-                out[i, n, head * d : (head + 1) * d] = sum(a[k] * (weight[rows[2]] @ x[i, m] + bias[rows[2]]) for k, m in enumerate(keys))
+                out[i, n, head * d : (head + 1) * d] = sum(
+                    a[k] * (weight[rows[2]] @ x[i, m] + bias[rows[2]]) for k, m in enumerate(keys)
+                )
     out = out @ attention.out.weight.T + attention.out.bias
     return out, maps
 
 
 def test_sfm_is_equation_1():
     sfm = SFM(8, 3, heads=2)
-    visual, words, mask = torch.randn(2, 8, 3, 3), torch.randn(2, 4, 8), torch.tensor([[True] * 4, [True, True, False, False]])
+    visual, words, mask = (
+        torch.randn(2, 8, 3, 3),
+        torch.randn(2, 4, 8),
+        torch.tensor([[True] * 4, [True, True, False, False]]),
+    )
     with torch.no_grad():
         for p in sfm.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -134,7 +177,11 @@ def test_sfm_is_equation_1():
 
 def test_released_sfm_is_torch_s_encoder_with_positions_in_queries_and_keys():
     sfm = SFM(16, 3, layers=2, heads=4, ffn=24, residual=True, final_norm=True, positions="qk").eval()
-    visual, words, mask = torch.randn(2, 16, 3, 3), torch.randn(2, 4, 16), torch.tensor([[True] * 4, [True, True, False, False]])
+    visual, words, mask = (
+        torch.randn(2, 16, 3, 3),
+        torch.randn(2, 4, 16),
+        torch.tensor([[True] * 4, [True, True, False, False]]),
+    )
     x = torch.cat([visual.flatten(2).transpose(1, 2), words], 1)
     p = torch.cat([sfm.p_v, sfm.p_l[:4]])
     pad = ~torch.cat([mask.new_ones(2, 9), mask], 1)
@@ -157,7 +204,10 @@ def test_sinusoids_closed_form():
         for x in range(5):
             want = [f(n / 100 ** (2 * k / 4)) for n in (x, y) for k in range(2) for f in (math.sin, math.cos)]
             torch.testing.assert_close(p[y * 5 + x], torch.tensor(want))
-    torch.testing.assert_close(word_positions(4, 6)[3], torch.tensor([f(3 / 10000 ** (2 * k / 6)) for k in range(3) for f in (math.sin, math.cos)]))
+    torch.testing.assert_close(
+        word_positions(4, 6)[3],
+        torch.tensor([f(3 / 10000 ** (2 * k / 6)) for k in range(3) for f in (math.sin, math.cos)]),
+    )
     with pytest.raises(ValueError, match="even"):
         sinusoid(torch.arange(3.0), 5)
 
@@ -178,7 +228,9 @@ def test_padding_is_never_seen():
     wide = F.pad(words, (0, 4))
     with torch.no_grad():
         features = model.encode(images)
-        torch.testing.assert_close(model.segment(features, words, index), model.segment(features, wide, index), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model.segment(features, words, index), model.segment(features, wide, index), atol=1e-5, rtol=1e-4
+        )
         _, attention = model.segment(features, wide, index, return_attention=True)
     assert attention[2][0][..., 36 + 5 :].abs().max() == 0
 
@@ -194,7 +246,10 @@ def naive_gate(gate, f, l):
 def naive_hcam(hcam, visual, language):
     g = []
     for i in range(3):
-        g.append(visual[i] + sum(naive_gate(hcam.gate(i, j), visual[i], language[j]) * visual[j] for j in range(3) if j != i))
+        g.append(
+            visual[i]
+            + sum(naive_gate(hcam.gate(i, j), visual[i], language[j]) * visual[j] for j in range(3) if j != i)
+        )
     x = hcam.aggregate.conv(torch.stack(g, 2)).squeeze(2)
     return hcam.aggregate.after(x)
 
@@ -209,7 +264,9 @@ def test_hcam_split_equals_equation_2(gates, norm):
     a, b = hcam(visual, language), naive_hcam(hcam, visual, language)
     torch.testing.assert_close(a, b)
     direction = torch.randn_like(a)
-    for x, y in zip(torch.autograd.grad((a * direction).sum(), inputs), torch.autograd.grad((b * direction).sum(), inputs)):
+    for x, y in zip(
+        torch.autograd.grad((a * direction).sum(), inputs), torch.autograd.grad((b * direction).sum(), inputs)
+    ):
         torch.testing.assert_close(x, y)
 
 
@@ -217,7 +274,10 @@ def test_hcam_split_equals_equation_2(gates, norm):
 def test_constant_conv_is_a_convolution(size):
     weight, vector = torch.randn(5, 4, 3, 3), torch.randn(2, 4)
     torch.testing.assert_close(
-        constant_conv(weight, vector, *size), F.conv2d(vector[:, :, None, None].expand(-1, -1, *size), weight, padding=1), atol=1e-5, rtol=1e-4
+        constant_conv(weight, vector, *size),
+        F.conv2d(vector[:, :, None, None].expand(-1, -1, *size), weight, padding=1),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 
@@ -272,7 +332,9 @@ def test_text_encoder_ignores_padding():
     words = torch.tensor([[3, 4, 5, 0, 0], [6, 7, 8, 9, 10], [1, 0, 0, 0, 0]])
     out = text(words)
     lengths = (words > 0).sum(1)
-    packed = nn.utils.rnn.pack_padded_sequence(text.embedding(words), lengths, batch_first=True, enforce_sorted=False)
+    packed = nn.utils.rnn.pack_padded_sequence(
+        text.embedding(words), lengths, batch_first=True, enforce_sorted=False
+    )
     states, (last, _) = text.lstm(packed)
     torch.testing.assert_close(out.words, nn.utils.rnn.pad_packed_sequence(states, batch_first=True)[0])
     torch.testing.assert_close(out.sentence, last[0])
@@ -348,9 +410,14 @@ def test_one_image_many_phrases(name):
         together = model.segment(features, words, index)
         for b in range(6):
             torch.testing.assert_close(
-                model.segment([f[index[b] : index[b] + 1] for f in features], words[b : b + 1])[0], together[b], atol=1e-5, rtol=1e-4
+                model.segment([f[index[b] : index[b] + 1] for f in features], words[b : b + 1])[0],
+                together[b],
+                atol=1e-5,
+                rtol=1e-4,
             )
-        torch.testing.assert_close(model.segment([f[:1] for f in features], words[:3]), together[:3], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model.segment([f[:1] for f in features], words[:3]), together[:3], atol=1e-5, rtol=1e-4
+        )
         with pytest.raises(ValueError, match="image_index"):
             model.segment(features, words)
 
@@ -472,7 +539,11 @@ def test_voc_checkpoint_every_key(voc_file):
         assert torch.equal(value, want[f"backbone.{key}"]), key
     assert net.strides == (8, 16, 16) and [b.conv2.dilation[0] for b in net.body.layer4] == [2, 4, 8]
     with torch.no_grad():
-        assert [tuple(v.shape) for v in net(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))] == [(1, 512, 8, 8), (1, 1024, 4, 4), (1, 2048, 4, 4)]
+        assert [tuple(v.shape) for v in net(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))] == [
+            (1, 512, 8, 8),
+            (1, 1024, 4, 4),
+            (1, 2048, 4, 4),
+        ]
 
 
 def test_voc_checkpoint_strange_keys(tmp_path):
@@ -484,7 +555,11 @@ def test_voc_checkpoint_strange_keys(tmp_path):
     torch.save({"state_dict": state}, path)
     with pytest.raises(ValueError) as error:
         B.load_voc_checkpoint(path)
-    for part in ("unknown keys (backbone.layer5.0.conv1.weight)", "missing keys (backbone.conv1.weight)", "backbone.bn1.bias [3] instead of [64]"):
+    for part in (
+        "unknown keys (backbone.layer5.0.conv1.weight)",
+        "missing keys (backbone.conv1.weight)",
+        "backbone.bn1.bias [3] instead of [64]",
+    ):
         assert part in str(error.value)
     torch.save({"weights": 1}, path)
     with pytest.raises(ValueError, match="no 'state_dict'"):
@@ -507,7 +582,11 @@ def test_voc_checkpoint_runs_nothing(tmp_path):
 
 def test_old_file_format(tmp_path):
     path = tmp_path / "old.pth.tar"
-    torch.save({"state_dict": voc_layout(), "best_pred": np.float64(0.78)}, path, _use_new_zipfile_serialization=False)
+    torch.save(
+        {"state_dict": voc_layout(), "best_pred": np.float64(0.78)},
+        path,
+        _use_new_zipfile_serialization=False,
+    )
     assert len(B.load_voc_checkpoint(path)) == 624  # 104 convolutions and as many BatchNorms
 
 
@@ -578,10 +657,18 @@ def test_mean_iou_by_hand():
 
 
 def test_appearance_by_hand():
-    images, instance = torch.rand(2, 3, 4, 4), torch.tensor([0, 1, 2]).repeat_interleave(8)[torch.randperm(24)[:16]].view(1, 4, 4).repeat(2, 1, 1)
+    images, instance = (
+        torch.rand(2, 3, 4, 4),
+        torch.tensor([0, 1, 2]).repeat_interleave(8)[torch.randperm(24)[:16]].view(1, 4, 4).repeat(2, 1, 1),
+    )
     got = B.appearance(images, instance)
     for k in range(2):
         for n in instance[k].unique():
             inside = instance[k] == n
             pixels = images[k][:, inside]
-            torch.testing.assert_close(got[k][:, inside][:, 0], torch.cat([pixels.mean(1), pixels.std(1, unbiased=False)]), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                got[k][:, inside][:, 0],
+                torch.cat([pixels.mean(1), pixels.std(1, unbiased=False)]),
+                atol=1e-4,
+                rtol=1e-3,
+            )

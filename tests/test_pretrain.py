@@ -32,7 +32,10 @@ def result(tiny_root, tmp_path_factory):
     "Both tasks, three epochs on 32 pictures, and the files."
     folder = tmp_path_factory.mktemp("weights")
     paths = {task: folder / f"{task}.safetensors" for task in B.TASKS}
-    return {task: (B.pretrain_backbone(tiny_root, task=task, epochs=3, limit=32, progress=False, out=path), path) for task, path in paths.items()}
+    return {
+        task: (B.pretrain_backbone(tiny_root, task=task, epochs=3, limit=32, progress=False, out=path), path)
+        for task, path in paths.items()
+    }
 
 
 # ---- labels and measures
@@ -52,18 +55,27 @@ def test_presence_is_what_the_file_lists(tiny_root, data):
     refer = Refer(tiny_root, "refshapes")
     ids = sorted({s.image_id for s in refer.samples("val")})
     colours = data.attributes["color"][0]
-    categories, painted = B.presence(data.category, len(data.names) - 1), B.presence(data.attributes["color"][1], len(colours))
+    categories, painted = (
+        B.presence(data.category, len(data.names) - 1),
+        B.presence(data.attributes["color"][1], len(colours)),
+    )
     for row, image_id in enumerate(ids):
         things = refer.annotations_of(image_id)
-        assert {data.names[1 + k] for k in categories[row].nonzero()[:, 0]} == {refer.categories[a["category_id"]] for a in things}
-        assert {colours[k] for k in painted[row].nonzero()[:, 0]} == {a["attributes"]["color"] for a in things}
+        assert {data.names[1 + k] for k in categories[row].nonzero()[:, 0]} == {
+            refer.categories[a["category_id"]] for a in things
+        }
+        assert {colours[k] for k in painted[row].nonzero()[:, 0]} == {
+            a["attributes"]["color"] for a in things
+        }
 
 
 def test_average_precision_is_torchmetrics():
     scores, true = torch.randn(40, 6), (torch.rand(40, 6) < torch.linspace(0.1, 0.9, 6)).float()
     true[0], true[1] = 0, 1  # every value is in some pictures and not in others
     for k, got in enumerate(B.average_precision(scores, true)):
-        assert float(got) == pytest.approx(float(binary_average_precision(scores[:, k], true[:, k].long())), abs=1e-5)
+        assert float(got) == pytest.approx(
+            float(binary_average_precision(scores[:, k], true[:, k].long())), abs=1e-5
+        )
 
 
 def test_average_precision_of_what_cannot_be_ranked_is_nan():
@@ -83,7 +95,9 @@ def test_only_the_pixels_task_knows_where_things_are(data):
         levels = net(images)
         pixels, presence = B.PixelHeads(net.channels, data), B.PresenceHead(net.channels, data)
         assert float(presence.loss(levels, images, labels)) == float(presence.loss(levels, images, shuffled))
-        assert float(pixels.loss(levels, images, labels)) != pytest.approx(float(pixels.loss(levels, images, shuffled)), abs=1e-3)
+        assert float(pixels.loss(levels, images, labels)) != pytest.approx(
+            float(pixels.loss(levels, images, shuffled)), abs=1e-3
+        )
 
 
 def test_presence_loss_by_hand(data):
@@ -95,16 +109,30 @@ def test_presence_loss_by_hand(data):
         got = float(head.loss(levels, x[:, :3] / 255, x[:, 3:].long()))
         logits = head.out(levels[-1].flatten(2).mean(2))
     want, column = 0.0, 0
-    for weight, values, label in ((1, data.names[1:], x[:, 3]), *((0.5, v, x[:, 5 + k]) for k, (v, _) in enumerate(data.attributes.values()))):
-        signs = [(image, k, 1 if (label[image] == k + 1).any() else -1) for image in range(3) for k in range(len(values))]
-        want += weight * sum(-float(F.logsigmoid(sign * logits[image, column + k])) for image, k, sign in signs) / len(signs)
+    for weight, values, label in (
+        (1, data.names[1:], x[:, 3]),
+        *((0.5, v, x[:, 5 + k]) for k, (v, _) in enumerate(data.attributes.values())),
+    ):
+        signs = [
+            (image, k, 1 if (label[image] == k + 1).any() else -1)
+            for image in range(3)
+            for k in range(len(values))
+        ]
+        want += (
+            weight
+            * sum(-float(F.logsigmoid(sign * logits[image, column + k])) for image, k, sign in signs)
+            / len(signs)
+        )
         column += len(values)
     assert column == logits.shape[1] and got == pytest.approx(want, rel=1e-4)
 
 
 def test_a_picture_without_things_has_a_finite_loss(data):
     net = B.RefShapesBackbone()
-    images, labels = torch.rand(2, 3, 96, 96), torch.zeros(2, 2 + len(data.attributes), 96, 96, dtype=torch.long)
+    images, labels = (
+        torch.rand(2, 3, 96, 96),
+        torch.zeros(2, 2 + len(data.attributes), 96, 96, dtype=torch.long),
+    )
     for heads in (B.PixelHeads(net.channels, data), B.PresenceHead(net.channels, data)):
         assert heads.loss(net(images), images, labels).isfinite()
 
@@ -115,11 +143,17 @@ def test_perfect_predictions_score_one(data):
     head = B.PresenceHead(channels, data)
     overall, each, attributes = head.score(head.targets(data.category, names.values()), data)
     there = {data.names[k] for k in data.category.unique().tolist() if k}
-    assert overall == 1 and {k for k, v in each.items() if v == 1} == there and set(attributes.values()) == {1.0}
-    coarse = {k: F.one_hot((m[:, 2::4, 2::4].long() - 1).clamp(min=0)).permute(0, 3, 1, 2).float() for k, m in names.items()}
+    assert (
+        overall == 1 and {k for k, v in each.items() if v == 1} == there and set(attributes.values()) == {1.0}
+    )
+    coarse = {
+        k: F.one_hot((m[:, 2::4, 2::4].long() - 1).clamp(min=0)).permute(0, 3, 1, 2).float()
+        for k, m in names.items()
+    }
     category = F.one_hot(data.category[:, ::2, ::2].long(), len(data.names)).permute(0, 3, 1, 2).float()
     overall, each, attributes = B.PixelHeads(channels, data).score({"category": category} | coarse, data)
-    assert set(attributes.values()) == {1.0} and 0.7 < overall < 1  # the outline is lost at half the resolution, and nothing else
+    # the outline is lost at half the resolution, and nothing else
+    assert set(attributes.values()) == {1.0} and 0.7 < overall < 1
 
 
 # ---- training and its files
@@ -131,10 +165,17 @@ def test_pretraining_learns_and_writes_what_it_returns(result, task):
     assert r.backbone.frozen and r.losses[-1] < r.losses[0] and r.metric == B.TASKS[task].metric
     again = B.create_backbone("refshapes", path)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in r.backbone.state_dict().items())
-    assert path.stat().st_size < 1e6 and {v.dtype for v in load_file(path).values()} == {torch.float16, torch.int64}
+    assert path.stat().st_size < 1e6 and {v.dtype for v in load_file(path).values()} == {
+        torch.float16,
+        torch.int64,
+    }
     with safe_open(str(path), "pt") as file:
         facts = file.metadata()
-    assert facts["task"] == task and facts["images"] == "32" and float(facts[r.metric]) == pytest.approx(r.score, abs=1e-4)
+    assert (
+        facts["task"] == task
+        and facts["images"] == "32"
+        and float(facts[r.metric]) == pytest.approx(r.score, abs=1e-4)
+    )
     assert [p.name for p in path.parent.iterdir() if p.suffix == ".part"] == []
 
 
@@ -147,11 +188,20 @@ def test_pretraining_says_what_is_wrong_before_it_begins(tiny_root, tmp_path):
 
 def test_command_line(tiny_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = CliRunner().invoke(app, ["pretrain", "--root", str(tiny_root), "--task", "presence", "--epochs", "1"])
+    run = CliRunner().invoke(
+        app, ["pretrain", "--root", str(tiny_root), "--task", "presence", "--epochs", "1"]
+    )
     assert run.exit_code == 0, run.output
-    assert re.search(r"mean average precision [\d.]+% on val", run.output) and (tmp_path / "runs" / "refshapes-classifier.safetensors").is_file()
+    assert (
+        re.search(r"mean average precision [\d.]+% on val", run.output)
+        and (tmp_path / "runs" / "refshapes-classifier.safetensors").is_file()
+    )
     run = CliRunner().invoke(app, ["pretrain", "--task", "boxes"])
-    assert run.exit_code == 2 and "'boxes' is not one of pixels, presence" in run.stderr and not list(tmp_path.rglob("*.png"))
+    assert (
+        run.exit_code == 2
+        and "'boxes' is not one of pixels, presence" in run.stderr
+        and not list(tmp_path.rglob("*.png"))
+    )
 
 
 # ---- the shipped files
@@ -167,10 +217,15 @@ def test_each_shipped_backbone_is_a_different_one():
 
 
 def test_the_recorded_quality_is_the_files():
-    with safe_open(str(files("refseg_nb") / "weights" / B.SHIPPED_BACKBONES["refshapes-classifier"]), "pt") as file:
+    with safe_open(
+        str(files("refseg_nb") / "weights" / B.SHIPPED_BACKBONES["refshapes-classifier"]), "pt"
+    ) as file:
         facts = file.metadata()
     page = (Path(__file__).parent.parent / "results" / "README.md").read_text(encoding="utf-8")
-    assert f"{100 * float(facts['mean_average_precision']):.1f} %" in page.split("## The shipped classifier")[1].split("##")[0]
+    assert (
+        f"{100 * float(facts['mean_average_precision']):.1f} %"
+        in page.split("## The shipped classifier")[1].split("##")[0]
+    )
     assert (facts["task"], facts["images"], facts["epochs"]) == ("presence", "8000", "10")
 
 
@@ -197,7 +252,9 @@ def test_a_model_with_the_classifier_can_be_stored(tmp_path):
     from refseg_nb.training.checkpoint import load_model, save_model
 
     vocabulary = Vocabulary.build(["the red car"])
-    model = create_model("shnet", "refshapes", vocab_size=len(vocabulary), backbone="refshapes-classifier").eval()
+    model = create_model(
+        "shnet", "refshapes", vocab_size=len(vocabulary), backbone="refshapes-classifier"
+    ).eval()
     save_model(tmp_path / "model", model, vocabulary)
     again, _, _ = load_model(tmp_path / "model")
     images = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)

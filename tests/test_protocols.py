@@ -53,11 +53,13 @@ REPO = Path(__file__).resolve().parents[1]
 
 class Canned(torch.nn.Module):
     """Answers that depend on image and words alone: random maps, smooth enough to have an inside."""
-    def __init__(self, low=-3., high=3.):
+
+    def __init__(self, low=-3.0, high=3.0):
         super().__init__()
         self.low, self.high, self.p, self.seen = low, high, torch.nn.Parameter(torch.zeros(1)), []
 
-    def encode(self, images): return images
+    def encode(self, images):
+        return images
 
     def answer(self, image, words):
         seed = hash((int(image.long().sum()), tuple(words[words != PAD].tolist()))) % 2**31
@@ -76,78 +78,134 @@ def toy(tmp_path_factory):
 
 # --- the naive programs: one sample at a time, matrices instead of `interpolate`, plain Python sums
 
+
 def weights(n, m):
     """[m, n]: bilinear interpolation from n to m pixels, half-pixel centres, edges repeated."""
     out = np.zeros((m, n))
     for i in range(m):
-        at = min(max((i + .5) * n / m - .5, 0), n - 1)
+        at = min(max((i + 0.5) * n / m - 0.5, 0), n - 1)
         low = int(at)
         out[i, low] += 1 - (at - low)
-        if at > low: out[i, low + 1] += at - low
+        if at > low:
+            out[i, low + 1] += at - low
     return out
 
 
-def resize(a, size): return weights(a.shape[0], size[0]) @ a.astype(float) @ weights(a.shape[1], size[1]).T
+def resize(a, size):
+    return weights(a.shape[0], size[0]) @ a.astype(float) @ weights(a.shape[1], size[1]).T
 
 
 def nearest_by_centres(mask, side):
-    rows, columns = (((np.arange(side) + .5) * n / side).astype(int) for n in mask.shape)
+    rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n in mask.shape)
     return mask[rows][:, columns]
 
 
-def lavt(p, y): return resize(p, (480, 480)) > .5, nearest_by_centres(y, 480)
-def cris(p, y): return resize(p, y.shape) > .35, y
-def ours(p, y): return resize(p, y.shape) > .5, y
-def shnet(side): return lambda p, y: (resize(p, (side, side)) > .4, resize(y, (side, side)) > 0)
+def lavt(p, y):
+    return resize(p, (480, 480)) > 0.5, nearest_by_centres(y, 480)
+
+
+def cris(p, y):
+    return resize(p, y.shape) > 0.35, y
+
+
+def ours(p, y):
+    return resize(p, y.shape) > 0.5, y
+
+
+def shnet(side):
+    return lambda p, y: (resize(p, (side, side)) > 0.4, resize(y, (side, side)) > 0)
+
+
 def cmpc(p, y):
     scale = 320 / max(y.shape)
-    return resize(resize(p, [round(n * scale) for n in y.shape]) > .5, y.shape) > 0
+    return resize(resize(p, [round(n * scale) for n in y.shape]) > 0.5, y.shape) > 0
 
 
 NAIVE = {  # masks, hit, empty, which sentences
-    "refseg": (ours, lambda iou, x: iou > x, 1, "all"), "shnet": (shnet(160), lambda iou, x: iou > x, 0, "all"),
-    "shnet-56": (shnet(56), lambda iou, x: iou > x, 0, "all"), "lavt": (lavt, lambda iou, x: iou >= x, 0, "all"),
-    "cris": (cris, lambda iou, x: iou > x, 0, "all"), "cris-val": (cris, lambda iou, x: iou > x, 0, "first"),
+    "refseg": (ours, lambda iou, x: iou > x, 1, "all"),
+    "shnet": (shnet(160), lambda iou, x: iou > x, 0, "all"),
+    "shnet-56": (shnet(56), lambda iou, x: iou > x, 0, "all"),
+    "lavt": (lavt, lambda iou, x: iou >= x, 0, "all"),
+    "cris": (cris, lambda iou, x: iou > x, 0, "all"),
+    "cris-val": (cris, lambda iou, x: iou > x, 0, "first"),
     "cmpc": (lambda p, y: (cmpc(p, y), y), lambda iou, x: iou >= x, 0, "all"),
-    "last": (ours, lambda iou, x: iou > x, 1, "last")}
+    "last": (ours, lambda iou, x: iou > x, 1, "last"),
+}
 
 
 def run_naively(name, model, dataset):
     masks, _, _, which = NAIVE[name]
     rows = {}
     for s in dataset.samples:
-        if which != "all" and s.sent_id != [x.sent_id for x in s.ref.sentences][{"first": 0, "last": -1}[which]]: continue
-        z = model.answer(dataset.image(s.image_id), torch.tensor(dataset.vocabulary.encode(s.text, dataset.max_words))).detach().numpy().astype(float)
+        if (
+            which != "all"
+            and s.sent_id != [x.sent_id for x in s.ref.sentences][{"first": 0, "last": -1}[which]]
+        ):
+            continue
+        z = (
+            model.answer(
+                dataset.image(s.image_id), torch.tensor(dataset.vocabulary.encode(s.text, dataset.max_words))
+            )
+            .detach()
+            .numpy()
+            .astype(float)
+        )
         pred, true = masks(1 / (1 + np.exp(-z)), dataset.original_mask(s))
         rows[s.ref_id, s.sent_id] = int((pred & true).sum()), int((pred | true).sum())
     return rows
 
 
 @pytest.fixture(scope="module")
-def by_protocol(toy): return evaluate_protocols(Canned(), toy, [*PROTOCOLS, Protocol("last", sentences="last")], resamples=20)
+def by_protocol(toy):
+    return evaluate_protocols(Canned(), toy, [*PROTOCOLS, Protocol("last", sentences="last")], resamples=20)
 
 
 @pytest.mark.parametrize("name", NAIVE)
 def test_each_protocol_is_its_naive_program(name, toy, by_protocol):
     expected, record = run_naively(name, Canned(), toy), by_protocol[name]
     a = record.arrays
-    got = {(r, s): (i, u) for r, s, i, u in zip(*(a[k].tolist() for k in ("ref_id", "sent_id", "intersection", "union")))}
+    got = {
+        (r, s): (i, u)
+        for r, s, i, u in zip(*(a[k].tolist() for k in ("ref_id", "sent_id", "intersection", "union")))
+    }
     assert got.keys() == expected.keys() and len({u for _, u in expected.values()}) > 5
-    assert sum(got[k] != expected[k] for k in got) <= 1 and all(abs(x - y) <= 2 for k in got for x, y in zip(got[k], expected[k])), "float32 may move a pixel"
+    assert sum(got[k] != expected[k] for k in got) <= 1 and all(
+        abs(x - y) <= 2 for k in got for x, y in zip(got[k], expected[k])
+    ), "float32 may move a pixel"
     _, hit, empty, _ = NAIVE[name]
     ious = [i / u if u else empty for i, u in got.values()]
-    want = {"overall_iou": sum(i for i, _ in got.values()) / sum(u for _, u in got.values()), "mean_iou": sum(ious) / len(ious),
-            **{f"precision@{x:g}": sum(hit(iou, x) for iou in ious) / len(ious) for x in THRESHOLDS}}
-    for metric, v in want.items(): assert record.metrics[metric]["value"] == pytest.approx(100 * v), metric
-    assert record.protocol["protocol"] == name and record.metrics["samples"] == record.protocol["samples"] == len(got)
+    want = {
+        "overall_iou": sum(i for i, _ in got.values()) / sum(u for _, u in got.values()),
+        "mean_iou": sum(ious) / len(ious),
+        **{f"precision@{x:g}": sum(hit(iou, x) for iou in ious) / len(ious) for x in THRESHOLDS},
+    }
+    for metric, v in want.items():
+        assert record.metrics[metric]["value"] == pytest.approx(100 * v), metric
+    assert record.protocol["protocol"] == name and record.metrics["samples"] == record.protocol[
+        "samples"
+    ] == len(got)
 
 
 def test_the_protocols_say_what_they_are(by_protocol):
     stamp = {n: r.protocol for n, r in by_protocol.items()}
-    assert stamp["lavt"]["resolution"] == "squash 480" and stamp["lavt"]["comparator"] == ">=" and stamp["lavt"]["empty_union_iou"] == 0
-    assert stamp["shnet"]["resolution"] == "dilated 160" and stamp["shnet"]["threshold"] == .4 and stamp["shnet-56"]["resolution"] == "dilated 56"
-    assert stamp["cris"]["headline"] == "mean_iou" and stamp["cris-val"]["sentences"] == "first" and stamp["cmpc"]["resolution"] == "binary 320"
-    assert all(p.source for p in PROTOCOLS.values()) and [p.name for p in PROTOCOLS.values()] == list(PROTOCOLS)
+    assert (
+        stamp["lavt"]["resolution"] == "squash 480"
+        and stamp["lavt"]["comparator"] == ">="
+        and stamp["lavt"]["empty_union_iou"] == 0
+    )
+    assert (
+        stamp["shnet"]["resolution"] == "dilated 160"
+        and stamp["shnet"]["threshold"] == 0.4
+        and stamp["shnet-56"]["resolution"] == "dilated 56"
+    )
+    assert (
+        stamp["cris"]["headline"] == "mean_iou"
+        and stamp["cris-val"]["sentences"] == "first"
+        and stamp["cmpc"]["resolution"] == "binary 320"
+    )
+    assert all(p.source for p in PROTOCOLS.values()) and [p.name for p in PROTOCOLS.values()] == list(
+        PROTOCOLS
+    )
     areas = [r.arrays["area"].tolist() for n, r in by_protocol.items() if r.protocol["sentences"] == "all"]
     assert all(a == areas[0] for a in areas), "area and pixels are the image's own under every protocol"
 
@@ -162,26 +220,36 @@ def test_own_protocol_is_evaluate_and_the_model_runs_once(toy):
 
 
 def test_any_batch_size(toy):
-    one, seven = ([evaluate_protocols(Canned(), toy, resamples=2, images_per_batch=n, expressions_per_step=n),
-                   choose_threshold(Canned(), toy, images_per_batch=n, expressions_per_step=n)] for n in (1, 7))
+    one, seven = (
+        [
+            evaluate_protocols(Canned(), toy, resamples=2, images_per_batch=n, expressions_per_step=n),
+            choose_threshold(Canned(), toy, images_per_batch=n, expressions_per_step=n),
+        ]
+        for n in (1, 7)
+    )
     for name in PROTOCOLS:
-        for k, v in one[0][name].arrays.items(): assert np.array_equal(v, seven[0][name].arrays[k]), (name, k)
+        for k, v in one[0][name].arrays.items():
+            assert np.array_equal(v, seven[0][name].arrays[k]), (name, k)
     assert one[1] == seven[1]
 
 
 @pytest.mark.parametrize("size", [(480, 640), (37, 53), (640, 427)])
 def test_nearest_is_pillows(size):
-    masks = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)) > .5
-    want = [np.asarray(Image.fromarray(m.numpy()).resize((480, 480), Image.Resampling.NEAREST)) for m in masks]
+    masks = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)) > 0.5
+    want = [
+        np.asarray(Image.fromarray(m.numpy()).resize((480, 480), Image.Resampling.NEAREST)) for m in masks
+    ]
     assert np.array_equal(nearest(masks, 480).numpy(), np.stack(want))
 
 
 def test_a_dilated_mask_holds_the_nearest_one_and_a_point_may_vanish():
-    masks = torch.rand(3, 61, 47, generator=torch.Generator().manual_seed(1)) > .8
+    masks = torch.rand(3, 61, 47, generator=torch.Generator().manual_seed(1)) > 0.8
     assert (dilated(masks, (56, 56)) | ~nearest(masks, 56)).all()
     point = torch.zeros(1, 480, 480, dtype=torch.bool)
     point[0, 8, 8] = True
-    assert not dilated(point, (56, 56)).any() and not nearest(point, 56).any(), "shrinking looks at single pixels; what lies between them is lost"
+    assert not dilated(point, (56, 56)).any() and not nearest(point, 56).any(), (
+        "shrinking looks at single pixels; what lies between them is lost"
+    )
     assert dilated(point, (960, 960)).sum() == 16, "enlarging dilates a pixel to 4 x 4, not 2 x 2"
 
 
@@ -191,7 +259,7 @@ def test_what_a_perfect_dilated_answer_is_worth():
     true = torch.from_numpy(np.stack([(y - 90) ** 2 + (x - 80) ** 2 < r * r for r in (20, 35, 60)]))
     worth = []
     for side in (56, 160):
-        logits = (dilated(true, (side, side)).float() - .5) * 40
+        logits = (dilated(true, (side, side)).float() - 0.5) * 40
         own = Protocol("own", resolution="dilated", side=side)
         pred, target = compared_masks(own, logits, true)
         assert torch.equal(pred, target)
@@ -202,16 +270,29 @@ def test_what_a_perfect_dilated_answer_is_worth():
 
 
 def test_bad_protocols_are_refused(toy):
-    for wrong, text in (({"resolution": "squared"}, "resolution must be"), ({"resolution": "squash"}, "needs a side"), ({"side": 4}, "no side"),
-                        ({"comparator": "<"}, "comparator"), ({"threshold": 1.}, "threshold"), ({"empty": 2}, "empty"), ({"sentences": "any"}, "sentences"),
-                        ({"headline": "ciou"}, "headline"), ({"resolution": "binary", "side": 0}, "needs a side")):
-        with pytest.raises(ValueError, match=f"'mine'.*{text}"): Protocol("mine", **wrong)
-    with pytest.raises(ValueError, match="no protocol 'vlt'"): evaluate_protocols(Canned(), toy, ["vlt"])
-    with pytest.raises(ValueError, match="same name"): evaluate_protocols(Canned(), toy, ["lavt", PROTOCOLS["lavt"]])
-    with pytest.raises(AttributeError): PROTOCOLS["lavt"].threshold = .3
+    for wrong, text in (
+        ({"resolution": "squared"}, "resolution must be"),
+        ({"resolution": "squash"}, "needs a side"),
+        ({"side": 4}, "no side"),
+        ({"comparator": "<"}, "comparator"),
+        ({"threshold": 1.0}, "threshold"),
+        ({"empty": 2}, "empty"),
+        ({"sentences": "any"}, "sentences"),
+        ({"headline": "ciou"}, "headline"),
+        ({"resolution": "binary", "side": 0}, "needs a side"),
+    ):
+        with pytest.raises(ValueError, match=f"'mine'.*{text}"):
+            Protocol("mine", **wrong)
+    with pytest.raises(ValueError, match="no protocol 'vlt'"):
+        evaluate_protocols(Canned(), toy, ["vlt"])
+    with pytest.raises(ValueError, match="same name"):
+        evaluate_protocols(Canned(), toy, ["lavt", PROTOCOLS["lavt"]])
+    with pytest.raises(AttributeError):
+        PROTOCOLS["lavt"].threshold = 0.3
 
 
 # --- masks with nothing in them
+
 
 @pytest.fixture(scope="module")
 def with_empty(tmp_path_factory):
@@ -225,10 +306,34 @@ def with_empty(tmp_path_factory):
         images.append({"id": i, "file_name": f"{i}.png", "height": 30, "width": 40})
         for k, polygon in enumerate(([], [[5, 5, 20, 5, 20, 20, 5, 20]])):
             ann = 10 * i + k
-            annotations.append({"id": ann, "image_id": i, "category_id": 1, "iscrowd": 0, "area": 0., "bbox": [0, 0, 1, 1], "segmentation": polygon})
+            annotations.append(
+                {
+                    "id": ann,
+                    "image_id": i,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "area": 0.0,
+                    "bbox": [0, 0, 1, 1],
+                    "segmentation": polygon,
+                }
+            )
             sentence = {"sent_id": ann, "sent": f"thing {k}", "raw": "", "tokens": ["thing", str(k)]}
-            refs.append({"ref_id": ann, "ann_id": ann, "image_id": i, "category_id": 1, "split": "val", "sent_ids": [ann], "sentences": [sentence]})
-    write_refer(root / "none", refs, {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]})
+            refs.append(
+                {
+                    "ref_id": ann,
+                    "ann_id": ann,
+                    "image_id": i,
+                    "category_id": 1,
+                    "split": "val",
+                    "sent_ids": [ann],
+                    "sentences": [sentence],
+                }
+            )
+    write_refer(
+        root / "none",
+        refs,
+        {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]},
+    )
     refer = Refer(root, "none", "unc")
     return RISDataset(refer, "val", vocabulary_for(refer, "val"), image_size=32, target_size=None)
 
@@ -236,35 +341,61 @@ def with_empty(tmp_path_factory):
 def test_empty_masks_have_a_value(with_empty):
     found = evaluate_protocols(Canned(-9, -8), with_empty, resamples=50)  # nothing is ever marked
     for name, r in found.items():
-        assert r.arrays["intersection"].sum() == 0 and (r.arrays["union"] == 0).tolist() == [True, False, True, False]
-        assert r.metrics["overall_iou"]["value"] == 0 and r.metrics["mean_iou"]["value"] == (50 if name == "refseg" else 0)
+        assert r.arrays["intersection"].sum() == 0 and (r.arrays["union"] == 0).tolist() == [
+            True,
+            False,
+            True,
+            False,
+        ]
+        assert r.metrics["overall_iou"]["value"] == 0 and r.metrics["mean_iou"]["value"] == (
+            50 if name == "refseg" else 0
+        )
         assert r.metrics["wrong_object"]["value"] == (50 if name == "refseg" else 100)
         assert all(np.isfinite(m["value"]) for m in r.metrics.values() if isinstance(m, dict))
     choice = choose_threshold(Canned(-9, -8), with_empty)
-    assert choice.threshold == .5 and choice.counts[.5] == (0, 2 * int(with_empty.original_mask(with_empty.samples[1]).sum()))
+    assert choice.threshold == 0.5 and choice.counts[0.5] == (
+        0,
+        2 * int(with_empty.original_mask(with_empty.samples[1]).sum()),
+    )
     whole = evaluate_protocols(Canned(8, 9), with_empty, ["refseg", "lavt"], resamples=50)  # all is marked
-    assert all(r.metrics["mean_iou"]["value"] < 50 for r in whole.values()), "an empty truth with a mask on it is wrong under every protocol"
+    assert all(r.metrics["mean_iou"]["value"] < 50 for r in whole.values()), (
+        "an empty truth with a mask on it is wrong under every protocol"
+    )
 
 
 def test_only_empty_unions(with_empty):
     key = {(s.ref_id, s.sent_id) for s in with_empty.samples if s.ann_id % 10}
     choice = choose_threshold(Canned(-9, -8), with_empty, ignore=key)
-    assert choice.threshold == .5 and set(choice.curve.values()) == {0.}
+    assert choice.threshold == 0.5 and set(choice.curve.values()) == {0.0}
     r = evaluate(Canned(-9, -8), with_empty, ignore=key, resamples=20)
-    assert r.metrics["mean_iou"]["value"] == 100 and np.isnan(r.metrics["overall_iou"]["value"]) and r.metrics["samples"] == 2
+    assert (
+        r.metrics["mean_iou"]["value"] == 100
+        and np.isnan(r.metrics["overall_iou"]["value"])
+        and r.metrics["samples"] == 2
+    )
 
 
 # --- large sums
+
 
 def test_sums_beyond_32_bits():
     rng = np.random.default_rng(0)
     n = 10_834
     union = rng.integers(250_000, 400_000, n)
-    inter = rng.binomial(union, .61)
+    inter = rng.binomial(union, 0.61)
     exact = Fraction(sum(inter.tolist()), sum(union.tolist()))
     assert exact.denominator and sum(union.tolist()) > 2**31
-    arrays = {"sent_id": np.arange(n), "ref_id": np.arange(n), "image_id": np.arange(n) // 7, "kind": np.full(n, ""), "words": np.full(n, 3),
-              "area": union, "pixels": np.full(n, 480_000), "intersection": inter, "union": union}
+    arrays = {
+        "sent_id": np.arange(n),
+        "ref_id": np.arange(n),
+        "image_id": np.arange(n) // 7,
+        "kind": np.full(n, ""),
+        "words": np.full(n, 3),
+        "area": union,
+        "pixels": np.full(n, 480_000),
+        "intersection": inter,
+        "union": union,
+    }
     a = make_record("a", arrays, resamples=5)
     assert a.metrics["overall_iou"]["value"] == pytest.approx(100 * float(exact), rel=1e-14)
     b = replace(a, arrays=arrays | {"intersection": inter + 1})
@@ -274,45 +405,71 @@ def test_sums_beyond_32_bits():
 
 def test_a_threshold_is_chosen_on_exact_sums(toy, monkeypatch):
     """Sums that differ by one pixel in 10^17: float64 would call it a tie and take 0.5."""
+
     def measure(self, model, names, count, *_):
         n = np.arange(len(self.samples))
-        return {k: n if k == "index" else 10**17 // len(n) - ((k == (.5, "I")) & (n == 0)) for k in ("index", "area", "pixels", *names)}
+        return {
+            k: n if k == "index" else 10**17 // len(n) - ((k == (0.5, "I")) & (n == 0))
+            for k in ("index", "area", "pixels", *names)
+        }
+
     monkeypatch.setattr(protocols.Evaluator, "measure", measure)
-    choice = choose_threshold(Canned(), toy, [.3, .5])
-    assert choice.counts[.3][0] == choice.counts[.5][0] + 1 > 2**31 and choice.curve[.3] == choice.curve[.5] and choice.threshold == .3
+    choice = choose_threshold(Canned(), toy, [0.3, 0.5])
+    assert (
+        choice.counts[0.3][0] == choice.counts[0.5][0] + 1 > 2**31
+        and choice.curve[0.3] == choice.curve[0.5]
+        and choice.threshold == 0.3
+    )
 
 
 # --- the threshold
 
+
 def test_the_curve_is_what_evaluations_say(toy):
-    choice = choose_threshold(Canned(), toy, (.2, .45, .5, .8))
+    choice = choose_threshold(Canned(), toy, (0.2, 0.45, 0.5, 0.8))
     own = {t: evaluate(Canned(), toy, t, resamples=2) for t in choice.curve}
     for t, r in own.items():
         assert choice.counts[t] == (r.arrays["intersection"].sum(), r.arrays["union"].sum())
         assert choice.curve[t] == pytest.approx(r.metrics["overall_iou"]["value"])
-    assert choice.threshold == max(choice.curve, key=choice.curve.get) and len(set(choice.curve.values())) == 4
-    assert choice.chosen_on == f"toy (unc) val: 7 images, {len(toy.samples)} expressions" and choice.chosen_on in str(choice)
+    assert (
+        choice.threshold == max(choice.curve, key=choice.curve.get) and len(set(choice.curve.values())) == 4
+    )
+    assert (
+        choice.chosen_on == f"toy (unc) val: 7 images, {len(toy.samples)} expressions"
+        and choice.chosen_on in str(choice)
+    )
 
 
 def test_equal_thresholds_go_to_the_middle(toy):
     sure = Canned(30, 31)  # every pixel, at every threshold
-    assert choose_threshold(sure, toy, (.1, .4, .7)).threshold == .4
-    assert choose_threshold(sure, toy).threshold == .5
-    for wrong in ([], [0.], [.5, 1.]):
-        with pytest.raises(ValueError, match="between 0 and 1"): choose_threshold(sure, toy, wrong)
+    assert choose_threshold(sure, toy, (0.1, 0.4, 0.7)).threshold == 0.4
+    assert choose_threshold(sure, toy).threshold == 0.5
+    for wrong in ([], [0.0], [0.5, 1.0]):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            choose_threshold(sure, toy, wrong)
     everything = {(s.ref_id, s.sent_id) for s in toy.samples}
-    with pytest.raises(ValueError, match="no samples"): choose_threshold(sure, toy, ignore=everything)
+    with pytest.raises(ValueError, match="no samples"):
+        choose_threshold(sure, toy, ignore=everything)
 
 
 def test_the_record_says_where_its_threshold_comes_from(toy):
     choice = choose_threshold(Canned(), toy)
     assert evaluate(Canned(), toy, resamples=2).protocol["threshold_from"] == "fixed"
-    assert evaluate(Canned(), toy, choice.threshold, threshold_from=choice.chosen_on, resamples=2).protocol["threshold_from"] == choice.chosen_on
+    assert (
+        evaluate(Canned(), toy, choice.threshold, threshold_from=choice.chosen_on, resamples=2).protocol[
+            "threshold_from"
+        ]
+        == choice.chosen_on
+    )
     tuned = replace(PROTOCOLS["lavt"], threshold=choice.threshold, threshold_from=choice.chosen_on)
-    assert evaluate_protocols(Canned(), toy, [tuned], resamples=2)["lavt"].protocol["threshold_from"] == choice.chosen_on
+    assert (
+        evaluate_protocols(Canned(), toy, [tuned], resamples=2)["lavt"].protocol["threshold_from"]
+        == choice.chosen_on
+    )
 
 
 # --- what is known about the objects
+
 
 def test_categories_and_distractors(tiny_root):
     refer = Refer(tiny_root, "refshapes")
@@ -322,7 +479,11 @@ def test_categories_and_distractors(tiny_root):
     names = {c["id"]: c["name"] for c in table["categories"]}
     for s, category, n in zip(samples, found["category"], found["distractors"]):
         mine = next(a for a in table["annotations"] if a["id"] == s.ann_id)
-        alike = [a for a in table["annotations"] if a["image_id"] == s.image_id and a["category_id"] == mine["category_id"]]
+        alike = [
+            a
+            for a in table["annotations"]
+            if a["image_id"] == s.image_id and a["category_id"] == mine["category_id"]
+        ]
         assert category == names[mine["category_id"]] and n == len(alike) - 1
     assert len(set(found["distractors"].tolist())) > 2
 
@@ -347,37 +508,62 @@ def test_categories_of_real_data(real_data):
     found = object_arrays(refer, samples)
     for s, category, n in zip(samples, found["category"], found["distractors"]):
         own = refer.annotations[s.ann_id]
-        alike = [a for a in refer.annotations.values() if a["image_id"] == s.image_id and a["category_id"] == own["category_id"] and not a["iscrowd"]]
+        alike = [
+            a
+            for a in refer.annotations.values()
+            if a["image_id"] == s.image_id and a["category_id"] == own["category_id"] and not a["iscrowd"]
+        ]
         assert category == refer.categories[own["category_id"]] and n == len(alike) - (not own["iscrowd"])
 
 
 def test_referit_has_no_categories(tmp_path):
     mask = np.zeros((20, 30), bool)
     mask[5:15, 5:15] = True
-    write_referit(tmp_path / "referit", {"train": {"1_1": ["sky"]}, "val": {"2_1": ["sky"], "2_2": ["left tree", "tree"]}},
-                  lambda i: Image.new("RGB", (30, 20), (9 * i, 40, 40)), lambda key: mask)
+    write_referit(
+        tmp_path / "referit",
+        {"train": {"1_1": ["sky"]}, "val": {"2_1": ["sky"], "2_2": ["left tree", "tree"]}},
+        lambda i: Image.new("RGB", (30, 20), (9 * i, 40, 40)),
+        lambda key: mask,
+    )
     refer = ReferIt(tmp_path)
     data = RISDataset(refer, "val", vocabulary_for(refer), image_size=32, target_size=None)
     record = evaluate(Canned(), data, resamples=20)
-    assert "category" not in record.arrays and "distractors" not in record.arrays and record.groups.keys() == {"kind", "words", "area"}
+    assert (
+        "category" not in record.arrays
+        and "distractors" not in record.arrays
+        and record.groups.keys() == {"kind", "words", "area"}
+    )
     back = load_record(save_record(record, tmp_path / "r.json"))
     assert back.arrays.keys() == record.arrays.keys()
     with_, without = fake_record(20), write_samples(record, tmp_path / "r.jsonl")
-    assert "category" not in without.read_text() and read_samples(without).keys() == record.arrays.keys() and "category" not in with_.arrays
+    assert (
+        "category" not in without.read_text()
+        and read_samples(without).keys() == record.arrays.keys()
+        and "category" not in with_.arrays
+    )
 
 
 def with_objects(record, categories=20, seed=0):
     rng = np.random.default_rng(seed)
     n = len(record.arrays["union"])
     names = np.array([f"kind {i}" for i in range(categories - 1)] + ["other"])
-    return record.arrays | {"category": names[np.minimum(rng.geometric(.15, n) - 1, categories - 1)], "distractors": rng.integers(0, 6, n)}
+    return record.arrays | {
+        "category": names[np.minimum(rng.geometric(0.15, n) - 1, categories - 1)],
+        "distractors": rng.integers(0, 6, n),
+    }
 
 
 def test_groups_by_category_and_distractors():
     arrays = with_objects(fake_record(200))
     groups = sample_groups(arrays)
-    for family in ("category", "distractors"): assert np.array_equal(sum(k.astype(int) for k in groups[family].values()), np.ones(1000)), "each sample once"
-    assert list(groups["distractors"]) == ["0", "1", "2", "3+"] and groups["distractors"]["3+"].sum() == (arrays["distractors"] >= 3).sum()
+    for family in ("category", "distractors"):
+        assert np.array_equal(sum(k.astype(int) for k in groups[family].values()), np.ones(1000)), (
+            "each sample once"
+        )
+    assert (
+        list(groups["distractors"]) == ["0", "1", "2", "3+"]
+        and groups["distractors"]["3+"].sum() == (arrays["distractors"] >= 3).sum()
+    )
     names = list(groups["category"])
     assert len(names) == 13 and names[-1] == "other"
     counts = [groups["category"][n].sum() for n in names[:-1]]
@@ -387,16 +573,22 @@ def test_groups_by_category_and_distractors():
     record = make_record("x", arrays, resamples=20)
     for name, keep in groups["category"].items():
         i, u = (arrays[k][keep] for k in ("intersection", "union"))
-        assert record.groups["category"][name]["overall_iou"]["value"] == pytest.approx(100 * i.sum() / u.sum())
+        assert record.groups["category"][name]["overall_iou"]["value"] == pytest.approx(
+            100 * i.sum() / u.sum()
+        )
 
 
 def test_records_keep_the_new_arrays_and_stay_small(tmp_path):
     record = make_record("x", with_objects(fake_record()), resamples=20)
     path = save_record(record, tmp_path / "x.json")
     back = load_record(path)
-    for k, v in record.arrays.items(): assert np.array_equal(back.arrays[k], v), k
+    for k, v in record.arrays.items():
+        assert np.array_equal(back.arrays[k], v), k
     with np.load(path.with_suffix(".npz")) as stored:
-        assert stored["distractors"].dtype == stored["category"].dtype == np.uint8 and len(stored["categories"]) == 20
+        assert (
+            stored["distractors"].dtype == stored["category"].dtype == np.uint8
+            and len(stored["categories"]) == 20
+        )
     assert path.stat().st_size + path.with_suffix(".npz").stat().st_size < 120_000
 
 
@@ -407,40 +599,64 @@ def test_old_records_are_read_and_compared():
     for file in found:
         r = load_record(file.with_suffix(".json"))
         again = make_record(r.name, r.arrays, resamples=2)
-        assert again.metrics["overall_iou"]["value"] == pytest.approx(r.metrics["overall_iou"]["value"]) and sample_groups(r.arrays).keys() >= {"words", "area"}
+        assert again.metrics["overall_iou"]["value"] == pytest.approx(
+            r.metrics["overall_iou"]["value"]
+        ) and sample_groups(r.arrays).keys() >= {"words", "area"}
     old = load_record(REPO / "results" / "reproduction" / "records" / "shnet-seed0-val.json")
-    new = replace(old, arrays=with_objects(old), protocol=old.protocol | {"threshold_from": "fixed", "ignored": 0})
+    new = replace(
+        old, arrays=with_objects(old), protocol=old.protocol | {"threshold_from": "fixed", "ignored": 0}
+    )
     c = compare(old, new, resamples=20)
-    assert c.differ == {} and c.groups.keys() >= {"kind", "category", "distractors"}, "what one of two records knows is enough for both"
+    assert c.differ == {} and c.groups.keys() >= {"kind", "category", "distractors"}, (
+        "what one of two records knows is enough for both"
+    )
 
 
 # --- failures
 
+
 def test_failures_are_counted_at_their_borders():
-    inter, union = np.array([0, 9, 10, 11, 49, 50, 51, 100, 0, 3]), np.array([100, 100, 100, 100, 100, 100, 100, 100, 0, 30])
-    columns = metric_columns(inter, union, empty=0.)
+    inter, union = (
+        np.array([0, 9, 10, 11, 49, 50, 51, 100, 0, 3]),
+        np.array([100, 100, 100, 100, 100, 100, 100, 100, 0, 30]),
+    )
+    columns = metric_columns(inter, union, empty=0.0)
     found = metrics_of_sums(columns.sum(0))
     assert {k: found[k] for k in FAILURES} == {"wrong_object": 30, "sloppy_mask": 40, "right": 30}
-    assert metrics_of_sums(metric_columns(inter, union).sum(0))["right"] == 40, "two empty masks are right where that is the rule"
+    assert metrics_of_sums(metric_columns(inter, union).sum(0))["right"] == 40, (
+        "two empty masks are right where that is the rule"
+    )
     for comparator in (">", ">="):
-        again = metrics_of_sums(metric_columns(inter, union, comparator=comparator, empty=0.).sum(0))
-        assert {k: again[k] for k in FAILURES} == {k: found[k] for k in FAILURES}, "what right means does not hang on the comparator"
-    assert metrics_of_sums(metric_columns(inter, union, comparator=">=", empty=0.).sum(0))["precision@0.5"] == found["right"]
+        again = metrics_of_sums(metric_columns(inter, union, comparator=comparator, empty=0.0).sum(0))
+        assert {k: again[k] for k in FAILURES} == {k: found[k] for k in FAILURES}, (
+            "what right means does not hang on the comparator"
+        )
+    assert (
+        metrics_of_sums(metric_columns(inter, union, comparator=">=", empty=0.0).sum(0))["precision@0.5"]
+        == found["right"]
+    )
 
 
 def test_shares_of_failures_have_clustered_intervals():
     """Images of equal size: the standard error of a share is that of the mean of the images' shares."""
-    r = fake_record(400, 5, quality=.4)
+    r = fake_record(400, 5, quality=0.4)
     iou = (r.arrays["intersection"] / r.arrays["union"]).reshape(400, 5)
     got = bootstrap(*(r.arrays[k] for k in ("intersection", "union", "image_id")))["all"]
-    for name, share in (("wrong_object", iou < .1), ("sloppy_mask", (iou >= .1) & (iou < .5)), ("right", iou >= .5)):
+    for name, share in (
+        ("wrong_object", iou < 0.1),
+        ("sloppy_mask", (iou >= 0.1) & (iou < 0.5)),
+        ("right", iou >= 0.5),
+    ):
         means = 100 * share.mean(1)
         m = got[name]
-        assert m["value"] == pytest.approx(means.mean()) and m["high"] - m["low"] == pytest.approx(2 * 1.96 * means.std() / 20, rel=.1)
+        assert m["value"] == pytest.approx(means.mean()) and m["high"] - m["low"] == pytest.approx(
+            2 * 1.96 * means.std() / 20, rel=0.1
+        )
     assert sum(got[k]["value"] for k in FAILURES) == pytest.approx(100)
 
 
 # --- sample files
+
 
 def test_sample_lines_give_the_same_numbers(tmp_path, toy):
     fake = with_objects(fake_record(30)) | {"kind": np.full(150, "größer \n ü")}
@@ -448,9 +664,12 @@ def test_sample_lines_give_the_same_numbers(tmp_path, toy):
         path = write_samples(record, tmp_path / "new" / "x.jsonl")
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert len(rows) == record.metrics["samples"] and set(rows[0]) == set(protocols.SAMPLE_FIELDS)
-        assert 100 * sum(x["intersection"] for x in rows) / sum(x["union"] for x in rows) == pytest.approx(record.metrics["overall_iou"]["value"])
+        assert 100 * sum(x["intersection"] for x in rows) / sum(x["union"] for x in rows) == pytest.approx(
+            record.metrics["overall_iou"]["value"]
+        )
         back = read_samples(path)
-        for k, v in record.arrays.items(): assert np.array_equal(back[k], v), k
+        for k, v in record.arrays.items():
+            assert np.array_equal(back[k], v), k
         again = make_record("again", back, resamples=50)
         assert again.metrics == record.metrics and again.groups == record.groups
         assert [p.name for p in path.parent.iterdir()] == ["x.jsonl"]
@@ -458,7 +677,17 @@ def test_sample_lines_give_the_same_numbers(tmp_path, toy):
 
 def test_other_programs_may_leave_out_and_add_keys(tmp_path):
     path = tmp_path / "theirs.jsonl"
-    row = {"image_id": 1, "ref_id": 2, "sent_id": 3, "intersection": 5, "union": 10, "area": 7, "pixels": 100, "words": 2, "score": .3}
+    row = {
+        "image_id": 1,
+        "ref_id": 2,
+        "sent_id": 3,
+        "intersection": 5,
+        "union": 10,
+        "area": 7,
+        "pixels": 100,
+        "words": 2,
+        "score": 0.3,
+    }
     path.write_text(json.dumps(row) + "\n\n" + json.dumps(row | {"sent_id": 4}))
     arrays = read_samples(path)
     assert "score" not in arrays and arrays["kind"].tolist() == ["", ""]
@@ -470,30 +699,52 @@ def test_damaged_sample_lines_are_named(tmp_path):
     good = path.read_text().splitlines()
     row = json.loads(good[2])
     change = lambda **kw: json.dumps({k: v for k, v in (row | kw).items() if v is not None})
-    for bad, text in (("{", "is not JSON"), ("[1]", "list, not an object"), (change(union=None), "no 'union'"), (change(union="3"), "union is '3'"),
-                      (change(words=True), "words is True"), (change(area=-1), "area is -1"), (change(area=2**70), "area is"), (change(kind=3), "kind is 3"),
-                      (change(intersection=row["union"] + 1), "larger than the union"), (good[1], "repeats ref"), (change(category="cat"), "has the keys"),
-                      (change(pixels=1.5), "pixels is 1.5"), ("NaN", "float, not an object"), ("[" * 100_000, "is not JSON")):
+    for bad, text in (
+        ("{", "is not JSON"),
+        ("[1]", "list, not an object"),
+        (change(union=None), "no 'union'"),
+        (change(union="3"), "union is '3'"),
+        (change(words=True), "words is True"),
+        (change(area=-1), "area is -1"),
+        (change(area=2**70), "area is"),
+        (change(kind=3), "kind is 3"),
+        (change(intersection=row["union"] + 1), "larger than the union"),
+        (good[1], "repeats ref"),
+        (change(category="cat"), "has the keys"),
+        (change(pixels=1.5), "pixels is 1.5"),
+        ("NaN", "float, not an object"),
+        ("[" * 100_000, "is not JSON"),
+    ):
         path.write_text("\n".join([*good[:2], bad, *good[3:]]))
-        with pytest.raises(ValueError, match=f"x.jsonl: line 3: .*{text}"): read_samples(path)
+        with pytest.raises(ValueError, match=f"x.jsonl: line 3: .*{text}"):
+            read_samples(path)
     path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ValueError, match=r"x.jsonl: line 1: is not JSON"): read_samples(path)
+    with pytest.raises(ValueError, match=r"x.jsonl: line 1: is not JSON"):
+        read_samples(path)
     path.write_text("\n")
-    with pytest.raises(ValueError, match="holds no samples"): read_samples(path)
-    with pytest.raises(FileNotFoundError, match=r"none.jsonl: no such file"): read_samples(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="no per-sample"): write_samples(Record("x", {}), path)
+    with pytest.raises(ValueError, match="holds no samples"):
+        read_samples(path)
+    with pytest.raises(FileNotFoundError, match=r"none.jsonl: no such file"):
+        read_samples(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="no per-sample"):
+        write_samples(Record("x", {}), path)
 
 
 def test_a_sample_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = write_samples(fake_record(2), tmp_path / "x.jsonl")
     before = path.read_bytes()
-    def fail(*_): raise OSError("the disk is full")
+
+    def fail(*_):
+        raise OSError("the disk is full")
+
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk is full"): write_samples(fake_record(3), path)
+    with pytest.raises(OSError, match="disk is full"):
+        write_samples(fake_record(3), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
 
 
 # --- ignored samples
+
 
 def test_ignored_samples(toy, tmp_path):
     whole = evaluate(Canned(), toy, resamples=20)
@@ -503,35 +754,58 @@ def test_ignored_samples(toy, tmp_path):
     ignore = read_ignore(tmp_path / "bad.json")
     part = evaluate(Canned(), toy, ignore=ignore, resamples=20)
     keep = np.array([(r, s) not in ignore for r, s in zip(a["ref_id"].tolist(), a["sent_id"].tolist())])
-    for k, v in a.items(): assert np.array_equal(part.arrays[k], v[keep]), k
-    assert part.protocol["ignored"] == 3 and whole.protocol["ignored"] == 0 and part.protocol["samples"] == len(keep) - 3
+    for k, v in a.items():
+        assert np.array_equal(part.arrays[k], v[keep]), k
+    assert (
+        part.protocol["ignored"] == 3
+        and whole.protocol["ignored"] == 0
+        and part.protocol["samples"] == len(keep) - 3
+    )
     same = evaluate_protocols(Canned(), toy, ["refseg", "lavt"], ignore=ignore, resamples=20)
     assert same["refseg"].metrics == part.metrics and same["lavt"].protocol["ignored"] == 3
-    choice = choose_threshold(Canned(), toy, [.5], ignore=ignore)
-    assert choice.counts[.5] == (part.arrays["intersection"].sum(), part.arrays["union"].sum())
+    choice = choose_threshold(Canned(), toy, [0.5], ignore=ignore)
+    assert choice.counts[0.5] == (part.arrays["intersection"].sum(), part.arrays["union"].sum())
     image = {(s.ref_id, s.sent_id) for s in toy.samples if s.image_id == toy.samples[0].image_id}
-    assert evaluate(Canned(), toy, ignore=image, resamples=2).protocol["images"] == 6, "an image without samples is not read"
+    assert evaluate(Canned(), toy, ignore=image, resamples=2).protocol["images"] == 6, (
+        "an image without samples is not read"
+    )
     assert evaluate(Canned(), toy, text_control="shuffled", ignore=image, resamples=2).protocol["images"] == 6
-    limited = [evaluate(Canned(), toy, limit=4, ignore=i, resamples=2).arrays["sent_id"].tolist() for i in (None, ignore)]
+    limited = [
+        evaluate(Canned(), toy, limit=4, ignore=i, resamples=2).arrays["sent_id"].tolist()
+        for i in (None, ignore)
+    ]
     assert set(limited[1]) <= set(limited[0]), "a limit takes the same images with and without the list"
-    with pytest.raises(ValueError, match="no samples"): evaluate(Canned(), toy, ignore={(s.ref_id, s.sent_id) for s in toy.samples})
+    with pytest.raises(ValueError, match="no samples"):
+        evaluate(Canned(), toy, ignore={(s.ref_id, s.sent_id) for s in toy.samples})
 
 
 def test_damaged_lists_are_refused(tmp_path):
     path = tmp_path / "bad.json"
-    for text, message in (("[[1, 2]", "not JSON"), ('{"a": 1}', "dict, not a list"), ("[[1, 2], [1]]", "entry 2"), ("[[1, true]]", "entry 1"),
-                          ('["1"]', "entry 1"), ("[[1.0, 2]]", "entry 1")):
+    for text, message in (
+        ("[[1, 2]", "not JSON"),
+        ('{"a": 1}', "dict, not a list"),
+        ("[[1, 2], [1]]", "entry 2"),
+        ("[[1, true]]", "entry 1"),
+        ('["1"]', "entry 1"),
+        ("[[1.0, 2]]", "entry 1"),
+    ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=f"bad.json: .*{message}"): read_ignore(path)
-    with pytest.raises(FileNotFoundError, match="no such file"): read_ignore(tmp_path / "none.json")
+        with pytest.raises(ValueError, match=f"bad.json: .*{message}"):
+            read_ignore(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_ignore(tmp_path / "none.json")
     path.write_text("[]")
     assert read_ignore(path) == set()
 
 
 # --- a against b
 
+
 def test_a_comparison_is_the_paired_bootstrap_of_each_group():
-    a, b = (make_record(n, with_objects(fake_record(80, quality=q, seed=i)), resamples=2) for i, (n, q) in enumerate((("a", .6), ("b", .64))))
+    a, b = (
+        make_record(n, with_objects(fake_record(80, quality=q, seed=i)), resamples=2)
+        for i, (n, q) in enumerate((("a", 0.6), ("b", 0.64)))
+    )
     order = np.random.default_rng(0).permutation(400)
     shuffled = replace(b, arrays={k: v[order] for k, v in b.arrays.items()})
     c = compare(a, shuffled, resamples=200)
@@ -543,66 +817,112 @@ def test_a_comparison_is_the_paired_bootstrap_of_each_group():
     keep = a.arrays["distractors"] == 1
     for row in drawn:  # written out: draw images, take their samples of the group
         rows = np.concatenate([np.flatnonzero((image == i) & keep) for i in row])
-        draws.append([100 * r.arrays["intersection"][rows].sum() / r.arrays["union"][rows].sum() for r in (a, b)])
+        draws.append(
+            [100 * r.arrays["intersection"][rows].sum() / r.arrays["union"][rows].sum() for r in (a, b)]
+        )
     draws = np.array(draws)
     got = c.groups["distractors"]["1"]
-    low, high = np.quantile(draws[:, 1] - draws[:, 0], [.025, .975])
-    assert got["samples"] == keep.sum() and (got["overall_iou"]["low"], got["overall_iou"]["high"]) == pytest.approx((low, high), abs=1e-9)
+    low, high = np.quantile(draws[:, 1] - draws[:, 0], [0.025, 0.975])
+    assert got["samples"] == keep.sum() and (
+        got["overall_iou"]["low"],
+        got["overall_iou"]["high"],
+    ) == pytest.approx((low, high), abs=1e-9)
     text = str(c)
-    for word in ("overall_iou", "precision@0.9", "wrong_object", "distractors 3+", "area small", "words 3-5", "kind relation"): assert word in text
-    assert text.splitlines()[0] == "a: a" and "80 images" in text and "*" in text and "each training" not in text
-    assert len({len(line.split("[")[0]) for line in text.splitlines() if "[" in line}) == 1, "the columns stand below each other"
+    for word in (
+        "overall_iou",
+        "precision@0.9",
+        "wrong_object",
+        "distractors 3+",
+        "area small",
+        "words 3-5",
+        "kind relation",
+    ):
+        assert word in text
+    assert (
+        text.splitlines()[0] == "a: a" and "80 images" in text and "*" in text and "each training" not in text
+    )
+    assert len({len(line.split("[")[0]) for line in text.splitlines() if "[" in line}) == 1, (
+        "the columns stand below each other"
+    )
 
 
 def test_a_comparison_of_trainings_shows_each():
-    a, b = ([fake_record(40, quality=q, seed=s, name=n) for s in (1, 2)] for n, q in (("one", .6), ("two", .62)))
+    a, b = (
+        [fake_record(40, quality=q, seed=s, name=n) for s in (1, 2)] for n, q in (("one", 0.6), ("two", 0.62))
+    )
     c = compare(a, b, resamples=50)
     assert c.a == "one (2 trainings)" and c.metrics == paired_bootstrap(a, b, resamples=50)
-    assert "b - a for each training: " + ", ".join(f"{x:+.2f}" for x in c.metrics["overall_iou"]["by_seed"]) in str(c)
+    assert "b - a for each training: " + ", ".join(
+        f"{x:+.2f}" for x in c.metrics["overall_iou"]["by_seed"]
+    ) in str(c)
 
 
 def test_a_small_group_may_be_missing_in_a_resample():
     a, b = (fake_record(30, 2, seed=s) for s in (0, 1))
-    for r in (a, b): r.arrays = r.arrays | {"kind": np.where(np.arange(60) < 1, "rare", "usual")}
+    for r in (a, b):
+        r.arrays = r.arrays | {"kind": np.where(np.arange(60) < 1, "rare", "usual")}
     d = compare(a, b, resamples=100).groups["kind"]["rare"]["overall_iou"]
     assert all(np.isfinite(d[k]) for k in ("a", "b", "difference", "low", "high", "p")) and 0 < d["p"] <= 1
 
 
 def test_what_cannot_be_compared(toy):
     a = evaluate(Canned(), toy, name="one", resamples=2)
-    for key, value in (("split", "test"), ("dataset", "refcoco"), ("split_by", "umd"), ("sentences", "first"), ("comparator", ">="), ("empty_union_iou", 0.)):
+    for key, value in (
+        ("split", "test"),
+        ("dataset", "refcoco"),
+        ("split_by", "umd"),
+        ("sentences", "first"),
+        ("comparator", ">="),
+        ("empty_union_iou", 0.0),
+    ):
         b = replace(a, name="two", protocol=a.protocol | {key: value})
-        with pytest.raises(ValueError, match=f"'one' and 'two' cannot be compared: {key} is"): compare(a, b)
-    with pytest.raises(ValueError, match="different samples"): compare(a, evaluate(Canned(), toy, limit=3, resamples=2))
+        with pytest.raises(ValueError, match=f"'one' and 'two' cannot be compared: {key} is"):
+            compare(a, b)
+    with pytest.raises(ValueError, match="different samples"):
+        compare(a, evaluate(Canned(), toy, limit=3, resamples=2))
     for key in ("area", "pixels", "image_id"):
-        other = replace(a, name="two", arrays=a.arrays | {key: a.arrays[key] + (np.arange(len(a.arrays[key])) == 2)})
-        with pytest.raises(ValueError, match=f"{key} of ref {a.arrays['ref_id'][2]} differs"): compare(a, other)
-    with pytest.raises(ValueError, match="no per-sample"): compare(a, replace(a, arrays={}))
-    with pytest.raises(ValueError, match="at least one"): compare([], [a])
+        other = replace(
+            a, name="two", arrays=a.arrays | {key: a.arrays[key] + (np.arange(len(a.arrays[key])) == 2)}
+        )
+        with pytest.raises(ValueError, match=f"{key} of ref {a.arrays['ref_id'][2]} differs"):
+            compare(a, other)
+    with pytest.raises(ValueError, match="no per-sample"):
+        compare(a, replace(a, arrays={}))
+    with pytest.raises(ValueError, match="at least one"):
+        compare([], [a])
 
 
 def test_what_may_differ_is_said(toy):
     a = evaluate(Canned(), toy, resamples=2)
-    b = evaluate(Canned(), toy, .7, threshold_from="somewhere", resamples=2)
+    b = evaluate(Canned(), toy, 0.7, threshold_from="somewhere", resamples=2)
     c = compare(a, b, resamples=20)
-    assert c.differ == {"threshold": ("0.5", "0.7"), "threshold_from": ("fixed", "somewhere")} and "they differ in threshold: 0.5 and 0.7" in str(c)
-    squashed = evaluate_protocols(Canned(), toy, [Protocol("refseg"), Protocol("large", resolution="squash", side=480)], resamples=2)
-    assert compare(squashed["refseg"], squashed["large"], resamples=20).differ == {"protocol": ("refseg", "large"), "resolution": ("original", "squash 480")}
+    assert c.differ == {
+        "threshold": ("0.5", "0.7"),
+        "threshold_from": ("fixed", "somewhere"),
+    } and "they differ in threshold: 0.5 and 0.7" in str(c)
+    squashed = evaluate_protocols(
+        Canned(), toy, [Protocol("refseg"), Protocol("large", resolution="squash", side=480)], resamples=2
+    )
+    assert compare(squashed["refseg"], squashed["large"], resamples=20).differ == {
+        "protocol": ("refseg", "large"),
+        "resolution": ("original", "squash 480"),
+    }
     assert compare(a, a, resamples=20).differ == {}
 
 
 # --- do the intervals keep their promise?
 
-def simulated(seed, images=120, gain=.04):
+
+def simulated(seed, images=120, gain=0.04):
     """Two models on one test set: images of unequal size, a difficulty that their expressions share. The truth: overall IoU 60, difference 100 * gain."""
     rng = np.random.default_rng(seed)
     image = np.repeat(np.arange(images), rng.integers(1, 9, images))
-    hard, union = rng.beta(6, 4, images)[image] * .9 + .06, rng.integers(100, 1000, len(image))
-    chances = (np.clip(hard + g + rng.normal(0, .08, len(image)), 0, 1) for g in (0, gain))
+    hard, union = rng.beta(6, 4, images)[image] * 0.9 + 0.06, rng.integers(100, 1000, len(image))
+    chances = (np.clip(hard + g + rng.normal(0, 0.08, len(image)), 0, 1) for g in (0, gain))
     return image, union, [rng.binomial(union, c) for c in chances]
 
 
-def truth(gain=.04):
+def truth(gain=0.04):
     """By brute force: one enormous test set."""
     _, union, inters = simulated(10**6, 300_000, gain)
     return [100 * i.sum() / union.sum() for i in inters]
@@ -618,7 +938,14 @@ def experiments():
             m = bootstrap(inters[0], union, clusters, resamples=400, seed=seed)["all"]["overall_iou"]
             held[what] += m["low"] <= a <= m["high"]
         n = np.arange(len(image))
-        records = [Record("x", {}, arrays={"ref_id": n, "sent_id": n, "image_id": image, "union": union, "intersection": i}) for i in inters]
+        records = [
+            Record(
+                "x",
+                {},
+                arrays={"ref_id": n, "sent_id": n, "image_id": image, "union": union, "intersection": i},
+            )
+            for i in inters
+        ]
         d = paired_bootstrap(*records, resamples=400, seed=seed)["overall_iou"]
         held["difference"] += d["low"] <= b - a <= d["high"]
         ratio = inters[0].sum() / union.sum()
@@ -627,14 +954,17 @@ def experiments():
     return held
 
 
-LOW, HIGH = binom.ppf([.0005, .9995], 200, .95)  # what 200 honest 95 % intervals do, all but one time in a thousand
+# what 200 honest 95 % intervals do, all but one time in a thousand
+LOW, HIGH = binom.ppf([0.0005, 0.9995], 200, 0.95)
 
 
 @pytest.mark.parametrize("what", ["images", "difference", "closed form"])
-def test_intervals_over_images_hold_the_truth(what, experiments): assert LOW <= experiments[what] <= HIGH, experiments
+def test_intervals_over_images_hold_the_truth(what, experiments):
+    assert LOW <= experiments[what] <= HIGH, experiments
 
 
-def test_intervals_over_expressions_are_too_sure(experiments): assert experiments["expressions"] < min(LOW, experiments["images"] - 20), experiments
+def test_intervals_over_expressions_are_too_sure(experiments):
+    assert experiments["expressions"] < min(LOW, experiments["images"] - 20), experiments
 
 
 def test_the_bootstrap_agrees_with_the_closed_form_of_a_ratio():
@@ -643,4 +973,4 @@ def test_the_bootstrap_agrees_with_the_closed_form_of_a_ratio():
         m = bootstrap(inter, union, image, resamples=2000, seed=seed)["all"]["overall_iou"]
         ratio = inter.sum() / union.sum()
         half = 196 * np.sqrt((np.bincount(image, weights=inter - ratio * union) ** 2).sum()) / union.sum()
-        assert (m["high"] - m["low"]) / 2 == pytest.approx(half, rel=.08)
+        assert (m["high"] - m["low"]) / 2 == pytest.approx(half, rel=0.08)

@@ -16,21 +16,59 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
-from refseg_nb.data.refer import PUBLISHED, Refer, ReferError, decode_segmentation, load_pickle, read_refs, verify_counts, write_refer
+from refseg_nb.data.refer import (
+    PUBLISHED,
+    Refer,
+    ReferError,
+    decode_segmentation,
+    load_pickle,
+    read_refs,
+    verify_counts,
+    write_refer,
+)
 
-PARTITIONS = [("refcoco", "unc"), ("refcoco", "micro"), ("refcoco+", "unc"), ("refcoco+", "micro"),
-              ("refcocog", "google"), ("refcocog", "umd"), ("refcocog", "micro")]
+PARTITIONS = [
+    ("refcoco", "unc"),
+    ("refcoco", "micro"),
+    ("refcoco+", "unc"),
+    ("refcoco+", "micro"),
+    ("refcocog", "google"),
+    ("refcocog", "umd"),
+    ("refcocog", "micro"),
+]
 
 
 def toy(split="train", **changes):
-    ref = {"ref_id": 0, "ann_id": 7, "image_id": 1, "category_id": 3, "split": split, "file_name": "x_7.png", "sent_ids": [0, 1],
-           "sentences": [{"sent_id": i, "sent": "the house", "raw": "the house", "tokens": ["the", "house"]} for i in (0, 1)]}
+    ref = {
+        "ref_id": 0,
+        "ann_id": 7,
+        "image_id": 1,
+        "category_id": 3,
+        "split": split,
+        "file_name": "x_7.png",
+        "sent_ids": [0, 1],
+        "sentences": [
+            {"sent_id": i, "sent": "the house", "raw": "the house", "tokens": ["the", "house"]}
+            for i in (0, 1)
+        ],
+    }
     return ref | changes
 
 
 def toy_instances():
-    return {"images": [{"id": 1, "file_name": "a.png", "height": 10, "width": 14}], "categories": [{"id": 3, "name": "house"}],
-            "annotations": [{"id": 7, "image_id": 1, "category_id": 3, "iscrowd": 0, "segmentation": [[2, 4, 12, 4, 12, 9, 2, 9], [8, 1, 11, 1, 11, 6, 8, 6]]}]}
+    return {
+        "images": [{"id": 1, "file_name": "a.png", "height": 10, "width": 14}],
+        "categories": [{"id": 3, "name": "house"}],
+        "annotations": [
+            {
+                "id": 7,
+                "image_id": 1,
+                "category_id": 3,
+                "iscrowd": 0,
+                "segmentation": [[2, 4, 12, 4, 12, 9, 2, 9], [8, 1, 11, 1, 11, 6, 8, 6]],
+            }
+        ],
+    }
 
 
 # ---------------------------------------------------------------- real files
@@ -40,9 +78,12 @@ def test_masks_agree_with_pycocotools_on_every_annotation(real_data, name, split
     assert set(refer.annotations) == set(coco.anns)
     for ann_id, ann in coco.anns.items():
         mask = refer.mask(ann_id)
-        assert mask.dtype == bool and mask.shape == (refer.images[ann["image_id"]].height, refer.images[ann["image_id"]].width)
+        assert mask.dtype == bool and mask.shape == (
+            refer.images[ann["image_id"]].height,
+            refer.images[ann["image_id"]].width,
+        )
         assert (mask == coco.annToMask(ann).astype(bool)).all(), ann_id
-        assert ann["iscrowd"] or mask.sum() == pytest.approx(ann["area"], rel=.05, abs=30)
+        assert ann["iscrowd"] or mask.sum() == pytest.approx(ann["area"], rel=0.05, abs=30)
 
 
 def polygon_free(ann, h, w):
@@ -55,12 +96,16 @@ def polygon_free(ann, h, w):
             value = 1 - value
         return np.array(flat, dtype=bool).reshape(w, h).T
     from PIL import ImageDraw
+
     x0, y0 = (int(min(min(polygon[axis::2]) for polygon in seg)) for axis in (0, 1))
-    x1, y1 = (min(int(max(max(polygon[axis::2]) for polygon in seg)) + 2, size) for axis, size in ((0, w), (1, h)))
+    x1, y1 = (
+        min(int(max(max(polygon[axis::2]) for polygon in seg)) + 2, size) for axis, size in ((0, w), (1, h))
+    )
     canvas = Image.new("1", ((x1 - x0) * 4, (y1 - y0) * 4))  # only the box around it
-    for polygon in seg: ImageDraw.Draw(canvas).polygon([(v - (x0, y0)[i % 2]) * 4 for i, v in enumerate(polygon)], fill=1)
+    for polygon in seg:
+        ImageDraw.Draw(canvas).polygon([(v - (x0, y0)[i % 2]) * 4 for i, v in enumerate(polygon)], fill=1)
     mask = np.zeros((h, w), dtype=bool)
-    mask[y0:y1, x0:x1] = np.asarray(canvas).reshape(y1 - y0, 4, x1 - x0, 4).mean((1, 3)) > .5
+    mask[y0:y1, x0:x1] = np.asarray(canvas).reshape(y1 - y0, 4, x1 - x0, 4).mean((1, 3)) > 0.5
     return mask
 
 
@@ -74,13 +119,14 @@ def test_masks_agree_with_an_independent_rasteriser(real_data, name):
             crowds += 1
             assert (mask == other).all()
         elif mask.sum() > 400:
-            assert (mask & other).sum() / (mask | other).sum() > .9, ann_id
+            assert (mask & other).sum() / (mask | other).sum() > 0.9, ann_id
     assert crowds >= 1
 
 
 def test_overlapping_polygons_of_a_real_ref_leave_no_hole(real_data):
     """One ref of the micro set has polygons that overlap; the sum of its planes holds a 2, the mask does not lose these pixels."""
     from pycocotools import mask as coco_mask
+
     overlapping = 0
     for name, split_by in PARTITIONS:
         refer = Refer(real_data, name, split_by)
@@ -108,9 +154,12 @@ def test_counts_of_the_real_files(real_data, key):
     """The table in the micro set's README, and every sentence against an unchecked reading of the file."""
     refer = Refer(real_data, *key)
     assert {s: tuple(c.values()) for s, c in refer.counts().items()} == EXPECTED[key]
-    with open(real_data / key[0] / f"refs({key[1]}).p", "rb") as file: raw = pickle.load(file, encoding="latin1")
+    with open(real_data / key[0] / f"refs({key[1]}).p", "rb") as file:
+        raw = pickle.load(file, encoding="latin1")
     for split in refer.splits:
-        want = [(r["ref_id"], s["sent_id"], s["sent"]) for r in raw if r["split"] == split for s in r["sentences"]]
+        want = [
+            (r["ref_id"], s["sent_id"], s["sent"]) for r in raw if r["split"] == split for s in r["sentences"]
+        ]
         assert [(x.ref.ref_id, x.sent_id, x.text) for x in refer.samples(split)] == want
 
 
@@ -129,17 +178,25 @@ def test_a_part_of_a_data_set_is_said_to_be_one(real_data):
 
 
 def test_refcocog_must_be_named(real_data):
-    with pytest.raises(ValueError, match="more than one partition.*google, micro, umd"): Refer(real_data, "refcocog")
+    with pytest.raises(ValueError, match="more than one partition.*google, micro, umd"):
+        Refer(real_data, "refcocog")
 
 
 # ---------------------------------------------------------------- splits, counts, writing
 def test_splits_go_by_their_exact_name(tmp_path):
-    write_refer(tmp_path / "mine", [toy(split, ref_id=i) for i, split in enumerate(["testAB", "testA", "train", "testB", "A"])], toy_instances(), "unc")
+    write_refer(
+        tmp_path / "mine",
+        [toy(split, ref_id=i) for i, split in enumerate(["testAB", "testA", "train", "testB", "A"])],
+        toy_instances(),
+        "unc",
+    )
     refer = Refer(tmp_path, "mine")
     assert refer.splits == ["train", "testA", "testB", "A", "testAB"]
-    for split in refer.splits: assert {s.ref.split for s in refer.samples(split)} == {split}
+    for split in refer.splits:
+        assert {s.ref.split for s in refer.samples(split)} == {split}
     for wrong in ("test", "TRAIN", "B", ""):
-        with pytest.raises(ValueError, match="its splits are train, testA, testB, A, testAB"): refer.samples(wrong)
+        with pytest.raises(ValueError, match="its splits are train, testA, testB, A, testAB"):
+            refer.samples(wrong)
 
 
 def test_repeated_sentences_stay(tmp_path):
@@ -169,7 +226,9 @@ def test_published_totals():
 
 def test_write_and_read_back(tmp_path):
     folder = write_refer(tmp_path / "a" / "mine", [toy()], toy_instances(), "micro")
-    assert sorted(p.name for p in folder.iterdir()) == ["instances.json", "refs(micro).p"] and [p.name for p in folder.parent.iterdir()] == ["mine"]
+    assert sorted(p.name for p in folder.iterdir()) == ["instances.json", "refs(micro).p"] and [
+        p.name for p in folder.parent.iterdir()
+    ] == ["mine"]
     assert load_pickle(folder / "refs(micro).p") == [toy()]
     assert (folder / "refs(micro).p").read_bytes()[:2] == b"\x80\x02"
     write_refer(folder, [toy(split="val")], toy_instances(), "micro")
@@ -179,34 +238,50 @@ def test_write_and_read_back(tmp_path):
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     folder = write_refer(tmp_path / "mine", [toy()], toy_instances())
     before = (folder / "instances.json").read_bytes()
-    code = ("import os, sys; from refseg_nb.data import refer; real = os.replace\n"
-            "refer.os.replace = lambda *a: os._exit(9)\n"
-            f"refer.write_refer({str(folder)!r}, [], {{'images': [], 'annotations': [], 'categories': []}})")
+    code = (
+        "import os, sys; from refseg_nb.data import refer; real = os.replace\n"
+        "refer.os.replace = lambda *a: os._exit(9)\n"
+        f"refer.write_refer({str(folder)!r}, [], {{'images': [], 'annotations': [], 'categories': []}})"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 9 and (folder / "instances.json").read_bytes() == before
     assert len(Refer(tmp_path, "mine").samples("train")) == 2
-    with pytest.raises(TypeError): write_refer(tmp_path / "other", [], {"images": {1, 2}})
+    with pytest.raises(TypeError):
+        write_refer(tmp_path / "other", [], {"images": {1, 2}})
     assert not (tmp_path / "other").exists()
 
 
 # ---------------------------------------------------------------- what is missing or damaged
-GLOBALS = [b"cos\nsystem\n(S'true'\ntR.", pickle.dumps([np.float32(1)]), pickle.dumps([{"a": {1, 2}}], protocol=2), pickle.dumps(print)]
+GLOBALS = [
+    b"cos\nsystem\n(S'true'\ntR.",
+    pickle.dumps([np.float32(1)]),
+    pickle.dumps([{"a": {1, 2}}], protocol=2),
+    pickle.dumps(print),
+]
 
 
 @pytest.mark.parametrize("payload", GLOBALS)
 def test_no_global_is_ever_loaded(tmp_path, payload):
     (tmp_path / "refs(unc).p").write_bytes(payload)
-    with pytest.raises(ReferError, match=r"refs\(unc\)\.p: asks for the Python object .*refused"): load_pickle(tmp_path / "refs(unc).p")
+    with pytest.raises(ReferError, match=r"refs\(unc\)\.p: asks for the Python object .*refused"):
+        load_pickle(tmp_path / "refs(unc).p")
 
 
-DAMAGED = [(b"", "not a readable pickle"), (b"<html>404</html>", "not a readable pickle"), (pickle.dumps([toy()])[:-20], "not a readable pickle"),
-           (b"\x80\x02P1\n.", "not a readable pickle"), (pickle.dumps({"a": 1}), "holds dict"), (pickle.dumps([1]), "not a list of dicts")]
+DAMAGED = [
+    (b"", "not a readable pickle"),
+    (b"<html>404</html>", "not a readable pickle"),
+    (pickle.dumps([toy()])[:-20], "not a readable pickle"),
+    (b"\x80\x02P1\n.", "not a readable pickle"),
+    (pickle.dumps({"a": 1}), "holds dict"),
+    (pickle.dumps([1]), "not a list of dicts"),
+]
 
 
 @pytest.mark.parametrize("payload,says", DAMAGED)
 def test_what_is_no_list_of_dicts_is_named(tmp_path, payload, says):
     (tmp_path / "refs(unc).p").write_bytes(payload)
-    with pytest.raises(ReferError, match=rf"refs\(unc\)\.p: .*{says}"): load_pickle(tmp_path / "refs(unc).p")
+    with pytest.raises(ReferError, match=rf"refs\(unc\)\.p: .*{says}"):
+        load_pickle(tmp_path / "refs(unc).p")
 
 
 def test_python_2_strings(tmp_path):
@@ -215,14 +290,21 @@ def test_python_2_strings(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"): Refer(tmp_path, "refcoco")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        Refer(tmp_path, "refcoco")
     write_refer(tmp_path / "refcoco", [toy()], toy_instances(), "google")
-    with pytest.raises(FileNotFoundError, match=r"refs\(unc\)\.p: no such file; partitions in this folder: google"): Refer(tmp_path, "refcoco")
+    with pytest.raises(
+        FileNotFoundError, match=r"refs\(unc\)\.p: no such file; partitions in this folder: google"
+    ):
+        Refer(tmp_path, "refcoco")
     refer = Refer(tmp_path, "refcoco", "google")
-    with pytest.raises(FileNotFoundError, match=r"a\.png: the file of image 1 is missing"): refer.load_image(1)
-    with pytest.raises(ReferError, match="no annotation 99"): refer.mask(99)
+    with pytest.raises(FileNotFoundError, match=r"a\.png: the file of image 1 is missing"):
+        refer.load_image(1)
+    with pytest.raises(ReferError, match="no annotation 99"):
+        refer.mask(99)
     (tmp_path / "refcoco" / "instances.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"instances\.json: no such file"): Refer(tmp_path, "refcoco", "google")
+    with pytest.raises(FileNotFoundError, match=r"instances\.json: no such file"):
+        Refer(tmp_path, "refcoco", "google")
 
 
 def test_broken_images_are_named(tmp_path):
@@ -231,9 +313,11 @@ def test_broken_images_are_named(tmp_path):
     folder.mkdir(parents=True)
     refer = Refer(tmp_path, "mine")
     (folder / "a.png").write_bytes(b"no image")
-    with pytest.raises(ReferError, match=r"a\.png: not a readable image"): refer.load_image(1)
+    with pytest.raises(ReferError, match=r"a\.png: not a readable image"):
+        refer.load_image(1)
     Image.new("L", (10, 10)).save(folder / "a.png")
-    with pytest.raises(ReferError, match="is 10 x 10 pixels, but instances.json says 14 x 10"): refer.load_image(1)
+    with pytest.raises(ReferError, match="is 10 x 10 pixels, but instances.json says 14 x 10"):
+        refer.load_image(1)
     Image.new("L", (14, 10)).save(folder / "a.png")
     assert refer.load_image(1).mode == "RGB"
 
@@ -241,13 +325,21 @@ def test_broken_images_are_named(tmp_path):
 def test_an_image_bomb_is_not_decoded(tmp_path, monkeypatch):
     write_refer(tmp_path / "mine", [toy()], toy_instances())
     (tmp_path / "images" / "mine").mkdir(parents=True)
-    data = Refer(tmp_path, "mine"); path = data.image_path(1)
+    data = Refer(tmp_path, "mine")
+    path = data.image_path(1)
     Image.new("1", (9000, 9000)).save(path)  # 10 kB on the disk, 240 MB as RGB
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
-    with pytest.raises(ReferError, match="is 9000 x 9000 pixels, but instances.json says 14 x 10"): data.load_image(1)
+    with pytest.raises(ReferError, match="is 9000 x 9000 pixels, but instances.json says 14 x 10"):
+        data.load_image(1)
     header = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
-    path.write_bytes(header + zlib.crc32(header[12:]).to_bytes(4, "big") + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
-    with pytest.raises(ReferError, match="not a readable image.*DecompressionBombError"): data.load_image(1)
+    path.write_bytes(
+        header
+        + zlib.crc32(header[12:]).to_bytes(4, "big")
+        + b"\0\0\0\0IDAT"
+        + zlib.crc32(b"IDAT").to_bytes(4, "big")
+    )
+    with pytest.raises(ReferError, match="not a readable image.*DecompressionBombError"):
+        data.load_image(1)
 
 
 def test_a_file_name_cannot_leave_the_image_folder(tmp_path):
@@ -255,41 +347,72 @@ def test_a_file_name_cannot_leave_the_image_folder(tmp_path):
         instances = toy_instances()
         instances["images"][0]["file_name"] = name
         write_refer(tmp_path / "mine", [toy()], instances)
-        with pytest.raises(ReferError, match="leads out of the image folder"): Refer(tmp_path, "mine").image_path(1)
+        with pytest.raises(ReferError, match="leads out of the image folder"):
+            Refer(tmp_path, "mine").image_path(1)
 
 
 def test_segmentation_kinds_are_one_mask():
     from pycocotools import mask as coco_mask
+
     rng = np.random.default_rng(0)
     for _ in range(20):
         h, w = (int(n) for n in rng.integers(1, 30, 2))
-        mask = rng.random((h, w)) < .4
+        mask = rng.random((h, w)) < 0.4
         flat = mask.T.ravel()
         edges = np.flatnonzero(np.diff(np.r_[False, flat])).tolist()
-        counts = np.diff([0, *edges, h * w]).tolist() if not flat[0] else [0, *np.diff([0, *edges[1:], h * w]).tolist()]
+        counts = (
+            np.diff([0, *edges, h * w]).tolist()
+            if not flat[0]
+            else [0, *np.diff([0, *edges[1:], h * w]).tolist()]
+        )
         packed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
         kinds = [{"counts": c, "size": [h, w]} for c in (counts, packed, packed.decode())]
-        for kind in [*kinds, kinds[2:] * 2]: assert (decode_segmentation(kind, h, w) == mask).all()
+        for kind in [*kinds, kinds[2:] * 2]:
+            assert (decode_segmentation(kind, h, w) == mask).all()
     assert decode_segmentation([], 3, 4).shape == (3, 4)
 
 
 # ---------------------------------------------------------------- fuzz: only the module's own error may come out
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-plain = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4), max_leaves=12)
-numbers = st.integers(-5, 40) | st.floats(-20, 60) | st.sampled_from([1e9, float("nan"), float("inf"), True, None, "1", 10**30])
-segmentations = plain | st.lists(st.lists(numbers, max_size=12), max_size=3) | st.fixed_dictionaries(
-    {"counts": st.lists(st.integers(-3, 140), max_size=6) | st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=30)
-     | st.binary(max_size=30) | plain,
-     "size": st.just([10, 14]) | st.lists(st.integers(-2, 20), max_size=3) | plain})
-quiet = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+plain = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
+)
+numbers = (
+    st.integers(-5, 40)
+    | st.floats(-20, 60)
+    | st.sampled_from([1e9, float("nan"), float("inf"), True, None, "1", 10**30])
+)
+segmentations = (
+    plain
+    | st.lists(st.lists(numbers, max_size=12), max_size=3)
+    | st.fixed_dictionaries(
+        {
+            "counts": st.lists(st.integers(-3, 140), max_size=6)
+            | st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=30)
+            | st.binary(max_size=30)
+            | plain,
+            "size": st.just([10, 14]) | st.lists(st.integers(-2, 20), max_size=3) | plain,
+        }
+    )
+)
+quiet = settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 @quiet
 @given(segmentations | st.lists(segmentations, max_size=3))
 def test_fuzz_segmentations(segmentation):
-    try: mask = decode_segmentation(segmentation, 10, 14, "annotation 7")
-    except ReferError as error: assert str(error).startswith("annotation 7")
-    else: assert mask.shape == (10, 14) and mask.dtype == bool
+    try:
+        mask = decode_segmentation(segmentation, 10, 14, "annotation 7")
+    except ReferError as error:
+        assert str(error).startswith("annotation 7")
+    else:
+        assert mask.shape == (10, 14) and mask.dtype == bool
 
 
 def spoil(data, draw):
@@ -297,14 +420,20 @@ def spoil(data, draw):
     target = data
     while True:
         keys = list(target) if isinstance(target, dict) else list(range(len(target)))
-        if not keys: return
+        if not keys:
+            return
         key = draw(st.sampled_from(keys))
-        if isinstance(target[key], (dict, list)) and target[key] and draw(st.booleans()): target = target[key]
-        else: break
+        if isinstance(target[key], (dict, list)) and target[key] and draw(st.booleans()):
+            target = target[key]
+        else:
+            break
     action = draw(st.sampled_from(["replace", "remove", "nest"]))
-    if action == "remove": del target[key]
-    elif action == "nest": target[key] = [target[key]]
-    else: target[key] = draw(plain)
+    if action == "remove":
+        del target[key]
+    elif action == "nest":
+        target[key] = [target[key]]
+    else:
+        target[key] = draw(plain)
 
 
 @quiet
@@ -312,7 +441,8 @@ def spoil(data, draw):
 def test_fuzz_refs_and_instances(tmp_path, data):
     refs, instances = [toy(), toy("val", ref_id=1)], copy.deepcopy(toy_instances())
     refs = copy.deepcopy(refs)
-    for _ in range(data.draw(st.integers(1, 3))): spoil(data.draw(st.sampled_from([refs, instances])), data.draw)
+    for _ in range(data.draw(st.integers(1, 3))):
+        spoil(data.draw(st.sampled_from([refs, instances])), data.draw)
     folder = tmp_path / "fuzz"
     folder.mkdir(exist_ok=True)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
@@ -323,13 +453,19 @@ def test_fuzz_refs_and_instances(tmp_path, data):
             for sample in refer.samples(split):
                 assert refer.mask(sample.ann_id).any() in (True, False)
                 refer.image_path(sample.image_id)
-        for ann_id in refer.annotations: refer.mask(ann_id)
+        for ann_id in refer.annotations:
+            refer.mask(ann_id)
         refer.counts()
-    except ReferError as error: assert "fuzz" in str(error) and "\n" not in str(error)
+    except ReferError as error:
+        assert "fuzz" in str(error) and "\n" not in str(error)
 
 
 RAW = pickle.dumps([toy()], protocol=2)
-overwritten = st.builds(lambda at, junk: RAW[:at] + junk + RAW[at + len(junk):], st.integers(0, 300), st.binary(min_size=1, max_size=4))
+overwritten = st.builds(
+    lambda at, junk: RAW[:at] + junk + RAW[at + len(junk) :],
+    st.integers(0, 300),
+    st.binary(min_size=1, max_size=4),
+)
 
 
 @quiet
@@ -337,30 +473,41 @@ overwritten = st.builds(lambda at, junk: RAW[:at] + junk + RAW[at + len(junk):],
 def test_fuzz_pickles(tmp_path, payload):
     path = tmp_path / "refs(unc).p"
     path.write_bytes(payload)
-    try: refs = load_pickle(path)
-    except ReferError as error: assert "refs(unc).p" in str(error)
+    try:
+        refs = load_pickle(path)
+    except ReferError as error:
+        assert "refs(unc).p" in str(error)
     else:
         assert all(isinstance(ref, dict) for ref in refs)
-        try: read_refs(path, {}, {})
-        except ReferError: pass
+        try:
+            read_refs(path, {}, {})
+        except ReferError:
+            pass
 
 
 @quiet
-@given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode) | plain.map(lambda x: json.dumps(x).encode()))
+@given(
+    st.binary(max_size=40)
+    | st.text(max_size=40).map(str.encode)
+    | plain.map(lambda x: json.dumps(x).encode())
+)
 def test_fuzz_json(tmp_path, payload):
     folder = tmp_path / "fuzz"
     folder.mkdir(exist_ok=True)
     (folder / "refs(unc).p").write_bytes(pickle.dumps([], protocol=2))
     (folder / "instances.json").write_bytes(payload)
-    with pytest.raises(ReferError, match=r"instances\.json"): Refer(tmp_path, "fuzz", "unc")
+    with pytest.raises(ReferError, match=r"instances\.json"):
+        Refer(tmp_path, "fuzz", "unc")
 
 
 def test_deep_nesting_is_an_error_and_not_a_crash(tmp_path):
     (tmp_path / "fuzz").mkdir()
     (tmp_path / "fuzz" / "refs(unc).p").write_bytes(b"\x80\x02" + b"]" * 100000 + b"a" * 99999 + b".")
     (tmp_path / "fuzz" / "instances.json").write_text("[" * 100000)
-    with pytest.raises(ReferError): Refer(tmp_path, "fuzz", "unc")
-    with pytest.raises(ReferError): load_pickle(tmp_path / "fuzz" / "refs(unc).p")
+    with pytest.raises(ReferError):
+        Refer(tmp_path, "fuzz", "unc")
+    with pytest.raises(ReferError):
+        load_pickle(tmp_path / "fuzz" / "refs(unc).p")
 
 
 # ---------------------------------------------------------------- RefShapes through the same reader

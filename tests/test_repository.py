@@ -23,7 +23,8 @@ def settings():
 @pytest.fixture(scope="module")
 def tracked():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode: pytest.skip("not a git checkout")
+    if listed.returncode:
+        pytest.skip("not a git checkout")
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
@@ -35,9 +36,15 @@ def test_environment_yml_has_the_dependencies_of_settings_ini(settings):
 
 
 def test_every_dependency_has_a_tested_version(settings):
-    pinned = {re.split(r"[=<>]", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"}
+    pinned = {
+        re.split(r"[=<>]", line)[0].lower()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    }
     for requirement in (settings["requirements"] + " " + settings["dev_requirements"]).split():
-        assert re.split(r"[=<>]", requirement)[0].lower() in pinned, f"{requirement} is missing from constraints.txt"
+        assert re.split(r"[=<>]", requirement)[0].lower() in pinned, (
+            f"{requirement} is missing from constraints.txt"
+        )
 
 
 def test_version_stands_once(settings):
@@ -45,13 +52,17 @@ def test_version_stands_once(settings):
 
 
 def test_no_machine_path_and_no_registry_host_is_committed(tracked):
-    registries = re.compile("|".join(["py" + "pi.org", "python" + "hosted", "npm" + "js.", "deb." + "debian", "registry" + r"\."]))
+    registries = re.compile(
+        "|".join(["py" + "pi.org", "python" + "hosted", "npm" + "js.", "deb." + "debian", "registry" + r"\."])
+    )
     paths = re.compile(r"(?<![\w.])/(?:work|root|home|Users)/[\w.-]+")
     for path in tracked:
-        if path.suffix in {".png", ".safetensors", ".gz", ".npz", ".p"} or path == Path(__file__): continue
+        if path.suffix in {".png", ".safetensors", ".gz", ".npz", ".p"} or path == Path(__file__):
+            continue
         text = path.read_text(encoding="utf-8", errors="replace")
         assert not registries.search(text), f"{path.name} names a package registry"
-        if path.parent.name != "tests": assert not paths.search(text), f"{path.name} names a path of a machine"
+        if path.parent.name != "tests":
+            assert not paths.search(text), f"{path.name} names a path of a machine"
 
 
 def test_no_pickle_is_loaded_outside_the_restricted_reader(tracked):
@@ -59,7 +70,8 @@ def test_no_pickle_is_loaded_outside_the_restricted_reader(tracked):
         if path.suffix == ".py" and "refseg_nb" in path.parts and path.name != "refer.py":
             text = path.read_text()
             assert "pickle.load" not in text, f"{path.name} loads a pickle"
-            for call in re.findall(r"torch\.load\([^\n]*", text): assert "weights_only=True" in call, f"{path.name}: {call}"
+            for call in re.findall(r"torch\.load\([^\n]*", text):
+                assert "weights_only=True" in call, f"{path.name}: {call}"
 
 
 def test_shipped_weights_are_small(tracked):
@@ -69,9 +81,14 @@ def test_shipped_weights_are_small(tracked):
 
 def test_data_setup_names_every_file_with_its_licence():
     from refseg_nb.data.fetch import load_manifest
+
     page, manifest = (ROOT / "data_setup" / "README.md").read_text(encoding="utf-8"), load_manifest()
     for name, file in manifest.files.items():
         [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
         assert row.endswith(f"| {file.licence} |"), f"the licence of {name} differs from the manifest's"
-        if file.size: assert f"{file.size / (1e9 if file.size >= 1e9 else 1e6):.1f}" in row, f"the size of {name} differs from the manifest's"
-    for name in manifest.sets: assert f"refseg data fetch {name} " in page or name == "refclef"
+        if file.size:
+            assert f"{file.size / (1e9 if file.size >= 1e9 else 1e6):.1f}" in row, (
+                f"the size of {name} differs from the manifest's"
+            )
+    for name in manifest.sets:
+        assert f"refseg data fetch {name} " in page or name == "refclef"

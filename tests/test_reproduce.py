@@ -27,20 +27,30 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 def test_the_papers_numbers():
     "Sums of the printed columns, the differences that section 4.4 states in words, and the one disagreement between tables."
-    rows = E.PAPER["table2"]["rows"]; overall = {row: v[-1] for row, v in rows.items()}
+    rows = E.PAPER["table2"]["rows"]
+    overall = {row: v[-1] for row, v in rows.items()}
     assert len(rows) == 8 and all(len(v) == 6 for v in rows.values())
     assert all(list(v[:5]) == sorted(v[:5], reverse=True) for v in rows.values())
-    assert round(overall["Only HCAM"] - overall["Baseline"], 2) == 4.83 and round(overall["Only SFM"] - overall["Baseline"], 2) == 7.46
+    assert (
+        round(overall["Only HCAM"] - overall["Baseline"], 2) == 4.83
+        and round(overall["Only SFM"] - overall["Baseline"], 2) == 7.46
+    )
     assert round(rows["Only HCAM"][4] - rows["Baseline"][4], 1) == 2.5
     one, three, four = (E.PAPER[f"table{i}"]["rows"] for i in (1, 3, 4))
     assert overall["SHNet"] == one["SHNet* (320x320)"][0] == three["DeepLabv3+ 320x320"][0] == four["HCAM"][0]
-    assert (one["SHNet* (448x448)"][0], three["DeepLabv3+ 448x448"][0], four["HCAM"][1]) == (65.32, 65.29, 65.32)
-    for table in E.PAPER.values(): assert all(len(v) == len(table["columns"]) for v in table["rows"].values())
+    assert (one["SHNet* (448x448)"][0], three["DeepLabv3+ 448x448"][0], four["HCAM"][1]) == (
+        65.32,
+        65.29,
+        65.32,
+    )
+    for table in E.PAPER.values():
+        assert all(len(v) == len(table["columns"]) for v in table["rows"].values())
 
 
 def test_the_papers_numbers_against_its_text():
     paper = REPO.parent / "shared" / "mission" / "paper.txt"
-    if not paper.is_file(): pytest.skip("the paper's text is not here")
+    if not paper.is_file():
+        pytest.skip("the paper's text is not here")
     text = paper.read_text()
     for row, values in E.PAPER["table2"]["rows"].items():
         line = next(m for m in re.findall(r"^\d\t(.+)$", text, re.M) if m.split("\t")[0] == row)
@@ -51,196 +61,367 @@ def test_every_cell_has_an_experiment_and_every_experiment_a_cell():
     cells = [c for t in E.tables().values() for row in t.rows.values() for c in row]
     assert {c.experiment for c in cells} == set(E.experiments())
     for name in ("table1", "table2", "table3", "table4"):
-        for label, row in E.tables()[name].rows.items(): assert [c.paper for c in row] == list(E.PAPER[name]["rows"][label])
+        for label, row in E.tables()[name].rows.items():
+            assert [c.paper for c in row] == list(E.PAPER[name]["rows"][label])
     low, high = E.tables()["table1"].rows.values()
     read = [(c.experiment, c.split) for c in low[3:]]
-    assert read == [*(("shnet-uncplus", s) for s in ("val", "testA", "testB")), ("shnet-gref", "val"), ("shnet-referit", "test")]
+    assert read == [
+        *(("shnet-uncplus", s) for s in ("val", "testA", "testB")),
+        ("shnet-gref", "val"),
+        ("shnet-referit", "test"),
+    ]
     assert all(E.experiments()[c.experiment].pixels == "high" for c in high)
     for t in E.tables().values():
-        assert all(len(row) == len(t.columns) for row in t.rows.values()) and {x for pair in t.pairs for x in pair} <= set(t.rows)
+        assert all(len(row) == len(t.columns) for row in t.rows.values()) and {
+            x for pair in t.pairs for x in pair
+        } <= set(t.rows)
 
 
 def test_every_difference_of_the_presets_is_an_experiment_or_has_a_reason():
     "Each row changes one field of the model or one thing of the training, and to a value that the base does not have."
     from refseg_nb.models.shnet import RECIPES, differences
     from refseg_nb.training.learner import TrainConfig
-    fields = {*differences(PRESETS["paper"], PRESETS["released"]), *differences(RECIPES["paper"], RECIPES["released"])}
-    rows = {e.name.removeprefix("preset-").replace("-", "_"): e for e in E.experiments().values() if e.name.startswith("preset-")}
+
+    fields = {
+        *differences(PRESETS["paper"], PRESETS["released"]),
+        *differences(RECIPES["paper"], RECIPES["released"]),
+    }
+    rows = {
+        e.name.removeprefix("preset-").replace("-", "_"): e
+        for e in E.experiments().values()
+        if e.name.startswith("preset-")
+    }
     assert set(rows) == fields - set(E.NOT_TRAINED) and set(E.NOT_TRAINED) <= fields
     base = PRESETS["refshapes"].to_dict() | E.RECIPE["overrides"]
     known = set(TrainConfig.__dataclass_fields__)
     for name, e in rows.items():
         assert bool(e.overrides) != bool(e.training)
-        if e.overrides: assert list(e.overrides) == [name] and e.overrides[name] != base[name]
+        if e.overrides:
+            assert list(e.overrides) == [name] and e.overrides[name] != base[name]
         assert set(e.training) <= known, f"{name}: the learner has no field {set(e.training) - known}"
 
 
 def fake(experiment, seed, good, images=60, each=4, kinds=("attribute", "relation"), split="val", **config):
     "A record whose samples have IoU `good` (plus noise that all rows share)."
-    rng = np.random.default_rng(0); n = images * each; noise = rng.normal(0, .1, n) + np.random.default_rng([seed, len(experiment)]).normal(0, .02, n)
-    union = rng.integers(200, 900, n); inter = (union * np.clip(good + noise, 0, 1)).astype(int)
-    arrays = {"sent_id": np.arange(n), "ref_id": np.arange(n) // 2, "image_id": np.arange(n) // each, "kind": np.array(kinds)[np.arange(n) % len(kinds)],
-              "words": np.full(n, 4), "area": union // 2, "pixels": np.full(n, 96 * 96), "intersection": inter, "union": union}
-    return make_record(experiment, arrays, {"dataset": "refshapes", "split": split}, {"experiment": experiment, **config}, {"training": seed}, resamples=100)
+    rng = np.random.default_rng(0)
+    n = images * each
+    noise = rng.normal(0, 0.1, n) + np.random.default_rng([seed, len(experiment)]).normal(0, 0.02, n)
+    union = rng.integers(200, 900, n)
+    inter = (union * np.clip(good + noise, 0, 1)).astype(int)
+    arrays = {
+        "sent_id": np.arange(n),
+        "ref_id": np.arange(n) // 2,
+        "image_id": np.arange(n) // each,
+        "kind": np.array(kinds)[np.arange(n) % len(kinds)],
+        "words": np.full(n, 4),
+        "area": union // 2,
+        "pixels": np.full(n, 96 * 96),
+        "intersection": inter,
+        "union": union,
+    }
+    return make_record(
+        experiment,
+        arrays,
+        {"dataset": "refshapes", "split": split},
+        {"experiment": experiment, **config},
+        {"training": seed},
+        resamples=100,
+    )
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, good in zip(("baseline", "only-hcam", "only-sfm", "shnet"), (.3, .45, .6, .6)):
-        for seed in (0, 1): save_record(fake(name, seed, good), tmp_path / "run" / "records" / f"{name}-seed{seed}-val.json")
+    for name, good in zip(("baseline", "only-hcam", "only-sfm", "shnet"), (0.3, 0.45, 0.6, 0.6)):
+        for seed in (0, 1):
+            save_record(fake(name, seed, good), tmp_path / "run" / "records" / f"{name}-seed{seed}-val.json")
     return tmp_path / "run"
 
 
 def test_summary_is_made_of_the_records(folder):
-    runs = T.load_runs(folder); s = T.summarise(runs, "table2", 300); key = s["key"]
-    assert list(s["rows"]) == ["Baseline", "Only HCAM", "Only SFM", "SHNet"] and s["columns"][key] == "Overall IoU"
+    runs = T.load_runs(folder)
+    s = T.summarise(runs, "table2", 300)
+    key = s["key"]
+    assert (
+        list(s["rows"]) == ["Baseline", "Only HCAM", "Only SFM", "SHNet"]
+        and s["columns"][key] == "Overall IoU"
+    )
     for row, name in zip(s["rows"].values(), ("baseline", "only-hcam", "only-sfm", "shnet")):
         cell, records = row["cells"][key], runs[name, "val"]
-        assert np.isclose(cell["value"], np.mean([r.metrics["overall_iou"]["value"] for r in records])) and cell["low"] < cell["value"] < cell["high"]
-        assert np.isclose(row["cells"][0]["value"], np.mean([r.metrics["precision@0.5"]["value"] for r in records])) and cell["seeds"] == [0, 1]
+        assert (
+            np.isclose(cell["value"], np.mean([r.metrics["overall_iou"]["value"] for r in records]))
+            and cell["low"] < cell["value"] < cell["high"]
+        )
+        assert np.isclose(
+            row["cells"][0]["value"], np.mean([r.metrics["precision@0.5"]["value"] for r in records])
+        ) and cell["seeds"] == [0, 1]
     d = {(p["a"], p["b"]): p for p in s["differences"]}
     one = d["Only HCAM", "Baseline"]["ours"]
     hcam, baseline = (s["rows"][row]["cells"][key]["value"] for row in ("Only HCAM", "Baseline"))
     assert one["low"] > 0 and np.isclose(one["value"], hcam - baseline)
-    assert d["Only HCAM", "Baseline"]["paper"] == 4.83 and set(d["SHNet", "Only SFM"]["by kind"]) == {"attribute", "relation"}
+    assert d["Only HCAM", "Baseline"]["paper"] == 4.83 and set(d["SHNet", "Only SFM"]["by kind"]) == {
+        "attribute",
+        "relation",
+    }
     text = T.markdown_table(s)
-    assert f"{baseline - 54.70:+.1f}" in text.split("| gap |")[1].splitlines()[0], "the gap is ours minus the paper's"
+    assert f"{baseline - 54.70:+.1f}" in text.split("| gap |")[1].splitlines()[0], (
+        "the gap is ours minus the paper's"
+    )
 
 
 def test_a_difference_takes_the_seeds_that_both_have(folder):
-    save_record(fake("shnet", 2, .9), folder / "records" / "shnet-seed2-val.json")
+    save_record(fake("shnet", 2, 0.9), folder / "records" / "shnet-seed2-val.json")
     runs = T.load_runs(folder)
     d = T.difference(runs["shnet", "val"], runs["only-sfm", "val"], 200)
     assert d["seeds"] == [0, 1] and len(d["by seed"]) == 2
-    alone = T.difference([fake("shnet", 5, .6)], runs["only-sfm", "val"], 200)
+    alone = T.difference([fake("shnet", 5, 0.6)], runs["only-sfm", "val"], 200)
     assert alone["seeds"] == [] and alone["by seed"] is None
-    assert "different numbers of trainings" in T.sentence({"a": "A", "b": "B", "paper": None, "by kind": {}, "ours": alone})
+    assert "different numbers of trainings" in T.sentence(
+        {"a": "A", "b": "B", "paper": None, "by kind": {}, "ours": alone}
+    )
 
 
 def test_conclusions_say_no_more_than_the_intervals(folder):
     said = T.conclusions(T.summarise(T.load_runs(folder), "table2", 300))
-    assert said[2].startswith("Only SFM is better than Baseline") and "2 of 2 seeds" in said[2] and "+7.46" in said[2]
+    assert (
+        said[2].startswith("Only SFM is better than Baseline")
+        and "2 of 2 seeds" in said[2]
+        and "+7.46" in said[2]
+    )
     assert said[0].startswith("SHNet and Only SFM") and "better" not in said[0]
     assert said[-1].startswith("Order by Overall IoU here")
+
     def say(value, low, high, seeds):
-        return T.sentence({"a": "SHNet", "b": "Only SFM", "paper": 1.82, "by kind": {}, "ours": {"value": value, "low": low, "high": high, "by seed": seeds}})
-    assert "not told apart" in say(1., -1., 3., [1., 2.])
-    assert "worse" in say(-2., -3., -1., [-2., -1.]) and "opposite" in say(-2., -3., -1., [-2., -1.])
-    assert "not with every seed" in say(2., 1., 3., [5., -1.])
-    assert "one training each" in say(2., 1., 3., [2.]) and "in this pair of trainings" in say(2., 1., 3., [2.])
+        return T.sentence(
+            {
+                "a": "SHNet",
+                "b": "Only SFM",
+                "paper": 1.82,
+                "by kind": {},
+                "ours": {"value": value, "low": low, "high": high, "by seed": seeds},
+            }
+        )
+
+    assert "not told apart" in say(1.0, -1.0, 3.0, [1.0, 2.0])
+    assert "worse" in say(-2.0, -3.0, -1.0, [-2.0, -1.0]) and "opposite" in say(
+        -2.0, -3.0, -1.0, [-2.0, -1.0]
+    )
+    assert "not with every seed" in say(2.0, 1.0, 3.0, [5.0, -1.0])
+    assert "one training each" in say(2.0, 1.0, 3.0, [2.0]) and "in this pair of trainings" in say(
+        2.0, 1.0, 3.0, [2.0]
+    )
 
 
 def test_single_trainings_are_read_against_the_spread_of_seeds(tmp_path):
-    rows = {"shnet-third": (.6, .4), "preset-pool": (.5,), "preset-grid": (.55,)}
+    rows = {"shnet-third": (0.6, 0.4), "preset-pool": (0.5,), "preset-grid": (0.55,)}
     for name, goods in rows.items():
-        for seed, good in enumerate(goods): save_record(fake(name, seed, good), tmp_path / "records" / f"{name}-seed{seed}-val.json")
-    s = T.summarise(T.load_runs(tmp_path), "presets", 200); spread = T.seed_spread(s)
+        for seed, good in enumerate(goods):
+            save_record(fake(name, seed, good), tmp_path / "records" / f"{name}-seed{seed}-val.json")
+    s = T.summarise(T.load_runs(tmp_path), "presets", 200)
+    spread = T.seed_spread(s)
     a, b = s["rows"]["SHNet as trained here"]["cells"][0]["each seed"]
-    assert spread["rows"] == 1 and np.isclose(spread["points"], abs(a - b)), "of two seeds, the distance is theirs"
+    assert spread["rows"] == 1 and np.isclose(spread["points"], abs(a - b)), (
+        "of two seeds, the distance is theirs"
+    )
     assert any("lie" in line and "may be the seed's" in line for line in T.conclusions(s))
-    assert all(p["paper"] is None for p in s["differences"]) and "paper" not in T.markdown_table(s).splitlines()[0]
+    assert (
+        all(p["paper"] is None for p in s["differences"])
+        and "paper" not in T.markdown_table(s).splitlines()[0]
+    )
 
 
 def test_controls_and_cost_are_read_from_the_records(folder):
     assert T.controls_table(T.load_runs(folder)) == "" == T.cost_table(T.load_runs(folder))
-    cost = {"seconds": 90., "peak memory": 2_000_000_000, "parameters": 1234, "GFLOP": .5}
-    save_record(fake("shnet", 0, .6, cost=cost), folder / "records" / "shnet-seed0-val.json")
+    cost = {"seconds": 90.0, "peak memory": 2_000_000_000, "parameters": 1234, "GFLOP": 0.5}
+    save_record(fake("shnet", 0, 0.6, cost=cost), folder / "records" / "shnet-seed0-val.json")
     (folder / "records" / "shnet-seed1-val.json").unlink()
-    save_record(fake("shnet", 0, .05), folder / "records" / "shnet-seed0-val.no-text.json")
+    save_record(fake("shnet", 0, 0.05), folder / "records" / "shnet-seed0-val.no-text.json")
     runs = T.load_runs(folder)
     blind = runs["shnet", "val.no-text"][0].metrics["mean_iou"]["value"]
-    assert f"| no phrase | {blind:.1f} |" in T.controls_table(runs) and "| no picture | – |" in T.controls_table(runs)
+    assert f"| no phrase | {blind:.1f} |" in T.controls_table(
+        runs
+    ) and "| no picture | – |" in T.controls_table(runs)
     assert re.search(r"\| shnet \| 1,234 \| 0.50 \| 1.5 \| 2.0 \|", T.cost_table(runs))
 
 
 def test_report_is_one_page(folder):
     R.report(folder, 200)
-    page = (folder / "report.html").read_text(); pictures = {p.name for p in folder.glob("*.png")}
-    assert pictures == {"table1-bars.png", "table1-kinds.png", "table2-bars.png", "table2-kinds.png"} and page.count("data:image/png;base64,") == len(pictures)
+    page = (folder / "report.html").read_text()
+    pictures = {p.name for p in folder.glob("*.png")}
+    assert pictures == {
+        "table1-bars.png",
+        "table1-kinds.png",
+        "table2-bars.png",
+        "table2-kinds.png",
+    } and page.count("data:image/png;base64,") == len(pictures)
     assert "http" not in page and "<table>" in page and 'src="table' not in page
     text = (folder / "report.md").read_text()
     assert "54.70" in text and "63.98" in text and "Only SFM − Baseline" in text and "CMPC" in text
     assert set(json.loads((folder / "tables.json").read_text())) == {"table1", "table2"}
-    before = text; R.report(folder, 200)
+    before = text
+    R.report(folder, 200)
     assert (folder / "report.md").read_text() == before, "the same records give the same report"
 
 
 def test_records_that_do_not_belong_together(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no records"): T.load_runs(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no records"):
+        T.load_runs(tmp_path / "nothing")
     (folder / "records" / "shnet-seed0-val.json").rename(folder / "records" / "only-sfm-seed7-val.json")
-    with pytest.raises(ValueError, match="only-sfm-seed7-val.json: the name says only-sfm, seed 7; the record is of shnet, seed 0"): T.load_runs(folder)
+    with pytest.raises(
+        ValueError,
+        match="only-sfm-seed7-val.json: the name says only-sfm, seed 7; the record is of shnet, seed 0",
+    ):
+        T.load_runs(folder)
     (folder / "records" / "only-sfm-seed7-val.json").unlink()
-    save_record(fake("shnet", 1, .6, images=50), folder / "records" / "shnet-seed1-val.json")
-    with pytest.raises(ValueError): T.summarise(T.load_runs(folder), "table2", 100)
+    save_record(fake("shnet", 1, 0.6, images=50), folder / "records" / "shnet-seed1-val.json")
+    with pytest.raises(ValueError):
+        T.summarise(T.load_runs(folder), "table2", 100)
     (folder / "records" / "baseline-seed0-val.npz").unlink()
-    with pytest.raises(FileNotFoundError, match="baseline-seed0-val.json: its samples"): T.load_runs(folder)
+    with pytest.raises(FileNotFoundError, match="baseline-seed0-val.json: its samples"):
+        T.load_runs(folder)
 
 
 def test_plan(tmp_path):
     jobs = E.plan(tmp_path, seeds=(0, 1), data_root=tmp_path / "data")
     assert len(jobs) == 8 and jobs[0]["experiment"] == "shnet" and json.loads(json.dumps(jobs)) == jobs
-    assert len({j["folder"] for j in jobs}) == 8 and {j["config"]["model"] for j in jobs} == {"shnet", "only-sfm", "only-hcam", "baseline"}
+    assert len({j["folder"] for j in jobs}) == 8 and {j["config"]["model"] for j in jobs} == {
+        "shnet",
+        "only-sfm",
+        "only-hcam",
+        "baseline",
+    }
     assert len({j["config"]["max_steps"] for j in jobs}) == 1, "every row gets the same number of steps"
-    for message, wrong in (("no budget 'huge'", {"budget": "huge"}), ("no row 'LSTM'", {"rows": ("LSTM",)}), ("no target 'table9'", {"target": "table9"}),
-                           ("no data 'coco'", {"data": "coco"}), ("no preset 'huge'", {"preset": "huge"})):
-        with pytest.raises(ValueError, match=message): E.plan(tmp_path, **wrong)
-    assert E.estimate(jobs, 2)["minutes"] > E.estimate(jobs[:4], 2)["minutes"] > 0 == E.estimate([])["minutes"]
+    for message, wrong in (
+        ("no budget 'huge'", {"budget": "huge"}),
+        ("no row 'LSTM'", {"rows": ("LSTM",)}),
+        ("no target 'table9'", {"target": "table9"}),
+        ("no data 'coco'", {"data": "coco"}),
+        ("no preset 'huge'", {"preset": "huge"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            E.plan(tmp_path, **wrong)
+    assert (
+        E.estimate(jobs, 2)["minutes"] > E.estimate(jobs[:4], 2)["minutes"] > 0 == E.estimate([])["minutes"]
+    )
 
 
 def test_plan_of_everything(tmp_path):
     jobs = {j["experiment"]: j for j in E.plan(tmp_path, "all", data_root=tmp_path)}
     assert set(jobs) == set(E.experiments())
-    assert jobs["shnet"]["splits"] == ["val", "testA", "testB"] and jobs["shnet"]["controls"] and not jobs["only-sfm"]["controls"]
-    assert jobs["shnet-high"]["config"]["overrides"]["image_size"] == 128 and jobs["shnet-high"]["config"]["root"].endswith("large-128")
-    assert jobs["shnet-high"]["draw"] == {"size": "large", "resolution": 128} and jobs["shnet"]["draw"] == {"size": "large", "resolution": None}
-    assert jobs["shnet-resnet"]["config"]["overrides"]["backbone"] == "refshapes-classifier" and jobs["shnet-gref"]["config"]["data"] == "refshapes-g"
+    assert (
+        jobs["shnet"]["splits"] == ["val", "testA", "testB"]
+        and jobs["shnet"]["controls"]
+        and not jobs["only-sfm"]["controls"]
+    )
+    assert jobs["shnet-high"]["config"]["overrides"]["image_size"] == 128 and jobs["shnet-high"]["config"][
+        "root"
+    ].endswith("large-128")
+    assert jobs["shnet-high"]["draw"] == {"size": "large", "resolution": 128} and jobs["shnet"]["draw"] == {
+        "size": "large",
+        "resolution": None,
+    }
+    assert (
+        jobs["shnet-resnet"]["config"]["overrides"]["backbone"] == "refshapes-classifier"
+        and jobs["shnet-gref"]["config"]["data"] == "refshapes-g"
+    )
     from refseg_nb.training.learner import TrainConfig
+
     for job in jobs.values():
-        c = TrainConfig(**job["config"], out="x")   # every field is known
-        if c.model not in FAMILY: SHNetConfig.from_dict(PRESETS["refshapes"].to_dict() | c.overrides)
+        c = TrainConfig(**job["config"], out="x")  # every field is known
+        if c.model not in FAMILY:
+            SHNetConfig.from_dict(PRESETS["refshapes"].to_dict() | c.overrides)
     for preset in ("paper", "released"):
-        for name in ("refcoco", "refcoco+"): (tmp_path / name).mkdir(exist_ok=True)
+        for name in ("refcoco", "refcoco+"):
+            (tmp_path / name).mkdir(exist_ok=True)
         real = E.plan(tmp_path, "all", "full", data="real", data_root=tmp_path, preset=preset)
-        assert {j["config"]["data"] for j in real} == {"refcoco", "refcoco+"} and all(j["draw"] is None for j in real)
+        assert {j["config"]["data"] for j in real} == {"refcoco", "refcoco+"} and all(
+            j["draw"] is None for j in real
+        )
         of_shnet = [j for j in real if j["config"]["model"] not in FAMILY]
-        sizes = {j["experiment"]: asdict(SHNetConfig.from_dict(PRESETS[preset].to_dict() | j["config"]["overrides"])) for j in of_shnet}
-        assert sizes["shnet-high"]["image_size"] == 448 and sizes["shnet"]["image_size"] == 320 and sizes["shnet-resnet"]["backbone"] == "resnet101"
+        sizes = {
+            j["experiment"]: asdict(
+                SHNetConfig.from_dict(PRESETS[preset].to_dict() | j["config"]["overrides"])
+            )
+            for j in of_shnet
+        }
+        assert (
+            sizes["shnet-high"]["image_size"] == 448
+            and sizes["shnet"]["image_size"] == 320
+            and sizes["shnet-resnet"]["backbone"] == "resnet101"
+        )
         assert sizes["shnet"]["grid"] == PRESETS[preset].grid, "the small model's grid is not the paper's"
 
 
 def test_presets_are_trained_for_a_third_of_the_steps_and_so_is_what_they_are_compared_with(tmp_path):
-    steps = lambda *args, **more: {j["experiment"]: j["config"]["max_steps"] for j in E.plan(tmp_path, *args, data_root=tmp_path, **more)}
-    assert set(steps("presets").values()) == {2000} and set(steps("presets", steps=30).values()) == {10} and set(steps("presets", "tiny").values()) == {2}
+    steps = lambda *args, **more: {
+        j["experiment"]: j["config"]["max_steps"] for j in E.plan(tmp_path, *args, data_root=tmp_path, **more)
+    }
+    assert (
+        set(steps("presets").values()) == {2000}
+        and set(steps("presets", steps=30).values()) == {10}
+        and set(steps("presets", "tiny").values()) == {2}
+    )
     assert {c.experiment for row in E.tables()["presets"].rows.values() for c in row} == set(steps("presets"))
-    assert set(steps("savings").values()) == set(steps("table2").values()) == {6000}, "a cheaper model is compared with the whole training"
-    short, whole = ([j | {"draw": None} for j in E.plan(tmp_path, name, data_root=tmp_path)[:1]] for name in ("presets", "table2"))
+    assert set(steps("savings").values()) == set(steps("table2").values()) == {6000}, (
+        "a cheaper model is compared with the whole training"
+    )
+    short, whole = (
+        [j | {"draw": None} for j in E.plan(tmp_path, name, data_root=tmp_path)[:1]]
+        for name in ("presets", "table2")
+    )
     minutes = lambda jobs: E.estimate(jobs, 1)["minutes"]
-    assert np.isclose(minutes(short + whole), minutes(short) + minutes(whole)) and np.isclose(minutes(whole), 3 * minutes(short))
+    assert np.isclose(minutes(short + whole), minutes(short) + minutes(whole)) and np.isclose(
+        minutes(whole), 3 * minutes(short)
+    )
 
 
 def test_plan_of_the_family(tmp_path):
     "The same trainings but for the model and its learning rate; SHNet's jobs are those of Table 1, cut short; the published presets at the paper's size."
     from refseg_nb.training.learner import TrainConfig
+
     jobs = E.plan(tmp_path, "family", seeds=(0, 1, 2), data_root=tmp_path)
-    assert {j["experiment"] for j in jobs} == {f"{name}{tag}" for name in ("shnet-third", *FAMILY) for tag in ("", "-uncplus")} and len(jobs) == 24
+    assert {j["experiment"] for j in jobs} == {
+        f"{name}{tag}" for name in ("shnet-third", *FAMILY) for tag in ("", "-uncplus")
+    } and len(jobs) == 24
     assert all(j["splits"] == ["val", "testA", "testB"] for j in jobs)
-    same = [{k: v for k, v in j["config"].items() if k not in ("model", "lr", "overrides", "seed", "data")} for j in jobs]
-    assert all(s == same[0] for s in same) and same[0]["max_steps"] == 2000 and same[0]["images_per_batch"] == 3
-    assert all(j["config"]["overrides"] == {} and j["config"]["lr"] == E.FAMILY_LR[j["config"]["model"]] for j in jobs if j["config"]["model"] in FAMILY)
+    same = [
+        {k: v for k, v in j["config"].items() if k not in ("model", "lr", "overrides", "seed", "data")}
+        for j in jobs
+    ]
+    assert (
+        all(s == same[0] for s in same) and same[0]["max_steps"] == 2000 and same[0]["images_per_batch"] == 3
+    )
+    assert all(
+        j["config"]["overrides"] == {} and j["config"]["lr"] == E.FAMILY_LR[j["config"]["model"]]
+        for j in jobs
+        if j["config"]["model"] in FAMILY
+    )
     tables = {j["experiment"]: j["config"] for j in E.plan(tmp_path, "table1", data_root=tmp_path)}
     mine = {j["experiment"]: j["config"] for j in jobs if j["seed"] == 0}
-    assert all(mine[f"shnet-third{tag}"] == tables[f"shnet{tag}"] | {"max_steps": 2000} for tag in ("", "-uncplus"))
-    for name in ("refcoco", "refcoco+"): (tmp_path / name).mkdir()
-    real = {j["experiment"]: j["config"] for j in E.plan(tmp_path, "family", "full", data="real", data_root=tmp_path, preset="paper")}
+    assert all(
+        mine[f"shnet-third{tag}"] == tables[f"shnet{tag}"] | {"max_steps": 2000} for tag in ("", "-uncplus")
+    )
+    for name in ("refcoco", "refcoco+"):
+        (tmp_path / name).mkdir()
+    real = {
+        j["experiment"]: j["config"]
+        for j in E.plan(tmp_path, "family", "full", data="real", data_root=tmp_path, preset="paper")
+    }
     for name in FAMILY:
-        c = TrainConfig(**real[f"{name}-uncplus"], out="x"); recipe = family(name).recipes[E.FAMILY_PRESETS[name]]
-        assert (c.preset, c.lr, c.weight_decay, c.data) == (E.FAMILY_PRESETS[name], recipe.lr, recipe.weight_decay, "refcoco+")
+        c = TrainConfig(**real[f"{name}-uncplus"], out="x")
+        recipe = family(name).recipes[E.FAMILY_PRESETS[name]]
+        assert (c.preset, c.lr, c.weight_decay, c.data) == (
+            E.FAMILY_PRESETS[name],
+            recipe.lr,
+            recipe.weight_decay,
+            "refcoco+",
+        )
     assert real["shnet-third"]["preset"] == "paper"
 
 
 def test_cost_of_a_model_against_counts_by_hand():
     "Parameters: the model's own, less its table of words. Operations: SHNet's parts that an image pays, and the phrase's, as chapter 11 counts them."
     from refseg_nb.models.shnet import count_flops, create_model
+
     config = E.model_config({"model": "shnet", "preset": "refshapes", "overrides": {"grid": 8}})
     assert config == PRESETS["refshapes"].to_dict() | {"grid": 8}
     cost, model = E.model_cost("shnet", config), create_model("shnet", "refshapes", vocab_size=50, grid=8)
@@ -249,27 +430,62 @@ def test_cost_of_a_model_against_counts_by_hand():
     assert cost["trained parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad) - words
     parts = count_flops(SHNetConfig.from_dict(config), 10)
     assert abs(cost["GFLOP an image"] + cost["GFLOP a phrase"] - sum(parts.values())) < 1e-3
-    assert parts["backbone"] + parts["level adapters"] <= cost["GFLOP an image"] + 1e-3, "some of HCAM's gates hear no word either"
+    assert parts["backbone"] + parts["level adapters"] <= cost["GFLOP an image"] + 1e-3, (
+        "some of HCAM's gates hear no word either"
+    )
     seconds = E.model_seconds(model, tries=1)
-    assert set(seconds) == {"seconds an image", "seconds a phrase"} and all(0 <= s < 60 for s in seconds.values()) and model.training
+    assert (
+        set(seconds) == {"seconds an image", "seconds a phrase"}
+        and all(0 <= s < 60 for s in seconds.values())
+        and model.training
+    )
 
 
 def test_the_family_beside_shnet(tmp_path):
     "Nothing trained: said so. With records: means and intervals are `row_scores`', differences are paired over images, costs are the record's."
-    pytest.importorskip("timm"); pytest.importorskip("transformers")
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
     assert T.family_table({}).count("not trained yet") == 8
-    cost = {"seconds": 600., "peak memory": 3e9, "seconds an image": .01, "seconds a phrase": .004, "parameters": 5, "GFLOP": .1}
-    for name, good in (("shnet-third", .6), ("lavt", .4)):
-        for seed in (0, 1): save_record(fake(name, seed, good, cost=cost), tmp_path / "records" / f"{name}-seed{seed}-val.json")
-    runs = T.load_runs(tmp_path); table = T.family_table(runs, 200); lines = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
-    assert "not trained yet" in lines["CMPC"] and lines["LAVT"].endswith("| not trained yet |") and "2 trainings" in lines["LAVT"]
-    assert "| 10.0 | 4.0 | 10 | 3.0 |" in lines["LAVT"] and f"{T.row_scores(runs['lavt', 'val'], 200)['Overall IoU']['value']:.1f} [" in lines["LAVT"]
+    cost = {
+        "seconds": 600.0,
+        "peak memory": 3e9,
+        "seconds an image": 0.01,
+        "seconds a phrase": 0.004,
+        "parameters": 5,
+        "GFLOP": 0.1,
+    }
+    for name, good in (("shnet-third", 0.6), ("lavt", 0.4)):
+        for seed in (0, 1):
+            save_record(
+                fake(name, seed, good, cost=cost), tmp_path / "records" / f"{name}-seed{seed}-val.json"
+            )
+    runs = T.load_runs(tmp_path)
+    table = T.family_table(runs, 200)
+    lines = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
+    assert (
+        "not trained yet" in lines["CMPC"]
+        and lines["LAVT"].endswith("| not trained yet |")
+        and "2 trainings" in lines["LAVT"]
+    )
+    assert (
+        "| 10.0 | 4.0 | 10 | 3.0 |" in lines["LAVT"]
+        and f"{T.row_scores(runs['lavt', 'val'], 200)['Overall IoU']['value']:.1f} [" in lines["LAVT"]
+    )
     s = T.summarise(runs, "family", 200)
-    assert [(p["a"], p["b"]) for p in s["differences"]] == [("LAVT", "SHNet")] and s["differences"][0]["ours"]["high"] < 0
-    assert np.isclose(s["differences"][0]["ours"]["value"], T.difference(runs["lavt", "val"], runs["shnet-third", "val"], 200)["value"])
+    assert [(p["a"], p["b"]) for p in s["differences"]] == [("LAVT", "SHNet")] and s["differences"][0][
+        "ours"
+    ]["high"] < 0
+    assert np.isclose(
+        s["differences"][0]["ours"]["value"],
+        T.difference(runs["lavt", "val"], runs["shnet-third", "val"], 200)["value"],
+    )
     R.report(tmp_path, 100)
     text = (tmp_path / "report.md").read_text()
-    assert "## The family: Four systems in a third of the steps on UNC" in text and "LAVT is worse than SHNet" in text and "not trained yet" in text
+    assert (
+        "## The family: Four systems in a third of the steps on UNC" in text
+        and "LAVT is worse than SHNet" in text
+        and "not trained yet" in text
+    )
 
 
 def test_cost_of_the_full_reproduction_against_a_count_by_hand():
@@ -277,76 +493,152 @@ def test_cost_of_the_full_reproduction_against_a_count_by_hand():
     are split (a quarter); two of the decoder's convolutions, 30.3 and 7.6, mix channels on the small map (a quarter, and 30 n products for the places)."""
     small = sum(2 * (9 * 512 + 30 * n) * 512 * n**2 for n in (20, 40)) / 1e9
     line = next(x for x in E.full_cost("released") if x["experiment"] == "shnet")
-    by_hand = 30 * (16_994 * (40.5 + 13.2) + 3 * 120_624 * (10.2 + 22.6 / 4 + 5.7 + 6.9 + 54.8 - 30.3 - 7.6 + small)) / 1e9
-    assert abs(line["exaFLOP"] / by_hand - 1) < .03
+    by_hand = (
+        30
+        * (16_994 * (40.5 + 13.2) + 3 * 120_624 * (10.2 + 22.6 / 4 + 5.7 + 6.9 + 54.8 - 30.3 - 7.6 + small))
+        / 1e9
+    )
+    assert abs(line["exaFLOP"] / by_hand - 1) < 0.03
     assert np.isclose(line["hours"], line["exaFLOP"] * 1e18 / 100e12 / 3600)
-    assert 6.1 < line["GB"] < 12, "19,994 images of 320 x 320 x 3 bytes are 6.14 GB; masks and targets come on top"
+    assert 6.1 < line["GB"] < 12, (
+        "19,994 images of 320 x 320 x 3 bytes are 6.14 GB; masks and targets come on top"
+    )
 
 
 @pytest.mark.slow
 def test_two_rows_from_nothing_killed_and_resumed(tmp_path):
-    args = [sys.executable, "-m", "refseg_nb", "reproduce", "--budget", "tiny", "--row", "Baseline", "--row", "SHNet", "--out", str(tmp_path / "run"),
-            "--root", str(tmp_path / "data")]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores SIGINT, and so do its children
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, start_new_session=True, preexec_fn=heard)
+    args = [
+        sys.executable,
+        "-m",
+        "refseg_nb",
+        "reproduce",
+        "--budget",
+        "tiny",
+        "--row",
+        "Baseline",
+        "--row",
+        "SHNet",
+        "--out",
+        str(tmp_path / "run"),
+        "--root",
+        str(tmp_path / "data"),
+    ]
+    # a shell's background job ignores SIGINT, and so do its children
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        args,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENV,
+        start_new_session=True,
+        preexec_fn=heard,
+    )
     for _ in range(1200):
-        if list((tmp_path / "run").glob("*/losses.jsonl")) or process.poll() is not None: break
-        time.sleep(.1)
+        if list((tmp_path / "run").glob("*/losses.jsonl")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     result = subprocess.run(args, capture_output=True, text=True, env=ENV, timeout=300)
     assert result.returncode == 0, result.stderr + result.stdout
     assert "63.98" in (tmp_path / "run" / "report.md").read_text() and "paper" in result.stdout
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    drawn = {f"{name}.png" for name in ("table2-bars", "table2-kinds", "curves", "figure4", "figure5", "figure6", "causes", "failures")}
+    drawn = {
+        f"{name}.png"
+        for name in (
+            "table2-bars",
+            "table2-kinds",
+            "curves",
+            "figure4",
+            "figure5",
+            "figure6",
+            "causes",
+            "failures",
+        )
+    }
     assert {"report.html", "report.md", "tables.json", "records"} | drawn <= names
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").iterdir()}
     again = subprocess.run(args, capture_output=True, text=True, env=ENV, timeout=300)
     assert again.returncode == 0 and "2 of them done already" in again.stdout
-    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").iterdir()}, "finished rows are not done again"
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "records").iterdir()}, (
+        "finished rows are not done again"
+    )
     other = subprocess.run([*args, "--steps", "9"], capture_output=True, text=True, env=ENV, timeout=300)
-    assert other.returncode == 2 and "other settings" in other.stderr and len(other.stderr.strip().splitlines()) == 1
+    assert (
+        other.returncode == 2
+        and "other settings" in other.stderr
+        and len(other.stderr.strip().splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize("how, ends", [(signal.SIGTERM, True), (signal.SIGHUP, True), (signal.SIGHUP, False)])
 def test_no_training_goes_on_alone(how, ends, tmp_path):
     "A signal to the program that started them ends the trainings too; one that it was told to ignore (nohup) ends nothing."
-    code = ("import signal, sys, refseg_nb.reproduce.experiments as E; E.JOB = 'import time; time.sleep(60)'\n"
-            f"signal.signal(signal.{how.name}, signal.{'SIG_DFL' if ends else 'SIG_IGN'})\n"   # whatever this process was told itself
-            "E.run_jobs(E.plan(sys.argv[1])[:2], 2)")
-    parent = psutil.Process(subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL).pid)
+    code = (
+        "import signal, sys, refseg_nb.reproduce.experiments as E; E.JOB = 'import time; time.sleep(60)'\n"
+        # whatever this process was told itself
+        f"signal.signal(signal.{how.name}, signal.{'SIG_DFL' if ends else 'SIG_IGN'})\n"
+        "E.run_jobs(E.plan(sys.argv[1])[:2], 2)"
+    )
+    parent = psutil.Process(
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL).pid
+    )
     wait_for(lambda: len(parent.children()) == 2)
-    trainings = parent.children(); parent.send_signal(how)
+    trainings = parent.children()
+    parent.send_signal(how)
     try:
-        if ends: wait_for(lambda: not any(p.is_running() for p in trainings))
-        else: time.sleep(1.); assert parent.is_running() and all(p.is_running() for p in trainings)
+        if ends:
+            wait_for(lambda: not any(p.is_running() for p in trainings))
+        else:
+            time.sleep(1.0)
+            assert parent.is_running() and all(p.is_running() for p in trainings)
     finally:
         for p in (parent, *trainings):
-            if p.is_running(): p.kill()
+            if p.is_running():
+                p.kill()
 
 
 def wait_for(what, seconds=60):
     end = time.time() + seconds
     while not what():
         assert time.time() < end, "waited in vain"
-        time.sleep(.05)
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
 def test_table_1_on_real_photographs(real_data, tmp_path):
     "The three COCO columns end to end, from the micro sets; ReferIt is not there, and said to be left out."
     from rich.console import Console
+
     console = Console(record=True, width=200, file=open(os.devnull, "w"))
-    found = R.reproduce("table1", tmp_path / "run", "tiny", rows=("SHNet* (320x320)",), data="real", split_by="micro", data_root=real_data, steps=2, n_jobs=1,
-                        console=console)
+    found = R.reproduce(
+        "table1",
+        tmp_path / "run",
+        "tiny",
+        rows=("SHNet* (320x320)",),
+        data="real",
+        split_by="micro",
+        data_root=real_data,
+        steps=2,
+        n_jobs=1,
+        console=console,
+    )
     said = console.export_text()
-    assert "Left out, because they are not there: refclef, refcoco+ testA, refcoco+ testB, refcoco testA, refcoco testB" in said
+    assert (
+        "Left out, because they are not there: refclef, refcoco+ testA, refcoco+ testB, refcoco testA, refcoco testB"
+        in said
+    )
     cells = found["table1"]["rows"]["SHNet* (320x320)"]["cells"]
-    assert [c is not None for c in cells] == [True, False, False, True, False, False, True, False], "the micro partition has val, and no testA and testB"
+    assert [c is not None for c in cells] == [True, False, False, True, False, False, True, False], (
+        "the micro partition has val, and no testA and testB"
+    )
     runs = T.load_runs(tmp_path / "run")
     for name, data in (("shnet", "refcoco"), ("shnet-uncplus", "refcoco+"), ("shnet-gref", "refcocog")):
         record = runs[name, "val"][0]
-        assert (record.protocol["dataset"], record.protocol["split_by"]) == (data, "micro") and len(record.arrays["union"]) > 0
+        assert (record.protocol["dataset"], record.protocol["split_by"]) == (data, "micro") and len(
+            record.arrays["union"]
+        ) > 0
         assert (name, "val.no-image") in runs, "the blind controls are made on real data too"
 
 
@@ -357,13 +649,19 @@ recorded = pytest.mark.skipif(not (RESULTS / "records").is_dir(), reason="no rec
 def test_the_recorded_report_is_what_the_records_give(tmp_path):
     "Records, tables.json, report.md and README say the same."
     import shutil
+
     shutil.copytree(RESULTS, tmp_path / "again")
-    for name in ("report.md", "tables.json"): (tmp_path / "again" / name).unlink()
+    for name in ("report.md", "tables.json"):
+        (tmp_path / "again" / name).unlink()
     R.report(tmp_path / "again")
     for name in ("report.md", "tables.json"):
-        assert (tmp_path / "again" / name).read_text() == (RESULTS / name).read_text(), f"results/reproduction/{name} is not made from its records"
+        assert (tmp_path / "again" / name).read_text() == (RESULTS / name).read_text(), (
+            f"results/reproduction/{name} is not made from its records"
+        )
     results = R.readme_results(REPO / "results").strip()
-    assert results in (REPO / "README.md").read_text(), "the README's results are not made from the records: run nbs/index.ipynb and make readme"
+    assert results in (REPO / "README.md").read_text(), (
+        "the README's results are not made from the records: run nbs/index.ipynb and make readme"
+    )
 
 
 @recorded
@@ -375,18 +673,27 @@ def test_the_recorded_run_has_what_it_claims():
             for split in splits:
                 least = 3 if target in ("table2", "family") else 1
                 assert len(runs.get((name, split), [])) >= least, f"{name} on {split} has too few trainings"
-    fields, quick = ("max_steps", "lr", "power", "loss", "dice_weight", "images_per_batch"), E.BUDGETS["quick"]
+    fields, quick = (
+        ("max_steps", "lr", "power", "loss", "dice_weight", "images_per_batch"),
+        E.BUDGETS["quick"],
+    )
     for (name, _), records in runs.items():
-        e = E.experiments()[name]; expected = quick.recipe | {"max_steps": round(quick.steps * e.share)} | e.training
-        for r in records: assert {k: r.config["training"][k] for k in fields} == {k: expected[k] for k in fields}, f"{name} was trained with another recipe"
+        e = E.experiments()[name]
+        expected = quick.recipe | {"max_steps": round(quick.steps * e.share)} | e.training
+        for r in records:
+            assert {k: r.config["training"][k] for k in fields} == {k: expected[k] for k in fields}, (
+                f"{name} was trained with another recipe"
+            )
 
 
 @recorded
 def test_the_recorded_models_are_blind_without_words_or_picture():
     "The gates of the data, on SHNet: without its words at most 1.15 / n, n = 8 objects; without its picture at most .12; on all four data sets."
-    runs = T.load_runs(RESULTS); least = {"no-text": 1.15 / 8, "no-image": .12, "shuffled": 1.15 / 8, "other": 1.15 / 8}
+    runs = T.load_runs(RESULTS)
+    least = {"no-text": 1.15 / 8, "no-image": 0.12, "shuffled": 1.15 / 8, "other": 1.15 / 8}
     for tag in E.TAGS.values():
         split = "test" if tag == "-referit" else "val"
         for control, gate in least.items():
-            for r in runs[f"shnet{tag}", f"{split}.{control}"]: assert r.metrics["mean_iou"]["value"] <= 100 * gate, (tag, control)
+            for r in runs[f"shnet{tag}", f"{split}.{control}"]:
+                assert r.metrics["mean_iou"]["value"] <= 100 * gate, (tag, control)
         assert min(r.metrics["mean_iou"]["value"] for r in runs[f"shnet{tag}", split]) > 30

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from refseg_nb.data import words as words_module
 from refseg_nb.data.refer import Refer, write_refer
-from refseg_nb.data.words import PAD, UNK, VectorsError, Vocabulary, filter_vectors, load_vectors, pad_words, tokenize, vocabulary_for
+from refseg_nb.data.words import (
+    PAD,
+    UNK,
+    VectorsError,
+    Vocabulary,
+    filter_vectors,
+    load_vectors,
+    pad_words,
+    tokenize,
+    vocabulary_for,
+)
 
 
 def small():
@@ -22,7 +32,7 @@ def small():
 
 
 def vectors_file(path, rows=None):
-    rows = rows or {"the": [1, 2, 3], "man": [.5, -.5, 1e-3], "160": [0, 1, 0], "zebra": [9, 9, 9]}
+    rows = rows or {"the": [1, 2, 3], "man": [0.5, -0.5, 1e-3], "160": [0, 1, 0], "zebra": [9, 9, 9]}
     path.write_text("".join(f"{w} {' '.join(map(str, v))}\n" for w, v in rows.items()), encoding="utf-8")
     return path
 
@@ -55,16 +65,34 @@ def test_encoding_handles_what_people_type():
 def test_the_report_counts_what_was_lost():
     numbers, report = small().encode_all(["the zebra", "", "the the the the"], max_words=3)
     assert [len(n) for n in numbers] == [2, 1, 3]
-    assert (report.expressions, report.words, report.unknown, report.empty, report.cut, report.longest) == (3, 6, 1, 1, 1, 4)
+    assert (report.expressions, report.words, report.unknown, report.empty, report.cut, report.longest) == (
+        3,
+        6,
+        1,
+        1,
+        1,
+        4,
+    )
     assert "1 cut at 3 words" in str(report)
 
 
 def test_json_keeps_every_number():
     vocabulary = small()
     again = Vocabulary.from_json(vocabulary.to_json())
-    assert again == vocabulary and again.fingerprint == vocabulary.fingerprint and again.vocab.freqs == vocabulary.vocab.freqs
-    for text in ("", "{}", "[]", '{"words": ["a", "b"], "counts": [1, 2], "min_freq": 1}', '{"words": ["a"], "counts": [], "min_freq": 1}'):
-        with pytest.raises(ValueError, match="not a vocabulary"): Vocabulary.from_json(text)
+    assert (
+        again == vocabulary
+        and again.fingerprint == vocabulary.fingerprint
+        and again.vocab.freqs == vocabulary.vocab.freqs
+    )
+    for text in (
+        "",
+        "{}",
+        "[]",
+        '{"words": ["a", "b"], "counts": [1, 2], "min_freq": 1}',
+        '{"words": ["a"], "counts": [], "min_freq": 1}',
+    ):
+        with pytest.raises(ValueError, match="not a vocabulary"):
+            Vocabulary.from_json(text)
 
 
 @settings(max_examples=200, deadline=None)
@@ -75,7 +103,11 @@ def test_fuzz_expressions(sentences, text, max_words):
     assert 1 <= len(numbers) <= max_words and all(0 < n < len(vocabulary) for n in numbers)
     assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
     padded = pad_words([numbers, [UNK] * 12])
-    assert padded.shape == (2, 12) and padded[0, :len(numbers)].tolist() == numbers and (padded[0, len(numbers):] == PAD).all()
+    assert (
+        padded.shape == (2, 12)
+        and padded[0, : len(numbers)].tolist() == numbers
+        and (padded[0, len(numbers) :] == PAD).all()
+    )
 
 
 def test_real_expressions(real_data):
@@ -89,10 +121,21 @@ def test_real_expressions(real_data):
 
 # ---------------------------------------------------------------- kept beside the data set
 def tiny_refer(root, sentences):
-    instances = {"images": [{"id": 1, "file_name": "a.png", "height": 4, "width": 4}], "categories": [],
-                 "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": []}]}
-    refs = [{"ref_id": 1, "ann_id": 1, "image_id": 1, "category_id": 1, "split": "train",
-             "sentences": [{"sent_id": i, "sent": s} for i, s in enumerate(sentences)]}]
+    instances = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 4, "width": 4}],
+        "categories": [],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": []}],
+    }
+    refs = [
+        {
+            "ref_id": 1,
+            "ann_id": 1,
+            "image_id": 1,
+            "category_id": 1,
+            "split": "train",
+            "sentences": [{"sent_id": i, "sent": s} for i, s in enumerate(sentences)],
+        }
+    ]
     write_refer(root / "mine", refs, instances)
     return Refer(root, "mine")
 
@@ -108,7 +151,9 @@ def test_vocabulary_is_kept_and_never_stale(tmp_path, monkeypatch):
     assert "green" in vocabulary_for(tiny_refer(tmp_path, ["green car"])), "new expressions: a new vocabulary"
     for damage in ("", "{", "[]", '{"of": 1}'):
         path.write_text(damage)
-        assert "green" in vocabulary_for(Refer(tmp_path, "mine")) and json.loads(path.read_text())["vocabulary"]
+        assert (
+            "green" in vocabulary_for(Refer(tmp_path, "mine")) and json.loads(path.read_text())["vocabulary"]
+        )
 
 
 def test_a_read_only_data_set_is_left_alone(tmp_path):
@@ -126,8 +171,8 @@ def test_vectors_are_filtered_and_kept(tmp_path, monkeypatch):
     vocabulary, source = small(), vectors_file(tmp_path / "hand.50d.txt")
     vectors, coverage = load_vectors(source, vocabulary, tmp_path)
     assert vectors.shape == (len(vocabulary), 3) and vectors.dtype == torch.float32
-    assert torch.equal(vectors[vocabulary.number("the")], torch.tensor([1., 2, 3]))
-    assert torch.equal(vectors[vocabulary.number("man")], torch.tensor([.5, -.5, 1e-3]))
+    assert torch.equal(vectors[vocabulary.number("the")], torch.tensor([1.0, 2, 3]))
+    assert torch.equal(vectors[vocabulary.number("man")], torch.tensor([0.5, -0.5, 1e-3]))
     assert not vectors[[PAD, UNK, vocabulary.number("dog")]].any()
     assert (coverage.types, coverage.types_found, coverage.tokens, coverage.tokens_found) == (8, 3, 12, 7)
     assert "3 of 8 words" in str(coverage) and "dog" in coverage.missing
@@ -170,60 +215,87 @@ def test_zip_and_name(tmp_path, monkeypatch):
     shutil.copy(tmp_path / "glove.6B.50d.zip", cache)
     assert torch.equal(load_vectors("glove.6B.50d", small(), cache=cache)[0], want)
     shutil.move(cache / "glove.6B.50d.zip", tmp_path / "upstream.zip")
-    monkeypatch.setitem(words_module.GloVe.url, "6B", (tmp_path / "upstream.zip").as_uri().replace("upstream.zip", "glove.6B.zip"))
+    monkeypatch.setitem(
+        words_module.GloVe.url,
+        "6B",
+        (tmp_path / "upstream.zip").as_uri().replace("upstream.zip", "glove.6B.zip"),
+    )
     shutil.move(tmp_path / "upstream.zip", tmp_path / "glove.6B.zip")
-    assert torch.equal(load_vectors("glove.6B.50d", small(), cache=cache)[0], want), "downloaded from the address that torchtext knows"
+    assert torch.equal(load_vectors("glove.6B.50d", small(), cache=cache)[0], want), (
+        "downloaded from the address that torchtext knows"
+    )
 
 
 def test_glove_6B_zip_holds_several_files(tmp_path):
     with zipfile.ZipFile(tmp_path / "glove.6B.zip", "w") as archive:
-        for dim in (50, 100): archive.writestr(f"glove.6B.{dim}d.txt", "the " + " ".join(["1"] * dim) + "\n")
+        for dim in (50, 100):
+            archive.writestr(f"glove.6B.{dim}d.txt", "the " + " ".join(["1"] * dim) + "\n")
     assert load_vectors("glove.6B.100d", small(), cache=tmp_path)[0].shape[1] == 100
     assert load_vectors("glove.6B.50d", small(), cache=tmp_path)[0].shape[1] == 50
 
 
 def test_without_a_connection_the_error_says_what_to_fetch(tmp_path, monkeypatch):
     monkeypatch.setitem(words_module.GloVe.url, "840B", "http://127.0.0.1:9/glove.840B.300d.zip")
-    with pytest.raises(VectorsError, match=r"glove.840B.300d could not be downloaded .*Fetch http://127.0.0.1:9/glove.840B.300d.zip .*put it.* into"):
+    with pytest.raises(
+        VectorsError,
+        match=r"glove.840B.300d could not be downloaded .*Fetch http://127.0.0.1:9/glove.840B.300d.zip .*put it.* into",
+    ):
         load_vectors("glove.840B.300d", small(), cache=tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []
 
 
-DAMAGED = [(b"", "none of the words"), (b"<html>", "none of the words"), (b"the\n", "none of the words"), (b"\xff\xfe 1 2 3\n", "none of the words"),
-           (b"the 1 2 3\nman 1 2\n", "not readable"), (b"the a b c\n", "not readable"), (b"the 1 2 nan\n", "not finite")]
+DAMAGED = [
+    (b"", "none of the words"),
+    (b"<html>", "none of the words"),
+    (b"the\n", "none of the words"),
+    (b"\xff\xfe 1 2 3\n", "none of the words"),
+    (b"the 1 2 3\nman 1 2\n", "not readable"),
+    (b"the a b c\n", "not readable"),
+    (b"the 1 2 nan\n", "not finite"),
+]
 
 
 @pytest.mark.parametrize("content,says", DAMAGED)
 def test_damaged_vectors_are_named(tmp_path, content, says):
     (tmp_path / "bad.txt").write_bytes(content)
-    with pytest.raises(VectorsError, match=rf"bad\.txt.*{says}"): load_vectors(tmp_path / "bad.txt", small(), tmp_path)
+    with pytest.raises(VectorsError, match=rf"bad\.txt.*{says}"):
+        load_vectors(tmp_path / "bad.txt", small(), tmp_path)
     assert not list(tmp_path.glob("vectors*"))
 
 
 def test_unknown_names_list_the_known(tmp_path):
     for name in ("word2vec", "glove.9B.300d", str(tmp_path / "missing.txt"), ""):
-        with pytest.raises(VectorsError, match="glove.840B.300d"): load_vectors(name, small(), cache=tmp_path)
+        with pytest.raises(VectorsError, match="glove.840B.300d"):
+            load_vectors(name, small(), cache=tmp_path)
 
 
 numbers = st.lists(st.floats(-2, 2) | st.sampled_from(["", "x", "1e999"]), max_size=4)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.sampled_from(["the", "man", "dog", "x", ""]), numbers), max_size=5), st.binary(max_size=10))
+@given(
+    st.lists(st.tuples(st.sampled_from(["the", "man", "dog", "x", ""]), numbers), max_size=5),
+    st.binary(max_size=10),
+)
 def test_fuzz_vectors(tmp_path, rows, junk):
     path = tmp_path / "fuzz.txt"
     path.write_bytes("\n".join(f"{w} {' '.join(map(str, v))}" for w, v in rows).encode() + junk)
-    try: vectors, _ = load_vectors(path, small())
-    except VectorsError as error: assert "fuzz.txt" in str(error)
-    else: assert torch.isfinite(vectors).all() and len(vectors) == len(small())
+    try:
+        vectors, _ = load_vectors(path, small())
+    except VectorsError as error:
+        assert "fuzz.txt" in str(error)
+    else:
+        assert torch.isfinite(vectors).all() and len(vectors) == len(small())
 
 
 def test_a_large_file_is_filtered_line_by_line(tmp_path):
     """50 MB of vectors pass through without being held in memory."""
     import tracemalloc
-    line = ("word%d " + " ".join(["0.12345"] * 300) + "\n")
+
+    line = "word%d " + " ".join(["0.12345"] * 300) + "\n"
     with open(tmp_path / "large.txt", "w") as file:
-        for i in range(20000): file.write(line % i)
+        for i in range(20000):
+            file.write(line % i)
     tracemalloc.start()
     kept = filter_vectors(tmp_path / "large.txt", {"word7", "word19999"}, tmp_path / "out.txt")
     peak = tracemalloc.get_traced_memory()[1]

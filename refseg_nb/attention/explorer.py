@@ -24,32 +24,47 @@ import torch
 import traitlets as t
 from PIL import Image
 
-from .maps import KINDS, AttentionError, AttentionLevel, AttentionMaps, look, region_weights, rollout, show_heat
+from refseg_nb.attention.maps import (
+    KINDS,
+    AttentionError,
+    AttentionLevel,
+    AttentionMaps,
+    look,
+    region_weights,
+    rollout,
+    show_heat,
+)
 from ..inference import Segmenter, load, read_image
 
 # %% ../../nbs/15_explorer.ipynb #009
 def pack_rows(
-    a: np.ndarray,    # float32 [..., K], not negative
-) -> dict:            # codes: uint8, as many as `a` has numbers; scales: uint16 a row (little-endian); shape: [maps, Q, K]
+    a: np.ndarray,  # float32 [..., K], not negative
+) -> (
+    dict
+):  # codes: uint8, as many as `a` has numbers; scales: uint16 a row (little-endian); shape: [maps, Q, K]
     "Rows of weights as bytes: (code / 255)^2 times the row's largest, which is 2^(scale / 1024 - 48)."
     top = a.max(-1, keepdims=True)
-    scales = np.clip(np.ceil((np.log2(np.maximum(top, 2.**-48)) + 48) * 1024), 0, 65535)
+    scales = np.clip(np.ceil((np.log2(np.maximum(top, 2.0**-48)) + 48) * 1024), 0, 65535)
     codes = np.round(255 * np.sqrt(np.clip(a / 2 ** (scales / 1024 - 48), 0, 1))) * (top > 0)
-    return {"codes": codes.astype(np.uint8).tobytes(), "scales": scales.astype("<u2").tobytes(), "shape": [int(np.prod(a.shape[:-2])), *a.shape[-2:]]}
+    return {
+        "codes": codes.astype(np.uint8).tobytes(),
+        "scales": scales.astype("<u2").tobytes(),
+        "shape": [int(np.prod(a.shape[:-2])), *a.shape[-2:]],
+    }
 
 
 def unpack_rows(
-    packed: dict,     # from `pack_rows`
-) -> np.ndarray:      # float32 [maps, Q, K]
+    packed: dict,  # from `pack_rows`
+) -> np.ndarray:  # float32 [maps, Q, K]
     "The weights again, as the browser has them."
     codes = np.frombuffer(packed["codes"], np.uint8).reshape(packed["shape"])
     scales = np.frombuffer(packed["scales"], "<u2").reshape(packed["shape"][:2])
-    return ((codes / 255) ** 2 * 2. ** (scales[..., None] / 1024 - 48)).astype(np.float32)
+    return ((codes / 255) ** 2 * 2.0 ** (scales[..., None] / 1024 - 48)).astype(np.float32)
 
 # %% ../../nbs/15_explorer.ipynb #013
 def pool_grid(
-    grid: tuple[int, int],          # H, W
-    side: int,                      # neither side of the pooled grid is longer
+    grid: tuple[int, int],  # H, W
+    side: int,  # neither side of the pooled grid is longer
 ) -> tuple[np.ndarray, tuple[int, int]]:  # [H*W] pooled cell of each pixel; the pooled grid
     "Cells without overlap: row i of H goes to row i*h // H of h."
     h, w = (min(n, side) for n in grid)
@@ -58,10 +73,10 @@ def pool_grid(
 
 
 def pool_pixels(
-    a: np.ndarray,                  # [..., HW, HW]
+    a: np.ndarray,  # [..., HW, HW]
     grid: tuple[int, int],
     side: int,
-) -> np.ndarray:                    # [..., P, P]
+) -> np.ndarray:  # [..., P, P]
     "Pixel → pixel on a coarser grid: mean over the queries of a cell, sum over its keys."
     of, (h, w) = pool_grid(grid, side)
     member = (np.arange(h * w)[:, None] == of).astype(np.float32)
@@ -70,46 +85,73 @@ def pool_pixels(
 # %% ../../nbs/15_explorer.ipynb #016
 def _pack_steps(a: AttentionLevel):
     "What the steps need, for the browser: little-endian floats, pixels and words apart; None stays None."
-    if a.steps is None: return None
-    def floats(array, axis): return {of: array[..., part].astype("<f4").tobytes() for of in ("pixels", "words") if (part := a.part(axis, of)) is not None}
-    return {"width": a.steps.width, "log_sums": floats(a.steps.log_sums, "queries"), "lengths": floats(a.steps.lengths, "keys")}
+    if a.steps is None:
+        return None
+
+    def floats(array, axis):
+        return {
+            of: array[..., part].astype("<f4").tobytes()
+            for of in ("pixels", "words")
+            if (part := a.part(axis, of)) is not None
+        }
+
+    return {
+        "width": a.steps.width,
+        "log_sums": floats(a.steps.log_sums, "queries"),
+        "lengths": floats(a.steps.lengths, "keys"),
+    }
 
 # %% ../../nbs/15_explorer.ipynb #020
 def outline(
-    mask: np.ndarray,           # bool [H, W]
-) -> list[list[float]]:         # closed lines, each x0, y0, x1, y1, ... in units of the width and the height
+    mask: np.ndarray,  # bool [H, W]
+) -> list[list[float]]:  # closed lines, each x0, y0, x1, y1, ... in units of the width and the height
     "The border of a mask, as lines."
     from contourpy import contour_generator
+
     h, w = mask.shape
     if max(h, w) > 256:  # as fine as a screen can show it
-        mask = np.asarray(Image.fromarray(mask).resize((max(1, round(w * 256 / max(h, w))), max(1, round(h * 256 / max(h, w)))), Image.Resampling.NEAREST))
+        mask = np.asarray(
+            Image.fromarray(mask).resize(
+                (max(1, round(w * 256 / max(h, w))), max(1, round(h * 256 / max(h, w)))),
+                Image.Resampling.NEAREST,
+            )
+        )
         h, w = mask.shape
-    lines = contour_generator(z=np.pad(mask, 1).astype(np.float32)).lines(.5)
-    return [np.clip((line - .5) / (w, h), 0, 1).round(4).ravel().tolist() for line in lines]
+    lines = contour_generator(z=np.pad(mask, 1).astype(np.float32)).lines(0.5)
+    return [np.clip((line - 0.5) / (w, h), 0, 1).round(4).ravel().tolist() for line in lines]
 
 
 def _pack_mask(mask, grids):
     "A mask for the browser; None stays None."
-    if mask is None: return None
+    if mask is None:
+        return None
     cover = {}
     for grid in grids:
-        share = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(mask)).float()[None], grid)[0]
+        share = torch.nn.functional.adaptive_avg_pool2d(
+            torch.from_numpy(np.ascontiguousarray(mask)).float()[None], grid
+        )[0]
         cover["x".join(map(str, grid))] = share.flatten().numpy().round(4).tolist()
     return {"outline": outline(mask), "cover": cover, "area": float(mask.mean())}
 
 # %% ../../nbs/15_explorer.ipynb #023
-BLOCKS = {"pp": ("pixels", "pixels"), "pw": ("pixels", "words"), "wp": ("words", "pixels"), "ww": ("words", "words")}
+BLOCKS = {
+    "pp": ("pixels", "pixels"),
+    "pw": ("pixels", "words"),
+    "wp": ("words", "pixels"),
+    "ww": ("words", "words"),
+}
 
 
 @dataclass
 class Panel:
     "One answer, as the explorer shows it."
-    maps: dict[str, AttentionMaps]         # by kind; "raw" is there
+
+    maps: dict[str, AttentionMaps]  # by kind; "raw" is there
     phrase: str
-    predicted: np.ndarray | None = None    # bool [H0, W0]: the answer
-    truth: np.ndarray | None = None        # bool [H0, W0]: the true mask
+    predicted: np.ndarray | None = None  # bool [H0, W0]: the answer
+    truth: np.ndarray | None = None  # bool [H0, W0]: the true mask
     title: str = ""
-    note: str = ""                         # one line, such as the score
+    note: str = ""  # one line, such as the score
     unknown: list[str] = field(default_factory=list)  # words that the model has never seen
 
     @property
@@ -118,34 +160,60 @@ class Panel:
         return self.maps["raw"].words
 
     def size(
-        self, side: int,  # longest side of the grid on which pixel → pixel is kept
+        self,
+        side: int,  # longest side of the grid on which pixel → pixel is kept
     ) -> int:
         "Bytes of attention in `pack(side)`."
         total = 0
         for a in (a for maps in self.maps.values() for a in maps.levels.values()):
-            blocks = [b.shape for parts in BLOCKS.values() if parts != BLOCKS["pp"] and (b := a.block(*parts)) is not None]
-            if a.block("pixels", "pixels") is not None: h, w = pool_grid(a.grid, side)[1]; blocks.append((*a.weights.shape[:2], h * w, h * w))
+            blocks = [
+                b.shape
+                for parts in BLOCKS.values()
+                if parts != BLOCKS["pp"] and (b := a.block(*parts)) is not None
+            ]
+            if a.block("pixels", "pixels") is not None:
+                h, w = pool_grid(a.grid, side)[1]
+                blocks.append((*a.weights.shape[:2], h * w, h * w))
             total += sum(layers * heads * q * (k + 2) for layers, heads, q, k in blocks)
-            if a.steps is not None: total += a.steps.log_sums.nbytes + a.steps.lengths.nbytes
+            if a.steps is not None:
+                total += a.steps.log_sums.nbytes + a.steps.lengths.nbytes
         return total
 
     def pack(
-        self, side: int,  # the same
+        self,
+        side: int,  # the same
     ) -> dict:
         "Plain values and bytes for the browser."
+
         def level(name, a: AttentionLevel):
             blocks = {key: a.block(*parts) for key, parts in BLOCKS.items()}
             pooled = max(a.grid) > side and blocks["pp"] is not None
-            if pooled: blocks["pp"] = pool_pixels(blocks["pp"], a.grid, side)
-            return {"name": str(name), "grid": list(a.grid), "layers": a.weights.shape[0], "heads": a.weights.shape[1], "keys": a.keys,
-                    "pool": list(pool_grid(a.grid, side)[1]) if pooled else None, "steps": _pack_steps(a),
-                    **{key: None if b is None else pack_rows(b) for key, b in blocks.items()}}
+            if pooled:
+                blocks["pp"] = pool_pixels(blocks["pp"], a.grid, side)
+            return {
+                "name": str(name),
+                "grid": list(a.grid),
+                "layers": a.weights.shape[0],
+                "heads": a.weights.shape[1],
+                "keys": a.keys,
+                "pool": list(pool_grid(a.grid, side)[1]) if pooled else None,
+                "steps": _pack_steps(a),
+                **{key: None if b is None else pack_rows(b) for key, b in blocks.items()},
+            }
 
-        kinds = {kind: [level(name, a) for name, a in maps.levels.items()] for kind, maps in self.maps.items()}
+        kinds = {
+            kind: [level(name, a) for name, a in maps.levels.items()] for kind, maps in self.maps.items()
+        }
         grids = {a.grid for maps in self.maps.values() for a in maps.levels.values()}
-        return {"title": self.title, "note": self.note, "phrase": self.phrase, "words": self.words, "kinds": kinds,
-                "unknown": [i for i, w in enumerate(self.words) if w in self.unknown],
-                "masks": {"predicted": _pack_mask(self.predicted, grids), "truth": _pack_mask(self.truth, grids)}}
+        return {
+            "title": self.title,
+            "note": self.note,
+            "phrase": self.phrase,
+            "words": self.words,
+            "kinds": kinds,
+            "unknown": [i for i, w in enumerate(self.words) if w in self.unknown],
+            "masks": {"predicted": _pack_mask(self.predicted, grids), "truth": _pack_mask(self.truth, grids)},
+        }
 
 # %% ../../nbs/15_explorer.ipynb #026
 DIRECTIONS = ("looks", "is looked at")
@@ -154,7 +222,9 @@ KIND_NAMES = {"raw": "raw attention", "rollout": "attention rollout", "relevance
 
 def _corners(what: dict) -> tuple[int, int, int, int]:
     "A pixel or a box as top, left, bottom, right."
-    return tuple(what["box"]) if "box" in what else (*what["pixel"], what["pixel"][0] + 1, what["pixel"][1] + 1)
+    return (
+        tuple(what["box"]) if "box" in what else (*what["pixel"], what["pixel"][0] + 1, what["pixel"][1] + 1)
+    )
 
 
 def _weights(what: dict, panel: Panel, grid) -> np.ndarray:
@@ -164,29 +234,39 @@ def _weights(what: dict, panel: Panel, grid) -> np.ndarray:
         mask = getattr(panel, what["mask"])
         return region_weights(np.zeros((1, 1), bool) if mask is None else mask, grid).ravel()
     (gh, gw), (r0, c0, r1, c1), weights = what["grid"], _corners(what), np.zeros(grid, np.float32)
-    if "pixel" in what: weights[int((r0 + .5) * h / gh), int((c0 + .5) * w / gw)] = 1
-    else: weights[int(r0 * h // gh):int(-(-r1 * h // gh)), int(c0 * w // gw):int(-(-c1 * w // gw))] = 1
+    if "pixel" in what:
+        weights[int((r0 + 0.5) * h / gh), int((c0 + 0.5) * w / gw)] = 1
+    else:
+        weights[int(r0 * h // gh) : int(-(-r1 * h // gh)), int(c0 * w // gw) : int(-(-c1 * w // gw))] = 1
     return (weights / weights.sum()).ravel()
 
 
 def view(
     panel: Panel,
-    what: dict,                # {"word": i}, {"mask": "predicted"}, {"pixel": [row, column], "grid": [H, W]}, {"box": [top, left, bottom, right], "grid": …}
+    # {"word": i}, {"mask": "predicted"}, {"pixel": [row, column], "grid": [H, W]}, {"box": [top, left,
+    # bottom, right], "grid": …}
+    what: dict,
     level: int | str,
     layer: int,
     head: int | str = "mean",  # a number, "mean" or "max"
     kind: str = "raw",
     direction: str = "looks",  # or "is looked at"
-):                             # ([H, W] or None, [T] or None)
+):  # ([H, W] or None, [T] or None)
     "What a token has with each pixel and each word; None where the model has no such attention."
     a, token = panel.maps[kind].levels[level], "words" if "word" in what else "pixels"
     looks = direction == "looks"
     found = []
     for other in ("pixels", "words"):
         b = a.block(token, other) if looks else a.block(other, token)
-        if b is None: found.append(None); continue
+        if b is None:
+            found.append(None)
+            continue
         b = b[layer] if looks else b[layer].swapaxes(1, 2)
-        found.append(b[:, what["word"]] if token == "words" else np.einsum("q,hqk->hk", _weights(what, panel, a.grid), b))
+        found.append(
+            b[:, what["word"]]
+            if token == "words"
+            else np.einsum("q,hqk->hk", _weights(what, panel, a.grid), b)
+        )
     if kind == "relevance":
         total = sum(f.sum() for f in found if f is not None)
         found = [None if f is None else f / (total or 1) for f in found]
@@ -201,7 +281,8 @@ LIVE_BYTES, PAGE_BYTES = 12_000_000, 2_000_000
 
 def _picture_url(picture: np.ndarray) -> str:
     "The picture as a data: address, at most 640 pixels a side."
-    image = Image.fromarray(picture); image.thumbnail((640, 640))
+    image = Image.fromarray(picture)
+    image.thumbnail((640, 640))
     buffer = io.BytesIO()
     image.save(buffer, "PNG" if max(image.size) <= 200 else "JPEG", quality=88)
     return f"data:image/{'png' if max(image.size) <= 200 else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -209,63 +290,88 @@ def _picture_url(picture: np.ndarray) -> str:
 
 class _State(anywidget.AnyWidget):
     "The traits that Python and the browser share."
+
     _esm = STATIC / "explorer.js"
     _css = STATIC / "explorer.css"
-    data = t.Dict().tag(sync=True)               # picture, palette and panels, packed
-    phrase = t.Unicode().tag(sync=True)          # set it, here or in the browser, and it is segmented
-    live = t.Bool(False).tag(sync=True)          # whether a model is behind it
-    can_keep = t.Bool(False).tag(sync=True)      # whether there is an edited answer to keep
-    error = t.Unicode().tag(sync=True)           # why the last phrase was not segmented
-    answered = t.Int(0).tag(sync=True)           # counts the answers
-    locked = t.Dict(default_value=None, allow_none=True).tag(sync=True)  # see `view`; and "panel", which one was pointed at
+    data = t.Dict().tag(sync=True)  # picture, palette and panels, packed
+    phrase = t.Unicode().tag(sync=True)  # set it, here or in the browser, and it is segmented
+    live = t.Bool(False).tag(sync=True)  # whether a model is behind it
+    can_keep = t.Bool(False).tag(sync=True)  # whether there is an edited answer to keep
+    error = t.Unicode().tag(sync=True)  # why the last phrase was not segmented
+    answered = t.Int(0).tag(sync=True)  # counts the answers
+    # see `view`; and "panel", which one was pointed at
+    locked = t.Dict(default_value=None, allow_none=True).tag(sync=True)
     kind = t.Enum(tuple(KINDS), "raw").tag(sync=True)
     direction = t.Enum(DIRECTIONS, "looks").tag(sync=True)
     level = t.Unicode().tag(sync=True)
     layer = t.Int(-1).tag(sync=True)
-    head = t.Unicode("mean").tag(sync=True)      # a number, "mean" or "max"
-    panels = t.List()                            # of `Panel`, in Python only
+    head = t.Unicode("mean").tag(sync=True)  # a number, "mean" or "max"
+    panels = t.List()  # of `Panel`, in Python only
 
     @t.validate("level")
     def _known_level(self, proposal):
         levels = dict.fromkeys(str(name) for panel in self.panels for name in panel.maps["raw"].levels)
-        if levels and proposal["value"] not in levels: raise t.TraitError(f"there is no level {proposal['value']!r}; there are {', '.join(levels)}")
+        if levels and proposal["value"] not in levels:
+            raise t.TraitError(f"there is no level {proposal['value']!r}; there are {', '.join(levels)}")
         return proposal["value"]
 
     @t.validate("head")
     def _known_head(self, proposal):
         head = proposal["value"]
-        if head not in ("mean", "max") and not head.isdecimal(): raise t.TraitError(f"head must be a number, 'mean' or 'max', not {head!r}")
+        if head not in ("mean", "max") and not head.isdecimal():
+            raise t.TraitError(f"head must be a number, 'mean' or 'max', not {head!r}")
         return head
 
     @t.validate("locked")
     def _known_lock(self, proposal):
         what = proposal["value"]
-        if what is None: return None
+        if what is None:
+            return None
         named = [key for key in ("word", "pixel", "box", "mask") if key in what]
-        if len(named) != 1: raise t.TraitError(f"lock one of 'word', 'pixel', 'box' or 'mask', not {what!r}")
+        if len(named) != 1:
+            raise t.TraitError(f"lock one of 'word', 'pixel', 'box' or 'mask', not {what!r}")
         what = {"panel": 0} | what
-        if not 0 <= what["panel"] < len(self.panels): raise t.TraitError(f"there is no panel {what['panel']}; there are {len(self.panels)}")
+        if not 0 <= what["panel"] < len(self.panels):
+            raise t.TraitError(f"there is no panel {what['panel']}; there are {len(self.panels)}")
         panel = self.panels[what["panel"]]
         if "word" in what:
             words = panel.words
-            if not 0 <= what["word"] < len(words): raise t.TraitError(f"there is no word {what['word']}: the phrase has {len(words)}")
+            if not 0 <= what["word"] < len(words):
+                raise t.TraitError(f"there is no word {what['word']}: the phrase has {len(words)}")
         elif "mask" in what:
-            if what["mask"] not in ("predicted", "truth"): raise t.TraitError(f"mask must be 'predicted' or 'truth', not {what['mask']!r}")
+            if what["mask"] not in ("predicted", "truth"):
+                raise t.TraitError(f"mask must be 'predicted' or 'truth', not {what['mask']!r}")
         else:
             levels = {str(name): a for name, a in panel.maps["raw"].levels.items()}
             what = {"grid": list(levels.get(self.level, next(iter(levels.values()))).grid)} | what
             (top, left, bottom, right), (h, w) = _corners(what), what["grid"]
-            if not (0 <= top < bottom <= h and 0 <= left < right <= w): raise t.TraitError(f"{named[0]} {what[named[0]]} is not on the grid of {h} x {w}")
+            if not (0 <= top < bottom <= h and 0 <= left < right <= w):
+                raise t.TraitError(f"{named[0]} {what[named[0]]} is not on the grid of {h} x {w}")
         return what
 
     def _pack(self, limit: int) -> dict:
         "The data for the browser; pixel → pixel as fine as `limit` bytes allow."
         from matplotlib import colormaps
+
         palette = (colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()
         h, w = self._picture.shape[:2]
-        side = next((n for n in (1000, 26, 20, 16, 13, 10, 8, 6, 4) if sum(panel.size(n) for panel in self.panels) <= limit), None)
-        if side is None: raise AttentionError(f"the attention does not fit into {limit / 1e6:.1f} MB: show fewer levels, layers or heads")
-        return {"image": {"url": _picture_url(self._picture), "width": w, "height": h}, "palette": palette, "panels": [p.pack(side) for p in self.panels]}
+        side = next(
+            (
+                n
+                for n in (1000, 26, 20, 16, 13, 10, 8, 6, 4)
+                if sum(panel.size(n) for panel in self.panels) <= limit
+            ),
+            None,
+        )
+        if side is None:
+            raise AttentionError(
+                f"the attention does not fit into {limit / 1e6:.1f} MB: show fewer levels, layers or heads"
+            )
+        return {
+            "image": {"url": _picture_url(self._picture), "width": w, "height": h},
+            "palette": palette,
+            "panels": [p.pack(side) for p in self.panels],
+        }
 
 # %% ../../nbs/15_explorer.ipynb #031
 HOST = """
@@ -312,50 +418,84 @@ def _freeze(state: dict) -> str:
     def out(value):
         nonlocal at
         if isinstance(value, bytes):
-            buffers.append(value); at += len(value)
+            buffers.append(value)
+            at += len(value)
             return {"$at": [at - len(value), len(value)]}
-        if isinstance(value, dict): return {k: out(v) for k, v in value.items()}
+        if isinstance(value, dict):
+            return {k: out(v) for k, v in value.items()}
         return [out(v) for v in value] if isinstance(value, list | tuple) else value
 
     head = json.dumps(out(state), separators=(",", ":")).encode()
-    return base64.b64encode(gzip.compress(b"".join([struct.pack("<I", len(head)), head, *buffers]), mtime=0)).decode()
+    return base64.b64encode(
+        gzip.compress(b"".join([struct.pack("<I", len(head)), head, *buffers]), mtime=0)
+    ).decode()
 
 
 class _Pages(_State):
     "The explorer as a page, a PNG and an SVG."
-    def to_fragment(self,
-        limit: int = PAGE_BYTES,           # bytes; pixel → pixel is pooled until it fits
+
+    def to_fragment(
+        self,
+        limit: int = PAGE_BYTES,  # bytes; pixel → pixel is pooled until it fits
     ) -> str:
         "The explorer as a piece of HTML that runs by itself, for a page of one's own."
-        names = [name for name in self.traits(sync=True) if not name.startswith("_") and name not in ("layout", "tabbable", "tooltip", "comm")]
-        state = {name: getattr(self, name) for name in names} | {"live": False, "can_keep": False, "error": ""}
-        name, script = f"refseg-explorer-{secrets.token_hex(4)}", self._esm.replace("export default { render };", "").replace("export ", "")
+        names = [
+            name
+            for name in self.traits(sync=True)
+            if not name.startswith("_") and name not in ("layout", "tabbable", "tooltip", "comm")
+        ]
+        state = {name: getattr(self, name) for name in names} | {
+            "live": False,
+            "can_keep": False,
+            "error": "",
+        }
+        name, script = (
+            f"refseg-explorer-{secrets.token_hex(4)}",
+            self._esm.replace("export default { render };", "").replace("export ", ""),
+        )
         url = f"data:image/png;base64,{base64.b64encode(self.to_png(dpi=70)).decode()}"
-        for share in (1, .75, .6, .45, .3):
+        for share in (1, 0.75, 0.6, 0.45, 0.3):
             state["data"] = self._pack(int(limit * share))
-            page = (f'<div id="{name}" data-state="{_freeze(state)}"><img src="{url}" alt="{html.escape(self.phrase)}"></div>\n'
-                    f'<style>\n{self._css}</style>\n<script type="module">\n{script}{HOST % {"id": name}}</script>\n')
-            if len(page) < limit: return page
-        raise AttentionError(f"the page would have {len(page) / 1e6:.1f} MB, more than {limit / 1e6:g}: show fewer levels, layers or heads")
+            page = (
+                f'<div id="{name}" data-state="{_freeze(state)}"><img src="{url}" alt="{html.escape(self.phrase)}"></div>\n'
+                f'<style>\n{self._css}</style>\n<script type="module">\n{script}{HOST % {"id": name}}</script>\n'
+            )
+            if len(page) < limit:
+                return page
+        raise AttentionError(
+            f"the page would have {len(page) / 1e6:.1f} MB, more than {limit / 1e6:g}: show fewer levels, layers or heads"
+        )
 
-    def to_html(self,
-        path: str | Path | None = None,    # written there
-        limit: int = PAGE_BYTES,           # bytes; pixel → pixel is pooled until it fits
+    def to_html(
+        self,
+        path: str | Path | None = None,  # written there
+        limit: int = PAGE_BYTES,  # bytes; pixel → pixel is pooled until it fits
     ) -> str:
         "One page that works from a file, without a kernel and without a network."
         from refseg_nb.data.refer import _replace
+
         title = html.escape(f"Attention: {self.phrase}")
         page = PAGE.format(policy=POLICY, title=title, fragment=self.to_fragment(limit - 2000))
-        if path is not None: _replace(Path(path), page.encode())
+        if path is not None:
+            _replace(Path(path), page.encode())
         return page
 
     def figure(self):
         "What is shown, as a matplotlib figure: for each panel the words with their shares, the map, and its scale."
         import matplotlib.pyplot as plt
+
         h, w = self._picture.shape[:2]
         n, tall = len(self.panels), 4 * h / w
-        fig, axes = plt.subplots(2, n, figsize=(4.4 * n, tall + 1.2), squeeze=False, layout="constrained", height_ratios=(.5, tall))
-        for k in range(n): _draw_panel(self, k, *axes[:, k])
+        fig, axes = plt.subplots(
+            2,
+            n,
+            figsize=(4.4 * n, tall + 1.2),
+            squeeze=False,
+            layout="constrained",
+            height_ratios=(0.5, tall),
+        )
+        for k in range(n):
+            _draw_panel(self, k, *axes[:, k])
         plt.close(fig)
         return fig
 
@@ -363,19 +503,24 @@ class _Pages(_State):
         from matplotlib import rc_context
 
         from refseg_nb.data.refer import _replace
+
         buffer = io.BytesIO()
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "refseg"}): self.figure().savefig(buffer, **options)
-        if path is not None: _replace(Path(path), buffer.getvalue())
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "refseg"}):
+            self.figure().savefig(buffer, **options)
+        if path is not None:
+            _replace(Path(path), buffer.getvalue())
         return buffer.getvalue()
 
-    def to_png(self,
+    def to_png(
+        self,
         path: str | Path | None = None,  # written there
         dpi: int = 200,
     ) -> bytes:
         "What is shown, as a PNG."
         return self._save(path, format="png", dpi=dpi)
 
-    def to_svg(self,
+    def to_svg(
+        self,
         path: str | Path | None = None,  # written there
     ) -> str:
         "What is shown, as an SVG whose text is text."
@@ -393,14 +538,23 @@ def _shown(state, k: int):
     level = levels.get(state.level, next(iter(levels.values())))
     layers, heads = panel.maps[kind].levels[level].weights.shape[:2]
     layer = min(max(state.layer + layers * (state.layer < 0), 0), layers - 1)
-    return what, kind, level, layer, state.head if state.head in ("mean", "max") or int(state.head) < heads else "mean"
+    return (
+        what,
+        kind,
+        level,
+        layer,
+        state.head if state.head in ("mean", "max") or int(state.head) < heads else "mean",
+    )
 
 
 def _name(what: dict, panel: Panel) -> str:
     "What is looked from, in words."
-    if "word" in what: return f"“{panel.words[what['word']]}”"
-    if "mask" in what and getattr(panel, what["mask"]) is None: return "the mean pixel"
-    if "mask" in what: return "the answer" if what["mask"] == "predicted" else "the true mask"
+    if "word" in what:
+        return f"“{panel.words[what['word']]}”"
+    if "mask" in what and getattr(panel, what["mask"]) is None:
+        return "the mean pixel"
+    if "mask" in what:
+        return "the answer" if what["mask"] == "predicted" else "the true mask"
     return f"pixel {what['pixel'][0]}, {what['pixel'][1]}" if "pixel" in what else "the box"
 
 
@@ -408,74 +562,122 @@ def _draw_words(ax, panel: Panel, words, least: float):
     "The words in a row, each on the colour of its share; the end of the scale is the largest share, or `least`."
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
-    ax.set_axis_off(); ax.set_xlim(0, len(panel.words)); ax.set_ylim(0, 1)
+
+    ax.set_axis_off()
+    ax.set_xlim(0, len(panel.words))
+    ax.set_ylim(0, 1)
     for i, word in enumerate(panel.words):
         colour, ink, text = "none", "k", word
         if words is not None:
             colour = colormaps["viridis"](float(words[i] / max(words.max(), least)))
-            ink = "k" if (np.array(colour[:3]) ** 2.2) @ [.2126, .7152, .0722] > .18 else "w"
-            text += f"\n{100 * words[i]:.{int(words[i] < .0995)}f} %"
-        ax.add_patch(Rectangle((i + .03, .1), .94, .8, facecolor=colour))
-        ax.text(i + .5, .5, text, ha="center", va="center", fontsize=min(8, 60 / len(panel.words)), color=ink)
+            ink = "k" if (np.array(colour[:3]) ** 2.2) @ [0.2126, 0.7152, 0.0722] > 0.18 else "w"
+            text += f"\n{100 * words[i]:.{int(words[i] < 0.0995)}f} %"
+        ax.add_patch(Rectangle((i + 0.03, 0.1), 0.94, 0.8, facecolor=colour))
+        ax.text(
+            i + 0.5, 0.5, text, ha="center", va="center", fontsize=min(8, 60 / len(panel.words)), color=ink
+        )
 
 
 def _draw_panel(state, k: int, above, ax):
     "One panel's words into `above`, its map into `ax`."
     from matplotlib.patches import Rectangle
+
     panel, (what, kind, level, layer, head) = state.panels[k], _shown(state, k)
     pixels, words = view(panel, what, level, layer, head, kind, state.direction)
-    _draw_words(above, panel, words, 1 / panel.maps[kind].levels[level].weights.shape[-1])  # a word with less than its even share is not bright
+    # a word with less than its even share is not bright
+    _draw_words(above, panel, words, 1 / panel.maps[kind].levels[level].weights.shape[-1])
     of = f", {head} over heads" if head in ("mean", "max") else f", head {head}"
-    above.set_title(" · ".join(filter(None, (panel.title, KIND_NAMES[kind], f"level {level}, layer {layer}{of if kind == 'raw' else ''}"))), fontsize=8)
+    above.set_title(
+        " · ".join(
+            filter(
+                None,
+                (panel.title, KIND_NAMES[kind], f"level {level}, layer {layer}{of if kind == 'raw' else ''}"),
+            )
+        ),
+        fontsize=8,
+    )
     h, w = state._picture.shape[:2]
-    if pixels is None: ax.imshow(state._picture); ax.set_axis_off()
+    if pixels is None:
+        ax.imshow(state._picture)
+        ax.set_axis_off()
     else:
         drawn, top = show_heat(ax, state._picture, pixels, panel.predicted), float(pixels.max())
-        ax.figure.colorbar(drawn, ax=ax, shrink=.8, ticks=[0, top / 2, top], format=lambda v, _: f"{100 * v:.2g} %").ax.tick_params(labelsize=7)
+        ax.figure.colorbar(
+            drawn, ax=ax, shrink=0.8, ticks=[0, top / 2, top], format=lambda v, _: f"{100 * v:.2g} %"
+        ).ax.tick_params(labelsize=7)
     if "pixel" in what or "box" in what:
         (r0, c0, r1, c1), (gh, gw) = _corners(what), what["grid"]
-        ax.add_patch(Rectangle((c0 * w / gw, r0 * h / gh), (c1 - c0) * w / gw, (r1 - r0) * h / gh, facecolor="none", edgecolor="#ff5c8a", linewidth=1.5))
+        ax.add_patch(
+            Rectangle(
+                (c0 * w / gw, r0 * h / gh),
+                (c1 - c0) * w / gw,
+                (r1 - r0) * h / gh,
+                facecolor="none",
+                edgecolor="#ff5c8a",
+                linewidth=1.5,
+            )
+        )
     ax.set_title(f"{_name(what, panel)} {state.direction}", fontsize=8)
 
 # %% ../../nbs/15_explorer.ipynb #033
 class Explorer(_Pages):
     "The attention explorer: point at a pixel or a word, click to lock, Esc to free; edit the phrase and compare."
-    def __init__(self,
-        model,                          # a `Segmenter`, or what `refseg_nb.load` takes: a shipped model's name, or a folder
-        image,                          # whatever `read_image` reads
-        phrase: str,                    # what to look for
-        beside=None,                    # a second model that answers the same phrase
+
+    def __init__(
+        self,
+        model,  # a `Segmenter`, or what `refseg_nb.load` takes: a shipped model's name, or a folder
+        image,  # whatever `read_image` reads
+        phrase: str,  # what to look for
+        beside=None,  # a second model that answers the same phrase
         truth: np.ndarray | None = None,  # bool [H, W]: the true mask, outlined
-        names: tuple[str, ...] = (),    # titles of the models; default: the name or folder that was given
-        **traits,                       # such as level, layer, head, kind
+        names: tuple[str, ...] = (),  # titles of the models; default: the name or folder that was given
+        **traits,  # such as level, layer, head, kind
     ):
         given = [m for m in (model, beside) if m is not None]
-        self._names = [*names[:2], *(str(m) if isinstance(m, str | Path) else f"model {k + 1}" for k, m in enumerate(given) if k >= len(names))]
+        self._names = [
+            *names[:2],
+            *(
+                str(m) if isinstance(m, str | Path) else f"model {k + 1}"
+                for k, m in enumerate(given)
+                if k >= len(names)
+            ),
+        ]
         self._scenes = [(m if isinstance(m, Segmenter) else load(m)).encode(image) for m in given]
         self._truth = truth
-        self._start(self._scenes[0].image, [self._answer(k, phrase) for k in range(len(given))], live=True, **traits)
+        self._start(
+            self._scenes[0].image, [self._answer(k, phrase) for k in range(len(given))], live=True, **traits
+        )
 
     @classmethod
-    def from_arrays(cls,
-        image,                                # whatever `read_image` reads
-        words: list[str],                     # T
-        attention,                            # `AttentionMaps`; or [layer, head, query, key], or a dict: level -> such an array
-        grid=None,                            # (H, W), or a dict: level -> (H, W); not needed for `AttentionMaps`
-        queries: str = "both",                # who looks: "pixels", "words", "both" (pixels first)
-        keys: str = "both",                   # at what
+    def from_arrays(
+        cls,
+        image,  # whatever `read_image` reads
+        words: list[str],  # T
+        attention,  # `AttentionMaps`; or [layer, head, query, key], or a dict: level -> such an array
+        grid=None,  # (H, W), or a dict: level -> (H, W); not needed for `AttentionMaps`
+        queries: str = "both",  # who looks: "pixels", "words", "both" (pixels first)
+        keys: str = "both",  # at what
         predicted: np.ndarray | None = None,  # bool [H0, W0]
-        truth: np.ndarray | None = None,      # bool [H0, W0]
+        truth: np.ndarray | None = None,  # bool [H0, W0]
         title: str = "",
         **traits,
     ) -> "Explorer":
         "An explorer of any model's arrays, without the model: the phrase cannot be edited."
-        if not isinstance(attention, AttentionMaps): attention = AttentionMaps.from_arrays(attention, words, grid, queries, keys)
-        if list(words) != attention.words: raise AttentionError(f"words are {list(words)}, but the attention is of {attention.words}")
+        if not isinstance(attention, AttentionMaps):
+            attention = AttentionMaps.from_arrays(attention, words, grid, queries, keys)
+        if list(words) != attention.words:
+            raise AttentionError(f"words are {list(words)}, but the attention is of {attention.words}")
         maps = {"raw": attention}
-        if all(a.queries == a.keys for a in attention.levels.values()): maps["rollout"] = rollout(attention)
+        if all(a.queries == a.keys for a in attention.levels.values()):
+            maps["rollout"] = rollout(attention)
         self = cls.__new__(cls)
         self._names, self._scenes, self._truth = [title], [], truth
-        self._start(read_image(image)[0], [Panel(maps, " ".join(words), predicted, truth, title)], live=False, **traits)
+        self._start(
+            read_image(image)[0],
+            [Panel(maps, " ".join(words), predicted, truth, title)],
+            live=False,
+            **traits,
+        )
         return self
 
     def _start(self, picture, panels, live, **traits):
@@ -483,11 +685,15 @@ class Explorer(_Pages):
         for panel in panels:
             for name in ("predicted", "truth"):
                 mask = getattr(panel, name)
-                if mask is None: continue
+                if mask is None:
+                    continue
                 kind, shape = np.asarray(mask).dtype, list(np.shape(mask))
-                if len(shape) != 2 or kind != np.bool_: raise AttentionError(f"{name}: a mask is a bool array [H, W], not {kind} {shape}")
+                if len(shape) != 2 or kind != np.bool_:
+                    raise AttentionError(f"{name}: a mask is a bool array [H, W], not {kind} {shape}")
         levels = [str(name) for name in panels[0].maps["raw"].levels]
-        super().__init__(panels=panels, phrase=panels[0].phrase, live=live, **{"level": levels[len(levels) // 2]} | traits)
+        super().__init__(
+            panels=panels, phrase=panels[0].phrase, live=live, **{"level": levels[len(levels) // 2]} | traits
+        )
         self.data = self._pack(LIVE_BYTES)
         self.on_msg(lambda _, content, buffers: content.get("do") == "keep" and self.keep())
         self.observe(self._ask, "phrase")
@@ -497,19 +703,27 @@ class Explorer(_Pages):
         scene, maps = self._scenes[k], {}
         answer, maps["raw"] = look(scene, phrase)
         for kind in ("rollout", "relevance"):
-            try: maps[kind] = look(scene, phrase, kind)[1]
-            except AttentionError: pass  # not every attention can be rolled out
-        return Panel(maps, phrase, answer.mask, self._truth, self._names[k], answer.message, answer.unknown_words)
+            try:
+                maps[kind] = look(scene, phrase, kind)[1]
+            except AttentionError:
+                pass  # not every attention can be rolled out
+        return Panel(
+            maps, phrase, answer.mask, self._truth, self._names[k], answer.message, answer.unknown_words
+        )
 
     def _ask(self, change):
         "Segment the new phrase; the last kept answer stays beside it."
-        if not self.live: return
-        try: new = [self._answer(k, self.phrase) for k in range(len(self._scenes))]
-        except ValueError as error: self.error = str(error)
+        if not self.live:
+            return
+        try:
+            new = [self._answer(k, self.phrase) for k in range(len(self._scenes))]
+        except ValueError as error:
+            self.error = str(error)
         else:
             if len(new) == 1:
                 new[0].title = f"{self._names[0]}: after"
-                old = self.panels[0]; old.title = f"{self._names[0]}: before"
+                old = self.panels[0]
+                old.title = f"{self._names[0]}: before"
                 new = [old, *new]
             with self.hold_sync():
                 self.error, self.locked = "", None
@@ -519,7 +733,8 @@ class Explorer(_Pages):
 
     def keep(self):
         "Keep the edited answer alone, as the one that the next edit is compared with."
-        if not self.can_keep: return
+        if not self.can_keep:
+            return
         with self.hold_sync():
             self.locked = None
             self.panels = self.panels[-1:]
@@ -535,12 +750,14 @@ class Explorer(_Pages):
         super().open()
         return self.comm.comm_id
 
-    def __repr__(self): return f"Explorer({self.phrase!r}, locked={self.locked})"
+    def __repr__(self):
+        return f"Explorer({self.phrase!r}, locked={self.locked})"
 
     def _repr_mimebundle_(self, **kwargs):
         "The live view, and for pages and viewers without a kernel the exported one and a picture."
         bundle = super()._repr_mimebundle_(**kwargs)
         data = bundle[0] if isinstance(bundle, tuple) else bundle
-        if data is None: return bundle
+        if data is None:
+            return bundle
         data |= {"text/html": self.to_fragment(), "image/png": base64.b64encode(self.to_png(dpi=80)).decode()}
         return bundle

@@ -33,31 +33,35 @@ class AttentionError(ValueError):
 @dataclass(frozen=True)
 class AttentionSteps:
     "What the weights alone do not tell about how they were made."
-    log_sums: np.ndarray       # float32 [layer, head, query]: the log of the sum of exp(score) over the keys
-    lengths: np.ndarray        # float32 [layer, head, key]: how long the key's value is behind the head's part of the output's matrix
-    width: int                 # d: channels of a head; a score is q·k / sqrt(d)
+
+    log_sums: np.ndarray  # float32 [layer, head, query]: the log of the sum of exp(score) over the keys
+    # float32 [layer, head, key]: how long the key's value is behind the head's part of the output's matrix
+    lengths: np.ndarray
+    width: int  # d: channels of a head; a score is q·k / sqrt(d)
 
 
 @dataclass(frozen=True)
 class AttentionLevel:
     "The attention of one level of the picture, for all its layers and heads."
-    weights: np.ndarray        # float32 [layer, head, query, key]
-    grid: tuple[int, int]      # H, W: pixel tokens stand row by row
-    queries: str = "both"      # who looks: one of `TOKENS`
-    keys: str = "both"         # what is looked at, and what the softmax runs over
+
+    weights: np.ndarray  # float32 [layer, head, query, key]
+    grid: tuple[int, int]  # H, W: pixel tokens stand row by row
+    queries: str = "both"  # who looks: one of `TOKENS`
+    keys: str = "both"  # what is looked at, and what the softmax runs over
     steps: AttentionSteps | None = None  # None where they are not known
 
     def part(self, axis: str, tokens: str) -> slice | None:
         "Where the `tokens` stand on the axis ('queries' or 'keys'); None if they are not there."
         held, n = getattr(self, axis), self.grid[0] * self.grid[1]
-        if held != "both": return slice(None) if held == tokens else None
+        if held != "both":
+            return slice(None) if held == tokens else None
         return slice(0, n) if tokens == "pixels" else slice(n, None)
 
     def block(
         self,
-        queries: str,            # "pixels" or "words": who looks
-        keys: str,               # "pixels" or "words": at what
-    ) -> np.ndarray | None:      # [layer, head, query, key]; None if this model has no such attention
+        queries: str,  # "pixels" or "words": who looks
+        keys: str,  # "pixels" or "words": at what
+    ) -> np.ndarray | None:  # [layer, head, query, key]; None if this model has no such attention
         "One of the four blocks: pixel→pixel, pixel→word, word→pixel, word→word."
         rows, columns = self.part("queries", queries), self.part("keys", keys)
         return None if rows is None or columns is None else self.weights[:, :, rows, columns]
@@ -67,91 +71,142 @@ def _check_level(name, level: AttentionLevel, words: list[str], kind: str):
     "Raise an `AttentionError` that names the level and the axis."
     a, where = level.weights, f"level {name}"
     if not isinstance(a, np.ndarray) or a.dtype != np.float32:
-        raise AttentionError(f"{where}: weights must be a float32 array, not {getattr(a, 'dtype', type(a).__name__)}")
-    if a.ndim != 4: raise AttentionError(f"{where}: weights must have the four axes [layer, head, query, key], not shape {list(a.shape)}")
-    if len(level.grid) != 2 or min(level.grid) < 1: raise AttentionError(f"{where}: grid must be two positive numbers (H, W), not {level.grid}")
+        raise AttentionError(
+            f"{where}: weights must be a float32 array, not {getattr(a, 'dtype', type(a).__name__)}"
+        )
+    if a.ndim != 4:
+        raise AttentionError(
+            f"{where}: weights must have the four axes [layer, head, query, key], not shape {list(a.shape)}"
+        )
+    if len(level.grid) != 2 or min(level.grid) < 1:
+        raise AttentionError(f"{where}: grid must be two positive numbers (H, W), not {level.grid}")
     h, w = level.grid
     count = {"pixels": h * w, "words": len(words), "both": h * w + len(words)}
-    of = {"pixels": f"{h} x {w} pixels", "words": f"{len(words)} words", "both": f"{h} x {w} pixels and {len(words)} words"}
+    of = {
+        "pixels": f"{h} x {w} pixels",
+        "words": f"{len(words)} words",
+        "both": f"{h} x {w} pixels and {len(words)} words",
+    }
     for axis, name, size in (("query", "queries", a.shape[2]), ("key", "keys", a.shape[3])):
         held = getattr(level, name)
-        if held not in TOKENS: raise AttentionError(f"{where}: {name} must be one of {', '.join(TOKENS)}, not {held!r}")
-        if size != count[held]: raise AttentionError(f"{where}: the {axis} axis has {size} entries, but {of[held]} make {count[held]}")
+        if held not in TOKENS:
+            raise AttentionError(f"{where}: {name} must be one of {', '.join(TOKENS)}, not {held!r}")
+        if size != count[held]:
+            raise AttentionError(
+                f"{where}: the {axis} axis has {size} entries, but {of[held]} make {count[held]}"
+            )
     for axis, size in zip(("layer", "head"), a.shape):
-        if size == 0: raise AttentionError(f"{where}: the {axis} axis is empty")
+        if size == 0:
+            raise AttentionError(f"{where}: the {axis} axis is empty")
 
     def token(query):
-        if level.queries == "words": return f"word {words[query]!r}"
-        return f"pixel row {query // w}, column {query % w}" if query < h * w else f"word {words[query - h * w]!r}"
+        if level.queries == "words":
+            return f"word {words[query]!r}"
+        return (
+            f"pixel row {query // w}, column {query % w}"
+            if query < h * w
+            else f"word {words[query - h * w]!r}"
+        )
 
-    def first(bad): layer, head, query = (int(i) for i in np.argwhere(bad)[0]); return f"layer {layer}, head {head}, query {query} ({token(query)})"
-    if (bad := ~np.isfinite(a).all(-1)).any(): raise AttentionError(f"{where}: NaN or infinite values along the key axis, first at {first(bad)}")
-    if (bad := (a < 0).any(-1)).any(): raise AttentionError(f"{where}: negative values along the key axis, first at {first(bad)}")
-    if level.steps is not None: _check_steps(where, level.steps, a.shape, kind)
-    if kind == "relevance": return
+    def first(bad):
+        layer, head, query = (int(i) for i in np.argwhere(bad)[0])
+        return f"layer {layer}, head {head}, query {query} ({token(query)})"
+
+    if (bad := ~np.isfinite(a).all(-1)).any():
+        raise AttentionError(f"{where}: NaN or infinite values along the key axis, first at {first(bad)}")
+    if (bad := (a < 0).any(-1)).any():
+        raise AttentionError(f"{where}: negative values along the key axis, first at {first(bad)}")
+    if level.steps is not None:
+        _check_steps(where, level.steps, a.shape, kind)
+    if kind == "relevance":
+        return
     sums = a.sum(-1, dtype=np.float64)
     if (bad := np.abs(sums - 1) > 1e-3).any():
-        raise AttentionError(f"{where}: rows must sum to one along the key axis ({of[level.keys]}), but {first(bad)} sums to {sums[bad][0]:.4g}")
+        raise AttentionError(
+            f"{where}: rows must sum to one along the key axis ({of[level.keys]}), but {first(bad)} sums to {sums[bad][0]:.4g}"
+        )
 
 
 def _check_steps(where: str, steps: AttentionSteps, shape, kind: str):
     "Raise an `AttentionError` that names the level and the array."
-    if kind != "raw": raise AttentionError(f"{where}: steps belong to raw attention, not to {kind}")
+    if kind != "raw":
+        raise AttentionError(f"{where}: steps belong to raw attention, not to {kind}")
     for name, axis, size in (("log_sums", "query", shape[2]), ("lengths", "key", shape[3])):
         array, want = getattr(steps, name), (*shape[:2], size)
         if getattr(array, "dtype", None) != np.float32 or array.shape != want:
             got = f"{getattr(array, 'dtype', '')} {list(np.shape(array))}"
-            raise AttentionError(f"{where}: steps.{name} must be float32 [layer, head, {axis}] = {list(want)}, not {got}")
-        if not np.isfinite(array).all(): raise AttentionError(f"{where}: NaN or infinite values in steps.{name}")
-    if steps.lengths.min() < 0: raise AttentionError(f"{where}: negative values in steps.lengths")
-    if steps.width < 1: raise AttentionError(f"{where}: steps.width is the number of channels of a head, not {steps.width}")
+            raise AttentionError(
+                f"{where}: steps.{name} must be float32 [layer, head, {axis}] = {list(want)}, not {got}"
+            )
+        if not np.isfinite(array).all():
+            raise AttentionError(f"{where}: NaN or infinite values in steps.{name}")
+    if steps.lengths.min() < 0:
+        raise AttentionError(f"{where}: negative values in steps.lengths")
+    if steps.width < 1:
+        raise AttentionError(f"{where}: steps.width is the number of channels of a head, not {steps.width}")
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
     "The attention of one picture and one phrase: checked, in plain arrays."
-    words: list[str]                          # T, without padding
-    levels: dict[int | str, AttentionLevel]   # by the level's name, coarse or fine, in the model's order
-    kind: str = "raw"                         # a key of `KINDS`
+
+    words: list[str]  # T, without padding
+    levels: dict[int | str, AttentionLevel]  # by the level's name, coarse or fine, in the model's order
+    kind: str = "raw"  # a key of `KINDS`
 
     def __post_init__(self):
-        if self.kind not in KINDS: raise AttentionError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
-        if not self.levels: raise AttentionError("there is no level: the model gave no attention")
-        if not self.words or not all(isinstance(w, str) for w in self.words): raise AttentionError(f"words must be a list of strings, not {self.words!r}")
-        for name, level in self.levels.items(): _check_level(name, level, self.words, self.kind)
+        if self.kind not in KINDS:
+            raise AttentionError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
+        if not self.levels:
+            raise AttentionError("there is no level: the model gave no attention")
+        if not self.words or not all(isinstance(w, str) for w in self.words):
+            raise AttentionError(f"words must be a list of strings, not {self.words!r}")
+        for name, level in self.levels.items():
+            _check_level(name, level, self.words, self.kind)
 
     @classmethod
     def from_arrays(
         cls,
-        weights,                  # [layer, head, query, key], or a dict: level -> such an array; numpy or anything numpy reads
-        words: list[str],         # T
-        grid,                     # (H, W), or a dict: level -> (H, W)
-        queries: str = "both",    # who looks: "pixels", "words", or "both" (pixels first)
-        keys: str = "both",       # at what
-        kind: str = "raw",        # a key of `KINDS`
-        steps=None,               # `AttentionSteps`, or a dict: level -> `AttentionSteps`
+        # [layer, head, query, key], or a dict: level -> such an array; numpy or anything numpy reads
+        weights,
+        words: list[str],  # T
+        grid,  # (H, W), or a dict: level -> (H, W)
+        queries: str = "both",  # who looks: "pixels", "words", or "both" (pixels first)
+        keys: str = "both",  # at what
+        kind: str = "raw",  # a key of `KINDS`
+        steps=None,  # `AttentionSteps`, or a dict: level -> `AttentionSteps`
     ) -> "AttentionMaps":
         "From any model's arrays."
         weights = weights if isinstance(weights, dict) else {1: weights}
         grid, steps = (x if isinstance(x, dict) else dict.fromkeys(weights, x) for x in (grid, steps))
         for name, held in (("grid", grid), ("steps", steps)):
-            if set(held) != set(weights): raise AttentionError(f"weights has the levels {list(weights)}, but {name} has {list(held)}")
-        levels = {name: AttentionLevel(np.asarray(a, dtype=np.float32), tuple(grid[name]), queries, keys, steps[name]) for name, a in weights.items()}
+            if set(held) != set(weights):
+                raise AttentionError(f"weights has the levels {list(weights)}, but {name} has {list(held)}")
+        levels = {
+            name: AttentionLevel(
+                np.asarray(a, dtype=np.float32), tuple(grid[name]), queries, keys, steps[name]
+            )
+            for name, a in weights.items()
+        }
         return cls(list(words), levels, kind)
 
     def block(
         self,
         level: int | str,
-        layer: int,              # 0 ... layers-1, or -1
-        queries: str,            # "pixels" or "words"
-        keys: str,               # "pixels" or "words"
+        layer: int,  # 0 ... layers-1, or -1
+        queries: str,  # "pixels" or "words"
+        keys: str,  # "pixels" or "words"
         head: int | str = "mean",  # a head, or "mean" or "max" over all heads
-    ) -> np.ndarray:             # queries' axes, then keys' axes; pixels have the two axes H, W, words the axis T
+    ) -> np.ndarray:  # queries' axes, then keys' axes; pixels have the two axes H, W, words the axis T
         "One block as a picture: `block(4, -1, 'words', 'pixels')` is [T, H, W]."
-        if level not in self.levels: raise AttentionError(f"there is no level {level!r}; there are {', '.join(map(str, self.levels))}")
+        if level not in self.levels:
+            raise AttentionError(f"there is no level {level!r}; there are {', '.join(map(str, self.levels))}")
         held = self.levels[level]
         a = held.block(queries, keys)
-        if a is None: raise AttentionError(f"level {level}: no attention from {queries} to {keys} (queries: {held.queries}, keys: {held.keys})")
+        if a is None:
+            raise AttentionError(
+                f"level {level}: no attention from {queries} to {keys} (queries: {held.queries}, keys: {held.keys})"
+            )
         a = a[layer]
         a = a[head] if isinstance(head, int | np.integer) else {"mean": a.mean, "max": a.max}[head](0)
         axes = {"pixels": held.grid, "words": (len(self.words),)}
@@ -159,101 +214,158 @@ class AttentionMaps:
 
 # %% ../../nbs/14_attention.ipynb #018
 def attention_maps(
-    attention,          # of one expression: an `SFMAttention`, `AttentionMaps`, or an object with `blocks()` (chapters 17 to 19) or `maps(words)` (your own)
-    words: list[str],   # the words that the model read, without padding
+    # of one expression: an `SFMAttention`, `AttentionMaps`, or an object with `blocks()` (chapters 17 to 19)
+    # or `maps(words)` (your own)
+    attention,
+    words: list[str],  # the words that the model read, without padding
 ) -> AttentionMaps:
     "A model's attention as checked, plain arrays."
-    if isinstance(attention, AttentionMaps): return attention
-    if callable(getattr(attention, "maps", None)): return attention.maps(words)
+    if isinstance(attention, AttentionMaps):
+        return attention
+    if callable(getattr(attention, "maps", None)):
+        return attention.maps(words)
     if callable(getattr(attention, "blocks", None)):
         words = ["[CLS]"] * getattr(attention, "begin", False) + list(words)
-        levels = {name: AttentionLevel(a.float().cpu().numpy(), grid, queries, keys) for name, (a, grid, queries, keys) in attention.blocks().items()}
+        levels = {
+            name: AttentionLevel(a.float().cpu().numpy(), grid, queries, keys)
+            for name, (a, grid, queries, keys) in attention.blocks().items()
+        }
         if (batch := max(len(level.weights) for level in levels.values())) > 1:
             raise AttentionError(f"the batch axis has {batch} entries: give the attention of one expression")
         return AttentionMaps(words, levels)
-    if attention is None: raise AttentionError("the model gave no attention: rows without SFM (the baseline, only-hcam) do not attend")
+    if attention is None:
+        raise AttentionError(
+            "the model gave no attention: rows without SFM (the baseline, only-hcam) do not attend"
+        )
     if not isinstance(attention, SFMAttention):
-        raise AttentionError(f"{type(attention).__name__} is not known: give it a method maps(words), or use AttentionMaps.from_arrays")
+        raise AttentionError(
+            f"{type(attention).__name__} is not known: give it a method maps(words), or use AttentionMaps.from_arrays"
+        )
     batch = {len(a) for layers in attention.values() for a in layers}
-    if batch != {1}: raise AttentionError(f"the batch axis has {max(batch)} entries: give the attention of one expression")
+    if batch != {1}:
+        raise AttentionError(f"the batch axis has {max(batch)} entries: give the attention of one expression")
     n, t = attention.grid[0] * attention.grid[1], len(words)
-    if t > attention.words: raise AttentionError(f"{t} words, but the attention is of {attention.words}")
+    if t > attention.words:
+        raise AttentionError(f"{t} words, but the attention is of {attention.words}")
     stack = lambda layers: torch.cat(layers).float().cpu().numpy()
-    steps = {level: AttentionSteps(*(stack([part[:, :, :n + t] for part in parts]) for parts in zip(*layers)), attention.width)
-             for level, layers in attention.steps.items()}
-    weights = {level: stack([a[:, :, :n + t, :n + t] for a in layers]) for level, layers in attention.items()}
+    steps = {
+        level: AttentionSteps(
+            *(stack([part[:, :, : n + t] for part in parts]) for parts in zip(*layers)), attention.width
+        )
+        for level, layers in attention.steps.items()
+    }
+    weights = {
+        level: stack([a[:, :, : n + t, : n + t] for a in layers]) for level, layers in attention.items()
+    }
     return AttentionMaps.from_arrays(weights, words, attention.grid, steps=steps or None)
 
 # %% ../../nbs/14_attention.ipynb #023
 def weight_steps(
     maps: AttentionMaps,
     level: int | str,
-    layer: int,                  # 0 ... layers-1, or -1
-    head: int,                   # one head: the mean of several softmaxes is none
-    query: int,                  # the row, in the order of the level's queries: pixels row by row, then words
-) -> dict[str, np.ndarray]:      # each [key]: product, scaled, exp, weight, length, added
+    layer: int,  # 0 ... layers-1, or -1
+    head: int,  # one head: the mean of several softmaxes is none
+    query: int,  # the row, in the order of the level's queries: pixels row by row, then words
+) -> dict[str, np.ndarray]:  # each [key]: product, scaled, exp, weight, length, added
     "How one query's weights are made: q·k, q·k / sqrt(d), exp(s - max), the softmax; its values' lengths, and each key's share of the lengths that are added."
-    if level not in maps.levels: raise AttentionError(f"there is no level {level!r}; there are {', '.join(map(str, maps.levels))}")
+    if level not in maps.levels:
+        raise AttentionError(f"there is no level {level!r}; there are {', '.join(map(str, maps.levels))}")
     held = maps.levels[level]
     if held.steps is None:
-        raise AttentionError(f"level {level}: it is not known how these weights were made (kind: {maps.kind}); steps need the model's log_sums and lengths")
-    weight, length = held.weights[layer, head, query].astype(np.float64), held.steps.lengths[layer, head].astype(np.float64)
-    with np.errstate(divide="ignore"): scaled = np.log(weight) + held.steps.log_sums[layer, head, query]   # a masked key: -inf
+        raise AttentionError(
+            f"level {level}: it is not known how these weights were made (kind: {maps.kind}); steps need the model's log_sums and lengths"
+        )
+    weight, length = (
+        held.weights[layer, head, query].astype(np.float64),
+        held.steps.lengths[layer, head].astype(np.float64),
+    )
+    # a masked key: -inf
+    with np.errstate(divide="ignore"):
+        scaled = np.log(weight) + held.steps.log_sums[layer, head, query]
     added = weight * length
-    return {"product": scaled * held.steps.width ** .5, "scaled": scaled, "exp": weight / weight.max(), "weight": weight, "length": length,
-            "added": added / (added.sum() or 1)}
+    return {
+        "product": scaled * held.steps.width**0.5,
+        "scaled": scaled,
+        "exp": weight / weight.max(),
+        "weight": weight,
+        "length": length,
+        "added": added / (added.sum() or 1),
+    }
 
 # %% ../../nbs/14_attention.ipynb #043
 def region_weights(
-    mask: np.ndarray,        # bool [H0, W0], at any size
-    grid: tuple[int, int],   # H, W
-) -> np.ndarray:             # float32 [H, W], sums to one; even where the mask is empty
+    mask: np.ndarray,  # bool [H0, W0], at any size
+    grid: tuple[int, int],  # H, W
+) -> np.ndarray:  # float32 [H, W], sums to one; even where the mask is empty
     "How much each cell counts in a mean over a region."
     mask = np.asarray(mask)
-    if mask.ndim != 2: raise AttentionError(f"a mask has two axes [H, W], not shape {list(mask.shape)}")
-    share = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(mask)).float()[None], grid)[0].numpy()
+    if mask.ndim != 2:
+        raise AttentionError(f"a mask has two axes [H, W], not shape {list(mask.shape)}")
+    share = torch.nn.functional.adaptive_avg_pool2d(
+        torch.from_numpy(np.ascontiguousarray(mask)).float()[None], grid
+    )[0].numpy()
     return share / share.sum() if share.sum() else np.full(grid, 1 / share.size, dtype=np.float32)
 
 
 def share_inside(
-    heat: np.ndarray,   # [H, W], not negative
-    mask: np.ndarray,   # bool [H0, W0]
+    heat: np.ndarray,  # [H, W], not negative
+    mask: np.ndarray,  # bool [H0, W0]
 ) -> float:
     "What share of a map lies inside a mask; a map that is spread evenly gives the mask's share of the picture."
-    cover = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(mask)).float()[None], heat.shape)[0].numpy()
-    return float((heat * cover).sum() / heat.sum()) if heat.sum() else 0.
+    cover = torch.nn.functional.adaptive_avg_pool2d(
+        torch.from_numpy(np.ascontiguousarray(mask)).float()[None], heat.shape
+    )[0].numpy()
+    return float((heat * cover).sum() / heat.sum()) if heat.sum() else 0.0
 
 # %% ../../nbs/14_attention.ipynb #047
 def show_heat(
-    ax,                          # matplotlib axes
-    picture: np.ndarray,         # uint8 [h, w, 3]
-    heat: np.ndarray,            # [H, W]
+    ax,  # matplotlib axes
+    picture: np.ndarray,  # uint8 [h, w, 3]
+    heat: np.ndarray,  # [H, W]
     mask: np.ndarray | None = None,  # its outline is drawn
-    top: float | None = None,    # value at the end of the scale; None: the map's own largest
-    smooth: bool = False,        # bilinear between the cells' centres
-    alpha: float = .7,           # how opaque the map lies over the picture
+    top: float | None = None,  # value at the end of the scale; None: the map's own largest
+    smooth: bool = False,  # bilinear between the cells' centres
+    alpha: float = 0.7,  # how opaque the map lies over the picture
 ):
     "A map over its picture, and the outline of a mask; returns the drawn map, for a colour bar."
     h, w = picture.shape[:2]
-    ax.imshow(picture.astype(float) @ [.299, .587, .114], cmap="gray", vmin=0, vmax=255, extent=(0, w, h, 0))
-    drawn = ax.imshow(heat, cmap="viridis", vmin=0, vmax=top or float(heat.max()) or 1, alpha=alpha, extent=(0, w, h, 0),
-                      interpolation="bilinear" if smooth else "nearest")
+    ax.imshow(
+        picture.astype(float) @ [0.299, 0.587, 0.114], cmap="gray", vmin=0, vmax=255, extent=(0, w, h, 0)
+    )
+    drawn = ax.imshow(
+        heat,
+        cmap="viridis",
+        vmin=0,
+        vmax=top or float(heat.max()) or 1,
+        alpha=alpha,
+        extent=(0, w, h, 0),
+        interpolation="bilinear" if smooth else "nearest",
+    )
     if mask is not None and mask.any() and not mask.all():
-        ax.contour(np.linspace(0, w, mask.shape[1]), np.linspace(0, h, mask.shape[0]), mask, [.5], colors="w", linewidths=1)
+        ax.contour(
+            np.linspace(0, w, mask.shape[1]),
+            np.linspace(0, h, mask.shape[0]),
+            mask,
+            [0.5],
+            colors="w",
+            linewidths=1,
+        )
     ax.set_axis_off()
     return drawn
 
 
 def figure7(
-    picture: np.ndarray,         # uint8 [h, w, 3]
+    picture: np.ndarray,  # uint8 [h, w, 3]
     maps: AttentionMaps,
-    mask: np.ndarray,            # bool [H0, W0]: the region whose pixels are the queries of pixel→pixel; its outline is drawn
+    # bool [H0, W0]: the region whose pixels are the queries of pixel→pixel; its outline is drawn
+    mask: np.ndarray,
     level: int | str,
     layer: int = -1,
     head: int | str = "mean",
 ):
     "The three blocks of the paper's Figure 7: word→word, pixel→pixel (mean over the region), word→pixel; returns the figure."
     import matplotlib.pyplot as plt
+
     words, held = maps.words, maps.levels[level]
     n = -(-(len(words) + 1) // 2)
     fig = plt.figure(figsize=(2.6 + 1.7 * n, 4), layout="constrained")
@@ -261,42 +373,68 @@ def figure7(
     ax, between = left.subplots(), maps.block(level, layer, "words", "words", head)
     ax.imshow(between, cmap="viridis", vmin=0)
     for (i, j), v in np.ndenumerate(between):
-        ax.text(j, i, f"{100 * v:.{int(v < .01)}f}", ha="center", va="center", fontsize=6, color="w" if v < .6 * between.max() else "k")
-    ax.set_xticks(range(len(words)), words, rotation=60, ha="right"); ax.set_yticks(range(len(words)), words)
-    ax.set_title("word → word, %"); ax.set_xlabel("is looked at"); ax.set_ylabel("looks")
-    own = (maps.block(level, layer, "pixels", "pixels", head) * region_weights(mask, held.grid)[..., None, None]).sum((0, 1))
+        ax.text(
+            j,
+            i,
+            f"{100 * v:.{int(v < 0.01)}f}",
+            ha="center",
+            va="center",
+            fontsize=6,
+            color="w" if v < 0.6 * between.max() else "k",
+        )
+    ax.set_xticks(range(len(words)), words, rotation=60, ha="right")
+    ax.set_yticks(range(len(words)), words)
+    ax.set_title("word → word, %")
+    ax.set_xlabel("is looked at")
+    ax.set_ylabel("looks")
+    own = (
+        maps.block(level, layer, "pixels", "pixels", head) * region_weights(mask, held.grid)[..., None, None]
+    ).sum((0, 1))
     axes = right.subplots(2, n, squeeze=False).ravel()
-    for ax in axes: ax.set_axis_off()
-    for ax, title, heat in zip(axes, ["pixel → pixel", *[f"“{w}” → pixels" for w in words]], [own, *maps.block(level, layer, "words", "pixels", head)]):
+    for ax in axes:
+        ax.set_axis_off()
+    for ax, title, heat in zip(
+        axes,
+        ["pixel → pixel", *[f"“{w}” → pixels" for w in words]],
+        [own, *maps.block(level, layer, "words", "pixels", head)],
+    ):
         drawn = show_heat(ax, picture, heat, mask)
         ax.set_title(title, fontsize=8)
-        right.colorbar(drawn, ax=ax, shrink=.7, ticks=[0, float(heat.max())], format="%.2g").ax.tick_params(labelsize=6, length=0)
+        right.colorbar(drawn, ax=ax, shrink=0.7, ticks=[0, float(heat.max())], format="%.2g").ax.tick_params(
+            labelsize=6, length=0
+        )
     return fig
 
 # %% ../../nbs/14_attention.ipynb #054
 def rollout(
-    maps: AttentionMaps,       # raw attention; every level with the same queries and keys
-    residual: float = .5,      # r: the share of itself that a token keeps in each layer; 0 for a model without residual connections
-) -> AttentionMaps:            # the same levels and layers, one head; layer l holds the layers up to l
+    maps: AttentionMaps,  # raw attention; every level with the same queries and keys
+    # r: the share of itself that a token keeps in each layer; 0 for a model without residual connections
+    residual: float = 0.5,
+) -> AttentionMaps:  # the same levels and layers, one head; layer l holds the layers up to l
     "Attention rollout (Abnar and Zuidema, 2020)."
-    if maps.kind != "raw": raise AttentionError(f"rollout is made from raw attention, not from {maps.kind}")
+    if maps.kind != "raw":
+        raise AttentionError(f"rollout is made from raw attention, not from {maps.kind}")
     levels = {}
     for name, level in maps.levels.items():
         if level.queries != level.keys:
-            raise AttentionError(f"level {name}: rollout needs the same tokens on the query and the key axis, not {level.queries} and {level.keys}")
+            raise AttentionError(
+                f"level {name}: rollout needs the same tokens on the query and the key axis, not {level.queries} and {level.keys}"
+            )
         eye = np.eye(level.weights.shape[-1], dtype=np.float32)
         rolled = [eye]
-        for a in level.weights.mean(1): rolled.append((residual * eye + (1 - residual) * a) @ rolled[-1])
+        for a in level.weights.mean(1):
+            rolled.append((residual * eye + (1 - residual) * a) @ rolled[-1])
         levels[name] = replace(level, weights=np.stack(rolled[1:])[:, None], steps=None)
     return AttentionMaps(maps.words, levels, "rollout")
 
 # %% ../../nbs/14_attention.ipynb #058
 def relevance(
-    attention: dict[int | str, list[Tensor]],  # level -> for each layer the weights [1, heads, N, N] that `target` was computed with
-    target: Tensor,                            # y: one number with a graph
+    # level -> for each layer the weights [1, heads, N, N] that `target` was computed with
+    attention: dict[int | str, list[Tensor]],
+    target: Tensor,  # y: one number with a graph
     words: list[str],
     grid: tuple[int, int],
-) -> AttentionMaps:                            # one head; layer l holds the layers up to l
+) -> AttentionMaps:  # one head; layer l holds the layers up to l
     "Gradient relevance (Chefer et al., 2021), without the identity."
     flat = [a for layers in attention.values() for a in layers]
     gradients = iter(torch.autograd.grad(target, flat, allow_unused=True))
@@ -306,7 +444,8 @@ def relevance(
         r, steps = eye, []
         for a in layers:
             g = next(gradients)
-            if g is not None: r = r + (g * a).detach().clamp(min=0)[0].mean(0) @ r
+            if g is not None:
+                r = r + (g * a).detach().clamp(min=0)[0].mean(0) @ r
             steps.append(r - eye)
         found[name] = torch.stack(steps)[:, None].cpu().numpy()
     return AttentionMaps.from_arrays(found, words, grid, kind="relevance")
@@ -314,7 +453,8 @@ def relevance(
 # %% ../../nbs/14_attention.ipynb #064
 def _levels_apart(model):
     "The same SHNet; where its SFM is shared, it is called once a level, so that gradients reach each level's attention."
-    if not model.config.sfm_shared: return model
+    if not model.config.sfm_shared:
+        return model
     apart = copy.copy(model)
     apart._modules = {**model._modules, "sfm": torch.nn.ModuleList([model.sfm[0]] * 3)}
     apart.config = replace(model.config, sfm_shared=False)
@@ -323,20 +463,27 @@ def _levels_apart(model):
 
 @torch.inference_mode(False)
 def look(
-    scene,              # an `EncodedScene` of refseg_nb.inference
+    scene,  # an `EncodedScene` of refseg_nb.inference
     phrase: str,
     kind: str = "raw",  # a key of `KINDS`
-):                      # (`Answer`, `AttentionMaps`)
+):  # (`Answer`, `AttentionMaps`)
     "Segment a phrase, and say where the model looked."
-    if kind not in KINDS: raise AttentionError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if kind not in KINDS:
+        raise AttentionError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     answer = scene.segment(phrase, return_attention=True)
     seg = scene.segmenter
-    ids, whole = (seg.vocabulary.encode(" ".join(answer.words), longest) for longest in (seg.max_words, 10**6))
-    read = answer.words[:len(ids)] if len(whole) == len(answer.words) else seg.vocabulary.decode(ids).split()  # BERT reads pieces of words
+    ids, whole = (
+        seg.vocabulary.encode(" ".join(answer.words), longest) for longest in (seg.max_words, 10**6)
+    )
+    # BERT reads pieces of words
+    read = answer.words[: len(ids)] if len(whole) == len(answer.words) else seg.vocabulary.decode(ids).split()
     raw = attention_maps(answer.attention, read)
-    if kind == "raw": return answer, raw
-    if kind == "rollout": return answer, rollout(raw, .5 if getattr(seg.model.config, "sfm_residual", True) else 0.)
-    if not isinstance(answer.attention, SFMAttention): raise AttentionError("gradient relevance is made for models with SFM")
+    if kind == "raw":
+        return answer, raw
+    if kind == "rollout":
+        return answer, rollout(raw, 0.5 if getattr(seg.model.config, "sfm_residual", True) else 0.0)
+    if not isinstance(answer.attention, SFMAttention):
+        raise AttentionError("gradient relevance is made for models with SFM")
     with torch.enable_grad():
         ids = torch.tensor([seg.vocabulary.encode(" ".join(answer.words), seg.max_words)], device=seg.device)
         features = [f.clone().requires_grad_() for f in scene.features]
@@ -349,24 +496,28 @@ def look(
 def _scores(maps, queries, keys, weight):
     "Mean over levels (and raw: layers) of a block, its queries weighted by `weight(level)`; levels without the block do not count."
     layers = slice(None) if maps.kind == "raw" else slice(-1, None)
-    blocks = [(level, block) for level in maps.levels.values() if (block := level.block(queries, keys)) is not None]
+    blocks = [
+        (level, block) for level in maps.levels.values() if (block := level.block(queries, keys)) is not None
+    ]
     found = [(block[layers].mean((0, 1)) * weight(level)[:, None]).sum(0) for level, block in blocks]
-    if not found: raise AttentionError(f"no level has attention from {queries} to {keys}")
-    if len({len(row) for row in found}) > 1: raise AttentionError("the levels have different grids: score one level at a time")
+    if not found:
+        raise AttentionError(f"no level has attention from {queries} to {keys}")
+    if len({len(row) for row in found}) > 1:
+        raise AttentionError("the levels have different grids: score one level at a time")
     return np.mean(found, axis=0)
 
 
 def word_scores(
     maps: AttentionMaps,
-    mask: np.ndarray,    # bool [H0, W0]: whose pixels look
-) -> np.ndarray:         # [T]
+    mask: np.ndarray,  # bool [H0, W0]: whose pixels look
+) -> np.ndarray:  # [T]
     "What a region's pixels have from each word."
     return _scores(maps, "pixels", "words", lambda level: region_weights(mask, level.grid).ravel())
 
 
 def pixel_scores(
     maps: AttentionMaps,
-) -> np.ndarray:         # [H, W]
+) -> np.ndarray:  # [H, W]
     "What the words, on average, have from each place."
     t, level = len(maps.words), next(iter(maps.levels.values()))
     return _scores(maps, "words", "pixels", lambda level: np.full(t, 1 / t)).reshape(level.grid)
@@ -374,17 +525,19 @@ def pixel_scores(
 # %% ../../nbs/14_attention.ipynb #076
 def without_words(
     words: list[str],
-    gone,              # numbers of the words to leave out
-) -> str:              # the phrase that is left
+    gone,  # numbers of the words to leave out
+) -> str:  # the phrase that is left
     "A phrase without some of its words."
     return " ".join(w for i, w in enumerate(words) if i not in {int(g) for g in np.atleast_1d(gone)})
 
 
 def without_cells(
-    picture: np.ndarray,   # uint8 [h, w, 3]
-    cells: np.ndarray,     # bool [H, W]: which cells to paint over
-) -> np.ndarray:           # uint8 [h, w, 3]
+    picture: np.ndarray,  # uint8 [h, w, 3]
+    cells: np.ndarray,  # bool [H, W]: which cells to paint over
+) -> np.ndarray:  # uint8 [h, w, 3]
     "A picture with some cells of a grid painted over with its mean colour."
     h, w = picture.shape[:2]
     rows, columns = (np.arange(n) * m // n for n, m in zip((h, w), cells.shape))
-    return np.where(cells[rows[:, None], columns][..., None], picture.mean((0, 1)).round().astype(np.uint8), picture)
+    return np.where(
+        cells[rows[:, None], columns][..., None], picture.mean((0, 1)).round().astype(np.uint8), picture
+    )

@@ -21,21 +21,22 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from .refer import Refer, Sample
 from .words import Vocabulary, pad_words
 
-if TYPE_CHECKING: from refseg_nb.data.store import ImageStore
+if TYPE_CHECKING:
+    from refseg_nb.data.store import ImageStore
 
 # %% ../../nbs/06_batches.ipynb #011
 def squash(
-    image: Image.Image,   # RGB, any size
-    size: int,            # S
-) -> torch.Tensor:        # [3, S, S] uint8
+    image: Image.Image,  # RGB, any size
+    size: int,  # S
+) -> torch.Tensor:  # [3, S, S] uint8
     "Resize an image to a square, antialiased; its sides are scaled each on its own, so nothing is cut off."
     return v2.Resize((size, size), antialias=True)(pil_to_tensor(image))
 
 # %% ../../nbs/06_batches.ipynb #018
 def soft_target(
-    mask: np.ndarray,     # [H, W] bool
-    size: int,            # h = w
-) -> torch.Tensor:        # [h, w] float32 in [0, 1]: the share of each cell that the mask covers
+    mask: np.ndarray,  # [H, W] bool
+    size: int,  # h = w
+) -> torch.Tensor:  # [h, w] float32 in [0, 1]: the share of each cell that the mask covers
     "The area-averaged mask: what a pixel of a coarse output should say."
     return F.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(mask)).float()[None], size)[0]
 
@@ -43,14 +44,16 @@ def soft_target(
 @dataclass
 class Batch:
     "K images and B expressions about them."
-    images: torch.Tensor           # [K, 3, S, S] uint8; each image once
-    image_ids: list[int]           # K
-    words: torch.Tensor            # [B, T] long, padded with PAD
-    image_index: torch.Tensor      # [B] long: which of the K images an expression is about
-    targets: torch.Tensor | None   # [B, h, w] float: soft masks
-    samples: list[Sample]          # B
 
-    def _map(self, fn): return replace(self, **{k: fn(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
+    images: torch.Tensor  # [K, 3, S, S] uint8; each image once
+    image_ids: list[int]  # K
+    words: torch.Tensor  # [B, T] long, padded with PAD
+    image_index: torch.Tensor  # [B] long: which of the K images an expression is about
+    targets: torch.Tensor | None  # [B, h, w] float: soft masks
+    samples: list[Sample]  # B
+
+    def _map(self, fn):
+        return replace(self, **{k: fn(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
         "The same batch with its tensors on a device."
@@ -60,64 +63,81 @@ class Batch:
         "The same batch in page-locked memory (a DataLoader calls this)."
         return self._map(torch.Tensor.pin_memory)
 
-    def __len__(self): return len(self.samples)
+    def __len__(self):
+        return len(self.samples)
 
 # %% ../../nbs/06_batches.ipynb #032
-SENTENCES = ("sent", "raw")    # which text of an expression a model reads
-UNITS = ("sentence", "ref")    # what an epoch has one of
+SENTENCES = ("sent", "raw")  # which text of an expression a model reads
+UNITS = ("sentence", "ref")  # what an epoch has one of
 
 
 class RISDataset(Dataset):
     "A split, ready for training or evaluation: images at S x S, words as numbers, soft targets; what is small stays decoded in memory."
+
     def __init__(
         self,
-        refer: Refer,                     # the data set
-        split: str,                       # exact name
-        vocabulary: Vocabulary,           # of the training expressions
-        image_size: int = 96,             # S
-        target_size: int | None = 48,     # h = w; None: no targets
-        max_words: int = 25,              # longer expressions are cut; `.report` says how many
-        cache_gb: float = 2.,             # decoded images and targets are kept in memory up to this size
+        refer: Refer,  # the data set
+        split: str,  # exact name
+        vocabulary: Vocabulary,  # of the training expressions
+        image_size: int = 96,  # S
+        target_size: int | None = 48,  # h = w; None: no targets
+        max_words: int = 25,  # longer expressions are cut; `.report` says how many
+        cache_gb: float = 2.0,  # decoded images and targets are kept in memory up to this size
         store: "ImageStore | None" = None,  # read from it instead; then nothing is kept in memory here
-        sentence: str = "sent",           # which text is read: "sent", cleaned, or "raw", as somebody typed it
+        sentence: str = "sent",  # which text is read: "sent", cleaned, or "raw", as somebody typed it
     ):
-        if sentence not in SENTENCES: raise ValueError(f"sentence must be one of {', '.join(map(repr, SENTENCES))}, not {sentence!r}")
+        if sentence not in SENTENCES:
+            raise ValueError(f"sentence must be one of {', '.join(map(repr, SENTENCES))}, not {sentence!r}")
         if image_size < 1 or (target_size is not None and target_size < 1):
-            raise ValueError(f"image_size and target_size must be positive, not {image_size} and {target_size}")
-        if max_words < 1: raise ValueError(f"max_words must be at least 1, not {max_words}")
+            raise ValueError(
+                f"image_size and target_size must be positive, not {image_size} and {target_size}"
+            )
+        if max_words < 1:
+            raise ValueError(f"max_words must be at least 1, not {max_words}")
         self.refer, self.split, self.vocabulary = refer, split, vocabulary
         self.image_size, self.target_size, self.max_words = image_size, target_size, max_words
         self.samples, self.store, self.sentence = refer.samples(split), store, sentence
-        if sentence == "raw": self.samples = [replace(s, typed=True) for s in self.samples]
-        if store is not None: store.check(refer, self.samples, image_size, target_size)
+        if sentence == "raw":
+            self.samples = [replace(s, typed=True) for s in self.samples]
+        if store is not None:
+            store.check(refer, self.samples, image_size, target_size)
         numbers, self.report = vocabulary.encode_all([s.text for s in self.samples], max_words)
         self.lengths = torch.tensor([len(n) for n in numbers], dtype=torch.long)
         self.words = pad_words(numbers) if numbers else torch.zeros(0, 1, dtype=torch.long)
         groups = {}
-        for i, sample in enumerate(self.samples): groups.setdefault(sample.image_id, []).append(i)
+        for i, sample in enumerate(self.samples):
+            groups.setdefault(sample.image_id, []).append(i)
         self.groups = list(groups.items())  # (image_id, indices of its samples), in the order of the file
-        size = len(groups) * 3 * image_size**2 + len({s.ann_id for s in self.samples}) * 2 * (target_size or 0) ** 2
+        size = (
+            len(groups) * 3 * image_size**2
+            + len({s.ann_id for s in self.samples}) * 2 * (target_size or 0) ** 2
+        )
         self.cached = store is None and size <= cache_gb * 2**30
         self._images, self._targets = {}, {}
 
-    def __len__(self): return len(self.samples)
+    def __len__(self):
+        return len(self.samples)
 
     def image(self, image_id: int) -> torch.Tensor:
         "An image, [3, S, S] uint8."
-        if self.store is not None: return self.store.image(image_id)
+        if self.store is not None:
+            return self.store.image(image_id)
         image = self._images.get(image_id)
         if image is None:
             image = squash(self.refer.load_image(image_id), self.image_size)
-            if self.cached: self._images[image_id] = image
+            if self.cached:
+                self._images[image_id] = image
         return image
 
     def target(self, ann_id: int) -> torch.Tensor:
         "The soft target of an object, [h, w] float16: 11 bits are plenty for a share of an area."
-        if self.store is not None: return self.store.target(ann_id)
+        if self.store is not None:
+            return self.store.target(ann_id)
         target = self._targets.get(ann_id)
         if target is None:
             target = soft_target(self.refer.mask(ann_id), self.target_size).half()
-            if self.cached: self._targets[ann_id] = target
+            if self.cached:
+                self._targets[ann_id] = target
         return target
 
     def original_mask(self, sample: Sample) -> np.ndarray:
@@ -127,9 +147,11 @@ class RISDataset(Dataset):
     def warm(self) -> "RISDataset":
         "Decode everything that is kept in memory, so that worker processes share it."
         if self.cached:
-            for image_id, _ in self.groups: self.image(image_id)
+            for image_id, _ in self.groups:
+                self.image(image_id)
             if self.target_size is not None:
-                for sample in self.samples: self.target(sample.ann_id)
+                for sample in self.samples:
+                    self.target(sample.ann_id)
         return self
 
     def __getitem__(
@@ -140,71 +162,103 @@ class RISDataset(Dataset):
         rows = [i for _, indices in chunk for i in indices]
         samples = [self.samples[i] for i in rows]
         image_ids = [self.groups[g][0] for g, _ in chunk]
-        index = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor([len(indices) for _, indices in chunk]))
-        targets = None if self.target_size is None else torch.stack([self.target(s.ann_id) for s in samples]).float()
+        index = torch.repeat_interleave(
+            torch.arange(len(chunk)), torch.tensor([len(indices) for _, indices in chunk])
+        )
+        targets = (
+            None
+            if self.target_size is None
+            else torch.stack([self.target(s.ann_id) for s in samples]).float()
+        )
         words = self.words[rows, : int(self.lengths[rows].max())]
-        return Batch(torch.stack([self.image(i) for i in image_ids]), image_ids, words, index, targets, samples)
+        return Batch(
+            torch.stack([self.image(i) for i in image_ids]), image_ids, words, index, targets, samples
+        )
 
-    def __repr__(self): return f"RISDataset({self.refer.name}, {self.split}: {len(self.groups):,} images, {self.report})"
+    def __repr__(self):
+        return f"RISDataset({self.refer.name}, {self.split}: {len(self.groups):,} images, {self.report})"
 
 # %% ../../nbs/06_batches.ipynb #042
 def one_of_each_ref(
-    dataset: RISDataset,     # the split
+    dataset: RISDataset,  # the split
     seed: int = 0,
     epoch: int = 0,
-) -> list[list[int]]:        # for each group (image), the index of one sample of each of its refs
+) -> list[list[int]]:  # for each group (image), the index of one sample of each of its refs
     "A random sentence of every ref: a pure function of its arguments."
     rng, drawn = np.random.default_rng([seed, epoch, 2]), []
     for _, indices in dataset.groups:
         refs = {}
-        for i in indices: refs.setdefault(dataset.samples[i].ref_id, []).append(i)
+        for i in indices:
+            refs.setdefault(dataset.samples[i].ref_id, []).append(i)
         drawn.append([said[int(len(said) * x)] for said, x in zip(refs.values(), rng.random(len(refs)))])
     return drawn
 
 
 def epoch_batches(
-    dataset: RISDataset,                        # the split
-    images_per_batch: int,                      # K
-    expressions_per_image: int | None = None,   # at most so many of an image's expressions in an epoch; None: all
-    shuffle: bool = False,                      # a new order each epoch
-    seed: int = 0,                              # of the order
-    epoch: int = 0,                             # of the order
-    unit: str = "sentence",                     # "sentence": all of them; "ref": one random sentence of each ref, another one in each epoch
-) -> list[list[tuple[int, list[int]]]]:         # for each batch, its (group, indices of samples)
+    dataset: RISDataset,  # the split
+    images_per_batch: int,  # K
+    # at most so many of an image's expressions in an epoch; None: all
+    expressions_per_image: int | None = None,
+    shuffle: bool = False,  # a new order each epoch
+    seed: int = 0,  # of the order
+    epoch: int = 0,  # of the order
+    # "sentence": all of them; "ref": one random sentence of each ref, another one in each epoch
+    unit: str = "sentence",
+) -> list[list[tuple[int, list[int]]]]:  # for each batch, its (group, indices of samples)
     "The batches of an epoch: a pure function of its arguments, so that a run can be taken up again at any batch."
-    if images_per_batch < 1: raise ValueError(f"images_per_batch must be at least 1, not {images_per_batch}")
+    if images_per_batch < 1:
+        raise ValueError(f"images_per_batch must be at least 1, not {images_per_batch}")
     if expressions_per_image is not None and expressions_per_image < 1:
         raise ValueError(f"expressions_per_image must be at least 1 or None, not {expressions_per_image}")
-    if unit not in UNITS: raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, not {unit!r}")
-    groups = [indices for _, indices in dataset.groups] if unit == "sentence" else one_of_each_ref(dataset, seed, epoch)
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, not {unit!r}")
+    groups = (
+        [indices for _, indices in dataset.groups]
+        if unit == "sentence"
+        else one_of_each_ref(dataset, seed, epoch)
+    )
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(groups)).tolist() if shuffle else range(len(groups))
     chosen = []
     for g in order:
         indices = groups[g]
         if expressions_per_image is not None and len(indices) > expressions_per_image:
-            indices = sorted(rng.choice(indices, expressions_per_image, replace=False).tolist()) if shuffle else indices[:expressions_per_image]
+            indices = (
+                sorted(rng.choice(indices, expressions_per_image, replace=False).tolist())
+                if shuffle
+                else indices[:expressions_per_image]
+            )
         chosen.append((g, list(indices)))
-    return [chosen[i:i + images_per_batch] for i in range(0, len(chosen), images_per_batch)]
+    return [chosen[i : i + images_per_batch] for i in range(0, len(chosen), images_per_batch)]
 
 # %% ../../nbs/06_batches.ipynb #050
-def _as_it_is(batch): return batch
+def _as_it_is(batch):
+    return batch
 
 
 def make_loader(
-    dataset: RISDataset,                        # the split
-    images_per_batch: int,                      # K; the last batch may have fewer
-    expressions_per_image: int | None = None,   # at most so many of an image's expressions in an epoch; None: all
-    shuffle: bool = False,                      # a new order each epoch
-    seed: int = 0,                              # of the order
-    epoch: int = 0,                             # of the order
-    num_workers: int = 0,                       # processes that make batches; they change nothing but the speed
-    start: int = 0,                             # the first batch to give: where a resumed run goes on
-    pin_memory: bool = False,                   # for copies to a GPU
-) -> DataLoader:                                # of `Batch`
+    dataset: RISDataset,  # the split
+    images_per_batch: int,  # K; the last batch may have fewer
+    # at most so many of an image's expressions in an epoch; None: all
+    expressions_per_image: int | None = None,
+    shuffle: bool = False,  # a new order each epoch
+    seed: int = 0,  # of the order
+    epoch: int = 0,  # of the order
+    num_workers: int = 0,  # processes that make batches; they change nothing but the speed
+    start: int = 0,  # the first batch to give: where a resumed run goes on
+    pin_memory: bool = False,  # for copies to a GPU
+) -> DataLoader:  # of `Batch`
     "Batches of K images, each image once, with their expressions."
     batches = epoch_batches(dataset, images_per_batch, expressions_per_image, shuffle, seed, epoch)[start:]
-    if num_workers: dataset.warm()
+    if num_workers:
+        dataset.warm()
     # an own generator: a DataLoader draws a number when it starts, and must not draw it from the one that dropout uses
-    return DataLoader(dataset, batch_size=None, sampler=batches, collate_fn=_as_it_is, num_workers=num_workers, pin_memory=pin_memory,
-                      generator=torch.Generator().manual_seed(seed))
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),
+    )

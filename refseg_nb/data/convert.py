@@ -26,7 +26,15 @@ from jsonschema import Draft202012Validator
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
-from .refer import PARTITIONS, Refer, ReferError, _polygon_rle, decode_segmentation, image_folder_of, write_refer
+from refseg_nb.data.refer import (
+    PARTITIONS,
+    Refer,
+    ReferError,
+    _polygon_rle,
+    decode_segmentation,
+    image_folder_of,
+    write_refer,
+)
 from .referit import ReferIt, _once, _query_files
 
 # %% ../../nbs/03c_own_data.ipynb #010
@@ -39,22 +47,57 @@ SCHEMA = {
     "oneOf": [{"required": ["expression"]}, {"required": ["expressions"]}],
     "additionalProperties": False,
     "properties": {
-        "image": {"description": "the path of a picture, relative to this file", "type": "string", "minLength": 1},
-        "expression": {"description": "a phrase of at least one word", "type": "string", "pattern": r"\S"},
-        "expressions": {"description": "a list of at least one phrase", "type": "array", "minItems": 1,
-                        "items": {"description": "a phrase of at least one word", "type": "string", "pattern": r"\S"}},
-        "mask": {
-            "description": "the path of a PNG file, a list of polygons, or run lengths (size and counts)", "type": ["string", "array", "object"],
+        "image": {
+            "description": "the path of a picture, relative to this file",
+            "type": "string",
             "minLength": 1,
-            "minItems": 1, "maxItems": 1000, "items": {
-                "description": "a polygon: x, y, x, y, ... of at least three points", "type": "array", "minItems": 6,
-                "items": {"description": "a coordinate in pixels", "type": "number"}},
-            "required": ["size", "counts"], "additionalProperties": False, "properties": {
-                "size": {"description": "the image's [height, width]", "type": "array", "minItems": 2, "maxItems": 2,
-                         "items": {"description": "a whole number of pixels", "type": "integer", "minimum": 1, "maximum": 65535}},
-                "counts": {"description": "run lengths, as a list or as COCO's packed string", "type": ["array", "string"],
-                           "items": {"description": "a whole number, 0 or more", "type": "integer", "minimum": 0}}}},
-        "split": {"description": "a name of letters, digits, - and _, such as train", "type": "string", "pattern": r"^[A-Za-z0-9_-]{1,40}(?![\s\S])"},
+        },
+        "expression": {"description": "a phrase of at least one word", "type": "string", "pattern": r"\S"},
+        "expressions": {
+            "description": "a list of at least one phrase",
+            "type": "array",
+            "minItems": 1,
+            "items": {"description": "a phrase of at least one word", "type": "string", "pattern": r"\S"},
+        },
+        "mask": {
+            "description": "the path of a PNG file, a list of polygons, or run lengths (size and counts)",
+            "type": ["string", "array", "object"],
+            "minLength": 1,
+            "minItems": 1,
+            "maxItems": 1000,
+            "items": {
+                "description": "a polygon: x, y, x, y, ... of at least three points",
+                "type": "array",
+                "minItems": 6,
+                "items": {"description": "a coordinate in pixels", "type": "number"},
+            },
+            "required": ["size", "counts"],
+            "additionalProperties": False,
+            "properties": {
+                "size": {
+                    "description": "the image's [height, width]",
+                    "type": "array",
+                    "minItems": 2,
+                    "maxItems": 2,
+                    "items": {
+                        "description": "a whole number of pixels",
+                        "type": "integer",
+                        "minimum": 1,
+                        "maximum": 65535,
+                    },
+                },
+                "counts": {
+                    "description": "run lengths, as a list or as COCO's packed string",
+                    "type": ["array", "string"],
+                    "items": {"description": "a whole number, 0 or more", "type": "integer", "minimum": 0},
+                },
+            },
+        },
+        "split": {
+            "description": "a name of letters, digits, - and _, such as train",
+            "type": "string",
+            "pattern": r"^[A-Za-z0-9_-]{1,40}(?![\s\S])",
+        },
         "category": {"description": "the kind of object, in words", "type": "string", "pattern": r"\S"},
         "id": {"description": "a name or number of your own", "type": ["string", "integer"]},
     },
@@ -64,10 +107,11 @@ SCHEMA = {
 @dataclass(frozen=True, slots=True)
 class Problem:
     "What is wrong with a JSONL file, and where."
-    line: int              # 1 is the first; 0 is the file as a whole
-    field: str             # such as image, mask.size or mask[0][3]; empty: the whole line
-    message: str           # one sentence without a subject, such as "is missing"
-    level: str = "error"   # or "warning": the data can be converted, but look at it
+
+    line: int  # 1 is the first; 0 is the file as a whole
+    field: str  # such as image, mask.size or mask[0][3]; empty: the whole line
+    message: str  # one sentence without a subject, such as "is missing"
+    level: str = "error"  # or "warning": the data can be converted, but look at it
 
     def __str__(self):
         where = ", ".join(part for part in (f"line {self.line}" if self.line else "", self.field) if part)
@@ -76,6 +120,7 @@ class Problem:
 # %% ../../nbs/03c_own_data.ipynb #016
 class ConvertError(ValueError):
     "Data that cannot be converted; the message names the file and what is wrong, `problems` holds all of it."
+
     def __init__(self, message, problems=()):
         super().__init__(message)
         self.problems = list(problems)
@@ -88,30 +133,54 @@ def _path_of(parts):
 
 def _schema_problems(number, record, most=20):
     "The problems of a line's form; of a line with very many, the first, and one for each list of numbers."
-    if not isinstance(record, dict): return [Problem(number, "", f"is {reprlib.repr(record)}; it must be {SCHEMA['description']}")]
-    try: errors = list(islice(Draft202012Validator(SCHEMA).iter_errors(record), most))
-    except RecursionError: return [Problem(number, "", "is nested too deeply")]
+    if not isinstance(record, dict):
+        return [Problem(number, "", f"is {reprlib.repr(record)}; it must be {SCHEMA['description']}")]
+    try:
+        errors = list(islice(Draft202012Validator(SCHEMA).iter_errors(record), most))
+    except RecursionError:
+        return [Problem(number, "", "is nested too deeply")]
     found, lists = [], set()
     for error in errors:
         parts = list(error.absolute_path)
         if parts[:1] == ["mask"] and isinstance(parts[-1], int):
-            if (place := tuple(parts[:-1])) in lists: continue
+            if (place := tuple(parts[:-1])) in lists:
+                continue
             lists.add(place)
         if error.validator == "required":
-            found += [Problem(number, _path_of([*parts, name]), "is missing") for name in error.validator_value if repr(name) in error.message]
+            found += [
+                Problem(number, _path_of([*parts, name]), "is missing")
+                for name in error.validator_value
+                if repr(name) in error.message
+            ]
         elif error.validator == "additionalProperties":
             known = error.schema["properties"]
-            found += [Problem(number, _path_of([*parts, reprlib.repr(name)]), f"is not a field of the format ({', '.join(known)})")
-                      for name in error.instance if name not in known][:most]
-        elif error.validator == "oneOf": found.append(Problem(number, "expression", "is needed, or expressions, and not both"))
-        else: found.append(Problem(number, _path_of(parts), f"is {reprlib.repr(error.instance)}; it must be {error.schema['description']}"))
+            found += [
+                Problem(
+                    number,
+                    _path_of([*parts, reprlib.repr(name)]),
+                    f"is not a field of the format ({', '.join(known)})",
+                )
+                for name in error.instance
+                if name not in known
+            ][:most]
+        elif error.validator == "oneOf":
+            found.append(Problem(number, "expression", "is needed, or expressions, and not both"))
+        else:
+            found.append(
+                Problem(
+                    number,
+                    _path_of(parts),
+                    f"is {reprlib.repr(error.instance)}; it must be {error.schema['description']}",
+                )
+            )
     return found
 
 # %% ../../nbs/03c_own_data.ipynb #024
 _LONGEST_LINE = 4 * 2**20  # bytes
 
 
-def _no_constant(name): raise ValueError(f"{name} is no number")
+def _no_constant(name):
+    raise ValueError(f"{name} is no number")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, object, str]]:
@@ -121,15 +190,26 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object, str]]:
         while raw := file.readline(_LONGEST_LINE):
             number += 1
             if len(raw) == _LONGEST_LINE:
-                while raw and not raw.endswith(b"\n"): raw = file.readline(_LONGEST_LINE)
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(_LONGEST_LINE)
                 yield number, None, f"is longer than {_LONGEST_LINE:,} bytes"
                 continue
-            if number == 1: raw = raw.removeprefix(b"\xef\xbb\xbf")  # some editors begin a file with this mark
-            if not raw.strip(): continue
-            try: record, wrong = json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant), ""
-            except UnicodeDecodeError as error: record, wrong = None, f"is not UTF-8 (byte {error.start + 1})"
-            except RecursionError: record, wrong = None, "is nested too deeply"
-            except ValueError as error: record, wrong = None, f"is not JSON: {str(error)[:200]}"
+            # some editors begin a file with this mark
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if not raw.strip():
+                continue
+            try:
+                record, wrong = (
+                    json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant),
+                    "",
+                )
+            except UnicodeDecodeError as error:
+                record, wrong = None, f"is not UTF-8 (byte {error.start + 1})"
+            except RecursionError:
+                record, wrong = None, "is nested too deeply"
+            except ValueError as error:
+                record, wrong = None, f"is not JSON: {str(error)[:200]}"
             yield number, record, wrong
 
 # %% ../../nbs/03c_own_data.ipynb #027
@@ -139,6 +219,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 class FieldError(ValueError):
     "What is wrong with a picture or a mask, and in which part of the field."
+
     def __init__(self, message, *parts):
         super().__init__(message)
         self.parts = parts
@@ -152,12 +233,17 @@ def _picture(path, formats):
             warnings.simplefilter("ignore")
             with Image.open(path, formats=formats) as image:
                 if image.width * image.height > _MOST_PIXELS:
-                    raise FieldError(f"claims {image.width:,} x {image.height:,} pixels; at most {_MOST_PIXELS:,} are read")
+                    raise FieldError(
+                        f"claims {image.width:,} x {image.height:,} pixels; at most {_MOST_PIXELS:,} are read"
+                    )
                 image.load()
                 yield image
-    except FieldError: raise
-    except UnidentifiedImageError: raise FieldError(f"is not a {' or '.join(formats)} file") from None
-    except Exception as error: raise FieldError(f"cannot be decoded ({type(error).__name__}: {str(error)[:100]})") from error
+    except FieldError:
+        raise
+    except UnidentifiedImageError:
+        raise FieldError(f"is not a {' or '.join(formats)} file") from None
+    except Exception as error:
+        raise FieldError(f"cannot be decoded ({type(error).__name__}: {str(error)[:100]})") from error
 
 # %% ../../nbs/03c_own_data.ipynb #031
 def _mask_file(path, size):
@@ -167,17 +253,24 @@ def _mask_file(path, size):
             raise FieldError(f"has the channels {image.mode}; a mask has one, in which 0 is the background")
         values = np.array(image)
     if values.shape != size:
-        raise FieldError(f"is {values.shape[0]} x {values.shape[1]} pixels, but its image is {size[0]} x {size[1]} (height x width)")
+        raise FieldError(
+            f"is {values.shape[0]} x {values.shape[1]} pixels, but its image is {size[0]} x {size[1]} (height x width)"
+        )
     if not ((values == 0) | (values == values.max())).all():
-        raise FieldError("holds more than two values; a mask is 0 and one other value, with one file for each object")
+        raise FieldError(
+            "holds more than two values; a mask is 0 and one other value, with one file for each object"
+        )
     return values != 0
 
 # %% ../../nbs/03c_own_data.ipynb #037
 def _mask_runs(runs, size):
     "The mask in run lengths."
-    if runs["size"] != list(size): raise FieldError(f"is {runs['size']}, but the image's [height, width] is {list(size)}", "size")
-    try: return decode_segmentation(runs, *size, where="mask")
-    except ReferError as error: raise FieldError(re.sub("^mask: (the run lengths |'counts' )", "", str(error)), "counts") from error
+    if runs["size"] != list(size):
+        raise FieldError(f"is {runs['size']}, but the image's [height, width] is {list(size)}", "size")
+    try:
+        return decode_segmentation(runs, *size, where="mask")
+    except ReferError as error:
+        raise FieldError(re.sub("^mask: (the run lengths |'counts' )", "", str(error)), "counts") from error
 
 # %% ../../nbs/03c_own_data.ipynb #040
 def _mask_polygons(polygons, size):
@@ -186,21 +279,28 @@ def _mask_polygons(polygons, size):
     room = 100 * (height + width)  # an outline that is longer is no object's, and would cost memory
     parts = []
     for number, polygon in enumerate(polygons):
-        if len(polygon) % 2: raise FieldError(f"has {len(polygon)} numbers; x and y come in pairs", number)
+        if len(polygon) % 2:
+            raise FieldError(f"has {len(polygon)} numbers; x and y come in pairs", number)
         for i, value in enumerate(polygon):
-            if not 0 <= value <= size[1 - i % 2]: raise FieldError(f"is {value!r:.20}, outside of the image ({width} wide, {height} high)", number, i)
+            if not 0 <= value <= size[1 - i % 2]:
+                raise FieldError(
+                    f"is {value!r:.20}, outside of the image ({width} wide, {height} high)", number, i
+                )
         points = np.reshape(polygon, (-1, 2))
         room -= np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
-        if room < 0: raise FieldError("is far too long to be the outline of an object", number)
+        if room < 0:
+            raise FieldError("is far too long to be the outline of an object", number)
         parts.append(_polygon_rle(polygon, height, width, "mask"))
     return coco_mask.decode(coco_mask.merge(parts)).astype(bool)
 
 # %% ../../nbs/03c_own_data.ipynb #044
 class _OwnData:
     "One pass over a JSONL file: its problems and, for each good line, what a converter needs."
+
     def __init__(self, path, images):
         self.path, self.look, self.base = Path(path), images, Path(path).resolve().parent
-        if not self.path.is_file(): raise FileNotFoundError(f"{self.path}: no such file")
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such file")
         self._pictures, self._splits, self._ids = {}, {}, {}
 
     def __iter__(self) -> Iterator[tuple[dict | None, Path, tuple, np.ndarray, list[Problem]]]:
@@ -213,26 +313,61 @@ class _OwnData:
             if not problems:
                 splits.add(record["split"])
                 picture, size, mask, problems = self._line(number, record)
-            yield (None if any(p.level == "error" for p in problems) else record), picture, size, mask, problems
-        if not count: yield None, None, None, None, [Problem(0, "", "holds no line")]
+            yield (
+                (None if any(p.level == "error" for p in problems) else record),
+                picture,
+                size,
+                mask,
+                problems,
+            )
+        if not count:
+            yield None, None, None, None, [Problem(0, "", "holds no line")]
         elif splits and "train" not in splits:
             there = ", ".join(sorted(splits))
-            yield None, None, None, None, [Problem(0, "split", f"is never 'train' (there is {there}): the data can only be tested on", "warning")]
+            yield (
+                None,
+                None,
+                None,
+                None,
+                [
+                    Problem(
+                        0,
+                        "split",
+                        f"is never 'train' (there is {there}): the data can only be tested on",
+                        "warning",
+                    )
+                ],
+            )
 
     def _line(self, number, record):
         "What the schema cannot see: files, sizes, pixels, and what other lines say."
         problems, picture, size, mask = [], None, None, None
-        try: picture, size, turned = self._look_at(record["image"])
-        except FieldError as error: problems.append(Problem(number, "image", str(error)))
+        try:
+            picture, size, turned = self._look_at(record["image"])
+        except FieldError as error:
+            problems.append(Problem(number, "image", str(error)))
         else:
-            if turned: problems.append(Problem(number, "image", "is stored turned (EXIF), and is used as it is stored: does the mask fit?", "warning"))
+            if turned:
+                problems.append(
+                    Problem(
+                        number,
+                        "image",
+                        "is stored turned (EXIF), and is used as it is stored: does the mask fit?",
+                        "warning",
+                    )
+                )
             split, line = self._splits.setdefault(picture, (record["split"], number))
-            if split != record["split"]: problems.append(Problem(number, "image", f"is also in the split {split} (line {line})", "warning"))
+            if split != record["split"]:
+                problems.append(
+                    Problem(number, "image", f"is also in the split {split} (line {line})", "warning")
+                )
         if "id" in record and (first := self._ids.setdefault(repr(record["id"]), number)) != number:
             problems.append(Problem(number, "id", f"is that of line {first} already"))
         if self.look:
-            try: mask = self._mask(record["mask"], size)
-            except FieldError as error: problems.append(Problem(number, _path_of(["mask", *error.parts]), str(error)))
+            try:
+                mask = self._mask(record["mask"], size)
+            except FieldError as error:
+                problems.append(Problem(number, _path_of(["mask", *error.parts]), str(error)))
         return picture, size, mask, problems
 
     def _file(self, name):
@@ -240,63 +375,99 @@ class _OwnData:
         try:
             path = (self.base / name).resolve()
             inside, there = path.is_relative_to(self.base), not self.look or path.is_file()
-        except (OSError, ValueError, RuntimeError) as error: raise FieldError(f"is no path that can be used ({type(error).__name__})") from error
-        if not inside: raise FieldError(f"leads out of the folder of this file: {reprlib.repr(name)}")
-        if not there: raise FieldError(f"does not exist: {reprlib.repr(name)}")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise FieldError(f"is no path that can be used ({type(error).__name__})") from error
+        if not inside:
+            raise FieldError(f"leads out of the folder of this file: {reprlib.repr(name)}")
+        if not there:
+            raise FieldError(f"does not exist: {reprlib.repr(name)}")
         return path
 
     def _look_at(self, name):
         "The picture's path, (height, width), and whether it is stored turned; each file is decoded once."
         path = self._file(name)
-        if not self.look: return path, None, False
+        if not self.look:
+            return path, None, False
         if path not in self._pictures:
             try:
-                with _picture(path, _FORMATS) as image: self._pictures[path] = ((image.height, image.width), image.getexif().get(0x0112) in range(2, 9))
-            except FieldError as error: self._pictures[path] = str(error)
-        if isinstance(self._pictures[path], str): raise FieldError(self._pictures[path])
+                with _picture(path, _FORMATS) as image:
+                    self._pictures[path] = (
+                        (image.height, image.width),
+                        image.getexif().get(0x0112) in range(2, 9),
+                    )
+            except FieldError as error:
+                self._pictures[path] = str(error)
+        if isinstance(self._pictures[path], str):
+            raise FieldError(self._pictures[path])
         return path, *self._pictures[path]
 
     def _mask(self, mask, size):
         "The mask of a line; where the picture's size is not known, only whether a file is there."
         path = self._file(mask) if isinstance(mask, str) else None
-        if size is None: return None
-        mask = _mask_file(path, size) if path else (_mask_runs if isinstance(mask, dict) else _mask_polygons)(mask, size)
-        if not mask.any(): raise FieldError("is empty: no pixel belongs to the object")
+        if size is None:
+            return None
+        mask = (
+            _mask_file(path, size)
+            if path
+            else (_mask_runs if isinstance(mask, dict) else _mask_polygons)(mask, size)
+        )
+        if not mask.any():
+            raise FieldError("is empty: no pixel belongs to the object")
         return mask
 
 
 def validate_jsonl(
-    path: str | Path,        # the JSONL file
-    images: bool = True,     # also open pictures and mask files; False: look at the text only
-    most: int = 1000,        # problems that are listed; the last line says how many there are besides
-) -> list[Problem]:          # empty if all is well
+    path: str | Path,  # the JSONL file
+    images: bool = True,  # also open pictures and mask files; False: look at the text only
+    most: int = 1000,  # problems that are listed; the last line says how many there are besides
+) -> list[Problem]:  # empty if all is well
     "Find everything that is wrong with a data set of your own."
     found, more = [], 0
     for *_, problems in _OwnData(path, images):
         room = most - len(found)
-        found += problems[:room]; more += len(problems[room:])
+        found += problems[:room]
+        more += len(problems[room:])
     return found + ([Problem(0, "", f"has {more:,} problems more")] if more else [])
 
 # %% ../../nbs/03c_own_data.ipynb #052
 def _put(source: Path, target: Path, images: str):
     "Link or copy a file; a copy appears when it is complete."
     if images == "link":
-        try: return os.link(source, target)
-        except OSError: pass  # another file system, or one without links
+        try:
+            return os.link(source, target)
+        except OSError:
+            pass  # another file system, or one without links
     part = target.with_name(f".{target.name[:200]}.part")
-    try: shutil.copy2(source, part); os.replace(part, target)
-    finally: part.unlink(missing_ok=True)
+    try:
+        shutil.copy2(source, part)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/03c_own_data.ipynb #055
 class _Staging:
     "Files on their way to a root: data sets appear at the end, and if anything fails, everything that was put there goes away again."
+
     def __init__(self, root, names, images):
-        if images not in ("link", "copy"): raise ValueError(f"images must be 'link' or 'copy', not {images!r}")
-        self.root, self.names, self.images, self.made, self.linked, self.missing = Path(root), list(names), images, [], 0, 0
+        if images not in ("link", "copy"):
+            raise ValueError(f"images must be 'link' or 'copy', not {images!r}")
+        self.root, self.names, self.images, self.made, self.linked, self.missing = (
+            Path(root),
+            list(names),
+            images,
+            [],
+            0,
+            0,
+        )
         for name in self.names:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}", name) or name == "images":
-                raise ValueError(f"{name!r} cannot be the name of a data set: use letters, digits, and any of _ . + - after the first")
-            if (self.root / name).exists(): raise FileExistsError(f"{self.root / name} is there already; choose another name or root, or remove it")
+                raise ValueError(
+                    f"{name!r} cannot be the name of a data set: use letters, digits, and any of _ . + - after the first"
+                )
+            if (self.root / name).exists():
+                raise FileExistsError(
+                    f"{self.root / name} is there already; choose another name or root, or remove it"
+                )
 
     def __enter__(self):
         self._folder(self.root)
@@ -305,15 +476,21 @@ class _Staging:
 
     def _folder(self, folder):
         "Make a folder and the ones above it."
-        if folder.is_dir(): return
-        self._folder(folder.parent); folder.mkdir(); self.made.append(folder)
+        if folder.is_dir():
+            return
+        self._folder(folder.parent)
+        folder.mkdir()
+        self.made.append(folder)
 
     def image(self, source: Path | None, target: Path):
         "Put a picture at its place under the root; None: it was not found."
-        if source is None: self.missing += 1; return
+        if source is None:
+            self.missing += 1
+            return
         self.linked += 1
         if target.exists():
-            if os.path.samefile(source, target) or filecmp.cmp(source, target): return
+            if os.path.samefile(source, target) or filecmp.cmp(source, target):
+                return
             raise FileExistsError(f"{target} is there already and is not the same picture as {source}")
         self._folder(target.parent)
         self.made.append(target)
@@ -329,60 +506,109 @@ class _Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
         if kind:
             for path in reversed(self.made):
-                if path.name in self.names and path.parent == self.root: shutil.rmtree(path, ignore_errors=True)
+                if path.name in self.names and path.parent == self.root:
+                    shutil.rmtree(path, ignore_errors=True)
                 elif path.is_dir():
-                    with suppress(OSError): path.rmdir()  # unless somebody else has put something there
-                else: path.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        path.rmdir()  # unless somebody else has put something there
+                else:
+                    path.unlink(missing_ok=True)
         if isinstance(error, ReferError):  # say it without the hidden folder's name
             raise ConvertError(str(error).replace(f"{self.folder}{os.sep}", "")) from error
 
 # %% ../../nbs/03c_own_data.ipynb #057
 def convert_jsonl(
-    path: str | Path,       # the JSONL file
-    root: str | Path,       # where data sets are kept; gets `<name>/` and `images/<name>/`
-    name: str,              # of the new data set
-    images: str = "link",   # pictures: "link" (hard links; copies where that cannot be) or "copy"
-) -> Refer:                 # the data set, opened
+    path: str | Path,  # the JSONL file
+    root: str | Path,  # where data sets are kept; gets `<name>/` and `images/<name>/`
+    name: str,  # of the new data set
+    images: str = "link",  # pictures: "link" (hard links; copies where that cannot be) or "copy"
+) -> Refer:  # the data set, opened
     "Write a data set of your own in the REFER layout, with the partition `own`; as a whole or not at all."
-    if name in PARTITIONS or name in ("refcocog", "refclef", "referit"): raise ValueError(f"{name!r} is the name of a published data set; choose another")
+    if name in PARTITIONS or name in ("refcocog", "refclef", "referit"):
+        raise ValueError(f"{name!r} is the name of a published data set; choose another")
     data, errors, pictures, annotations, refs, categories = _OwnData(path, True), [], {}, {}, {}, {}
     sentence = 0
     with _Staging(root, [name], images) as stage:
         for record, picture, size, mask, problems in data:
             errors += [p for p in problems if p.level == "error"]
-            if errors or record is None: continue
-            image = pictures.setdefault(picture, {"id": len(pictures) + 1, "file_name": picture.relative_to(data.base).as_posix(),
-                                                  "height": size[0], "width": size[1]})
+            if errors or record is None:
+                continue
+            image = pictures.setdefault(
+                picture,
+                {
+                    "id": len(pictures) + 1,
+                    "file_name": picture.relative_to(data.base).as_posix(),
+                    "height": size[0],
+                    "width": size[1],
+                },
+            )
             category = categories.setdefault(record.get("category", "object"), len(categories) + 1)
             runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
             x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-            annotation = annotations.setdefault((picture, runs, category), {
-                "id": len(annotations) + 1, "image_id": image["id"], "category_id": category, "iscrowd": 0, "area": int(mask.sum()),
-                "bbox": [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)], "segmentation": {"size": list(size), "counts": runs}})
-            ref = refs.setdefault((annotation["id"], record["split"]), {
-                "ref_id": len(refs) + 1, "ann_id": annotation["id"], "image_id": image["id"], "category_id": category, "split": record["split"],
-                "file_name": image["file_name"], "sent_ids": [], "sentences": []})
+            annotation = annotations.setdefault(
+                (picture, runs, category),
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image["id"],
+                    "category_id": category,
+                    "iscrowd": 0,
+                    "area": int(mask.sum()),
+                    "bbox": [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)],
+                    "segmentation": {"size": list(size), "counts": runs},
+                },
+            )
+            ref = refs.setdefault(
+                (annotation["id"], record["split"]),
+                {
+                    "ref_id": len(refs) + 1,
+                    "ann_id": annotation["id"],
+                    "image_id": image["id"],
+                    "category_id": category,
+                    "split": record["split"],
+                    "file_name": image["file_name"],
+                    "sent_ids": [],
+                    "sentences": [],
+                },
+            )
             for phrase in record.get("expressions") or [record["expression"]]:
                 words = phrase.lower().split()
                 sentence += 1
                 ref["sent_ids"].append(sentence)
-                ref["sentences"].append({"sent_id": sentence, "sent": " ".join(words), "raw": phrase, "tokens": words}
-                                        | ({"source_id": record["id"]} if "id" in record else {}))
+                ref["sentences"].append(
+                    {"sent_id": sentence, "sent": " ".join(words), "raw": phrase, "tokens": words}
+                    | ({"source_id": record["id"]} if "id" in record else {})
+                )
         if errors:
-            listed = "; ".join(str(p) for p in errors[:3]) + (f"; and {len(errors) - 3:,} more" if len(errors) > 3 else "")
+            listed = "; ".join(str(p) for p in errors[:3]) + (
+                f"; and {len(errors) - 3:,} more" if len(errors) > 3 else ""
+            )
             raise ConvertError(f"{path}: {len(errors):,} problem{'s' * (len(errors) > 1)}: {listed}", errors)
-        instances = {"images": list(pictures.values()), "annotations": list(annotations.values()),
-                     "categories": [{"id": number, "name": text, "supercategory": "object"} for text, number in categories.items()]}
+        instances = {
+            "images": list(pictures.values()),
+            "annotations": list(annotations.values()),
+            "categories": [
+                {"id": number, "name": text, "supercategory": "object"} for text, number in categories.items()
+            ],
+        }
         write_refer(stage.folder / name, list(refs.values()), instances, "own")
         opened = Refer(stage.folder, name, image_folder=stage.root / image_folder_of(name))
-        for picture, record in pictures.items(): stage.image(picture, opened.image_path(record["id"]))
+        for picture, record in pictures.items():
+            stage.image(picture, opened.image_path(record["id"]))
         stage.publish()
     return Refer(root, name)
 
 # %% ../../nbs/03c_own_data.ipynb #065
 _PICTURES = ("images", "mask", "train2014", "mscoco", "saiapr_tc-12", "saiaprtc12", "referit-dataset")
-_NAMES = {"refcocoplus": "refcoco+", "refcoco_plus": "refcoco+", "exp-referit": "referit"}  # what else the folders are called
-_COCO = ("images/mscoco/images/train2014", "images/mscoco/train2014", "mscoco/images/train2014", "images/train2014", "train2014", "images")
+# what else the folders are called
+_NAMES = {"refcocoplus": "refcoco+", "refcoco_plus": "refcoco+", "exp-referit": "referit"}
+_COCO = (
+    "images/mscoco/images/train2014",
+    "images/mscoco/train2014",
+    "mscoco/images/train2014",
+    "images/train2014",
+    "train2014",
+    "images",
+)
 _SAIAPR = ("images/saiapr_tc-12", "images/saiaprtc12", "saiapr_tc-12", "saiaprtc12", "images")
 
 
@@ -392,65 +618,117 @@ def _find(source: Path) -> tuple[dict[Path, str], dict[Path, str]]:
     for folder, depth in todo:
         name = folder.parent.name if folder.name in ("data", "annotations") else folder.name
         name = _NAMES.get(name, name)
-        if any(folder.glob("refs(*).p")): refer[folder] = name
-        elif _query_files(folder): berkeley[folder] = name; continue
+        if any(folder.glob("refs(*).p")):
+            refer[folder] = name
+        elif _query_files(folder):
+            berkeley[folder] = name
+            continue
         if depth < 4:
-            todo += [(path, depth + 1) for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in _PICTURES and not path.name.startswith(".")]
+            todo += [
+                (path, depth + 1)
+                for path in sorted(folder.iterdir())
+                if path.is_dir() and path.name not in _PICTURES and not path.name.startswith(".")
+            ]
     return refer, berkeley
 
 
 def detect_layout(
     source: str | Path,  # a file or folder
-) -> str:                # "jsonl", "parquet", "refer", "shnet" or "referit"
+) -> str:  # "jsonl", "parquet", "refer", "shnet" or "referit"
     "Say in which layout some data is."
     source = Path(source)
-    if not source.exists(): raise FileNotFoundError(f"{source}: no such file or folder")
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
     if source.is_file():
-        if source.suffix in (".jsonl", ".parquet"): return source.suffix[1:]
-        raise ConvertError(f"{source}: a file must end in .jsonl or .parquet; for the other layouts, give the folder")
+        if source.suffix in (".jsonl", ".parquet"):
+            return source.suffix[1:]
+        raise ConvertError(
+            f"{source}: a file must end in .jsonl or .parquet; for the other layouts, give the folder"
+        )
     refer, berkeley = _find(source)
-    if any((source.resolve() / "other") in folder.parents for folder in refer): return "shnet"
-    if refer or berkeley: return "refer" if refer else "referit"
-    if next(source.rglob("*.parquet"), None): return "parquet"
+    if any((source.resolve() / "other") in folder.parents for folder in refer):
+        return "shnet"
+    if refer or berkeley:
+        return "refer" if refer else "referit"
+    if next(source.rglob("*.parquet"), None):
+        return "parquet"
     if next(source.rglob("*.lmdb"), None) or next(source.rglob("data.mdb"), None):
         raise ConvertError(f"{source}: LMDB is not read; unpack it with the tools of those who made it")
-    raise ConvertError(f"{source}: nothing that is known: no refs(<partition>).p, no referit_query_<split>.json, no .parquet file")
+    raise ConvertError(
+        f"{source}: nothing that is known: no refs(<partition>).p, no referit_query_<split>.json, no .parquet file"
+    )
 
 # %% ../../nbs/03c_own_data.ipynb #069
 def _stage_refer(stage, source, folder, name, old_name, image_folder):
     "Copy the annotation files of one data set and link its pictures; the partitions."
-    instances = next((p for p in (folder / "instances.json", folder.parent / "instances.json") if p.is_file()), None)
-    if instances is None: raise ConvertError(f"{source}: in {folder.relative_to(source)} there is no instances.json beside its refs, nor in the folder above")
+    instances = next(
+        (p for p in (folder / "instances.json", folder.parent / "instances.json") if p.is_file()), None
+    )
+    if instances is None:
+        raise ConvertError(
+            f"{source}: in {folder.relative_to(source)} there is no instances.json beside its refs, nor in the folder above"
+        )
     target, partitions = stage.folder / name, sorted(path.name[5:-3] for path in folder.glob("refs(*).p"))
     target.mkdir()
-    for path in (instances, *folder.glob("refs(*).p")): shutil.copy2(path, target / path.name)
-    for partition in partitions: refer = Refer(stage.folder, name, partition, image_folder=stage.root / image_folder_of(name))
+    for path in (instances, *folder.glob("refs(*).p")):
+        shutil.copy2(path, target / path.name)
+    for partition in partitions:
+        refer = Refer(stage.folder, name, partition, image_folder=stage.root / image_folder_of(name))
     _link_images(stage, refer, source, folder, old_name, image_folder)
     return partitions
 
 
 def _link_images(stage, refer, source, folder, old_name, image_folder):
     "Link each picture of a data set from the first place that has it."
-    tails = _COCO if image_folder_of(old_name) == _COCO[0] else _SAIAPR if old_name == "refclef" else (image_folder_of(old_name), "images")
-    heads = [source, source / "other", source.parent, *(parent for parent in folder.parents if parent.is_relative_to(source))]
-    places = [Path(image_folder)] if image_folder else [place for head in heads for tail in tails if (place := head / tail).is_dir()]
+    tails = (
+        _COCO
+        if image_folder_of(old_name) == _COCO[0]
+        else _SAIAPR
+        if old_name == "refclef"
+        else (image_folder_of(old_name), "images")
+    )
+    heads = [
+        source,
+        source / "other",
+        source.parent,
+        *(parent for parent in folder.parents if parent.is_relative_to(source)),
+    ]
+    places = (
+        [Path(image_folder)]
+        if image_folder
+        else [place for head in heads for tail in tails if (place := head / tail).is_dir()]
+    )
     places = list(dict.fromkeys(place.resolve() for place in places))
     for image_id, info in refer.images.items():
         target = refer.image_path(image_id)  # refuses names that lead out of the folder
-        stage.image(next((path for place in places if (path := place / info.file_name).is_file()), None), target)
+        stage.image(
+            next((path for place in places if (path := place / info.file_name).is_file()), None), target
+        )
 
 
 def _stage_berkeley(stage, folder, name):
     "Copy ReferIt's query files, and link its pictures and masks."
     data, target = ReferIt(folder.parent, folder.name), stage.folder / name
-    for part in ("images", "mask", "splits/referit"): (target / part).mkdir(parents=True)
-    for path in data.query_files.values(): shutil.copy2(path, target / "splits/referit" / path.name)
-    sizes = next((p for p in (folder / "referit_imsize.json", folder / "data" / "referit_imsize.json") if p.is_file()), None)
-    if sizes: shutil.copy2(sizes, target / sizes.name)
+    for part in ("images", "mask", "splits/referit"):
+        (target / part).mkdir(parents=True)
+    for path in data.query_files.values():
+        shutil.copy2(path, target / "splits/referit" / path.name)
+    sizes = next(
+        (p for p in (folder / "referit_imsize.json", folder / "data" / "referit_imsize.json") if p.is_file()),
+        None,
+    )
+    if sizes:
+        shutil.copy2(sizes, target / sizes.name)
     new = ReferIt(stage.folder, name)
-    for path, to in [*((data.image_path(i), new.image_path(i)) for i in new.images), *((data.mask_path(a), new.mask_path(a)) for a in new.annotations)]:
-        if path.is_file(): _put(path.resolve(), to, stage.images); stage.linked += 1
-        else: stage.missing += 1
+    for path, to in [
+        *((data.image_path(i), new.image_path(i)) for i in new.images),
+        *((data.mask_path(a), new.mask_path(a)) for a in new.annotations),
+    ]:
+        if path.is_file():
+            _put(path.resolve(), to, stage.images)
+            stage.linked += 1
+        else:
+            stage.missing += 1
     return ["berkeley"]
 
 # %% ../../nbs/03c_own_data.ipynb #071
@@ -459,42 +737,65 @@ _COLUMNS = ("ref_id", "ann_id", "image_id", "category_id", "split", "sentences",
 
 def _read_parquet(files: list[Path]) -> tuple[list[dict], dict]:
     "The refs and the COCO dict in parquet files, a few hundred rows at a time."
-    try: import pyarrow.parquet as parquet
-    except ImportError as error: raise ConvertError("reading parquet files needs pyarrow: install refseg_nb with the extra 'parquet'") from error
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ConvertError(
+            "reading parquet files needs pyarrow: install refseg_nb with the extra 'parquet'"
+        ) from error
     refs, images, annotations = [], {}, {}
     for path in files:
         try:
             with parquet.ParquetFile(path) as table:
                 missing = [column for column in _COLUMNS if column not in table.schema_arrow.names]
-                if missing: raise ConvertError(f"{path}: has no column {', '.join(missing)}; is it a table of refs?")
+                if missing:
+                    raise ConvertError(f"{path}: has no column {', '.join(missing)}; is it a table of refs?")
                 for batch in table.iter_batches(256, columns=list(_COLUMNS)):
-                    for row in batch.to_pylist(): _parquet_row(row, f"{path}: ref {row['ref_id']}", refs, images, annotations)
-        except ConvertError: raise
-        except Exception as error: raise ConvertError(f"{path}: not a readable parquet file ({type(error).__name__}: {str(error)[:200]})") from error
+                    for row in batch.to_pylist():
+                        _parquet_row(row, f"{path}: ref {row['ref_id']}", refs, images, annotations)
+        except ConvertError:
+            raise
+        except Exception as error:
+            raise ConvertError(
+                f"{path}: not a readable parquet file ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
     return refs, {"images": list(images.values()), "annotations": list(annotations.values())}
 
 # %% ../../nbs/03c_own_data.ipynb #073
 def _parquet_row(row, where, refs, images, annotations):
     "Add one row to what was read."
     for column, key, table in (("raw_image_info", "image_id", images), ("raw_anns", "ann_id", annotations)):
-        try: record = json.loads(row[column])
-        except (TypeError, ValueError, RecursionError) as error: raise ConvertError(f"{where}: its {column} is not JSON text") from error
-        if not isinstance(record, dict) or record.get("id") != row[key]: raise ConvertError(f"{where}: its {column} is not that of {key} {row[key]}")
-        if table.setdefault(row[key], record) != record: raise ConvertError(f"{where}: its {column} is not the same as in an earlier row")
+        try:
+            record = json.loads(row[column])
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConvertError(f"{where}: its {column} is not JSON text") from error
+        if not isinstance(record, dict) or record.get("id") != row[key]:
+            raise ConvertError(f"{where}: its {column} is not that of {key} {row[key]}")
+        if table.setdefault(row[key], record) != record:
+            raise ConvertError(f"{where}: its {column} is not the same as in an earlier row")
     sentences = row["sentences"]
     if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
         raise ConvertError(f"{where}: its sentences are not a list of records")
-    refs.append({key: row[key] for key in _COLUMNS[:5]} | {"sentences": sentences, "sent_ids": [s.get("sent_id") for s in sentences],
-                                                          "file_name": images[row["image_id"]].get("file_name", "")})
+    refs.append(
+        {key: row[key] for key in _COLUMNS[:5]}
+        | {
+            "sentences": sentences,
+            "sent_ids": [s.get("sent_id") for s in sentences],
+            "file_name": images[row["image_id"]].get("file_name", ""),
+        }
+    )
 
 # %% ../../nbs/03c_own_data.ipynb #077
 def _stage_parquet(stage, source, files, name, image_folder):
     "Write the refs of parquet files in the REFER layout."
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
     refs, instances = _read_parquet(files)
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     used = sorted({ref["category_id"] for ref in refs if type(ref["category_id"]) is int})
-    instances["categories"] = [{"id": i, "name": names[i] if 0 < i < len(names) else f"category {i}"} for i in used]
+    instances["categories"] = [
+        {"id": i, "name": names[i] if 0 < i < len(names) else f"category {i}"} for i in used
+    ]
     tested = "test" in {ref["split"] for ref in refs}
     partition = ("umd" if tested else "google") if name == "refcocog" else PARTITIONS.get(name, "unc")
     write_refer(stage.folder / name, refs, instances, partition)
@@ -506,46 +807,61 @@ def _stage_parquet(stage, source, files, name, image_folder):
 @dataclass(frozen=True)
 class Conversion:
     "What `convert` has done."
-    layout: str                      # that the source was in
-    data: dict[str, list[str]]       # data set -> its partitions, as `open_data` takes them
-    images: int                      # pictures (and ReferIt's masks) that were linked or copied
-    missing: int                     # those that were not found
+
+    layout: str  # that the source was in
+    data: dict[str, list[str]]  # data set -> its partitions, as `open_data` takes them
+    images: int  # pictures (and ReferIt's masks) that were linked or copied
+    missing: int  # those that were not found
 
     def __str__(self):
         sets = ", ".join(f"{name} ({', '.join(partitions)})" for name, partitions in self.data.items())
-        return f"{self.layout}: {sets}; {self.images:,} images found" + (f", {self.missing:,} NOT found" if self.missing else "")
+        return f"{self.layout}: {sets}; {self.images:,} images found" + (
+            f", {self.missing:,} NOT found" if self.missing else ""
+        )
 
 
 def convert(
-    source: str | Path,                      # a JSONL file, a parquet file, or a folder in any of the layouts
-    root: str | Path,                        # where data sets are kept; must not hold one of these names
-    name: str | None = None,                 # which data set, if the source holds several; or a new name for the only one
-    layout: str = "auto",                    # "auto", or what `detect_layout` would say
-    images: str = "link",                    # pictures: "link" (hard links; copies where that cannot be) or "copy"
+    source: str | Path,  # a JSONL file, a parquet file, or a folder in any of the layouts
+    root: str | Path,  # where data sets are kept; must not hold one of these names
+    name: str | None = None,  # which data set, if the source holds several; or a new name for the only one
+    layout: str = "auto",  # "auto", or what `detect_layout` would say
+    images: str = "link",  # pictures: "link" (hard links; copies where that cannot be) or "copy"
     image_folder: str | Path | None = None,  # where the pictures are, if not at one of the usual places
-) -> Conversion:                             # data sets, partitions, how many pictures were found
+) -> Conversion:  # data sets, partitions, how many pictures were found
     "Bring data from any layout that circulates into the one that everything reads; as a whole or not at all."
     source = Path(source)
     found = detect_layout(source) if layout == "auto" else layout
-    if image_folder is not None and not Path(image_folder).is_dir(): raise FileNotFoundError(f"{image_folder}: no such folder of images")
+    if image_folder is not None and not Path(image_folder).is_dir():
+        raise FileNotFoundError(f"{image_folder}: no such folder of images")
     if found == "jsonl":
-        if name is None: raise ValueError("give the new data set a name: name=...")
+        if name is None:
+            raise ValueError("give the new data set a name: name=...")
         own = convert_jsonl(source, root, name, images)
         return Conversion(found, {name: [own.split_by]}, len(own.images), 0)
     if found == "parquet":
         files = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
-        if not files: raise ConvertError(f"{source}: there is no .parquet file in it")
-        if name is None: raise ValueError("a parquet file does not say which data set it is: give name='refcoco', 'refcoco+' or 'refcocog'")
+        if not files:
+            raise ConvertError(f"{source}: there is no .parquet file in it")
+        if name is None:
+            raise ValueError(
+                "a parquet file does not say which data set it is: give name='refcoco', 'refcoco+' or 'refcocog'"
+            )
         with _Staging(root, [name], images) as stage:
             data = {name: _stage_parquet(stage, source.resolve(), files, name, image_folder)}
             stage.publish()
         return Conversion(found, data, stage.linked, stage.missing)
-    if found not in ("refer", "shnet", "referit"): raise ValueError(f"no layout is called {found!r}: there are jsonl, parquet, refer, shnet and referit")
-    if not source.is_dir(): raise FileNotFoundError(f"{source}: no such folder")
+    if found not in ("refer", "shnet", "referit"):
+        raise ValueError(f"no layout is called {found!r}: there are jsonl, parquet, refer, shnet and referit")
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such folder")
     jobs = _choose(source, name)
     with _Staging(root, jobs, images) as stage:
-        data = {new: _stage_berkeley(stage, folder, new) if berkeley else _stage_refer(stage, source.resolve(), folder, new, old, image_folder)
-                for new, (folder, old, berkeley) in jobs.items()}
+        data = {
+            new: _stage_berkeley(stage, folder, new)
+            if berkeley
+            else _stage_refer(stage, source.resolve(), folder, new, old, image_folder)
+            for new, (folder, old, berkeley) in jobs.items()
+        }
         stage.publish()
     return Conversion(found, data, stage.linked, stage.missing)
 
@@ -553,15 +869,25 @@ def convert(
 def _choose(source, name):
     "Which data sets of a folder are converted: new name -> (folder, its name there, whether it is ReferIt in the Berkeley layout)."
     refer, berkeley = _find(source)
-    every = [(folder, old, kind) for kind, found in ((False, refer), (True, berkeley)) for folder, old in found.items()]
+    every = [
+        (folder, old, kind)
+        for kind, found in ((False, refer), (True, berkeley))
+        for folder, old in found.items()
+    ]
     names = [old for _, old, _ in every]
-    if not every: raise ConvertError(f"{source}: holds no refs(<partition>).p and no referit_query_<split>.json")
+    if not every:
+        raise ConvertError(f"{source}: holds no refs(<partition>).p and no referit_query_<split>.json")
     if name is not None and name not in names:
-        if len(every) > 1: raise ConvertError(f"{source}: holds no data set {name!r}; it holds {', '.join(names)}")
+        if len(every) > 1:
+            raise ConvertError(f"{source}: holds no data set {name!r}; it holds {', '.join(names)}")
         return {name: every[0]}
     chosen = [job for job in every if name in (None, job[1])]
     for _, old, _ in chosen:
         if names.count(old) > 1:
-            both = " and ".join(str(folder.relative_to(source.resolve())) for folder, other, _ in every if other == old)
-            raise ConvertError(f"{source}: holds {old} more than once, in {both}; give one of these folders as the source")
+            both = " and ".join(
+                str(folder.relative_to(source.resolve())) for folder, other, _ in every if other == old
+            )
+            raise ConvertError(
+                f"{source}: holds {old} more than once, in {both}; give one of these folders as the source"
+            )
     return {old: (folder, old, kind) for folder, old, kind in chosen}

@@ -40,7 +40,14 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from .refer import ImageInfo, Refer, _replace, read_instances, verify_counts
 
@@ -51,6 +58,7 @@ class FetchError(OSError):
 
 class Unavailable(FetchError):
     "An address does not give the file; another one may."
+
     def __init__(self, message: str, reasons: list[str] | None = None):
         super().__init__(message)
         self.reasons = reasons or [message]  # one for each address that was asked
@@ -58,7 +66,8 @@ class Unavailable(FetchError):
 
 class Dropped(FetchError):
     "The connection broke off, or the server is busy: the same address may give the rest."
-    def __init__(self, message: str, wait: float = 0.):
+
+    def __init__(self, message: str, wait: float = 0.0):
         super().__init__(message)
         self.wait = wait  # seconds that the server asked for
 
@@ -73,42 +82,54 @@ def _line(error: Exception) -> str:
 
 
 def range_request(
-    have: int,                     # bytes that are on the disk
+    have: int,  # bytes that are on the disk
     validator: str | None = None,  # the version they are of: an ETag or a date
-) -> dict[str, str]:               # headers
+) -> dict[str, str]:  # headers
     "Ask for the bytes that are missing, provided that the file is still the same."
-    if not have: return {}
+    if not have:
+        return {}
     return {"Range": f"bytes={have}-"} | ({"If-Range": validator} if validator else {})
 
 
 def validator_of(
-    headers,         # of an answer
-) -> str | None:     # what `If-Range` takes
+    headers,  # of an answer
+) -> str | None:  # what `If-Range` takes
     "The version of the file that a server sends: its strong ETag, else its date, else nothing."
     etag = headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
 
 
 def body_range(
-    status: int,                  # of the answer: 200, 206 or 416
-    headers,                      # of the answer
-    have: int,                    # bytes on the disk, which we asked to continue
-) -> tuple[int, int | None]:      # where in the file the body begins, and the size of the whole file (None: not said)
+    status: int,  # of the answer: 200, 206 or 416
+    headers,  # of the answer
+    have: int,  # bytes on the disk, which we asked to continue
+) -> tuple[
+    int, int | None
+]:  # where in the file the body begins, and the size of the whole file (None: not said)
     "Read the answer to a `range_request`; one that makes no sense raises `Dropped`."
     if status == 200:
         length = headers.get("Content-Length", "")
         return 0, int(length) if re.fullmatch(r"\d{1,18}", length) else None
     stated = headers.get("Content-Range", "")
-    if status == 206 and (found := re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18}|\*)", stated)) and int(found[1]) == have:
+    if (
+        status == 206
+        and (found := re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18}|\*)", stated))
+        and int(found[1]) == have
+    ):
         return have, None if found[2] == "*" else int(found[2])
-    if status == 416 and stated == f"bytes */{have}": return have, have
-    raise Dropped(f"asked for the bytes from {have:,} on, the server answered {status} with Content-Range {stated or 'missing'}")
+    if status == 416 and stated == f"bytes */{have}":
+        return have, have
+    raise Dropped(
+        f"asked for the bytes from {have:,} on, the server answered {status} with Content-Range {stated or 'missing'}"
+    )
 
 # %% ../../nbs/03d_fetch.ipynb #021
 class Part:
     "A download that is not whole yet: `<file>.part`, and `<file>.part.json`, which says from which address it came and in which version."
+
     def __init__(
-        self, dest: Path,  # the final name
+        self,
+        dest: Path,  # the final name
     ):
         self.dest = Path(dest)
         self.path, self.note = (self.dest.with_name(self.dest.name + end) for end in (".part", ".part.json"))
@@ -121,8 +142,10 @@ class Part:
     @property
     def origin(self) -> dict:
         "Where the bytes came from: `url` and `validator`; empty if nobody knows."
-        try: origin = json.loads(self.note.read_text(encoding="utf-8"))
-        except (OSError, ValueError): return {}
+        try:
+            origin = json.loads(self.note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
         return origin if isinstance(origin, dict) else {}
 
     def sign(self, url: str, validator: str | None):
@@ -136,20 +159,22 @@ class Part:
 
     def discard(self):
         "Throw away what has arrived."
-        self.path.unlink(missing_ok=True); self.note.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        self.note.unlink(missing_ok=True)
 
     def finish(self) -> Path:
         "Give the file its final name."
-        with open(self.path, "rb") as file: os.fsync(file.fileno())
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(self.path, self.dest)
         self.note.unlink(missing_ok=True)
         return self.dest
 
 # %% ../../nbs/03d_fetch.ipynb #023
 def may_continue(
-    part: Part,      # what is on the disk
-    url: str,        # the address that will be asked
-    hashed: bool,    # whether the hash of the whole file is known
+    part: Part,  # what is on the disk
+    url: str,  # the address that will be asked
+    hashed: bool,  # whether the hash of the whole file is known
 ) -> bool:
     "Whether the part can be continued from this address without a chance of an unnoticed mixture."
     origin = part.origin
@@ -170,116 +195,149 @@ def _session() -> requests.Session:
 def _open(session, url: str, timeout: float, headers: dict | None = None):
     "The answer to a GET; whatever goes wrong, also while its body is read, becomes `Unavailable` or `Dropped`."
     try:
-        with session.get(url, headers={"Accept-Encoding": "identity"} | (headers or {}), stream=True, timeout=timeout) as answer:
+        with session.get(
+            url, headers={"Accept-Encoding": "identity"} | (headers or {}), stream=True, timeout=timeout
+        ) as answer:
             status, reason = answer.status_code, http.client.responses.get(answer.status_code, "")
             if status in _BUSY or status >= 500:
                 wait = answer.headers.get("Retry-After", "")
-                raise Dropped(f"{url}: HTTP {status} {reason}", float(wait) if wait.isdecimal() else 0.)
-            if status not in (200, 206, 416): raise Unavailable(f"{url}: HTTP {status} {reason}")
-            if status != 416 and answer.headers.get("Content-Type", "").startswith("text/html"): raise Unavailable(f"{url}: answers with a web page")
-            if answer.headers.get("Content-Encoding", "identity") != "identity": raise Unavailable(f"{url}: sends the file in an encoding not asked for")
+                raise Dropped(f"{url}: HTTP {status} {reason}", float(wait) if wait.isdecimal() else 0.0)
+            if status not in (200, 206, 416):
+                raise Unavailable(f"{url}: HTTP {status} {reason}")
+            if status != 416 and answer.headers.get("Content-Type", "").startswith("text/html"):
+                raise Unavailable(f"{url}: answers with a web page")
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise Unavailable(f"{url}: sends the file in an encoding not asked for")
             yield answer
-    except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL, requests.TooManyRedirects, requests.exceptions.SSLError) as error:
+    except (
+        requests.exceptions.InvalidSchema,
+        requests.exceptions.InvalidURL,
+        requests.TooManyRedirects,
+        requests.exceptions.SSLError,
+    ) as error:
         raise Unavailable(f"{url}: {_line(error)}") from error
     except requests.RequestException as error:
         late = isinstance(error, requests.Timeout) or "timed out" in str(error)
-        raise Dropped(f"{url}: " + (f"no byte for {timeout:g} seconds" if late else "the connection failed or broke off")) from error
+        raise Dropped(
+            f"{url}: "
+            + (f"no byte for {timeout:g} seconds" if late else "the connection failed or broke off")
+        ) from error
 
 
 def receive(
-    session: requests.Session,   # keeps the connection
-    url: str,                    # the address
-    part: Part,                  # where the bytes go
-    size: int | None = None,     # of the whole file, if it is known
-    hashed: bool = False,        # whether its hash is known
-    timeout: float = 60.,        # seconds without a byte after which we hang up
+    session: requests.Session,  # keeps the connection
+    url: str,  # the address
+    part: Part,  # where the bytes go
+    size: int | None = None,  # of the whole file, if it is known
+    hashed: bool = False,  # whether its hash is known
+    timeout: float = 60.0,  # seconds without a byte after which we hang up
     tick=lambda have, total: None,  # called with the progress
 ):
     "Ask an address once for what is missing. The part file holds all that arrived, whatever happens."
-    if not may_continue(part, url, hashed) or size is not None and part.have > size: part.discard()
+    if not may_continue(part, url, hashed) or size is not None and part.have > size:
+        part.discard()
     have, same = part.have, part.origin.get("url") == url
     validator = part.origin.get("validator") if same else None
-    if size is not None and have == size: return  # whole already, but not verified
+    if size is not None and have == size:
+        return  # whole already, but not verified
     with _open(session, url, timeout, range_request(have, validator)) as answer:
         if answer.url.startswith("http:") and not url.startswith("http:") and size is None and not hashed:
-            raise Unavailable(f"{url}: leads to plain http ({urlsplit(answer.url).hostname}), where nothing could verify the file")
+            raise Unavailable(
+                f"{url}: leads to plain http ({urlsplit(answer.url).hostname}), where nothing could verify the file"
+            )
         now = validator_of(answer.headers)
         try:
             start, total = body_range(answer.status_code, answer.headers, have)
-            if start and validator and now not in (None, validator): raise Dropped("the file has changed, and the server sent the rest of the new one")
+            if start and validator and now not in (None, validator):
+                raise Dropped("the file has changed, and the server sent the rest of the new one")
         except Dropped as error:
             part.discard()
             raise Dropped(f"{url}: {error}") from error
-        if size is not None and total is not None and total != size: raise Unavailable(f"{url}: offers {total:,} bytes, the file has {size:,}")
+        if size is not None and total is not None and total != size:
+            raise Unavailable(f"{url}: offers {total:,} bytes, the file has {size:,}")
         total = total if size is None else size
         if total is not None and (free := shutil.disk_usage(part.path.parent).free) < total - start:
-            raise FetchError(f"{part.dest.name}: {decimal(total - start)} are to come, {decimal(free)} are free on the disk")
-        if start == 0: part.begin(url, now)
-        elif not same: part.sign(url, now)
-        if answer.status_code == 416: return
+            raise FetchError(
+                f"{part.dest.name}: {decimal(total - start)} are to come, {decimal(free)} are free on the disk"
+            )
+        if start == 0:
+            part.begin(url, now)
+        elif not same:
+            part.sign(url, now)
+        if answer.status_code == 416:
+            return
         with open(part.path, "ab") as file:
             for chunk in answer.iter_content(1 << 14):
-                file.write(chunk); file.flush()  # what has arrived survives the death of this process
+                file.write(chunk)
+                file.flush()  # what has arrived survives the death of this process
                 start += len(chunk)
-                if total is not None and start > total: raise Mismatch(f"{url}: sends more than the {total:,} bytes of the file")
+                if total is not None and start > total:
+                    raise Mismatch(f"{url}: sends more than the {total:,} bytes of the file")
                 tick(start, total)
-    if total is not None and start < total: raise Dropped(f"{url}: ended after {start:,} of {total:,} bytes")
+    if total is not None and start < total:
+        raise Dropped(f"{url}: ended after {start:,} of {total:,} bytes")
 
 # %% ../../nbs/03d_fetch.ipynb #035
 @dataclass(frozen=True)
 class Patience:
     "How long we wait for a server, and how often we ask it."
-    timeout: float = 60.  # seconds without a byte
-    attempts: int = 5     # tries in a row that gain nothing
-    pause: float = 1.     # seconds before the second try; doubled each time, a minute at most
+
+    timeout: float = 60.0  # seconds without a byte
+    attempts: int = 5  # tries in a row that gain nothing
+    pause: float = 1.0  # seconds before the second try; doubled each time, a minute at most
 
 
 def patiently(
-    action,                   # called without arguments
-    patience: Patience,       # when to give up
-    gained=lambda: 0,         # how far it has come: while that grows, nothing counts as a failure
-):                            # what `action` returns
+    action,  # called without arguments
+    patience: Patience,  # when to give up
+    gained=lambda: 0,  # how far it has come: while that grows, nothing counts as a failure
+):  # what `action` returns
     "Repeat an action that raises `Dropped` until it succeeds; `Unavailable` if it gets nowhere."
     best, failures = gained(), 0
     while True:
-        try: return action()
+        try:
+            return action()
         except Dropped as error:
             failures = failures + 1 if gained() <= best else 0
             best = max(best, gained())
-            if failures >= patience.attempts: raise Unavailable(f"{error} ({failures} tries)") from error
-            time.sleep(min(60., max(error.wait, patience.pause * 2 ** failures)))
+            if failures >= patience.attempts:
+                raise Unavailable(f"{error} ({failures} tries)") from error
+            time.sleep(min(60.0, max(error.wait, patience.pause * 2**failures)))
 
 # %% ../../nbs/03d_fetch.ipynb #040
 @dataclass(frozen=True)
 class Unpack:
     "What to do with an archive."
-    into: str                          # folder, under the base
+
+    into: str  # folder, under the base
     members: tuple[str, ...] = ("*",)  # patterns of what is wanted; each must be there
-    expect: float = 1.                 # unpacked bytes for a packed one; ten times as many are refused
-    count: int | None = None           # files that it must give
-    partitions: tuple[str, ...] = ()   # REFER annotations: partitions whose counts are compared with the published ones
+    expect: float = 1.0  # unpacked bytes for a packed one; ten times as many are refused
+    count: int | None = None  # files that it must give
+    # REFER annotations: partitions whose counts are compared with the published ones
+    partitions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class FileSpec:
     "One file of the manifest: where it is, where it goes, and what is known of it."
+
     name: str
-    to: str                               # path under the base
-    urls: tuple[str, ...] = ()            # http(s) or gdrive:ID, in order of preference
-    base: str = "root"                    # root, hub (torch.hub's checkpoints) or vectors (word vectors)
-    size: int | None = None               # bytes
-    about: int | None = None              # bytes, roughly: only for the check of free space
+    to: str  # path under the base
+    urls: tuple[str, ...] = ()  # http(s) or gdrive:ID, in order of preference
+    base: str = "root"  # root, hub (torch.hub's checkpoints) or vectors (word vectors)
+    size: int | None = None  # bytes
+    about: int | None = None  # bytes, roughly: only for the check of free space
     sha256: str | None = None
     md5: str | None = None
-    sha256_prefix: str | None = None      # the first digits, as torchvision's file names have them
+    sha256_prefix: str | None = None  # the first digits, as torchvision's file names have them
     counts: tuple[int, int] | None = None  # keys and expressions of a query file
     unpack: Unpack | None = None
-    pictures: bool = False                # left out where only annotations are wanted
-    first_use: str = ""                   # the library that fetches it when it is first used
-    checked_by: str = ""                  # what else examines a file that came over plain http
+    pictures: bool = False  # left out where only annotations are wanted
+    first_use: str = ""  # the library that fetches it when it is first used
+    checked_by: str = ""  # what else examines a file that came over plain http
     licence: str = ""
     cite: str = ""
-    by_hand: str = ""                     # what to get, from where, and where to put it
+    by_hand: str = ""  # what to get, from where, and where to put it
 
     @property
     def hash(self) -> str | None:
@@ -287,11 +345,13 @@ class FileSpec:
         return self.sha256 or self.md5 or self.sha256_prefix
 
     @property
-    def algorithm(self) -> str: return "md5" if self.md5 and not self.sha256 else "sha256"
+    def algorithm(self) -> str:
+        return "md5" if self.md5 and not self.sha256 else "sha256"
 
 
 _PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head)", re.I)
-_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")  # how torch.save's new and old formats begin
+# how torch.save's new and old formats begin
+_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")
 
 
 def _examine(path: Path, spec: FileSpec):
@@ -300,108 +360,155 @@ def _examine(path: Path, spec: FileSpec):
         if zipfile.is_zipfile(path) or spec.name.endswith(".zip"):
             with zipfile.ZipFile(path) as archive:
                 if sum(info.file_size for info in archive.infolist()) > 100 * path.stat().st_size:
-                    raise Mismatch(f"{spec.name}: is a bomb, and would unpack to more than 100 times its size")
-                if damaged := archive.testzip(): raise Mismatch(f"{spec.name}: its member {damaged!r} is damaged")
+                    raise Mismatch(
+                        f"{spec.name}: is a bomb, and would unpack to more than 100 times its size"
+                    )
+                if damaged := archive.testzip():
+                    raise Mismatch(f"{spec.name}: its member {damaged!r} is damaged")
         elif spec.name.endswith((".pth", ".pth.tar")):  # before .tar: it is none, in spite of its name
-            with open(path, "rb") as file: head = file.read(16)
-            if not head.startswith(_TORCH): raise Mismatch(f"{spec.name}: does not begin as a torch file does")
+            with open(path, "rb") as file:
+                head = file.read(16)
+            if not head.startswith(_TORCH):
+                raise Mismatch(f"{spec.name}: does not begin as a torch file does")
         elif spec.name.endswith((".tar.gz", ".tar")):
             with tarfile.open(path) as archive:
-                for _ in archive: pass
+                for _ in archive:
+                    pass
         elif spec.name.endswith(".json"):
             queries = json.loads(path.read_text(encoding="utf-8"))
             found = len(queries), sum(map(len, queries.values()))
             if spec.counts and found != spec.counts:
-                raise Mismatch(f"{spec.name}: has {found[0]:,} regions and {found[1]:,} expressions, expected are {spec.counts[0]:,} and {spec.counts[1]:,}")
-    except FetchError: raise
-    except Exception as error: raise Mismatch(f"{spec.name}: not readable from end to end ({type(error).__name__})") from error
+                raise Mismatch(
+                    f"{spec.name}: has {found[0]:,} regions and {found[1]:,} expressions, expected are {spec.counts[0]:,} and {spec.counts[1]:,}"
+                )
+    except FetchError:
+        raise
+    except Exception as error:
+        raise Mismatch(f"{spec.name}: not readable from end to end ({type(error).__name__})") from error
 
 
 def verify(
-    path: Path,         # the file, or its part
-    spec: FileSpec,     # what is known of it
-) -> str:               # its hash, as in "sha256:9f86d0..."
+    path: Path,  # the file, or its part
+    spec: FileSpec,  # what is known of it
+) -> str:  # its hash, as in "sha256:9f86d0..."
     "Compare a file with what is known of it; `Mismatch` if it is another one, a page, or not whole."
     with open(path, "rb") as file:
-        if _PAGE.match(file.read(512)): raise Mismatch(f"{spec.name}: a web page has arrived, not the file")
+        if _PAGE.match(file.read(512)):
+            raise Mismatch(f"{spec.name}: a web page has arrived, not the file")
         size = os.fstat(file.fileno()).st_size
-        if spec.size is not None and size != spec.size: raise Mismatch(f"{spec.name}: has {size:,} bytes, expected are {spec.size:,}")
+        if spec.size is not None and size != spec.size:
+            raise Mismatch(f"{spec.name}: has {size:,} bytes, expected are {spec.size:,}")
         file.seek(0)
         digest = hashlib.file_digest(file, spec.algorithm).hexdigest()
     if spec.hash and not digest.startswith(spec.hash):
-        raise Mismatch(f"{spec.name}: its {spec.algorithm} begins with {digest[:12]}, expected is {spec.hash[:12]}: it is damaged or another file")
-    if not spec.hash: _examine(path, spec)
+        raise Mismatch(
+            f"{spec.name}: its {spec.algorithm} begins with {digest[:12]}, expected is {spec.hash[:12]}: it is damaged or another file"
+        )
+    if not spec.hash:
+        _examine(path, spec)
     return f"{spec.algorithm}:{digest}"
 
 # %% ../../nbs/03d_fetch.ipynb #046
 def _from_drive(url: str, part: Part):
     "A file of Google Drive, through gdown if that is installed."
-    try: import gdown
-    except ImportError as error: raise Unavailable(f"{url}: Google Drive needs the package gdown, which is not installed") from error
+    try:
+        import gdown
+    except ImportError as error:
+        raise Unavailable(f"{url}: Google Drive needs the package gdown, which is not installed") from error
     part.discard()
-    try: got = gdown.download(id=url.removeprefix("gdrive:"), output=str(part.path), quiet=True)
-    except Exception as error: raise Unavailable(f"{url}: gdown failed ({_line(error)})") from error
-    if not got or not part.have: raise Unavailable(f"{url}: gdown got nothing")
+    try:
+        got = gdown.download(id=url.removeprefix("gdrive:"), output=str(part.path), quiet=True)
+    except Exception as error:
+        raise Unavailable(f"{url}: gdown failed ({_line(error)})") from error
+    if not got or not part.have:
+        raise Unavailable(f"{url}: gdown got nothing")
 
 
 def download(
-    spec: FileSpec,                    # what to get
-    dest: Path,                        # where it goes
-    patience: Patience = Patience(),   # how long to try
-    tick=lambda have, total: None,     # called with the progress
-) -> tuple[str, str, list[str]]:       # the address that gave it, its hash, and what went wrong before
+    spec: FileSpec,  # what to get
+    dest: Path,  # where it goes
+    patience: Patience = Patience(),  # how long to try
+    tick=lambda have, total: None,  # called with the progress
+) -> tuple[str, str, list[str]]:  # the address that gave it, its hash, and what went wrong before
     "Get a file from the first address that gives it whole; `Unavailable`, with every reason, if none does."
     dest.parent.mkdir(parents=True, exist_ok=True)
     part, problems = Part(dest), []
     with _session() as session:
-        for url in sorted(spec.urls, key=lambda url: url != part.origin.get("url")):  # the address of the part first, the others in their order
+        # the address of the part first, the others in their order
+        for url in sorted(spec.urls, key=lambda url: url != part.origin.get("url")):
             try:
                 for again in (False, True):
                     continued = may_continue(part, url, bool(spec.hash))
                     try:
-                        if url.startswith("gdrive:"): _from_drive(url, part)
-                        else: patiently(lambda: receive(session, url, part, spec.size, bool(spec.hash), patience.timeout, tick), patience, lambda: part.have)  # noqa: B023
+                        if url.startswith("gdrive:"):
+                            _from_drive(url, part)
+                        else:
+                            patiently(
+                                lambda: receive(
+                                    session, url, part, spec.size, bool(spec.hash), patience.timeout, tick
+                                ),
+                                patience,
+                                lambda: part.have,
+                            )  # noqa: B023
                         found = verify(part.path, spec)
                         part.finish()
                         return url, found, problems
                     except Mismatch as error:
                         part.discard()
-                        problems.append(f"{error}; what came from {urlsplit(url).hostname or url} was thrown away")
-                        if again or not continued: break
-            except Unavailable as error: problems.append(str(error))
+                        problems.append(
+                            f"{error}; what came from {urlsplit(url).hostname or url} was thrown away"
+                        )
+                        if again or not continued:
+                            break
+            except Unavailable as error:
+                problems.append(str(error))
     raise Unavailable("; ".join(problems) or f"{spec.name}: no address is known", problems)
 
 # %% ../../nbs/03d_fetch.ipynb #056
 def safe_member(
-    name: str,       # as the archive has it
-) -> str:            # relative, with forward slashes; empty for the folder itself
+    name: str,  # as the archive has it
+) -> str:  # relative, with forward slashes; empty for the folder itself
     "The path of an archive's member, or `Mismatch` if it could lead out of the folder."
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    bad = name.startswith("/") or ".." in parts or "\\" in name or PureWindowsPath(name).drive or not name.isprintable()
-    if bad: raise Mismatch(f"the member {name!r} leads out of the folder, or has a name that no data set needs")
+    bad = (
+        name.startswith("/")
+        or ".." in parts
+        or "\\" in name
+        or PureWindowsPath(name).drive
+        or not name.isprintable()
+    )
+    if bad:
+        raise Mismatch(f"the member {name!r} leads out of the folder, or has a name that no data set needs")
     return "/".join(parts)
 
 
 def _zip_members(archive: zipfile.ZipFile):
     for info in archive.infolist():
         name, kind = safe_member(info.filename), stat.S_IFMT(info.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR): raise Mismatch(f"the member {name!r} is a link or a device, not a file")
-        if info.flag_bits & 1: raise Mismatch(f"the member {name!r} is encrypted")
-        if name and not info.is_dir(): yield name, info.file_size, lambda info=info: archive.open(info)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise Mismatch(f"the member {name!r} is a link or a device, not a file")
+        if info.flag_bits & 1:
+            raise Mismatch(f"the member {name!r} is encrypted")
+        if name and not info.is_dir():
+            yield name, info.file_size, lambda info=info: archive.open(info)
 
 
 def _tar_members(archive: tarfile.TarFile):
     for info in archive:
         name = safe_member(info.name)
-        if not (info.isreg() or info.isdir()): raise Mismatch(f"the member {name!r} is a link or a device, not a file")
+        if not (info.isreg() or info.isdir()):
+            raise Mismatch(f"the member {name!r} is a link or a device, not a file")
         tarfile.data_filter(info, tempfile.gettempdir())  # and what the standard library refuses besides
-        if name and info.isreg(): yield name, info.size, lambda info=info: archive.extractfile(info)
+        if name and info.isreg():
+            yield name, info.size, lambda info=info: archive.extractfile(info)
 
 # %% ../../nbs/03d_fetch.ipynb #060
 def _below(name: str, folder: str) -> str:
     "What of a member's path lies below the folder of this name, or all of it."
     *parents, last = name.split("/")
-    return "/".join([*(parents[len(parents) - parents[::-1].index(folder):] if folder in parents else parents), last])
+    return "/".join(
+        [*(parents[len(parents) - parents[::-1].index(folder) :] if folder in parents else parents), last]
+    )
 
 
 def _chosen(entries, into: Path, members, wanted) -> dict:
@@ -409,64 +516,95 @@ def _chosen(entries, into: Path, members, wanted) -> dict:
     chosen, seen, others = {}, set(), []
     for name, size, opener in entries:
         short = _below(name, into.name)
-        if any(part == "__MACOSX" or part.startswith("._") for part in name.split("/")): continue
-        if not any(fnmatch.fnmatchcase(short, pattern) for pattern in members): others.append(name); continue
-        if short.casefold() in seen: raise Mismatch(f"two members would become {short!r}")
+        if any(part == "__MACOSX" or part.startswith("._") for part in name.split("/")):
+            continue
+        if not any(fnmatch.fnmatchcase(short, pattern) for pattern in members):
+            others.append(name)
+            continue
+        if short.casefold() in seen:
+            raise Mismatch(f"two members would become {short!r}")
         seen.add(short.casefold())
-        if wanted is None or short in wanted: chosen[short] = size, opener
-    absent = [pattern for pattern in members if not any(fnmatch.fnmatchcase(short.casefold(), pattern.casefold()) for short in seen)]
-    if absent: raise Mismatch(f"holds no {absent[0]}; it holds {', '.join(others[:4]) or 'nothing'}{', ...' if len(others) > 4 else ''}")
+        if wanted is None or short in wanted:
+            chosen[short] = size, opener
+    absent = [
+        pattern
+        for pattern in members
+        if not any(fnmatch.fnmatchcase(short.casefold(), pattern.casefold()) for short in seen)
+    ]
+    if absent:
+        raise Mismatch(
+            f"holds no {absent[0]}; it holds {', '.join(others[:4]) or 'nothing'}{', ...' if len(others) > 4 else ''}"
+        )
     return chosen
 
 
 def unpack(
-    path: str | Path,                     # a zip, or a tar (compressed or not)
-    into: str | Path,                     # the folder that gets the members
-    members: tuple[str, ...] = ("*",),    # patterns of those that are wanted; each must be there
-    expect: float = 1.,                   # unpacked bytes for a packed one; ten times as many are refused
-    wanted: set[str] | None = None,       # only these of them
-    overwrite: bool = False,              # whether files that are there and differ are replaced
-) -> list[str]:                           # their paths below `into`
+    path: str | Path,  # a zip, or a tar (compressed or not)
+    into: str | Path,  # the folder that gets the members
+    members: tuple[str, ...] = ("*",),  # patterns of those that are wanted; each must be there
+    expect: float = 1.0,  # unpacked bytes for a packed one; ten times as many are refused
+    wanted: set[str] | None = None,  # only these of them
+    overwrite: bool = False,  # whether files that are there and differ are replaced
+) -> list[str]:  # their paths below `into`
     "Unpack the members of an archive: none leads out of the folder, and they appear when all are whole. `Mismatch` if the archive is not what it should be."
     path, into = Path(path), Path(into).resolve()
     into.parent.mkdir(parents=True, exist_ok=True)
-    for old in into.parent.glob(f".{into.name}.*.unpack"): shutil.rmtree(old, ignore_errors=True)  # of somebody who was killed
+    # of somebody who was killed
+    for old in into.parent.glob(f".{into.name}.*.unpack"):
+        shutil.rmtree(old, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=into.parent, prefix=f".{into.name}.", suffix=".unpack"))
     try:
         zipped = zipfile.is_zipfile(path)
         with (zipfile.ZipFile if zipped else tarfile.open)(path) as archive:
             chosen = _chosen((_zip_members if zipped else _tar_members)(archive), into, members, wanted)
-            total, limit = sum(size for size, _ in chosen.values()), max(1_000_000, 10 * expect * path.stat().st_size)
-            if total > limit: raise Mismatch(f"would unpack to {decimal(total)}, more than the {decimal(int(limit))} that can be meant")
-            if total > (free := shutil.disk_usage(into.parent).free): raise FetchError(f"unpacks to {decimal(total)}, {decimal(free)} are free on the disk")
+            total, limit = (
+                sum(size for size, _ in chosen.values()),
+                max(1_000_000, 10 * expect * path.stat().st_size),
+            )
+            if total > limit:
+                raise Mismatch(
+                    f"would unpack to {decimal(total)}, more than the {decimal(int(limit))} that can be meant"
+                )
+            if total > (free := shutil.disk_usage(into.parent).free):
+                raise FetchError(f"unpacks to {decimal(total)}, {decimal(free)} are free on the disk")
             for name, (size, opener) in chosen.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                with opener() as source, open(temporary / name, "xb") as target: shutil.copyfileobj(source, target, 1 << 20)
-                if (temporary / name).stat().st_size != size: raise Mismatch(f"the member {name!r} is not whole")
+                with opener() as source, open(temporary / name, "xb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                if (temporary / name).stat().st_size != size:
+                    raise Mismatch(f"the member {name!r} is not whole")
         here = [name for name in chosen if (into / name).exists()]
         same = {name for name in here if filecmp.cmp(into / name, temporary / name, shallow=False)}
         if len(same) < len(here) and not overwrite:
-            raise FetchError(f"{next(name for name in here if name not in same)} is in {into.name}/ already and differs from the archive's: move it away")
+            raise FetchError(
+                f"{next(name for name in here if name not in same)} is in {into.name}/ already and differs from the archive's: move it away"
+            )
         for name in chosen:
-            if name in same: continue
+            if name in same:
+                continue
             (into / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / name, into / name)
         return sorted(chosen)
-    except FetchError as error: raise type(error)(f"{path.name}: {error}") from error
+    except FetchError as error:
+        raise type(error)(f"{path.name}: {error}") from error
     except Exception as error:  # a damaged archive can raise almost anything
-        raise (FetchError if isinstance(error, OSError) else Mismatch)(f"{path.name}: cannot be unpacked ({_line(error)})") from error
-    finally: shutil.rmtree(temporary, ignore_errors=True)
+        raise (FetchError if isinstance(error, OSError) else Mismatch)(
+            f"{path.name}: cannot be unpacked ({_line(error)})"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../../nbs/03d_fetch.ipynb #068
 @dataclass(frozen=True)
 class ImageSpec:
     "A folder of pictures that can be had one by one."
+
     name: str
-    folder: str                  # under the root
-    file_name: str               # with %012d for the image's id
-    urls: tuple[str, ...]        # the file name is put behind
-    archive: str                 # the file of the manifest that holds them all
-    count: int                   # pictures in it
+    folder: str  # under the root
+    file_name: str  # with %012d for the image's id
+    urls: tuple[str, ...]  # the file name is put behind
+    archive: str  # the file of the manifest that holds them all
+    count: int  # pictures in it
     licence: str = ""
     cite: str = ""
     by_hand: str = ""
@@ -475,15 +613,17 @@ class ImageSpec:
 @dataclass(frozen=True)
 class SetSpec:
     "What belongs to a name on the command line."
+
     name: str
     files: tuple[str, ...]
-    images: str | None = None        # which pictures
-    image_count: int | None = None   # how many of them it uses
+    images: str | None = None  # which pictures
+    image_count: int | None = None  # how many of them it uses
 
 
 @dataclass(frozen=True)
 class Manifest:
     "What can be fetched."
+
     files: dict[str, FileSpec]
     images: dict[str, ImageSpec]
     sets: dict[str, SetSpec]
@@ -491,35 +631,51 @@ class Manifest:
 
 def _accepts(hint, value) -> bool:
     "Whether a value of a TOML file is of a field's type."
-    if get_origin(hint) is UnionType: return any(_accepts(one, value) for one in get_args(hint))
-    if get_origin(hint) is tuple: return isinstance(value, list) and all(_accepts(get_args(hint)[0], item) for item in value)
-    if hint is Unpack: return isinstance(value, dict)
+    if get_origin(hint) is UnionType:
+        return any(_accepts(one, value) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_accepts(get_args(hint)[0], item) for item in value)
+    if hint is Unpack:
+        return isinstance(value, dict)
     return type(value) is hint or hint is float and type(value) is int
 
 
 def _record(kind, values, where: str, **more):
     "A dataclass from a table of the manifest; its keys and their types must be the dataclass's."
     hints = {f.name: f.type for f in fields(kind) if f.name not in more}
-    if not isinstance(values, dict): raise FetchError(f"{where} is {type(values).__name__}, not a table")
+    if not isinstance(values, dict):
+        raise FetchError(f"{where} is {type(values).__name__}, not a table")
     for key, value in values.items():
-        if key not in hints: raise FetchError(f"{where}: unknown key {key!r}; known are {', '.join(hints)}")
-        if not _accepts(hints[key], value): raise FetchError(f"{where}: {key} cannot be {value!r}")
+        if key not in hints:
+            raise FetchError(f"{where}: unknown key {key!r}; known are {', '.join(hints)}")
+        if not _accepts(hints[key], value):
+            raise FetchError(f"{where}: {key} cannot be {value!r}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    if "unpack" in values: values["unpack"] = _record(Unpack, values["unpack"], f"{where}.unpack")
-    try: return kind(**values, **more)
-    except TypeError as error: raise FetchError(f"{where}: {str(error).split('() ')[-1]}") from error
+    if "unpack" in values:
+        values["unpack"] = _record(Unpack, values["unpack"], f"{where}.unpack")
+    try:
+        return kind(**values, **more)
+    except TypeError as error:
+        raise FetchError(f"{where}: {str(error).split('() ')[-1]}") from error
 
 
 def _check_urls(urls, where: str, verifiable: bool):
     for url in urls:
-        if not re.fullmatch(r"https?://[^/\s\[\]]+/\S+|gdrive:[\w-]+", url): raise FetchError(f"{where}: {url} is neither an http(s) address nor gdrive:ID")
-        if url.startswith("http:") and not verifiable: raise FetchError(f"{where}: {url} is plain http, but neither size nor hash is known, nor checked_by")
+        if not re.fullmatch(r"https?://[^/\s\[\]]+/\S+|gdrive:[\w-]+", url):
+            raise FetchError(f"{where}: {url} is neither an http(s) address nor gdrive:ID")
+        if url.startswith("http:") and not verifiable:
+            raise FetchError(
+                f"{where}: {url} is plain http, but neither size nor hash is known, nor checked_by"
+            )
 
 
 def _check_path(target: str, where: str):
-    try: safe = safe_member(target)
-    except FetchError: safe = None
-    if not target or safe != target: raise FetchError(f"{where}: {target!r} is not a path below the base")
+    try:
+        safe = safe_member(target)
+    except FetchError:
+        safe = None
+    if not target or safe != target:
+        raise FetchError(f"{where}: {target!r} is not a path below the base")
 
 
 def load_manifest(
@@ -527,51 +683,79 @@ def load_manifest(
 ) -> Manifest:
     "Read a manifest and check it: known keys, whole hashes, safe paths, addresses that can be asked."
     source = Path(path) if path else package_files("refseg_nb.data") / "manifest.toml"
-    try: data = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error: raise FetchError(f"{source}: not readable as TOML ({error})") from error
+    try:
+        data = tomllib.loads(source.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FetchError(f"{source}: not readable as TOML ({error})") from error
     kinds = {"files": FileSpec, "images": ImageSpec, "sets": SetSpec}
     for table, records in data.items():
-        if table not in kinds or not isinstance(records, dict): raise FetchError(f"{source.name}: unknown table {table!r}; known are {', '.join(kinds)}")
-    book = Manifest(**{table: {name: _record(kind, values, f"{source.name}: {table}.{name}", name=name) for name, values in data.get(table, {}).items()}
-                       for table, kind in kinds.items()})
+        if table not in kinds or not isinstance(records, dict):
+            raise FetchError(f"{source.name}: unknown table {table!r}; known are {', '.join(kinds)}")
+    book = Manifest(
+        **{
+            table: {
+                name: _record(kind, values, f"{source.name}: {table}.{name}", name=name)
+                for name, values in data.get(table, {}).items()
+            }
+            for table, kind in kinds.items()
+        }
+    )
     for name in [*book.files, *book.images]:
-        if not re.fullmatch(r"[\w.+-]+", name): raise FetchError(f"{source.name}: {name!r} is no name; a name has only letters, digits and . + - _")
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise FetchError(
+                f"{source.name}: {name!r} is no name; a name has only letters, digits and . + - _"
+            )
     for name, spec in book.files.items():
         where = f"{source.name}: files.{name}"
         for key, digits in (("sha256", 64), ("md5", 32), ("sha256_prefix", None)):
             value = getattr(spec, key)
             if value is not None and not re.fullmatch(r"[0-9a-f]{%s}" % (digits or "8,63"), value):
-                raise FetchError(f"{where}: {key} has {len(value)} characters, not {digits or 'at least 8'} hexadecimal digits")
-        if spec.base not in ("root", "hub", "vectors"): raise FetchError(f"{where}: base is {spec.base!r}, not root, hub or vectors")
-        for target in (spec.to, spec.unpack.into if spec.unpack else spec.to): _check_path(target, where)
-        if not (spec.by_hand and spec.licence and spec.cite): raise FetchError(f"{where}: licence, cite and by_hand must be there")
+                raise FetchError(
+                    f"{where}: {key} has {len(value)} characters, not {digits or 'at least 8'} hexadecimal digits"
+                )
+        if spec.base not in ("root", "hub", "vectors"):
+            raise FetchError(f"{where}: base is {spec.base!r}, not root, hub or vectors")
+        for target in (spec.to, spec.unpack.into if spec.unpack else spec.to):
+            _check_path(target, where)
+        if not (spec.by_hand and spec.licence and spec.cite):
+            raise FetchError(f"{where}: licence, cite and by_hand must be there")
         _check_urls(spec.urls, where, bool(spec.size or spec.hash or spec.checked_by))
     for name, spec in book.images.items():
         where = f"{source.name}: images.{name}"
-        if not re.fullmatch(r"\w*%012d\.jpg", spec.file_name): raise FetchError(f"{where}: file_name is {spec.file_name!r}, not letters, %012d and .jpg")
+        if not re.fullmatch(r"\w*%012d\.jpg", spec.file_name):
+            raise FetchError(f"{where}: file_name is {spec.file_name!r}, not letters, %012d and .jpg")
         _check_path(spec.folder, where)
-        if spec.archive not in book.files: raise FetchError(f"{where}: there is no file {spec.archive!r}")
+        if spec.archive not in book.files:
+            raise FetchError(f"{where}: there is no file {spec.archive!r}")
         _check_urls(spec.urls, where, True)  # each picture is decoded
     for name, spec in book.sets.items():
         for file in spec.files:
-            if file not in book.files: raise FetchError(f"{source.name}: sets.{name}: there is no file {file!r}")
-        if spec.images and spec.images not in book.images: raise FetchError(f"{source.name}: sets.{name}: there are no images {spec.images!r}")
+            if file not in book.files:
+                raise FetchError(f"{source.name}: sets.{name}: there is no file {file!r}")
+        if spec.images and spec.images not in book.images:
+            raise FetchError(f"{source.name}: sets.{name}: there are no images {spec.images!r}")
     return book
 
 # %% ../../nbs/03d_fetch.ipynb #073
 def _stamp(path: Path) -> list[int] | None:
     "Size and time of the last change."
-    try: return [path.stat().st_size, path.stat().st_mtime_ns]
-    except OSError: return None
+    try:
+        return [path.stat().st_size, path.stat().st_mtime_ns]
+    except OSError:
+        return None
 
 
 class _Notes:
     "What has been verified under a folder: one small file for each thing, in `.fetch`."
-    def __init__(self, base: Path): self.folder = base / ".fetch"
+
+    def __init__(self, base: Path):
+        self.folder = base / ".fetch"
 
     def read(self, name: str) -> dict:
-        try: note = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError): return {}
+        try:
+            note = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
         return note if isinstance(note, dict) else {}
 
     def write(self, name: str, note: dict):
@@ -588,14 +772,22 @@ def _inspect(spec: Unpack, base: Path) -> tuple[list[str], str]:
     "What was unpacked: its files, and a sentence on their counts; `Mismatch` if there are too few, or the counts are not the published ones."
     folder = base / spec.into
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    names = sorted(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in spec.members))
+    names = sorted(
+        name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in spec.members)
+    )
     for pattern in spec.members:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names): raise FileNotFoundError(f"{folder}: holds no {pattern}")
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise FileNotFoundError(f"{folder}: holds no {pattern}")
     says = f"{len(names):,} files in {spec.into}/"
-    if spec.count and len(names) < spec.count: raise Mismatch(f"{spec.into}/ holds {len(names):,} of {spec.count:,} files")
+    if spec.count and len(names) < spec.count:
+        raise Mismatch(f"{spec.into}/ holds {len(names):,} of {spec.count:,} files")
     reports = [verify_counts(Refer(base, spec.into, partition)) for partition in spec.partitions]
     if any(report.status in ("part", "wrong") for report in reports):
-        raise Mismatch("; ".join(f"{report.name}: {report.message}" for report in reports if report.status in ("part", "wrong")))
+        raise Mismatch(
+            "; ".join(
+                f"{report.name}: {report.message}" for report in reports if report.status in ("part", "wrong")
+            )
+        )
     return names, "; ".join([says, *(f"{report.name}: {report.message}" for report in reports)])
 
 
@@ -603,26 +795,40 @@ def _look(spec: FileSpec, base: Path, note: dict) -> tuple[str, str, dict]:
     "What of a file is on the disk: `there`, `packed`, `wrong`, `refused` or `absent`; what there is to say; and the note that holds from now on."
     dest, into = base / spec.to, base / spec.unpack.into if spec.unpack else None
     known, unpacked = _fits(note.get("hash"), spec) or note.get("hash") == "by hand", note.get("unpacked")
-    if into and known and isinstance(unpacked, dict) and unpacked and all(_stamp(into / name) == stamp for name, stamp in unpacked.items()):
+    if (
+        into
+        and known
+        and isinstance(unpacked, dict)
+        and unpacked
+        and all(_stamp(into / name) == stamp for name, stamp in unpacked.items())
+    ):
         return "there", f"{len(unpacked):,} files in {spec.unpack.into}/, verified before", note
     if dest.is_file():
         says = "verified before"
         if not known or _stamp(dest) != note.get("stamp"):
-            try: note = {"hash": verify(dest, spec), "stamp": _stamp(dest)}
-            except Mismatch as error: return "wrong", str(error), {}
+            try:
+                note = {"hash": verify(dest, spec), "stamp": _stamp(dest)}
+            except Mismatch as error:
+                return "wrong", str(error), {}
             says = "was there; verified"
         return "packed" if into else "there", says, note
     if into:
         try:
             names, says = _inspect(spec.unpack, base)
-            return "there", f"was there: {says}", {"hash": "by hand", "unpacked": {name: _stamp(into / name) for name in names}}
-        except FileNotFoundError: pass
-        except (OSError, ValueError) as error: return "refused", f"{error}; move {spec.unpack.into}/ away to have it fetched", {}
+            return (
+                "there",
+                f"was there: {says}",
+                {"hash": "by hand", "unpacked": {name: _stamp(into / name) for name in names}},
+            )
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            return "refused", f"{error}; move {spec.unpack.into}/ away to have it fetched", {}
     return "absent", "", {}
 
 # %% ../../nbs/03d_fetch.ipynb #077
 def check_space(
-    needs: dict[Path, int],   # bytes that each folder will get
+    needs: dict[Path, int],  # bytes that each folder will get
 ):
     "Raise `FetchError` if a disk has not enough room for what its folders will get."
     disks = {}
@@ -631,75 +837,94 @@ def check_space(
         disks.setdefault(there.stat().st_dev, []).append((folder, there, need))
     for folders in disks.values():
         need, free = sum(n for *_, n in folders), shutil.disk_usage(folders[0][1]).free
-        if need > free: raise FetchError(f"{folders[0][0]}: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free on its disk; nothing was fetched")
+        if need > free:
+            raise FetchError(
+                f"{folders[0][0]}: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free on its disk; nothing was fetched"
+            )
 
 # %% ../../nbs/03d_fetch.ipynb #083
 def image_names(
-    spec: ImageSpec,          # how the files are called
-    infos: list[ImageInfo],   # what `instances.json` lists
-) -> tuple[dict[str, ImageInfo], dict[str, str]]:  # by file name, and the names that were refused, with the reason
+    spec: ImageSpec,  # how the files are called
+    infos: list[ImageInfo],  # what `instances.json` lists
+) -> tuple[
+    dict[str, ImageInfo], dict[str, str]
+]:  # by file name, and the names that were refused, with the reason
     "The files to get; a name that is not exactly the one of the image's id is refused."
     good, bad = {}, {}
     for info in infos:
-        if 0 <= info.image_id < 10**12 and info.file_name == spec.file_name % info.image_id: good[info.file_name] = info
-        else: bad[info.file_name] = f"{info.file_name!r} is not the name of image {info.image_id}"
+        if 0 <= info.image_id < 10**12 and info.file_name == spec.file_name % info.image_id:
+            good[info.file_name] = info
+        else:
+            bad[info.file_name] = f"{info.file_name!r} is not the name of image {info.image_id}"
     return good, bad
 
 
 def check_image(
-    source,             # a path, or a file object
-    info: ImageInfo,    # its size in `instances.json`
+    source,  # a path, or a file object
+    info: ImageInfo,  # its size in `instances.json`
 ):
     "Raise `Mismatch` unless it is a whole JPEG of the right size."
     try:
         with Image.open(source, formats=["JPEG"]) as image:
             if image.size != (info.width, info.height):
-                raise Mismatch(f"{info.file_name}: is {image.width} x {image.height} pixels, instances.json says {info.width} x {info.height}")
+                raise Mismatch(
+                    f"{info.file_name}: is {image.width} x {image.height} pixels, instances.json says {info.width} x {info.height}"
+                )
             image.draft(None, (info.width // 8, info.height // 8))  # reads every block, computes few pixels
             image.load()
-    except Mismatch: raise
-    except Exception as error: raise Mismatch(f"{info.file_name}: not a whole JPEG") from error
+    except Mismatch:
+        raise
+    except Exception as error:
+        raise Mismatch(f"{info.file_name}: not a whole JPEG") from error
 
 # %% ../../nbs/03d_fetch.ipynb #088
 def missing_images(
     wanted: dict[str, ImageInfo],  # by file name
-    folder: Path,                  # where they are
-    verified: dict[str, list],     # stamps of those that were checked before; new ones are added
-    workers: int = 8,              # threads
-) -> list[str]:                    # the names of those that are not there, or not whole
+    folder: Path,  # where they are
+    verified: dict[str, list],  # stamps of those that were checked before; new ones are added
+    workers: int = 8,  # threads
+) -> list[str]:  # the names of those that are not there, or not whole
     "Which pictures have to be fetched; those that nobody has checked yet are decoded."
+
     def whole(name):
         stamp = _stamp(folder / name)
-        if stamp is None: return False
+        if stamp is None:
+            return False
         if verified.get(name) != stamp:
-            try: check_image(folder / name, wanted[name])
-            except Mismatch: return False
+            try:
+                check_image(folder / name, wanted[name])
+            except Mismatch:
+                return False
             verified[name] = stamp
         return True
-    with ThreadPoolExecutor(workers) as pool: return [name for name, good in zip(wanted, pool.map(whole, wanted)) if not good]
+
+    with ThreadPoolExecutor(workers) as pool:
+        return [name for name, good in zip(wanted, pool.map(whole, wanted)) if not good]
 
 
 def fetch_images(
-    spec: ImageSpec,                    # where they are
-    wanted: dict[str, ImageInfo],       # those to get, by file name
-    folder: Path,                       # where they go
-    verified: dict[str, list],          # gets the stamps of those that arrived
-    patience: Patience = Patience(),    # how long to try for each
-    workers: int = 8,                   # connections at a time
-    give_up: int = 25,                  # failures in a row after which the rest is left
-    tick=lambda done, received: None,   # called with the progress: pictures and bytes
-) -> dict[str, str]:                    # those that could not be had, with the reason
+    spec: ImageSpec,  # where they are
+    wanted: dict[str, ImageInfo],  # those to get, by file name
+    folder: Path,  # where they go
+    verified: dict[str, list],  # gets the stamps of those that arrived
+    patience: Patience = Patience(),  # how long to try for each
+    workers: int = 8,  # connections at a time
+    give_up: int = 25,  # failures in a row after which the rest is left
+    tick=lambda done, received: None,  # called with the progress: pictures and bytes
+) -> dict[str, str]:  # those that could not be had, with the reason
     "Get pictures one by one, several at a time; each appears when it is whole."
     folder.mkdir(parents=True, exist_ok=True)
     local, failed, arrived, row, received = threading.local(), {}, set(), 0, 0
 
     def ask(url, limit):
-        if not hasattr(local, "session"): local.session = _session()
+        if not hasattr(local, "session"):
+            local.session = _session()
         with _open(local.session, url, patience.timeout) as answer:
             data = bytearray()
             for chunk in answer.iter_content(1 << 14):
                 data += chunk
-                if len(data) > limit: raise Unavailable(f"{url}: longer than such a picture can be")
+                if len(data) > limit:
+                    raise Unavailable(f"{url}: longer than such a picture can be")
             return bytes(data)
 
     def get(name):
@@ -710,7 +935,8 @@ def fetch_images(
                 check_image(BytesIO(data), info)
                 _replace(folder / name, data)
                 return
-            except (Unavailable, Mismatch) as error: reasons.append(str(error))
+            except (Unavailable, Mismatch) as error:
+                reasons.append(str(error))
         raise Unavailable("; ".join(reasons) or "no address is known")
 
     pool = ThreadPoolExecutor(workers)
@@ -723,24 +949,32 @@ def fetch_images(
                 verified[name], row = _stamp(folder / name), 0
                 received += verified[name][0]
                 arrived.add(name)
-            except (Unavailable, Mismatch) as error: failed[name], row = str(error), row + 1
+            except (Unavailable, Mismatch) as error:
+                failed[name], row = str(error), row + 1
             tick(done, received)
-            if row >= give_up: break
-        return failed | {name: f"{name}: not asked for, since {give_up} in a row had failed" for name in wanted if name not in failed and name not in arrived}
-    finally: pool.shutdown(cancel_futures=True)
+            if row >= give_up:
+                break
+        return failed | {
+            name: f"{name}: not asked for, since {give_up} in a row had failed"
+            for name in wanted
+            if name not in failed and name not in arrived
+        }
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/03d_fetch.ipynb #092
 @dataclass
 class Item:
     "One line of a report: a file, or the pictures."
+
     name: str
-    status: str                     # there, fetched, first use (a library will fetch it), planned (a dry run) or missing
+    status: str  # there, fetched, first use (a library will fetch it), planned (a dry run) or missing
     detail: str = ""
     path: str = ""
-    url: str | None = None          # the address that gave it
+    url: str | None = None  # the address that gave it
     hash: str | None = None
     problems: list[str] = field(default_factory=list)  # addresses that failed, pictures that are missing
-    by_hand: str = ""               # what is left to do
+    by_hand: str = ""  # what is left to do
     licence: str = ""
     cite: str = ""
 
@@ -748,11 +982,12 @@ class Item:
 @dataclass
 class FetchReport:
     "What `fetch` did, or would do."
+
     name: str
     root: str
     items: list[Item] = field(default_factory=list)
     dry_run: bool = False
-    needed: int = 0                 # bytes that were missing, packed and unpacked; roughly
+    needed: int = 0  # bytes that were missing, packed and unpacked; roughly
 
     @property
     def ok(self) -> bool:
@@ -765,32 +1000,47 @@ class FetchReport:
 
     def __str__(self):
         state = "a plan" if self.dry_run else "whole" if self.ok else "not whole"
-        lines = [f"{self.name} in {self.root}: {state}" + (f"; about {decimal(self.needed)} of disk for what was missing" if self.needed else "")]
+        lines = [
+            f"{self.name} in {self.root}: {state}"
+            + (f"; about {decimal(self.needed)} of disk for what was missing" if self.needed else "")
+        ]
         wide = max((len(item.name) for item in self.items), default=0)
         for item in self.items:
             lines.append(f"  {item.name:{wide}s}  {item.status:9s}  {item.detail}".rstrip())
             lines += [f"  {'':{wide}s}  - {problem}" for problem in item.problems[:6]]
-            if len(item.problems) > 6: lines.append(f"  {'':{wide}s}  - and {len(item.problems) - 6:,} more")
+            if len(item.problems) > 6:
+                lines.append(f"  {'':{wide}s}  - and {len(item.problems) - 6:,} more")
         lines += [f"\nBy hand: {item.by_hand}" for item in self.items if item.by_hand]
-        terms = dict.fromkeys(f"Licence: {item.licence}. Cite: {item.cite}." for item in self.items if item.status == "fetched" and item.licence)
+        terms = dict.fromkeys(
+            f"Licence: {item.licence}. Cite: {item.cite}."
+            for item in self.items
+            if item.status == "fetched" and item.licence
+        )
         return "\n".join(lines + ([""] if terms else []) + list(terms))
 
 # %% ../../nbs/03d_fetch.ipynb #095
 def _base(kind: str, root: Path) -> Path:
     "The folder that a file's path is relative to."
-    if kind == "root": return root
-    if kind == "vectors": return Path.home() / ".cache" / "refseg_nb" / "vectors"
+    if kind == "root":
+        return root
+    if kind == "vectors":
+        return Path.home() / ".cache" / "refseg_nb" / "vectors"
     import torch
+
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def _undouble(folder: Path):
     "Move the contents of refcoco/refcoco/ up, where somebody has unpacked an archive into a folder of its own name."
-    while (folder / folder.name).is_dir() and not [path for path in folder.iterdir() if path.name != folder.name and path.name[0] != "."]:
+    while (folder / folder.name).is_dir() and not [
+        path for path in folder.iterdir() if path.name != folder.name and path.name[0] != "."
+    ]:
         aside = Path(tempfile.mkdtemp(dir=folder, prefix=".doubled."))
         os.rename(folder / folder.name, aside / "inner")
-        for path in list((aside / "inner").iterdir()): os.rename(path, folder / path.name)
-        (aside / "inner").rmdir(); aside.rmdir()
+        for path in list((aside / "inner").iterdir()):
+            os.rename(path, folder / path.name)
+        (aside / "inner").rmdir()
+        aside.rmdir()
 
 
 def _by_hand(spec: FileSpec | ImageSpec, base: Path, to: str | None = None, into: str | None = None) -> str:
@@ -802,13 +1052,17 @@ def _by_hand(spec: FileSpec | ImageSpec, base: Path, to: str | None = None, into
 
 def _to_get(spec: FileSpec, state: str, base: Path) -> int:
     "Bytes of disk that a file and what is unpacked from it will take, as far as sizes are known."
-    if state in ("there", "refused") or spec.first_use or not (spec.urls or state == "packed"): return 0
+    if state in ("there", "refused") or spec.first_use or not (spec.urls or state == "packed"):
+        return 0
     dest = base / spec.to
     size = dest.stat().st_size if state == "packed" else spec.size or spec.about or 0
-    return (0 if state == "packed" else max(0, size - Part(dest).have)) + (int(size * spec.unpack.expect) if spec.unpack else 0)
+    return (0 if state == "packed" else max(0, size - Part(dest).have)) + (
+        int(size * spec.unpack.expect) if spec.unpack else 0
+    )
 
 
-def _pictures_in(folder: Path) -> int: return sum(1 for _ in folder.glob("*.jpg"))
+def _pictures_in(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("*.jpg"))
 
 
 def _images_to_get(book: Manifest, name: str, root: Path, mode: str) -> tuple[int, int]:
@@ -818,21 +1072,37 @@ def _images_to_get(book: Manifest, name: str, root: Path, mode: str) -> tuple[in
     try:
         names, _ = image_names(spec, list(read_instances(root / name / "instances.json")[0].values()))
         missing = sum(not (root / spec.folder / file).exists() for file in names)
-    except (OSError, ValueError): missing = book.sets[name].image_count or 0
-    if mode == "all": missing = max(missing, spec.count - _pictures_in(root / spec.folder))
+    except (OSError, ValueError):
+        missing = book.sets[name].image_count or 0
+    if mode == "all":
+        missing = max(missing, spec.count - _pictures_in(root / spec.folder))
     pictures = missing * archive.size // spec.count
-    if mode == "needed" or not missing: return missing, pictures
+    if mode == "needed" or not missing:
+        return missing, pictures
     dest = root / archive.to
-    return missing, (0 if dest.is_file() else max(0, archive.size - Part(dest).have)) + (archive.size if mode == "all" else pictures)
+    return missing, (0 if dest.is_file() else max(0, archive.size - Part(dest).have)) + (
+        archive.size if mode == "all" else pictures
+    )
 
 
 def _planned(spec: FileSpec, base: Path, found: tuple[str, str, dict]) -> Item:
     "What a dry run says of a file."
     state, says, note = found
-    item = Item(spec.name, "planned", says, str(base / spec.to), hash=note.get("hash"), licence=spec.licence, cite=spec.cite)
-    if spec.first_use: item.status, item.detail = "first use", f"{spec.first_use} fetches it when it is first used"
-    elif state == "there": item.status = state
-    elif state == "packed": item.detail = f"{says}; to be unpacked into {spec.unpack.into}/"
+    item = Item(
+        spec.name,
+        "planned",
+        says,
+        str(base / spec.to),
+        hash=note.get("hash"),
+        licence=spec.licence,
+        cite=spec.cite,
+    )
+    if spec.first_use:
+        item.status, item.detail = "first use", f"{spec.first_use} fetches it when it is first used"
+    elif state == "there":
+        item.status = state
+    elif state == "packed":
+        item.detail = f"{says}; to be unpacked into {spec.unpack.into}/"
     elif state == "refused" or not spec.urls:
         item.status, item.by_hand = "missing", _by_hand(spec, base)
         item.detail = says or "no address is known"
@@ -855,26 +1125,44 @@ def _get_file(spec: FileSpec, base: Path, found: tuple[str, str, dict], patience
     dest, notes = base / spec.to, _Notes(base)
     item = Item(spec.name, "missing", path=str(dest), licence=spec.licence, cite=spec.cite)
     try:
-        if state == "refused": raise FetchError(says)
-        if state == "wrong": item.problems.append(_set_aside(dest, says))
+        if state == "refused":
+            raise FetchError(says)
+        if state == "wrong":
+            item.problems.append(_set_aside(dest, says))
         status, item.detail = "there", says
         if state in ("absent", "wrong"):
             url, found_hash, problems = download(spec, dest, patience, tick)
             item.problems += problems
             algorithm, digits = found_hash.split(":")
-            status, item.detail = "fetched", f"{decimal(dest.stat().st_size)} from {urlsplit(url).hostname or 'Google Drive'}, " + (
-                f"its {algorithm} is the stated one" if spec.hash else f"its {algorithm} {digits[:12]}... is stated nowhere")
+            status, item.detail = (
+                "fetched",
+                f"{decimal(dest.stat().st_size)} from {urlsplit(url).hostname or 'Google Drive'}, "
+                + (
+                    f"its {algorithm} is the stated one"
+                    if spec.hash
+                    else f"its {algorithm} {digits[:12]}... is stated nowhere"
+                ),
+            )
             note = {"hash": found_hash, "stamp": _stamp(dest), "url": url}
         item.hash, item.url = note["hash"], note.get("url")
-        if note != notes.read(spec.name): notes.write(spec.name, note)
+        if note != notes.read(spec.name):
+            notes.write(spec.name, note)
         if spec.unpack and state != "there":
-            try: names = unpack(dest, base / spec.unpack.into, spec.unpack.members, spec.unpack.expect)
+            try:
+                names = unpack(dest, base / spec.unpack.into, spec.unpack.members, spec.unpack.expect)
             except Mismatch as error:
-                if spec.hash: raise
-                raise Mismatch(_set_aside(dest, str(error))) from error  # nothing but its contents could say what it is
-            notes.write(spec.name, note | {"unpacked": {name: _stamp(base / spec.unpack.into / name) for name in names}})
-            try: item.detail += f"; {_inspect(spec.unpack, base)[1]}"
-            except (OSError, ValueError) as error: item.detail += f"; {len(names):,} files in {spec.unpack.into}/, but {error}"
+                if spec.hash:
+                    raise
+                # nothing but its contents could say what it is
+                raise Mismatch(_set_aside(dest, str(error))) from error
+            notes.write(
+                spec.name,
+                note | {"unpacked": {name: _stamp(base / spec.unpack.into / name) for name in names}},
+            )
+            try:
+                item.detail += f"; {_inspect(spec.unpack, base)[1]}"
+            except (OSError, ValueError) as error:
+                item.detail += f"; {len(names):,} files in {spec.unpack.into}/, but {error}"
         item.status = status
     except OSError as error:
         item.problems += getattr(error, "reasons", None) or [str(error)]
@@ -891,97 +1179,175 @@ def _from_library(spec: FileSpec, base: Path) -> Item:
     try:
         if spec.first_use == "timm":
             from timm import create_model
+
             create_model(spec.name, pretrained=True)
         else:
             from transformers import AutoModel, AutoTokenizer
-            AutoTokenizer.from_pretrained(spec.name); AutoModel.from_pretrained(spec.name, use_safetensors=True)  # weights only, never a pickle
+
+            # weights only, never a pickle
+            AutoTokenizer.from_pretrained(spec.name)
+            AutoModel.from_pretrained(spec.name, use_safetensors=True)
         item.status, item.detail = "fetched", f"in the cache of {spec.first_use}"
     except Exception as error:  # what a library raises without a connection is its own affair
-        item.status, item.problems, item.by_hand = "missing", [f"{type(error).__name__}: {error}"[:300]], _by_hand(spec, base)
+        item.status, item.problems, item.by_hand = (
+            "missing",
+            [f"{type(error).__name__}: {error}"[:300]],
+            _by_hand(spec, base),
+        )
     return item
 
 
-def _get_images(book: Manifest, name: str, root: Path, mode: str, patience: Patience, workers: int, bar: Progress) -> list[Item]:
+def _get_images(
+    book: Manifest, name: str, root: Path, mode: str, patience: Patience, workers: int, bar: Progress
+) -> list[Item]:
     "Get the pictures that a data set names: one by one, or from the archive of all of them."
     spec = book.images[book.sets[name].images]
     archive, folder, notes = book.files[spec.archive], root / spec.folder, _Notes(root)
     verified = notes.read(spec.name)
     items, item = [], Item("images", "missing", path=str(folder), licence=spec.licence, cite=spec.cite)
-    try: infos = list(read_instances(root / name / "instances.json")[0].values())
+    try:
+        infos = list(read_instances(root / name / "instances.json")[0].values())
     except (OSError, ValueError) as error:
         item.problems.append(f"not begun: {error}")
         return [item]
     wanted, failed = image_names(spec, infos)
     try:
-        for old in folder.glob(".*.jpg.*.tmp"): old.unlink()  # of somebody who was killed
+        for old in folder.glob(".*.jpg.*.tmp"):
+            old.unlink()  # of somebody who was killed
         first = missing_images(wanted, folder, verified, workers)
         if first and mode == "needed":
             task = bar.add_task("images", total=len(first) * archive.size // spec.count)
-            failed |= fetch_images(spec, {name: wanted[name] for name in first}, folder, verified, patience, workers, tick=lambda done, received: bar.update(
-                task, completed=received, description=f"images, {done:,} of {len(first):,}"))
+            failed |= fetch_images(
+                spec,
+                {name: wanted[name] for name in first},
+                folder,
+                verified,
+                patience,
+                workers,
+                tick=lambda done, received: bar.update(
+                    task, completed=received, description=f"images, {done:,} of {len(first):,}"
+                ),
+            )
         elif first or mode == "all" and _pictures_in(folder) < spec.count:
             packed = replace(archive, unpack=None)
             task = bar.add_task(archive.name, total=archive.size)
-            items.append(_get_file(packed, root, _look(packed, root, notes.read(archive.name)), patience, lambda have, total: bar.update(task, completed=have)))
+            items.append(
+                _get_file(
+                    packed,
+                    root,
+                    _look(packed, root, notes.read(archive.name)),
+                    patience,
+                    lambda have, total: bar.update(task, completed=have),
+                )
+            )
             if items[0].status != "missing":
-                unpack(root / archive.to, folder, archive.unpack.members, archive.unpack.expect, None if mode == "all" else set(first), overwrite=True)
+                unpack(
+                    root / archive.to,
+                    folder,
+                    archive.unpack.members,
+                    archive.unpack.expect,
+                    None if mode == "all" else set(first),
+                    overwrite=True,
+                )
         missing = missing_images(wanted, folder, verified, workers)
-        failed |= {file: f"{file}: not in {archive.name}, or damaged there" for file in missing if file not in failed}
+        failed |= {
+            file: f"{file}: not in {archive.name}, or damaged there" for file in missing if file not in failed
+        }
         item.status = "missing" if failed else "fetched" if first or items else "there"
-        item.detail = f"{len(wanted) - len(missing):,} of {len(infos):,} whole" + (f", {len(first) - len(missing):,} of them fetched now" if first else "")
+        item.detail = f"{len(wanted) - len(missing):,} of {len(infos):,} whole" + (
+            f", {len(first) - len(missing):,} of them fetched now" if first else ""
+        )
         item.problems = list(failed.values())
-    except OSError as error: item.problems.append(str(error))
+    except OSError as error:
+        item.problems.append(str(error))
     finally:
-        if verified: notes.write(spec.name, verified)
-    if item.status == "missing" and not any(other.by_hand for other in items): item.by_hand = _by_hand(spec, root, archive.to, spec.folder)
+        if verified:
+            notes.write(spec.name, verified)
+    if item.status == "missing" and not any(other.by_hand for other in items):
+        item.by_hand = _by_hand(spec, root, archive.to, spec.folder)
     return [*items, item]
 
 # %% ../../nbs/03d_fetch.ipynb #102
 def fetch(
-    name: str,                                # refcoco, refcoco+, refcocog, refclef, referit, glove or backbones
-    root: str | Path,                         # the data sets' folder
-    images: str = "needed",                   # COCO's pictures: "needed" (one by one), "zip" (the archive, the needed ones of it), "all" (of it) or "none"
+    name: str,  # refcoco, refcoco+, refcocog, refclef, referit, glove or backbones
+    root: str | Path,  # the data sets' folder
+    # COCO's pictures: "needed" (one by one), "zip" (the archive, the needed ones of it), "all" (of it) or
+    # "none"
+    images: str = "needed",
     manifest: Manifest | str | Path | None = None,  # another list of files than the package's
-    dry_run: bool = False,                    # only say what would be done
-    progress: bool = True,                    # show bars
-    patience: Patience = Patience(),          # how long to try
-    workers: int = 8,                         # connections at a time, for pictures
-) -> FetchReport:                             # what was done, and what is left to be done by hand
+    dry_run: bool = False,  # only say what would be done
+    progress: bool = True,  # show bars
+    patience: Patience = Patience(),  # how long to try
+    workers: int = 8,  # connections at a time, for pictures
+) -> FetchReport:  # what was done, and what is left to be done by hand
     "Fetch a data set or weights: what is there stays, what was begun goes on, what cannot be had is explained."
     book, root = manifest if isinstance(manifest, Manifest) else load_manifest(manifest), Path(root)
-    if name not in book.sets: raise ValueError(f"nothing is known of {name!r}; there are {', '.join(book.sets)}")
-    if images not in ("needed", "zip", "all", "none"): raise ValueError(f"images is 'needed', 'zip', 'all' or 'none', not {images!r}")
-    specs = [book.files[file] for file in book.sets[name].files if images != "none" or not book.files[file].pictures]
+    if name not in book.sets:
+        raise ValueError(f"nothing is known of {name!r}; there are {', '.join(book.sets)}")
+    if images not in ("needed", "zip", "all", "none"):
+        raise ValueError(f"images is 'needed', 'zip', 'all' or 'none', not {images!r}")
+    specs = [
+        book.files[file]
+        for file in book.sets[name].files
+        if images != "none" or not book.files[file].pictures
+    ]
     pictures = book.images[book.sets[name].images] if book.sets[name].images and images != "none" else None
     bases = [_base(spec.base, root) for spec in specs]
     report = FetchReport(name, str(root), dry_run=dry_run)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-                   console=Console(stderr=True), disable=not progress or dry_run)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not progress or dry_run,
+    )
     with ExitStack() as stack:
         for base in dict.fromkeys([] if dry_run else [*bases, *([root] if pictures else [])]):
             (base / ".fetch").mkdir(parents=True, exist_ok=True)
-            try: stack.enter_context(FileLock(base / ".fetch" / "lock", timeout=0))
-            except Timeout: raise FetchError(f"{base}: another fetch is at work there; wait for it, or stop it") from None
+            try:
+                stack.enter_context(FileLock(base / ".fetch" / "lock", timeout=0))
+            except Timeout:
+                raise FetchError(f"{base}: another fetch is at work there; wait for it, or stop it") from None
         if not dry_run:
             for spec, base in zip(specs, bases):
-                if spec.unpack: _undouble(base / spec.unpack.into)
+                if spec.unpack:
+                    _undouble(base / spec.unpack.into)
         found = [_look(spec, base, _Notes(base).read(spec.name)) for spec, base in zip(specs, bases)]
         missing, needs = 0, {}
-        for spec, base, (state, *_) in zip(specs, bases, found): needs[base] = needs.get(base, 0) + _to_get(spec, state, base)
+        for spec, base, (state, *_) in zip(specs, bases, found):
+            needs[base] = needs.get(base, 0) + _to_get(spec, state, base)
         if pictures:
             missing, more = _images_to_get(book, name, root, images)
             needs[root] = needs.get(root, 0) + more
         report.needed = sum(needs.values())
         if dry_run:
             report.items = [_planned(*job) for job in zip(specs, bases, found)]
-            if pictures: report.items.append(Item("images", "planned" if missing else "there", f"{missing:,} are missing", str(root / pictures.folder)))
+            if pictures:
+                report.items.append(
+                    Item(
+                        "images",
+                        "planned" if missing else "there",
+                        f"{missing:,} are missing",
+                        str(root / pictures.folder),
+                    )
+                )
             return report
         check_space(needs)
-        if progress and report.needed: bar.console.print(f"{name}: about {decimal(report.needed)} of disk are needed")
+        if progress and report.needed:
+            bar.console.print(f"{name}: about {decimal(report.needed)} of disk are needed")
         stack.enter_context(bar)
         for spec, base, state in zip(specs, bases, found):
-            task = bar.add_task(spec.name, total=spec.size or spec.about, visible=state[0] in ("absent", "wrong") and not spec.first_use)
+            task = bar.add_task(
+                spec.name,
+                total=spec.size or spec.about,
+                visible=state[0] in ("absent", "wrong") and not spec.first_use,
+            )
             tick = lambda have, total, task=task: bar.update(task, completed=have, total=total)
-            report.items.append(_from_library(spec, base) if spec.first_use else _get_file(spec, base, state, patience, tick))
-        if pictures: report.items += _get_images(book, name, root, images, patience, workers, bar)
+            report.items.append(
+                _from_library(spec, base) if spec.first_use else _get_file(spec, base, state, patience, tick)
+            )
+        if pictures:
+            report.items += _get_images(book, name, root, images, patience, workers, bar)
     return report

@@ -28,24 +28,31 @@ class ReferError(ValueError):
 
 class _PlainUnpickler(pickle.Unpickler):
     "An unpickler for plain data: it refuses every global, so that no pickle can call anything."
+
     def __init__(self, file, path):
-        super().__init__(file, encoding="latin1")  # Python 2's str; ASCII, the default, fails on the first accent
+        # Python 2's str; ASCII, the default, fails on the first accent
+        super().__init__(file, encoding="latin1")
         self.path = path
 
     def find_class(self, module, name):
-        raise ReferError(f"{self.path}: asks for the Python object {module}.{name}; "
-                         "a refs file may hold only lists, dicts, strings and numbers, so it is refused")
+        raise ReferError(
+            f"{self.path}: asks for the Python object {module}.{name}; "
+            "a refs file may hold only lists, dicts, strings and numbers, so it is refused"
+        )
 
 
 def load_pickle(
     path: str | Path,  # a `refs(...).p` file
-) -> list[dict]:       # its refs, as they stand in the file
+) -> list[dict]:  # its refs, as they stand in the file
     "Read a pickled list of dicts and nothing else: no global is ever loaded."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
-        with open(path, "rb") as file: refs = _PlainUnpickler(file, path).load()
-    except ReferError: raise
+        with open(path, "rb") as file:
+            refs = _PlainUnpickler(file, path).load()
+    except ReferError:
+        raise
     except Exception as error:  # a damaged pickle can raise almost anything
         raise ReferError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from error
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
@@ -53,22 +60,29 @@ def load_pickle(
     return refs
 
 # %% ../../nbs/03_refer_format.ipynb #029
-_PACKED = re.compile(rb"([P-o]{0,6}[0-O])*")  # numbers of at most seven characters; the last character of each must not ask for more
+# numbers of at most seven characters; the last character of each must not ask for more
+_PACKED = re.compile(rb"([P-o]{0,6}[0-O])*")
 
 
 def unpack_runs(
     packed: bytes | str,  # COCO's packed run lengths
-) -> list[int]:           # pixels outside, inside, outside, ... down the columns
+) -> list[int]:  # pixels outside, inside, outside, ... down the columns
     "The run lengths in a packed string; their sum is the number of pixels, unless the string was cut."
     packed = packed.encode("utf-8", "replace") if isinstance(packed, str) else packed
-    if not _PACKED.fullmatch(packed): raise ReferError("not a packed string of run lengths")
-    if not packed: return []
+    if not _PACKED.fullmatch(packed):
+        raise ReferError("not a packed string of run lengths")
+    if not packed:
+        return []
     bits = np.frombuffer(packed, dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(bits < 32)
-    starts = np.concatenate([[0], ends[:-1] + 1]); length = ends - starts + 1
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    length = ends - starts + 1
     place = np.arange(len(bits)) - np.repeat(starts, length)
-    runs = np.add.reduceat((bits & 31) << (5 * place), starts) - np.where(bits[ends] & 16, 1 << (5 * length), 0)
-    runs[1::2] = runs[1::2].cumsum(); runs[2::2] = runs[2::2].cumsum()
+    runs = np.add.reduceat((bits & 31) << (5 * place), starts) - np.where(
+        bits[ends] & 16, 1 << (5 * length), 0
+    )
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
     return runs.tolist()
 
 # %% ../../nbs/03_refer_format.ipynb #032
@@ -79,61 +93,85 @@ def _polygon_rle(polygon, h, w, where):
         raise ReferError(f"{where}: a polygon holds something that is not a number")
     reach = max(h, w)
     if min(polygon) < -reach or max(polygon) > 2 * reach:
-        raise ReferError(f"{where}: a polygon reaches to {max(polygon, key=abs)}, far outside of its {h} x {w} image")
+        raise ReferError(
+            f"{where}: a polygon reaches to {max(polygon, key=abs)}, far outside of its {h} x {w} image"
+        )
     return coco_mask.frPyObjects([polygon], h, w)[0]
 
 
 def _runs_rle(runs, h, w, where):
-    if runs.get("size") != [h, w]: raise ReferError(f"{where}: run lengths of size {runs.get('size')} on an image of {[h, w]} (height, width)")
+    if runs.get("size") != [h, w]:
+        raise ReferError(
+            f"{where}: run lengths of size {runs.get('size')} on an image of {[h, w]} (height, width)"
+        )
     counts = runs.get("counts")
     if isinstance(counts, (str, bytes)):
-        try: counts = unpack_runs(counts)
-        except ReferError as error: raise ReferError(f"{where}: 'counts' is {error}") from None
+        try:
+            counts = unpack_runs(counts)
+        except ReferError as error:
+            raise ReferError(f"{where}: 'counts' is {error}") from None
     if not isinstance(counts, list):
-        raise ReferError(f"{where}: 'counts' is {type(counts).__name__}, neither a list of run lengths nor a packed string of them")
+        raise ReferError(
+            f"{where}: 'counts' is {type(counts).__name__}, neither a list of run lengths nor a packed string of them"
+        )
     if any(type(run) is not int or run < 0 for run in counts) or sum(counts) != h * w:
-        raise ReferError(f"{where}: the run lengths must be whole numbers that add up to {h} x {w} = {h * w} pixels")
+        raise ReferError(
+            f"{where}: the run lengths must be whole numbers that add up to {h} x {w} = {h * w} pixels"
+        )
     return coco_mask.frPyObjects({"counts": counts, "size": [h, w]}, h, w)
 
 
 def decode_segmentation(
-    segmentation,                     # COCO's field: polygons, run lengths (listed or packed), a list of run lengths, or an empty list
-    height: int,                      # of the image, H
-    width: int,                       # of the image, W
-    where: str = "segmentation",      # begins the error message
-) -> np.ndarray:                      # [H, W] bool
+    # COCO's field: polygons, run lengths (listed or packed), a list of run lengths, or an empty list
+    segmentation,
+    height: int,  # of the image, H
+    width: int,  # of the image, W
+    where: str = "segmentation",  # begins the error message
+) -> np.ndarray:  # [H, W] bool
     "The mask of one annotation: the union of all its parts (COCO's segmentation field; RefCLEF's list of run lengths)."
-    if isinstance(segmentation, dict): segmentation = [segmentation]
-    if not isinstance(segmentation, list): raise ReferError(f"{where}: the segmentation is {type(segmentation).__name__}, not polygons or run lengths")
-    if not segmentation: return np.zeros((height, width), dtype=bool)
-    parts = [(_runs_rle if isinstance(part, dict) else _polygon_rle)(part, height, width, where) for part in segmentation]
-    return coco_mask.decode(coco_mask.merge(parts)).astype(bool)  # joined as run lengths: one plane, however many parts
+    if isinstance(segmentation, dict):
+        segmentation = [segmentation]
+    if not isinstance(segmentation, list):
+        raise ReferError(
+            f"{where}: the segmentation is {type(segmentation).__name__}, not polygons or run lengths"
+        )
+    if not segmentation:
+        return np.zeros((height, width), dtype=bool)
+    parts = [
+        (_runs_rle if isinstance(part, dict) else _polygon_rle)(part, height, width, where)
+        for part in segmentation
+    ]
+    # joined as run lengths: one plane, however many parts
+    return coco_mask.decode(coco_mask.merge(parts)).astype(bool)
 
 # %% ../../nbs/03_refer_format.ipynb #038
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     "One image, as `instances.json` describes it."
+
     image_id: int
     file_name: str  # relative to the data set's image folder
-    height: int     # H, pixels
-    width: int      # W, pixels
+    height: int  # H, pixels
+    width: int  # W, pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
     "One expression, as somebody typed it (`raw`) and as it was cleaned (`sent`)."
+
     sent_id: int
-    sent: str                    # cleaned and in lower case: what models read
-    raw: str                     # as typed
-    tokens: tuple[str, ...]      # `sent`, split at spaces
-    kind: str | None = None      # RefShapes: attribute, superlative, relation, composition
-    group: str | None = None     # RefShapes: the contrast set it belongs to
-    program: str | None = None   # RefShapes: its meaning, as a program
+    sent: str  # cleaned and in lower case: what models read
+    raw: str  # as typed
+    tokens: tuple[str, ...]  # `sent`, split at spaces
+    kind: str | None = None  # RefShapes: attribute, superlative, relation, composition
+    group: str | None = None  # RefShapes: the contrast set it belongs to
+    program: str | None = None  # RefShapes: its meaning, as a program
 
 
 @dataclass(frozen=True, slots=True)
 class Ref:
     "One object that was referred to, with every sentence about it."
+
     ref_id: int
     ann_id: int
     image_id: int
@@ -145,29 +183,43 @@ class Ref:
 @dataclass(frozen=True, slots=True)
 class Sample:
     "One sentence with its ref: the unit of training and of evaluation."
+
     ref: Ref
     sentence: Sentence
     typed: bool = field(default=False, repr=False)  # whether `text` is the sentence as typed
 
     @property
-    def image_id(self) -> int: return self.ref.image_id
+    def image_id(self) -> int:
+        return self.ref.image_id
+
     @property
-    def ann_id(self) -> int: return self.ref.ann_id
+    def ann_id(self) -> int:
+        return self.ref.ann_id
+
     @property
-    def ref_id(self) -> int: return self.ref.ref_id
+    def ref_id(self) -> int:
+        return self.ref.ref_id
+
     @property
-    def sent_id(self) -> int: return self.sentence.sent_id
+    def sent_id(self) -> int:
+        return self.sentence.sent_id
+
     @property
-    def kind(self) -> str | None: return self.sentence.kind
+    def kind(self) -> str | None:
+        return self.sentence.kind
+
     @property
-    def text(self) -> str: return self.sentence.raw if self.typed else self.sentence.sent
+    def text(self) -> str:
+        return self.sentence.raw if self.typed else self.sentence.sent
 
 # %% ../../nbs/03_refer_format.ipynb #040
 def _get(record: dict, key: str, kind: type, where: str):
     "A field of a record, which must be there and of exactly this type."
-    if key not in record: raise ReferError(f"{where} has no {key!r}")
+    if key not in record:
+        raise ReferError(f"{where} has no {key!r}")
     value = record[key]
-    if type(value) is not kind: raise ReferError(f"{where}: {key!r} is {type(value).__name__}, not {kind.__name__}")
+    if type(value) is not kind:
+        raise ReferError(f"{where}: {key!r} is {type(value).__name__}, not {kind.__name__}")
     return value
 
 
@@ -177,106 +229,173 @@ def _optional(record: dict, key: str, where: str) -> str | None:
 
 def read_instances(
     path: str | Path,  # `instances.json`
-) -> tuple[dict[int, ImageInfo], dict[int, dict], dict[int, str]]:  # images, annotations (COCO's dicts) and category names, by their ids
+) -> tuple[
+    dict[int, ImageInfo], dict[int, dict], dict[int, str]
+]:  # images, annotations (COCO's dicts) and category names, by their ids
     "Read a COCO instances file, and check the fields that referring segmentation needs."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
-    try: data = json.loads(path.read_text(encoding="utf-8"))
-    except Exception as error: raise ReferError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
-    if not isinstance(data, dict): raise ReferError(f"{path}: holds {type(data).__name__}, not a dict with images, annotations and categories")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except Exception as error:
+        raise ReferError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
+    if not isinstance(data, dict):
+        raise ReferError(
+            f"{path}: holds {type(data).__name__}, not a dict with images, annotations and categories"
+        )
     tables = {}
     for table in ("images", "annotations", "categories"):
         tables[table] = {}
         for number, record in enumerate(_get(data, table, list, str(path))):
             where = f"{path}: number {number} of its {table}"
-            if not isinstance(record, dict): raise ReferError(f"{where} is {type(record).__name__}, not a dict")
+            if not isinstance(record, dict):
+                raise ReferError(f"{where} is {type(record).__name__}, not a dict")
             key = _get(record, "id", int, where)
-            if key in tables[table]: raise ReferError(f"{where} repeats the id {key}")
+            if key in tables[table]:
+                raise ReferError(f"{where} repeats the id {key}")
             tables[table][key] = record
     images = {}
     for key, record in tables["images"].items():
         where = f"{path}: image {key}"
         height, width = _get(record, "height", int, where), _get(record, "width", int, where)
-        if not (0 < height < 65536 and 0 < width < 65536 and height * width <= 2**27):  # its masks would not fit into memory
+        # its masks would not fit into memory
+        if not (0 < height < 65536 and 0 < width < 65536 and height * width <= 2**27):
             raise ReferError(f"{where} is {height} x {width} pixels large")
         images[key] = ImageInfo(key, _get(record, "file_name", str, where), height, width)
     for key, record in tables["annotations"].items():
         where = f"{path}: annotation {key}"
-        _get(record, "image_id", int, where); _get(record, "category_id", int, where)
-        if "segmentation" not in record: raise ReferError(f"{where} has no 'segmentation'")
-    return images, tables["annotations"], {key: _get(record, "name", str, f"{path}: category {key}") for key, record in tables["categories"].items()}
+        _get(record, "image_id", int, where)
+        _get(record, "category_id", int, where)
+        if "segmentation" not in record:
+            raise ReferError(f"{where} has no 'segmentation'")
+    return (
+        images,
+        tables["annotations"],
+        {
+            key: _get(record, "name", str, f"{path}: category {key}")
+            for key, record in tables["categories"].items()
+        },
+    )
 
 # %% ../../nbs/03_refer_format.ipynb #041
 def read_refs(
-    path: str | Path,               # `refs(<partition>).p`
-    images: dict[int, ImageInfo],   # from `read_instances`
-    annotations: dict[int, dict],   # from `read_instances`
-) -> list[Ref]:                     # in the order of the file
+    path: str | Path,  # `refs(<partition>).p`
+    images: dict[int, ImageInfo],  # from `read_instances`
+    annotations: dict[int, dict],  # from `read_instances`
+) -> list[Ref]:  # in the order of the file
     "Read the refs, every sentence of them, and check that each one's annotation is there and lies on its image."
     refs, seen = [], set()
     for number, record in enumerate(load_pickle(path)):
         where = f"{path}: number {number} of its refs"
         ref_id = _get(record, "ref_id", int, where)
         where = f"{path}: ref {ref_id}"
-        if ref_id in seen: raise ReferError(f"{where} is there twice")
+        if ref_id in seen:
+            raise ReferError(f"{where} is there twice")
         seen.add(ref_id)
         image_id, ann_id = _get(record, "image_id", int, where), _get(record, "ann_id", int, where)
-        if image_id not in images: raise ReferError(f"{where} is about image {image_id}, which instances.json does not list")
-        if ann_id not in annotations: raise ReferError(f"{where} points at annotation {ann_id}, which instances.json does not list")
+        if image_id not in images:
+            raise ReferError(f"{where} is about image {image_id}, which instances.json does not list")
+        if ann_id not in annotations:
+            raise ReferError(f"{where} points at annotation {ann_id}, which instances.json does not list")
         other = annotations[ann_id]["image_id"]
-        if other != image_id: raise ReferError(f"{where} is about image {image_id}, but its annotation {ann_id} lies on image {other}")
+        if other != image_id:
+            raise ReferError(
+                f"{where} is about image {image_id}, but its annotation {ann_id} lies on image {other}"
+            )
         sentences, ids = [], set()
         for sentence in _get(record, "sentences", list, where):
-            if not isinstance(sentence, dict): raise ReferError(f"{where}: a sentence is {type(sentence).__name__}, not a dict")
+            if not isinstance(sentence, dict):
+                raise ReferError(f"{where}: a sentence is {type(sentence).__name__}, not a dict")
             sent_id, sent = _get(sentence, "sent_id", int, where), _get(sentence, "sent", str, where)
-            if sent_id in ids: raise ReferError(f"{where} has sentence {sent_id} twice")
+            if sent_id in ids:
+                raise ReferError(f"{where} has sentence {sent_id} twice")
             ids.add(sent_id)
             tokens = sentence.get("tokens", sent.split())
             if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, str) for token in tokens):
                 raise ReferError(f"{where}: the tokens of sentence {sent_id} are not strings")
-            sentences.append(Sentence(sent_id, sent, _optional(sentence, "raw", where) or sent, tuple(tokens),
-                                      *(_optional(sentence, key, where) for key in ("kind", "group", "program"))))
-        refs.append(Ref(ref_id, ann_id, image_id, _get(record, "category_id", int, where), _get(record, "split", str, where), tuple(sentences)))
+            sentences.append(
+                Sentence(
+                    sent_id,
+                    sent,
+                    _optional(sentence, "raw", where) or sent,
+                    tuple(tokens),
+                    *(_optional(sentence, key, where) for key in ("kind", "group", "program")),
+                )
+            )
+        refs.append(
+            Ref(
+                ref_id,
+                ann_id,
+                image_id,
+                _get(record, "category_id", int, where),
+                _get(record, "split", str, where),
+                tuple(sentences),
+            )
+        )
     return refs
 
 # %% ../../nbs/03_refer_format.ipynb #047
-PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refshapes": "unc", "refshapes+": "unc", "refshapes-g": "umd"}  # where only one is in use
-_SPLITS = ("train", "val", "test", "testA", "testB", "testC", "heldout")                       # the order in which splits are listed
+# where only one is in use
+PARTITIONS = {
+    "refcoco": "unc",
+    "refcoco+": "unc",
+    "refshapes": "unc",
+    "refshapes+": "unc",
+    "refshapes-g": "umd",
+}
+# the order in which splits are listed
+_SPLITS = ("train", "val", "test", "testA", "testB", "testC", "heldout")
 
 
 def image_folder_of(
     name: str,  # of the data set
-) -> str:       # relative to the root
+) -> str:  # relative to the root
     "Where a data set's images are kept: the layout of the REFER tool."
-    if name in ("refcoco", "refcoco+", "refcocog"): return "images/mscoco/images/train2014"
-    if name.startswith("refshapes"): return "images/refshapes"
+    if name in ("refcoco", "refcoco+", "refcocog"):
+        return "images/mscoco/images/train2014"
+    if name.startswith("refshapes"):
+        return "images/refshapes"
     return "images/saiapr_tc-12" if name == "refclef" else f"images/{name}"
 
 
 class Refer:
     "A referring data set in the REFER layout: its refs, sentences, masks and images."
+
     def __init__(
         self,
-        root: str | Path,                        # the folder that holds `<name>/` and `images/`
-        name: str,                               # refcoco, refcoco+, refcocog, refshapes, refshapes+, or a folder of your own
-        split_by: str | None = None,             # the partition: unc, google, umd, micro; RefCOCOg's must be named
-        image_folder: str | Path | None = None,  # where the images are, if not at the usual place under the root
+        root: str | Path,  # the folder that holds `<name>/` and `images/`
+        name: str,  # refcoco, refcoco+, refcocog, refshapes, refshapes+, or a folder of your own
+        split_by: str | None = None,  # the partition: unc, google, umd, micro; RefCOCOg's must be named
+        # where the images are, if not at the usual place under the root
+        image_folder: str | Path | None = None,
     ):
         self.root, self.name, self.folder = Path(root), name, Path(root) / name
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name")
+            raise FileNotFoundError(
+                f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name"
+            )
         found = sorted(path.name[5:-3] for path in self.folder.glob("refs(*).p"))
-        self.split_by = split_by or PARTITIONS.get(name) or (found[0] if len(found) == 1 and name != "refcocog" else None)
+        self.split_by = (
+            split_by or PARTITIONS.get(name) or (found[0] if len(found) == 1 and name != "refcocog" else None)
+        )
         if self.split_by is None:
-            raise ValueError(f"{name} has more than one partition, whose numbers cannot be compared: "
-                             f"name one with split_by= (in {self.folder}: {', '.join(found) or 'none'})")
+            raise ValueError(
+                f"{name} has more than one partition, whose numbers cannot be compared: "
+                f"name one with split_by= (in {self.folder}: {', '.join(found) or 'none'})"
+            )
         if self.split_by not in found:
-            raise FileNotFoundError(f"{self.folder / f'refs({self.split_by}).p'}: no such file; partitions in this folder: {', '.join(found) or 'none'}")
+            raise FileNotFoundError(
+                f"{self.folder / f'refs({self.split_by}).p'}: no such file; partitions in this folder: {', '.join(found) or 'none'}"
+            )
         self.image_folder = Path(image_folder) if image_folder else self.root / image_folder_of(name)
         self.images, self.annotations, self.categories = read_instances(self.folder / "instances.json")
         self.refs = read_refs(self.folder / f"refs({self.split_by}).p", self.images, self.annotations)
         self._samples = {}
-        for ref in self.refs: self._samples.setdefault(ref.split, []).extend(Sample(ref, sentence) for sentence in ref.sentences)
+        for ref in self.refs:
+            self._samples.setdefault(ref.split, []).extend(
+                Sample(ref, sentence) for sentence in ref.sentences
+            )
         self._of_image = None
 
     @property
@@ -286,69 +405,98 @@ class Refer:
 
     def samples(
         self,
-        split: str,       # exact name
-    ) -> list[Sample]:    # every sentence of every ref of the split, in the file's order
+        split: str,  # exact name
+    ) -> list[Sample]:  # every sentence of every ref of the split, in the file's order
         "The samples of a split: one for each sentence, repeated ones too."
-        if split not in self._samples: raise ValueError(f"{self.name} ({self.split_by}) has no split {split!r}; its splits are {', '.join(self.splits)}")
+        if split not in self._samples:
+            raise ValueError(
+                f"{self.name} ({self.split_by}) has no split {split!r}; its splits are {', '.join(self.splits)}"
+            )
         return list(self._samples[split])
 
     def annotation(self, ann_id: int) -> dict:
         "COCO's dict of one annotation."
-        if ann_id not in self.annotations: raise ReferError(f"{self.folder / 'instances.json'}: no annotation {ann_id}")
+        if ann_id not in self.annotations:
+            raise ReferError(f"{self.folder / 'instances.json'}: no annotation {ann_id}")
         return self.annotations[ann_id]
 
     def annotations_of(self, image_id: int) -> list[dict]:
         "All annotations of an image, referred to or not."
         if self._of_image is None:
             self._of_image = {}
-            for annotation in self.annotations.values(): self._of_image.setdefault(annotation["image_id"], []).append(annotation)
+            for annotation in self.annotations.values():
+                self._of_image.setdefault(annotation["image_id"], []).append(annotation)
         return self._of_image.get(image_id, [])
 
     def image(self, image_id: int) -> ImageInfo:
         "The image's name and size."
-        if image_id not in self.images: raise ReferError(f"{self.folder / 'instances.json'}: no image {image_id}")
+        if image_id not in self.images:
+            raise ReferError(f"{self.folder / 'instances.json'}: no image {image_id}")
         return self.images[image_id]
 
     def mask(
         self,
-        ann_id: int,      # an annotation
-    ) -> np.ndarray:      # [H, W] bool, at the image's own resolution
+        ann_id: int,  # an annotation
+    ) -> np.ndarray:  # [H, W] bool, at the image's own resolution
         "The mask of an annotation: the union of all its polygons or runs."
-        annotation = self.annotation(ann_id); info = self.image(annotation["image_id"])
-        return decode_segmentation(annotation["segmentation"], info.height, info.width, where=f"{self.folder / 'instances.json'}: annotation {ann_id}")
+        annotation = self.annotation(ann_id)
+        info = self.image(annotation["image_id"])
+        return decode_segmentation(
+            annotation["segmentation"],
+            info.height,
+            info.width,
+            where=f"{self.folder / 'instances.json'}: annotation {ann_id}",
+        )
 
     def image_path(self, image_id: int) -> Path:
         "The file of an image; it never lies outside of the image folder."
         path = self.image_folder / self.image(image_id).file_name
         if not path.resolve().is_relative_to(self.image_folder.resolve()):
-            raise ReferError(f"{self.folder / 'instances.json'}: the file name of image {image_id}, "
-                             f"{self.image(image_id).file_name!r}, leads out of the image folder")
+            raise ReferError(
+                f"{self.folder / 'instances.json'}: the file name of image {image_id}, "
+                f"{self.image(image_id).file_name!r}, leads out of the image folder"
+            )
         return path
 
     def load_image(self, image_id: int) -> Image.Image:
         "The image in RGB (a few of COCO's are grey), checked against its size in `instances.json`."
         path, info = self.image_path(image_id), self.image(image_id)
-        if not path.is_file(): raise FileNotFoundError(f"{path}: the file of image {image_id} is missing")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: the file of image {image_id} is missing")
         try:
             with Image.open(path) as image:
-                if image.size == (info.width, info.height): return image.convert("RGB")
+                if image.size == (info.width, info.height):
+                    return image.convert("RGB")
                 size = image.size  # from the header: an image that claims to be huge is not decoded
-        except Exception as error: raise ReferError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
-        raise ReferError(f"{path}: is {size[0]} x {size[1]} pixels, but instances.json says {info.width} x {info.height}; the masks would not fit")
+        except Exception as error:
+            raise ReferError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+        raise ReferError(
+            f"{path}: is {size[0]} x {size[1]} pixels, but instances.json says {info.width} x {info.height}; the masks would not fit"
+        )
 
     def counts(self) -> dict[str, dict[str, int]]:
         "Images, refs and expressions of each split."
-        return {split: {"images": len({s.image_id for s in self._samples[split]}), "refs": len({s.ref.ref_id for s in self._samples[split]}),
-                        "expressions": len(self._samples[split])} for split in self.splits}
+        return {
+            split: {
+                "images": len({s.image_id for s in self._samples[split]}),
+                "refs": len({s.ref.ref_id for s in self._samples[split]}),
+                "expressions": len(self._samples[split]),
+            }
+            for split in self.splits
+        }
 
-    def __repr__(self): return f"Refer({self.name}, {self.split_by}: {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)} expressions)"
+    def __repr__(self):
+        return f"Refer({self.name}, {self.split_by}: {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)} expressions)"
 
 # %% ../../nbs/03_refer_format.ipynb #049
 def _replace(path: Path, data: bytes):
     "Write a file as a whole: under a temporary name, then renamed."
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file: file.write(data); file.flush(); os.fsync(file.fileno())
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -357,22 +505,27 @@ def _replace(path: Path, data: bytes):
 
 
 def write_refer(
-    folder: str | Path,     # the data set's own folder, `<root>/<name>`; made if it is not there
-    refs: list[dict],       # plain dicts in REFER's keys (see the toy ref)
-    instances: dict,        # a COCO dict: images, annotations, categories
+    folder: str | Path,  # the data set's own folder, `<root>/<name>`; made if it is not there
+    refs: list[dict],  # plain dicts in REFER's keys (see the toy ref)
+    instances: dict,  # a COCO dict: images, annotations, categories
     split_by: str = "unc",  # the partition: the name in the brackets
-) -> Path:                  # the folder
+) -> Path:  # the folder
     "Write `refs(<split_by>).p` (pickle protocol 2) and `instances.json`; a reader sees them complete or not at all."
     folder = Path(folder)
-    files = {"instances.json": json.dumps(instances).encode(), f"refs({split_by}).p": pickle.dumps(refs, protocol=2)}
+    files = {
+        "instances.json": json.dumps(instances).encode(),
+        f"refs({split_by}).p": pickle.dumps(refs, protocol=2),
+    }
     if folder.exists():
-        for name, data in files.items(): _replace(folder / name, data)
+        for name, data in files.items():
+            _replace(folder / name, data)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
     try:
         os.chmod(temporary, 0o755)
-        for name, data in files.items(): _replace(temporary / name, data)
+        for name, data in files.items():
+            _replace(temporary / name, data)
         os.rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -381,65 +534,119 @@ def write_refer(
 
 # %% ../../nbs/03_refer_format.ipynb #053
 PUBLISHED = {  # (data set, partition) -> split -> images, refs, expressions
-    ("refcoco", "unc"): {"train": (16994, 42404, 120624), "val": (1500, 3811, 10834), "testA": (750, 1975, 5657), "testB": (750, 1810, 5095)},
-    ("refcoco", "google"): {"train": (19213, 40000, None), "val": (4559, 5000, None), "test": (4527, 5000, None)},
-    ("refcoco+", "unc"): {"train": (16992, 42278, 120191), "val": (1500, 3805, 10758), "testA": (750, 1975, 5726), "testB": (750, 1798, 4889)},
+    ("refcoco", "unc"): {
+        "train": (16994, 42404, 120624),
+        "val": (1500, 3811, 10834),
+        "testA": (750, 1975, 5657),
+        "testB": (750, 1810, 5095),
+    },
+    ("refcoco", "google"): {
+        "train": (19213, 40000, None),
+        "val": (4559, 5000, None),
+        "test": (4527, 5000, None),
+    },
+    ("refcoco+", "unc"): {
+        "train": (16992, 42278, 120191),
+        "val": (1500, 3805, 10758),
+        "testA": (750, 1975, 5726),
+        "testB": (750, 1798, 4889),
+    },
     ("refcocog", "google"): {"train": (24698, 44822, 85474), "val": (4650, 5000, 9536)},
-    ("refcocog", "umd"): {"train": (21899, 42226, 80512), "val": (1300, 2573, 4896), "test": (2600, 5023, 9602)},
+    ("refcocog", "umd"): {
+        "train": (21899, 42226, 80512),
+        "val": (1300, 2573, 4896),
+        "test": (2600, 5023, 9602),
+    },
 }
 
 
 @dataclass(frozen=True)
 class CountReport:
     "What `verify_counts` found."
-    name: str                      # data set and partition
-    status: str                    # "whole", "part", "wrong" or "unpublished"
-    message: str                   # one sentence
+
+    name: str  # data set and partition
+    status: str  # "whole", "part", "wrong" or "unpublished"
+    message: str  # one sentence
     rows: list[dict] = field(default_factory=list)  # one for each split: found and published counts
 
     @property
-    def ok(self) -> bool: return self.status == "whole"
+    def ok(self) -> bool:
+        return self.status == "whole"
 
     def __str__(self):
         lines = [f"{self.name}: {self.message}"]
         for row in self.rows:
             want = {what: f" of {n:>7,}" if n else "" for what, n in row["published"].items()}
-            lines.append(f"  {row['split']:8s}" + "".join(f"  {what} {n:>7,}{want.get(what, '')}" for what, n in row["found"].items()))
+            lines.append(
+                f"  {row['split']:8s}"
+                + "".join(f"  {what} {n:>7,}{want.get(what, '')}" for what, n in row["found"].items())
+            )
         return "\n".join(lines)
 
 
 def published_counts(
     refer: Refer,  # the data set
-) -> dict[str, dict[str, int | None]] | None:  # split -> images, refs, expressions; None where nothing was published
+) -> (
+    dict[str, dict[str, int | None]] | None
+):  # split -> images, refs, expressions; None where nothing was published
     "The counts that a whole copy has: the papers', or for RefShapes those that were recorded when it was drawn."
     known = PUBLISHED.get((refer.name, refer.split_by))
-    if known: return {split: dict(zip(("images", "refs", "expressions"), row)) for split, row in known.items()}
+    if known:
+        return {split: dict(zip(("images", "refs", "expressions"), row)) for split, row in known.items()}
     record = refer.folder / "refshapes.json"
-    if not refer.name.startswith("refshapes") or not record.is_file(): return None
+    if not refer.name.startswith("refshapes") or not record.is_file():
+        return None
     try:
         counts = json.loads(record.read_text(encoding="utf-8"))["counts"]
-        return {split: {what: _get(row, what, int, split) for what in ("images", "refs", "expressions")} for split, row in counts.items()}
-    except Exception as error: raise ReferError(f"{record}: no counts of splits in it ({type(error).__name__}: {error})") from error
+        return {
+            split: {what: _get(row, what, int, split) for what in ("images", "refs", "expressions")}
+            for split, row in counts.items()
+        }
+    except Exception as error:
+        raise ReferError(f"{record}: no counts of splits in it ({type(error).__name__}: {error})") from error
 
 
 def verify_counts(
-    refer: Refer,     # the data set
-) -> CountReport:     # its status, a sentence and the counts
+    refer: Refer,  # the data set
+) -> CountReport:  # its status, a sentence and the counts
     "Compare the number of images, refs and expressions in each split with the published ones."
     name, found, published = f"{refer.name} ({refer.split_by})", refer.counts(), published_counts(refer)
     if published is None:
         why = "no counts are published for it, so there is nothing to compare with"
-        if refer.split_by == "micro": why = "'micro' is a small sample with its own splits, never the whole data set"
-        return CountReport(name, "unpublished", why, [{"split": s, "found": c, "published": {}} for s, c in found.items()])
+        if refer.split_by == "micro":
+            why = "'micro' is a small sample with its own splits, never the whole data set"
+        return CountReport(
+            name, "unpublished", why, [{"split": s, "found": c, "published": {}} for s, c in found.items()]
+        )
     zero = {"images": 0, "refs": 0, "expressions": 0}
-    rows = [{"split": s, "found": found.get(s, zero), "published": published.get(s, {})} for s in dict.fromkeys([*published, *found])]
-    differ = [(r["split"], what, r["found"][what], want) for r in rows for what, want in r["published"].items()
-              if want is not None and r["found"][what] != want]
-    differ += [(split, "expressions", found[split]["expressions"], 0) for split in found if split not in published]
-    if not differ: return CountReport(name, "whole", "every count is the published one", rows)
+    rows = [
+        {"split": s, "found": found.get(s, zero), "published": published.get(s, {})}
+        for s in dict.fromkeys([*published, *found])
+    ]
+    differ = [
+        (r["split"], what, r["found"][what], want)
+        for r in rows
+        for what, want in r["published"].items()
+        if want is not None and r["found"][what] != want
+    ]
+    differ += [
+        (split, "expressions", found[split]["expressions"], 0) for split in found if split not in published
+    ]
+    if not differ:
+        return CountReport(name, "whole", "every count is the published one", rows)
     more = [d for d in differ if d[2] > d[3]]
     if more:
         split, what, have, want = more[0]
-        return CountReport(name, "wrong", f"it is not the published data set: {split} has {have:,} {what}, published are {want:,}", rows)
+        return CountReport(
+            name,
+            "wrong",
+            f"it is not the published data set: {split} has {have:,} {what}, published are {want:,}",
+            rows,
+        )
     split, what, have, want = differ[0]
-    return CountReport(name, "part", f"it is only a part of the published data set: {split} has {have:,} {what} of {want:,}", rows)
+    return CountReport(
+        name,
+        "part",
+        f"it is only a part of the published data set: {split} has {have:,} {what} of {want:,}",
+        rows,
+    )

@@ -23,9 +23,18 @@ from scipy.io import savemat
 from .refer import ImageInfo, Ref, Refer, ReferError, Sample, Sentence
 
 # %% ../../nbs/03b_referit.ipynb #015
-_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # type of an element -> NumPy's
+# type of an element -> NumPy's
+_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _MATRIX, _COMPRESSED, _HDF5 = 14, 15, b"\x89HDF\r\n\x1a\n"
-_CLASSES = {1: "a cell array", 2: "a struct", 3: "an object", 4: "text", 5: "a sparse matrix", 16: "a function", 17: "an opaque object"}
+_CLASSES = {
+    1: "a cell array",
+    2: "a struct",
+    3: "an object",
+    4: "text",
+    5: "a sparse matrix",
+    16: "a function",
+    17: "an opaque object",
+}
 
 
 def _elements(data, order):
@@ -34,9 +43,12 @@ def _elements(data, order):
     while at < len(data):
         kind, size = struct.unpack_from(order + "II", data, at)
         start, step = at + 8, size + (-size % 8 if kind != _COMPRESSED else 0)
-        if kind >> 16: kind, size, start, step = kind & 0xFFFF, kind >> 16, at + 4, 0  # four bytes or fewer stand in the tag itself
-        if start + size > len(data) or (step == 0 and size > 4): raise ValueError("is cut off: an element states more bytes than there are")
-        yield kind, data[start:start + size]
+        # four bytes or fewer stand in the tag itself
+        if kind >> 16:
+            kind, size, start, step = kind & 0xFFFF, kind >> 16, at + 4, 0
+        if start + size > len(data) or (step == 0 and size > 4):
+            raise ValueError("is cut off: an element states more bytes than there are")
+        yield kind, data[start : start + size]
         at += 8 + step
 
 
@@ -45,50 +57,76 @@ def _mask_in_mat(data, height, width):
     if data.startswith(b"MATLAB 7.3") or _HDF5 in (data[:8], data[512:520]):
         raise ValueError("is a MATLAB 7.3 (HDF5) file, which is not read; save it again with -v7")
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
-    if order is None: raise ValueError("is not a .mat file of MATLAB 5 to 7")
+    if order is None:
+        raise ValueError("is not a .mat file of MATLAB 5 to 7")
     limit, others = 8 * height * width + 4096, []
     for kind, body in _elements(memoryview(data)[128:], order):
-        if kind not in (_MATRIX, _COMPRESSED): continue
-        matrix = zlib.decompressobj().decompress(body, 512)[8:] if kind == _COMPRESSED else body  # enough for shape and name
+        if kind not in (_MATRIX, _COMPRESSED):
+            continue
+        # enough for shape and name
+        matrix = zlib.decompressobj().decompress(body, 512)[8:] if kind == _COMPRESSED else body
         parts = _elements(matrix, order)
         (_, flags), (_, shape), (_, name) = (next(parts, (0, b"")) for _ in range(3))
         (flags,), name = struct.unpack_from(order + "I", flags), bytes(name).decode("latin1")
-        if name != "segimg_t": others.append(repr(name)[:40]); continue
-        if flags & 0xFF in _CLASSES: raise ValueError(f"holds segimg_t as {_CLASSES[flags & 0xFF]}, not as an array of numbers")
-        if flags & 0x800: raise ValueError("holds segimg_t as complex numbers")
+        if name != "segimg_t":
+            others.append(repr(name)[:40])
+            continue
+        if flags & 0xFF in _CLASSES:
+            raise ValueError(f"holds segimg_t as {_CLASSES[flags & 0xFF]}, not as an array of numbers")
+        if flags & 0x800:
+            raise ValueError("holds segimg_t as complex numbers")
         shape = np.frombuffer(shape, order + "i4").tolist()
         if shape != [height, width]:
-            raise ValueError(f"holds segimg_t of shape {' x '.join(map(str, shape[:4]))}, but its image is {height} x {width} pixels (height x width)")
+            raise ValueError(
+                f"holds segimg_t of shape {' x '.join(map(str, shape[:4]))}, but its image is {height} x {width} pixels (height x width)"
+            )
         if kind == _COMPRESSED:
             stream = zlib.decompressobj()
             matrix = stream.decompress(body, limit)
-            if not stream.eof: raise ValueError(f"is cut off, or inflates to more than {limit:,} bytes, the most that {height} x {width} pixels can take")
-            if struct.unpack_from(order + "I", matrix) != (_MATRIX,): raise ValueError("holds something compressed that is no matrix")
+            if not stream.eof:
+                raise ValueError(
+                    f"is cut off, or inflates to more than {limit:,} bytes, the most that {height} x {width} pixels can take"
+                )
+            if struct.unpack_from(order + "I", matrix) != (_MATRIX,):
+                raise ValueError("holds something compressed that is no matrix")
             parts = _elements(memoryview(matrix)[8:], order)
-            for _ in range(3): next(parts)
+            for _ in range(3):
+                next(parts)
         number, values = next(parts, (0, b""))
-        if number not in _NUMBERS: raise ValueError(f"holds segimg_t as numbers of the unknown type {number}")
+        if number not in _NUMBERS:
+            raise ValueError(f"holds segimg_t as numbers of the unknown type {number}")
         dtype = np.dtype(order + _NUMBERS[number])
-        if len(values) != height * width * dtype.itemsize: raise ValueError(f"holds {len(values):,} bytes for {height} x {width} numbers of {dtype.itemsize}")
+        if len(values) != height * width * dtype.itemsize:
+            raise ValueError(
+                f"holds {len(values):,} bytes for {height} x {width} numbers of {dtype.itemsize}"
+            )
         values = np.frombuffer(values, dtype).reshape(width, height).T  # MATLAB stores columns
-        if dtype.kind == "f" and not np.isfinite(values).all(): raise ValueError("holds a segimg_t with NaN or infinity in it")
+        if dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError("holds a segimg_t with NaN or infinity in it")
         return np.ascontiguousarray(values == 0)
     raise ValueError(f"holds no variable segimg_t (it holds {', '.join(others[:5]) or 'none at all'})")
 
 
 def read_mat_mask(
-    path: str | Path,   # a .mat file of the Berkeley layout
-    height: int,        # of its image, H
-    width: int,         # of its image, W
-) -> np.ndarray:        # [H, W] bool: True where `segimg_t` is 0
+    path: str | Path,  # a .mat file of the Berkeley layout
+    height: int,  # of its image, H
+    width: int,  # of its image, W
+) -> np.ndarray:  # [H, W] bool: True where `segimg_t` is 0
     "Read the mask of a region; a file cannot take more memory than a mask of this size needs."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: the mask of this region is missing")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the mask of this region is missing")
     size, most = path.stat().st_size, 8 * height * width + 2**20
-    if size > most: raise ReferError(f"{path}: {size:,} bytes are more than a mask of {height} x {width} pixels can have ({most:,})")
-    try: return _mask_in_mat(path.read_bytes(), height, width)
-    except struct.error as error: raise ReferError(f"{path}: is cut off in the middle of an element") from error
-    except (ValueError, zlib.error) as error: raise ReferError(f"{path}: {error}") from error
+    if size > most:
+        raise ReferError(
+            f"{path}: {size:,} bytes are more than a mask of {height} x {width} pixels can have ({most:,})"
+        )
+    try:
+        return _mask_in_mat(path.read_bytes(), height, width)
+    except struct.error as error:
+        raise ReferError(f"{path}: is cut off in the middle of an element") from error
+    except (ValueError, zlib.error) as error:
+        raise ReferError(f"{path}: {error}") from error
 
 # %% ../../nbs/03b_referit.ipynb #021
 _KEY = re.compile(r"(0|[1-9][0-9]{0,8})_(0|[1-9][0-9]{0,3})")  # image and region
@@ -98,29 +136,42 @@ def _once(pairs):
     "A JSON object whose keys must differ."
     found = {}
     for key, value in pairs:
-        if key in found: raise ValueError(f"the key {key[:60]!r} is there twice")
+        if key in found:
+            raise ValueError(f"the key {key[:60]!r} is there twice")
         found[key] = value
     return found
 
 
 def read_queries(
-    path: str | Path,          # a `referit_query_<split>.json`
-) -> dict[str, list[str]]:     # "<image>_<region>" -> its expressions, in the order of the file, repeated ones too
+    path: str | Path,  # a `referit_query_<split>.json`
+) -> dict[
+    str, list[str]
+]:  # "<image>_<region>" -> its expressions, in the order of the file, repeated ones too
     "Read a query file and check each entry."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
-    try: queries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except Exception as error: raise ReferError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
-    if not isinstance(queries, dict): raise ReferError(f"{path}: holds {type(queries).__name__}, not a dict from <image>_<region> to expressions")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        queries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except Exception as error:
+        raise ReferError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from error
+    if not isinstance(queries, dict):
+        raise ReferError(
+            f"{path}: holds {type(queries).__name__}, not a dict from <image>_<region> to expressions"
+        )
     for key, texts in queries.items():
-        if not _KEY.fullmatch(key): raise ReferError(f"{path}: the key {key[:60]!r} is not <image>_<region>, as in '7023_2'")
+        if not _KEY.fullmatch(key):
+            raise ReferError(f"{path}: the key {key[:60]!r} is not <image>_<region>, as in '7023_2'")
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ReferError(f"{path}: the entry {key!r} is not a list of strings")
-        if len(texts) > 999: raise ReferError(f"{path}: the entry {key!r} has {len(texts):,} expressions; at most 999 can be numbered")
+        if len(texts) > 999:
+            raise ReferError(
+                f"{path}: the entry {key!r} has {len(texts):,} expressions; at most 999 can be numbered"
+            )
     return queries
 
 # %% ../../nbs/03b_referit.ipynb #024
-MISSING_IMAGES = (19579, 17975, 19575)   # never distributed; left out of every published number
+MISSING_IMAGES = (19579, 17975, 19575)  # never distributed; left out of every published number
 _QUERY_FOLDERS = ("splits/referit", "splits", "data", ".")  # the second and third: as they lie in public code
 _SPLITS = ("train", "val", "trainval", "test")
 
@@ -132,104 +183,181 @@ def _first(folder, names):
 
 def _query_files(folder):
     "The query files of a folder: split -> path."
-    found = {split: next((p for f in _QUERY_FOLDERS if (p := folder / f / f"referit_query_{split}.json").is_file()), None) for split in _SPLITS}
+    found = {
+        split: next(
+            (p for f in _QUERY_FOLDERS if (p := folder / f / f"referit_query_{split}.json").is_file()), None
+        )
+        for split in _SPLITS
+    }
     return {split: path for split, path in found.items() if path}
 
 
 class _Images(Mapping):
     "Image id -> `ImageInfo`; a size that no file states is read from the image when it is first asked for."
+
     def __init__(self, ids, folder, sizes):
         self._folder, self._infos = folder, dict.fromkeys(ids)
         for image_id, (width, height) in sizes.items():
-            if image_id in self._infos: self._infos[image_id] = ImageInfo(image_id, f"{image_id}.jpg", height, width)
+            if image_id in self._infos:
+                self._infos[image_id] = ImageInfo(image_id, f"{image_id}.jpg", height, width)
 
     def __getitem__(self, image_id):
         if self._infos[image_id] is None:
-            with _open_image(self._folder / f"{image_id}.jpg") as image: width, height = image.size
+            with _open_image(self._folder / f"{image_id}.jpg") as image:
+                width, height = image.size
             self._infos[image_id] = ImageInfo(image_id, f"{image_id}.jpg", height, width)
         return self._infos[image_id]
 
-    def __contains__(self, image_id): return image_id in self._infos
-    def __iter__(self): return iter(self._infos)
-    def __len__(self): return len(self._infos)
+    def __contains__(self, image_id):
+        return image_id in self._infos
+
+    def __iter__(self):
+        return iter(self._infos)
+
+    def __len__(self):
+        return len(self._infos)
 
 
 def _open_image(path):
     "Open an image without decoding it."
-    if not path.is_file(): raise FileNotFoundError(f"{path}: this image of ReferIt is missing")
-    try: return Image.open(path)
-    except Exception as error: raise ReferError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: this image of ReferIt is missing")
+    try:
+        return Image.open(path)
+    except Exception as error:
+        raise ReferError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
 
 
 def _read_sizes(path):
     "`referit_imsize.json`: image id -> width, height."
-    if not path.is_file(): return {}
-    try: sizes = {int(re.fullmatch(r"([0-9]{1,9})\.jpg", name)[1]): (width, height) for name, (width, height) in json.loads(path.read_text("utf-8")).items()}
-    except Exception as error: raise ReferError(f"{path}: not a dict from <id>.jpg to [width, height] ({type(error).__name__}: {error})") from error
+    if not path.is_file():
+        return {}
+    try:
+        sizes = {
+            int(re.fullmatch(r"([0-9]{1,9})\.jpg", name)[1]): (width, height)
+            for name, (width, height) in json.loads(path.read_text("utf-8")).items()
+        }
+    except Exception as error:
+        raise ReferError(
+            f"{path}: not a dict from <id>.jpg to [width, height] ({type(error).__name__}: {error})"
+        ) from error
     for image_id, size in sizes.items():
-        if any(type(n) is not int or not 0 < n < 65536 for n in size): raise ReferError(f"{path}: image {image_id} has the size {size}"[:300])
+        if any(type(n) is not int or not 0 < n < 65536 for n in size):
+            raise ReferError(f"{path}: image {image_id} has the size {size}"[:300])
     return sizes
 
 
 def _read_kinds(path):
     "RefShapes' `kinds.json`: region -> for each of its expressions kind, program and group; nothing where there is none."
-    if not path.is_file(): return {}
+    if not path.is_file():
+        return {}
     fields = ("kind", "group", "program")
-    try: kinds = {key: [tuple(map(entry.get, fields)) for entry in entries] for key, entries in json.loads(path.read_text("utf-8")).items()}
-    except Exception as error: raise ReferError(f"{path}: not a dict from regions to lists of dicts ({type(error).__name__}: {error})") from error
-    if any(text is not None and not isinstance(text, str) for entries in kinds.values() for entry in entries for text in entry):
+    try:
+        kinds = {
+            key: [tuple(map(entry.get, fields)) for entry in entries]
+            for key, entries in json.loads(path.read_text("utf-8")).items()
+        }
+    except Exception as error:
+        raise ReferError(
+            f"{path}: not a dict from regions to lists of dicts ({type(error).__name__}: {error})"
+        ) from error
+    if any(
+        text is not None and not isinstance(text, str)
+        for entries in kinds.values()
+        for entry in entries
+        for text in entry
+    ):
         raise ReferError(f"{path}: a kind, a program or a group that is no text")
     return kinds
 
 
 class ReferIt(Refer):
     "ReferIt in the Berkeley layout: what `Refer` offers, read from query files and MATLAB masks."
+
     def __init__(
         self,
-        root: str | Path,          # the folder that holds `<name>/`
-        name: str = "referit",     # the folder of the data set
+        root: str | Path,  # the folder that holds `<name>/`
+        name: str = "referit",  # the folder of the data set
     ):
         self.root, self.name, self.folder, self.split_by = Path(root), name, Path(root) / name, "berkeley"
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name")
+            raise FileNotFoundError(
+                f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name"
+            )
         self.query_files = _query_files(self.folder)
         if not self.query_files:
-            raise FileNotFoundError(f"{self.folder / _QUERY_FOLDERS[0]}: no referit_query_<split>.json here, nor in {', '.join(_QUERY_FOLDERS[1:3])}")
+            raise FileNotFoundError(
+                f"{self.folder / _QUERY_FOLDERS[0]}: no referit_query_<split>.json here, nor in {', '.join(_QUERY_FOLDERS[1:3])}"
+            )
         self.image_folder = _first(self.folder, ("images", "referit-dataset/images"))
         self.mask_folder = _first(self.folder, ("mask", "referit-dataset/mask"))
         self.categories, self.annotations, self._of_image = {1: "region"}, {}, None
         queries = {split: read_queries(path) for split, path in self.query_files.items()}
         gone = MISSING_IMAGES if name == "referit" else ()
-        lost = {split: sum(len(texts) for key, texts in entries.items() if int(key.split("_")[0]) in gone) for split, entries in queries.items()}
-        self.left_out = {split: n for split, n in lost.items() if n}  # split -> expressions about images that nobody has
+        lost = {
+            split: sum(len(texts) for key, texts in entries.items() if int(key.split("_")[0]) in gone)
+            for split, entries in queries.items()
+        }
+        # split -> expressions about images that nobody has
+        self.left_out = {split: n for split, n in lost.items() if n}
         kinds, refs = _read_kinds(self.folder / "kinds.json"), {}
         for split in ("train", "val", "test", "trainval"):
-            if split == "trainval": self._check_trainval(queries)
+            if split == "trainval":
+                self._check_trainval(queries)
             for key, texts in queries.get(split, {}).items():
                 image_id, region = map(int, key.split("_"))
-                if image_id in gone or (split == "trainval" and key in refs): continue
-                if key in refs: raise ReferError(f"{self.query_files[split]}: the region {key!r} is also in the split {refs[key].split}")
+                if image_id in gone or (split == "trainval" and key in refs):
+                    continue
+                if key in refs:
+                    raise ReferError(
+                        f"{self.query_files[split]}: the region {key!r} is also in the split {refs[key].split}"
+                    )
                 ann_id = image_id * 10_000 + region
                 known = kinds.get(key, [()] * len(texts))
-                if len(known) != len(texts): raise ReferError(f"{self.folder / 'kinds.json'}: {len(known)} entries for the {len(texts)} expressions of {key}")
-                sentences = tuple(Sentence(ann_id * 1_000 + i, text, text, tuple(text.split()), *more) for i, (text, more) in enumerate(zip(texts, known)))
+                if len(known) != len(texts):
+                    raise ReferError(
+                        f"{self.folder / 'kinds.json'}: {len(known)} entries for the {len(texts)} expressions of {key}"
+                    )
+                sentences = tuple(
+                    Sentence(ann_id * 1_000 + i, text, text, tuple(text.split()), *more)
+                    for i, (text, more) in enumerate(zip(texts, known))
+                )
                 refs[key] = Ref(ann_id, ann_id, image_id, 1, split, sentences)
-                self.annotations[ann_id] = {"id": ann_id, "image_id": image_id, "category_id": 1, "iscrowd": 0}
+                self.annotations[ann_id] = {
+                    "id": ann_id,
+                    "image_id": image_id,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                }
         self.refs = list(refs.values())
-        self._samples = {split: [Sample(refs[key], s) for key in queries[split] if key in refs for s in refs[key].sentences] for split in queries}
-        self.images = _Images((ref.image_id for ref in self.refs), self.image_folder, _read_sizes(self.folder / "referit_imsize.json")
-                              or _read_sizes(self.folder / "data" / "referit_imsize.json"))
+        self._samples = {
+            split: [
+                Sample(refs[key], s) for key in queries[split] if key in refs for s in refs[key].sentences
+            ]
+            for split in queries
+        }
+        self.images = _Images(
+            (ref.image_id for ref in self.refs),
+            self.image_folder,
+            _read_sizes(self.folder / "referit_imsize.json")
+            or _read_sizes(self.folder / "data" / "referit_imsize.json"),
+        )
 
     def _check_trainval(self, queries):
         "trainval must be train and val together, where the files to compare are there, and nothing of test."
-        if "trainval" not in queries: return
+        if "trainval" not in queries:
+            return
         path, parts = self.query_files["trainval"], queries.get("train", {}) | queries.get("val", {})
         for key, texts in queries["trainval"].items():
-            if key in queries.get("test", {}): raise ReferError(f"{path}: the region {key!r} is also in the split test")
-            if key not in parts and {"train", "val"} <= queries.keys(): raise ReferError(f"{path}: the region {key!r} is neither in train nor in val")
-            if parts.get(key, texts) != texts: raise ReferError(f"{path}: the region {key!r} has other expressions than in train or val")
+            if key in queries.get("test", {}):
+                raise ReferError(f"{path}: the region {key!r} is also in the split test")
+            if key not in parts and {"train", "val"} <= queries.keys():
+                raise ReferError(f"{path}: the region {key!r} is neither in train nor in val")
+            if parts.get(key, texts) != texts:
+                raise ReferError(f"{path}: the region {key!r} has other expressions than in train or val")
         for key in parts:
-            if key not in queries["trainval"]: raise ReferError(f"{path}: has no region {key!r}, which is in train or val")
+            if key not in queries["trainval"]:
+                raise ReferError(f"{path}: has no region {key!r}, which is in train or val")
 
     @property
     def splits(self) -> list[str]:
@@ -238,17 +366,22 @@ class ReferIt(Refer):
 
     def annotation(self, ann_id: int) -> dict:
         "One region, with COCO's keys; it has no 'segmentation', for the mask is a file of its own."
-        if ann_id not in self.annotations: raise ReferError(f"{self.folder}: no region {ann_id // 10_000}_{ann_id % 10_000} in the query files")
+        if ann_id not in self.annotations:
+            raise ReferError(
+                f"{self.folder}: no region {ann_id // 10_000}_{ann_id % 10_000} in the query files"
+            )
         return self.annotations[ann_id]
 
     def image(self, image_id: int) -> ImageInfo:
         "The image's name and size."
-        if image_id not in self.images: raise ReferError(f"{self.folder}: no image {image_id} in the query files")
+        if image_id not in self.images:
+            raise ReferError(f"{self.folder}: no image {image_id} in the query files")
         return self.images[image_id]
 
     def image_path(self, image_id: int) -> Path:
         "The file of an image; its size is not needed for this."
-        if image_id not in self.images: raise ReferError(f"{self.folder}: no image {image_id} in the query files")
+        if image_id not in self.images:
+            raise ReferError(f"{self.folder}: no image {image_id} in the query files")
         return self.image_folder / f"{image_id}.jpg"
 
     def mask_path(self, ann_id: int) -> Path:
@@ -258,8 +391,8 @@ class ReferIt(Refer):
 
     def mask(
         self,
-        ann_id: int,      # a region
-    ) -> np.ndarray:      # [H, W] bool, at the image's own resolution
+        ann_id: int,  # a region
+    ) -> np.ndarray:  # [H, W] bool, at the image's own resolution
         "The mask of a region."
         path, info = self.mask_path(ann_id), self.image(ann_id // 10_000)
         return read_mat_mask(path, info.height, info.width)
@@ -269,32 +402,47 @@ class ReferIt(Refer):
         path, info = self.image_path(image_id), self.image(image_id)
         with _open_image(path) as image:
             if image.size != (info.width, info.height):
-                raise ReferError(f"{path}: is {image.width} x {image.height} pixels, but referit_imsize.json says {info.width} x {info.height}")
-            try: return image.convert("RGB")
-            except Exception as error: raise ReferError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+                raise ReferError(
+                    f"{path}: is {image.width} x {image.height} pixels, but referit_imsize.json says {info.width} x {info.height}"
+                )
+            try:
+                return image.convert("RGB")
+            except Exception as error:
+                raise ReferError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
 
     def __repr__(self):
-        lost = "".join(f"; {n} of {split} left out, their image was never distributed" for split, n in self.left_out.items())
+        lost = "".join(
+            f"; {n} of {split} left out, their image was never distributed"
+            for split, n in self.left_out.items()
+        )
         return f"ReferIt({self.name}: {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)} expressions{lost})"
 
 # %% ../../nbs/03b_referit.ipynb #026
 def write_referit(
-    folder: str | Path,                            # `<root>/<name>`; must not exist
-    queries: dict[str, dict[str, list[str]]],      # split (train, val, test) -> "<image>_<region>" -> expressions; trainval is added
-    image: Callable[[int], Image.Image],           # the picture of an image id
-    mask: Callable[[str], np.ndarray],             # the mask of "<image>_<region>", [H, W] bool
-) -> Path:                                         # the folder
+    folder: str | Path,  # `<root>/<name>`; must not exist
+    # split (train, val, test) -> "<image>_<region>" -> expressions; trainval is added
+    queries: dict[str, dict[str, list[str]]],
+    image: Callable[[int], Image.Image],  # the picture of an image id
+    mask: Callable[[str], np.ndarray],  # the mask of "<image>_<region>", [H, W] bool
+) -> Path:  # the folder
     "Write a data set in the Berkeley layout, as a whole or not at all."
     folder = Path(folder)
-    if folder.exists(): raise FileExistsError(f"{folder} is there already; choose another name or remove it")
-    if not queries or not set(queries) <= {"train", "val", "test"}: raise ValueError(f"the splits are {list(queries)}; give some of train, val, test")
-    if {"train", "val"} <= queries.keys(): queries = queries | {"trainval": queries["train"] | queries["val"]}
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; choose another name or remove it")
+    if not queries or not set(queries) <= {"train", "val", "test"}:
+        raise ValueError(f"the splits are {list(queries)}; give some of train, val, test")
+    if {"train", "val"} <= queries.keys():
+        queries = queries | {"trainval": queries["train"] | queries["val"]}
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
     try:
         new = stage / folder.name
-        for name in ("images", "mask", "splits/referit"): (new / name).mkdir(parents=True)
-        for split, entries in queries.items(): (new / "splits/referit" / f"referit_query_{split}.json").write_text(json.dumps(entries), encoding="utf-8")
+        for name in ("images", "mask", "splits/referit"):
+            (new / name).mkdir(parents=True)
+        for split, entries in queries.items():
+            (new / "splits/referit" / f"referit_query_{split}.json").write_text(
+                json.dumps(entries), encoding="utf-8"
+            )
         data, sizes = ReferIt(stage, folder.name), {}
         for image_id in data.images:
             picture = image(image_id).convert("RGB")
@@ -303,15 +451,21 @@ def write_referit(
         for ann_id in data.annotations:
             path = data.mask_path(ann_id)
             found, size = np.asarray(mask(path.stem), dtype=bool), sizes[f"{ann_id // 10_000}.jpg"]
-            if found.shape != size[::-1]: raise ValueError(f"the mask of {path.stem} is {found.shape}, but its image is {size[::-1]} (height, width)")
+            if found.shape != size[::-1]:
+                raise ValueError(
+                    f"the mask of {path.stem} is {found.shape}, but its image is {size[::-1]} (height, width)"
+                )
             savemat(path, {"segimg_t": np.where(found, 0, 255).astype(np.uint8)}, do_compression=True)
         (new / "referit_imsize.json").write_text(json.dumps(sizes), encoding="utf-8")
         os.rename(new, folder)
-    finally: shutil.rmtree(stage, ignore_errors=True)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
     return folder
 
 # %% ../../nbs/03b_referit.ipynb #043
-PUBLISHED_REFERIT = {  # split -> images, regions, expressions: in the query files, and without the images that were never distributed
+# split -> images, regions, expressions: in the query files, and without the images that were never
+# distributed
+PUBLISHED_REFERIT = {
     "train": {"files": (8995, 44649, 54134), "usable": (8994, None, 54127)},
     "val": {"files": (1000, 4866, 5842), "usable": (1000, 4866, 5842)},
     "trainval": {"files": (9995, 49515, 59976), "usable": (9994, None, 59969)},
@@ -320,12 +474,16 @@ PUBLISHED_REFERIT = {  # split -> images, regions, expressions: in the query fil
 
 # %% ../../nbs/03b_referit.ipynb #048
 def open_data(
-    root: str | Path,              # the folder that holds `<name>/`
-    name: str,                     # refcoco, refcoco+, refcocog, refclef, referit, refshapes, or a folder of your own
-    split_by: str | None = None,   # the partition; ReferIt in the Berkeley layout has one, "berkeley"
-) -> Refer:                        # `ReferIt` where the folder holds query files, otherwise `Refer`
+    root: str | Path,  # the folder that holds `<name>/`
+    name: str,  # refcoco, refcoco+, refcocog, refclef, referit, refshapes, or a folder of your own
+    split_by: str | None = None,  # the partition; ReferIt in the Berkeley layout has one, "berkeley"
+) -> Refer:  # `ReferIt` where the folder holds query files, otherwise `Refer`
     "Open a data set in the layout that it has."
     folder = Path(root) / name
-    if not (_query_files(folder) or (name == "referit" and not list(folder.glob("refs(*).p")))): return Refer(root, name, split_by)
-    if split_by not in (None, "berkeley"): raise ValueError(f"{name} is in the Berkeley layout, whose one partition is 'berkeley', not {split_by!r}")
+    if not (_query_files(folder) or (name == "referit" and not list(folder.glob("refs(*).p")))):
+        return Refer(root, name, split_by)
+    if split_by not in (None, "berkeley"):
+        raise ValueError(
+            f"{name} is in the Berkeley layout, whose one partition is 'berkeley', not {split_by!r}"
+        )
     return ReferIt(root, name)

@@ -34,23 +34,26 @@ from .refer import Refer, Sample
 # %% ../../nbs/06b_store.ipynb #024
 def pack_mask(
     mask: np.ndarray,  # [H, W] bool
-) -> tuple[tuple[int, int, int, int], np.ndarray]:  # the box (y, x, h, w), and its pixels as bits: ⌈h·w/8⌉ bytes
+) -> tuple[
+    tuple[int, int, int, int], np.ndarray
+]:  # the box (y, x, h, w), and its pixels as bits: ⌈h·w/8⌉ bytes
     "The bits of a mask inside of its bounding box; an empty mask has none."
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows): return (0, 0, 0, 0), np.zeros(0, np.uint8)
+    if not len(rows):
+        return (0, 0, 0, 0), np.zeros(0, np.uint8)
     y, x, bottom, right = int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
     return (y, x, bottom - y, right - x), np.packbits(mask[y:bottom, x:right])
 
 
 def unpack_mask(
     box: tuple[int, int, int, int],  # (y, x, h, w)
-    bits: np.ndarray,                # uint8, of `pack_mask`
-    shape: tuple[int, int],          # (H, W) of the mask
-) -> np.ndarray:                     # [H, W] bool
+    bits: np.ndarray,  # uint8, of `pack_mask`
+    shape: tuple[int, int],  # (H, W) of the mask
+) -> np.ndarray:  # [H, W] bool
     "What `pack_mask` packed."
     y, x, h, w = box
     mask = np.zeros(shape, bool)
-    mask[y:y + h, x:x + w] = np.unpackbits(bits, count=h * w).reshape(h, w)
+    mask[y : y + h, x : x + w] = np.unpackbits(bits, count=h * w).reshape(h, w)
     return mask
 
 # %% ../../nbs/06b_store.ipynb #030
@@ -65,53 +68,71 @@ def _wanted(refer, splits) -> list[tuple[int, list[int]]]:
     "The images of the splits, each with its referred annotations, sorted."
     groups = {}
     for split in splits or refer.splits:
-        for sample in refer.samples(split): groups.setdefault(sample.image_id, set()).add(sample.ann_id)
+        for sample in refer.samples(split):
+            groups.setdefault(sample.image_id, set()).add(sample.ann_id)
     return [(image_id, sorted(groups[image_id])) for image_id in sorted(groups)]
 
 
 def _source(refer, ann_id):
     "What a mask is made from: its segmentation, or its file's size and time of change."
     annotation = refer.annotation(ann_id)
-    if "segmentation" in annotation: return annotation["segmentation"]
+    if "segmentation" in annotation:
+        return annotation["segmentation"]
     file = refer.mask_path(ann_id).stat()
     return file.st_size, file.st_mtime_ns
 
 
 def store_key(
-    refer: Refer,                          # the data set
-    image_size: int,                       # S
-    target_size: int | None,               # side of the soft targets; None: without
-    splits: Iterable[str] | None = None,   # None: all
-) -> str:                                  # 16 hexadecimal digits
+    refer: Refer,  # the data set
+    image_size: int,  # S
+    target_size: int | None,  # side of the soft targets; None: without
+    splits: Iterable[str] | None = None,  # None: all
+) -> str:  # 16 hexadecimal digits
     "A sum over everything that the content of a store depends on."
-    recipe = ["squash, antialiased", image_size, target_size, *(f"{name} {version(name)}" for name in ("torch", "torchvision", "pillow", "pycocotools"))]
+    recipe = [
+        "squash, antialiased",
+        image_size,
+        target_size,
+        *(f"{name} {version(name)}" for name in ("torch", "torchvision", "pillow", "pycocotools")),
+    ]
     digest = hashlib.sha256(json.dumps([FORMAT, refer.name, refer.split_by, recipe]).encode())
     for image_id, ann_ids in _wanted(refer, splits):
         info, file = refer.image(image_id), refer.image_path(image_id).stat()
         masks = [(ann_id, _source(refer, ann_id)) for ann_id in ann_ids]
-        digest.update(json.dumps([image_id, info.file_name, info.height, info.width, file.st_size, file.st_mtime_ns, masks]).encode())
+        digest.update(
+            json.dumps(
+                [image_id, info.file_name, info.height, info.width, file.st_size, file.st_mtime_ns, masks]
+            ).encode()
+        )
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/06b_store.ipynb #036
 def _layout(images, annotations, image_size, target_size):
     "The files that have rows: name -> type, shape."
     side = target_size or 0
-    return {"images.u8": (np.dtype("u1"), (images, 3, image_size, image_size)), "targets.f16": (np.dtype("<f2"), (annotations, side, side))}
+    return {
+        "images.u8": (np.dtype("u1"), (images, 3, image_size, image_size)),
+        "targets.f16": (np.dtype("<f2"), (annotations, side, side)),
+    }
 
 
 def store_size(
-    images: int,                # N
-    annotations: int,           # M, those that are referred to
-    image_size: int,            # S
-    target_size: int | None,    # side of the soft targets; None: without
-    pixels: int = 640 * 480,    # of an image as it is on the disk, on average
-) -> dict[str, int]:            # bytes of each file; those of the masks are a bound
+    images: int,  # N
+    annotations: int,  # M, those that are referred to
+    image_size: int,  # S
+    target_size: int | None,  # side of the soft targets; None: without
+    pixels: int = 640 * 480,  # of an image as it is on the disk, on average
+) -> dict[str, int]:  # bytes of each file; those of the masks are a bound
     "How large a store will be."
-    files = {name: kind.itemsize * math.prod(shape) for name, (kind, shape) in _layout(images, annotations, image_size, target_size).items()}
+    files = {
+        name: kind.itemsize * math.prod(shape)
+        for name, (kind, shape) in _layout(images, annotations, image_size, target_size).items()
+    }
     return files | {"masks.bits": annotations * math.ceil(pixels / 8)}
 
 # %% ../../nbs/06b_store.ipynb #041
-def _checksum(index: dict) -> str: return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+def _checksum(index: dict) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _read_index(path: Path) -> dict:
@@ -120,30 +141,46 @@ def _read_index(path: Path) -> dict:
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         checksum = index.pop("sha256")
-    except Exception as error: raise StoreError(f"{file}: not the index of a store ({type(error).__name__}: {error}); build the store again") from error
-    if checksum != _checksum(index): raise StoreError(f"{file}: was altered, its checksum is another one; build the store again")
-    if not path.name.endswith(index["key"]): raise StoreError(f"{path}: holds the store {index['key']}, the folder was renamed; build the store again")
+    except Exception as error:
+        raise StoreError(
+            f"{file}: not the index of a store ({type(error).__name__}: {error}); build the store again"
+        ) from error
+    if checksum != _checksum(index):
+        raise StoreError(f"{file}: was altered, its checksum is another one; build the store again")
+    if not path.name.endswith(index["key"]):
+        raise StoreError(
+            f"{path}: holds the store {index['key']}, the folder was renamed; build the store again"
+        )
     for name, size in index["bytes"].items():
         found = (path / name).stat().st_size if (path / name).is_file() else 0
-        if found != size: raise StoreError(f"{path / name}: is {found:,} bytes long and should be {size:,}, it was cut or altered; build the store again")
+        if found != size:
+            raise StoreError(
+                f"{path / name}: is {found:,} bytes long and should be {size:,}, it was cut or altered; build the store again"
+            )
     return index
 
 
 class ImageStore:
     "Decoded images, soft targets and masks of a data set in memory-mapped files; worker processes share them."
+
     def __init__(
         self,
         path: str | Path,  # a folder that `build_store` made; `open_store` finds the right one
     ):
         self.path = Path(path)
         index = self._index = _read_index(self.path)
-        self.name, self.split_by, self.image_size, self.target_size = (index[k] for k in ("name", "split_by", "image_size", "target_size"))
+        self.name, self.split_by, self.image_size, self.target_size = (
+            index[k] for k in ("name", "split_by", "image_size", "target_size")
+        )
         self._image_row = {image_id: row for row, image_id in enumerate(index["images"])}
         self._ann_row = {ann[0]: row for row, ann in enumerate(index["annotations"])}
         layout = _layout(len(self._image_row), len(self._ann_row), self.image_size, self.target_size)
         layout["masks.bits"] = np.dtype("u1"), (index["bytes"]["masks.bits"],)
-        self._images, self._targets, self._bits = (np.memmap(self.path / name, kind, "r", shape=shape) if math.prod(shape) else np.zeros(shape, kind)
-                                                   for name, (kind, shape) in layout.items())  # an empty file cannot be mapped
+        self._images, self._targets, self._bits = (
+            np.memmap(self.path / name, kind, "r", shape=shape) if math.prod(shape) else np.zeros(shape, kind)
+            # an empty file cannot be mapped
+            for name, (kind, shape) in layout.items()
+        )
 
     def image(self, image_id: int) -> torch.Tensor:
         "An image, [3, S, S] uint8: a copy."
@@ -156,46 +193,66 @@ class ImageStore:
     def mask(self, ann_id: int) -> np.ndarray:
         "The mask of an annotation at the image's own resolution, [H, W] bool."
         _, H, W, y, x, h, w, start = self._index["annotations"][self._ann_row[ann_id]]
-        return unpack_mask((y, x, h, w), self._bits[start:start + math.ceil(h * w / 8)], (H, W))
+        return unpack_mask((y, x, h, w), self._bits[start : start + math.ceil(h * w / 8)], (H, W))
 
     def check(
         self,
-        refer: Refer,                # the data set
-        samples: list[Sample],       # what will be asked for
-        image_size: int,             # S
-        target_size: int | None,     # None: no targets will be asked for
+        refer: Refer,  # the data set
+        samples: list[Sample],  # what will be asked for
+        image_size: int,  # S
+        target_size: int | None,  # None: no targets will be asked for
     ):
         "Refuse what this store does not hold."
-        asked = {"name": refer.name, "split_by": refer.split_by, "image_size": image_size, "target_size": target_size or self.target_size}
+        asked = {
+            "name": refer.name,
+            "split_by": refer.split_by,
+            "image_size": image_size,
+            "target_size": target_size or self.target_size,
+        }
         for what, value in asked.items():
-            if value != getattr(self, what): raise ValueError(f"the store {self.path.name} was built with {what}={getattr(self, what)!r}, not {value!r}")
+            if value != getattr(self, what):
+                raise ValueError(
+                    f"the store {self.path.name} was built with {what}={getattr(self, what)!r}, not {value!r}"
+                )
         for s in samples:
             if s.image_id not in self._image_row or s.ann_id not in self._ann_row:
-                raise ValueError(f"the store {self.path.name} does not hold annotation {s.ann_id} of image {s.image_id}: build one with its split")
+                raise ValueError(
+                    f"the store {self.path.name} does not hold annotation {s.ann_id} of image {s.image_id}: build one with its split"
+                )
 
     @property
-    def nbytes(self) -> int: return sum(self._index["bytes"].values())
-    def __len__(self): return len(self._image_row)
-    def __reduce__(self): return ImageStore, (self.path.absolute(),)
+    def nbytes(self) -> int:
+        return sum(self._index["bytes"].values())
+
+    def __len__(self):
+        return len(self._image_row)
+
+    def __reduce__(self):
+        return ImageStore, (self.path.absolute(),)
 
     def __repr__(self):
-        return (f"ImageStore({self.name}, {self.split_by}: {len(self):,} images at {self.image_size} px and {len(self._ann_row):,} masks, "
-                f"{self.nbytes / 1e6:,.1f} MB)")
+        return (
+            f"ImageStore({self.name}, {self.split_by}: {len(self):,} images at {self.image_size} px and {len(self._ann_row):,} masks, "
+            f"{self.nbytes / 1e6:,.1f} MB)"
+        )
 
 
 def _place(refer, image_size, target_size, folder, splits) -> Path:
     if image_size < 1 or (target_size is not None and target_size < 1):
         raise ValueError(f"image_size and target_size must be positive, not {image_size} and {target_size}")
-    return Path(folder) / f"{refer.name}-{refer.split_by}-{image_size}-{target_size or 0}-{store_key(refer, image_size, target_size, splits)}"
+    return (
+        Path(folder)
+        / f"{refer.name}-{refer.split_by}-{image_size}-{target_size or 0}-{store_key(refer, image_size, target_size, splits)}"
+    )
 
 
 def open_store(
-    refer: Refer,                          # the data set
-    image_size: int,                       # S
-    target_size: int | None,               # side of the soft targets; None: without
-    folder: str | Path,                    # where stores are kept
-    splits: Iterable[str] | None = None,   # as when it was built; None: all
-) -> ImageStore | None:                    # None: there is none of this data, as it is now
+    refer: Refer,  # the data set
+    image_size: int,  # S
+    target_size: int | None,  # side of the soft targets; None: without
+    folder: str | Path,  # where stores are kept
+    splits: Iterable[str] | None = None,  # as when it was built; None: all
+) -> ImageStore | None:  # None: there is none of this data, as it is now
     "The store of this data set, if it was built; a damaged one is a `StoreError`."
     path = _place(refer, image_size, target_size, folder, splits)
     return ImageStore(path) if path.is_dir() else None
@@ -205,15 +262,19 @@ def _part(refer, wanted):
     "A copy of the reader whose tables hold only these images and annotations: small enough to be sent to another process."
     part, keep = copy.copy(refer), [i for image_id, ann_ids in wanted for i in (image_id, *ann_ids)]
     for name, value in vars(refer).items():
-        if isinstance(value, Mapping): setattr(part, name, {i: value[i] for i in keep if i in value})
-        elif isinstance(value, list): setattr(part, name, [])
+        if isinstance(value, Mapping):
+            setattr(part, name, {i: value[i] for i in keep if i in value})
+        elif isinstance(value, list):
+            setattr(part, name, [])
     return part
 
 # %% ../../nbs/06b_store.ipynb #048
 def _write_rows(path, first, rows):
     if rows:
         block = np.array(rows)
-        with open(path, "r+b") as file: file.seek(first * block[0].nbytes); file.write(block)
+        with open(path, "r+b") as file:
+            file.seek(first * block[0].nbytes)
+            file.write(block)
 
 
 def _fill(job: dict) -> tuple[list[tuple], bytes]:
@@ -223,9 +284,12 @@ def _fill(job: dict) -> tuple[list[tuple], bytes]:
     for image_id, ann_ids in job["wanted"]:
         images.append(squash(refer.load_image(image_id), job["image_size"]).numpy())
         for ann_id in ann_ids:
-            mask = refer.mask(ann_id); box, packed = pack_mask(mask)
-            masks.append((ann_id, *mask.shape, *box)); bits.append(packed.tobytes())
-            if side: targets.append(soft_target(mask, side).half().numpy())
+            mask = refer.mask(ann_id)
+            box, packed = pack_mask(mask)
+            masks.append((ann_id, *mask.shape, *box))
+            bits.append(packed.tobytes())
+            if side:
+                targets.append(soft_target(mask, side).half().numpy())
     _write_rows(folder / "images.u8", job["first_image"], images)
     _write_rows(folder / "targets.f16", job["first_annotation"], targets)
     return masks, b"".join(bits)
@@ -234,46 +298,79 @@ def _fill(job: dict) -> tuple[list[tuple], bytes]:
 def _start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()
 
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     "Worker processes that are known to start; None for one worker, or where none can be started."
-    if workers < 2: yield None; return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    if workers < 2:
+        yield None
+        return
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
     try:
-        try: pool.submit(int).result()
-        except BrokenProcessPool: yield None
-        else: yield pool
-    finally: pool.shutdown(cancel_futures=True)
+        try:
+            pool.submit(int).result()
+        except BrokenProcessPool:
+            yield None
+        else:
+            yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _results(jobs, pool):
     "What `_fill` gives for each job, in the order of the jobs."
     done = 0
     try:
-        for result in pool.map(_fill, jobs) if pool else (): yield result; done += 1
-    except BrokenProcessPool: pass  # a worker was killed, perhaps for its memory: go on alone
+        for result in pool.map(_fill, jobs) if pool else ():
+            yield result
+            done += 1
+    except BrokenProcessPool:
+        pass  # a worker was killed, perhaps for its memory: go on alone
     yield from map(_fill, jobs[done:])
 
 # %% ../../nbs/06b_store.ipynb #055
 def _check_room(folder, refer, wanted, image_size, target_size):
-    pixels = [info.height * info.width for image_id, ann_ids in wanted for info in [refer.image(image_id)] for _ in ann_ids]
-    need = sum(store_size(len(wanted), len(pixels), image_size, target_size, sum(pixels) / max(1, len(pixels))).values())
+    pixels = [
+        info.height * info.width
+        for image_id, ann_ids in wanted
+        for info in [refer.image(image_id)]
+        for _ in ann_ids
+    ]
+    need = sum(
+        store_size(
+            len(wanted), len(pixels), image_size, target_size, sum(pixels) / max(1, len(pixels))
+        ).values()
+    )
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise StoreError(f"{folder}: a store of {refer.name} at {image_size} px takes up to {need / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free: "
-                         "make room, or choose another folder")
+        raise StoreError(
+            f"{folder}: a store of {refer.name} at {image_size} px takes up to {need / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free: "
+            "make room, or choose another folder"
+        )
 
 # %% ../../nbs/06b_store.ipynb #058
 def _jobs(refer, wanted, folder, image_size, target_size, step=16) -> list[dict]:
     "The arguments of `_fill`, for `step` images each."
     jobs, first_annotation = [], 0
     for row in range(0, len(wanted), step):
-        some = wanted[row:row + step]
-        jobs.append({"refer": _part(refer, some), "wanted": some, "folder": folder, "image_size": image_size, "target_size": target_size,
-                     "first_image": row, "first_annotation": first_annotation})
+        some = wanted[row : row + step]
+        jobs.append(
+            {
+                "refer": _part(refer, some),
+                "wanted": some,
+                "folder": folder,
+                "image_size": image_size,
+                "target_size": target_size,
+                "first_image": row,
+                "first_annotation": first_annotation,
+            }
+        )
         first_annotation += sum(len(ann_ids) for _, ann_ids in some)
     return jobs
 
@@ -281,62 +378,94 @@ def _jobs(refer, wanted, folder, image_size, target_size, step=16) -> list[dict]
 def _fsync(*paths: Path):
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
-        try: os.fsync(handle)
-        finally: os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _fill_all(folder, header, wanted, jobs, pool, advance):
     "Write the four files of a store."
-    layout = _layout(len(wanted), sum(len(ann_ids) for _, ann_ids in wanted), header["image_size"], header["target_size"])
+    layout = _layout(
+        len(wanted), sum(len(ann_ids) for _, ann_ids in wanted), header["image_size"], header["target_size"]
+    )
     for name, (kind, shape) in layout.items():
-        with open(folder / name, "wb") as file: file.truncate(kind.itemsize * math.prod(shape))
+        with open(folder / name, "wb") as file:
+            file.truncate(kind.itemsize * math.prod(shape))
     annotations, start = [], 0
     with open(folder / "masks.bits", "wb") as file:
         for (masks, bits), job in zip(_results(jobs, pool), jobs):
             file.write(bits)
-            for mask in masks: annotations.append([*mask, start]); start += math.ceil(mask[-2] * mask[-1] / 8)
+            for mask in masks:
+                annotations.append([*mask, start])
+                start += math.ceil(mask[-2] * mask[-1] / 8)
             advance(len(job["wanted"]))
     sizes = {name: (folder / name).stat().st_size for name in (*layout, "masks.bits")}
-    index = header | {"images": [image_id for image_id, _ in wanted], "annotations": annotations, "bytes": sizes}
+    index = header | {
+        "images": [image_id for image_id, _ in wanted],
+        "annotations": annotations,
+        "bytes": sizes,
+    }
     (folder / "index.json").write_text(json.dumps(index | {"sha256": _checksum(index)}), encoding="utf-8")
     _fsync(*folder.iterdir(), folder)
 
 # %% ../../nbs/06b_store.ipynb #062
 def build_store(
-    refer: Refer,                          # the data set
-    image_size: int,                       # S
-    target_size: int | None,               # side of the soft targets; None: without
-    folder: str | Path,                    # where stores are kept; made if it is not there
-    splits: Iterable[str] | None = None,   # None: all
-    workers: int | None = None,            # processes; None: one a core, for more than a thousand images
-    progress: bool = True,                 # show a bar
+    refer: Refer,  # the data set
+    image_size: int,  # S
+    target_size: int | None,  # side of the soft targets; None: without
+    folder: str | Path,  # where stores are kept; made if it is not there
+    splits: Iterable[str] | None = None,  # None: all
+    workers: int | None = None,  # processes; None: one a core, for more than a thousand images
+    progress: bool = True,  # show a bar
 ) -> ImageStore:
     "Decode a data set's images, targets and masks into a store; one that is there already is opened."
     place, folder = _place(refer, image_size, target_size, folder, splits), Path(folder)
+
     def built():
-        try: return ImageStore(place) if place.is_dir() else None
-        except StoreError: return None  # damaged: it is built again
-    if store := built(): return store
+        try:
+            return ImageStore(place) if place.is_dir() else None
+        except StoreError:
+            return None  # damaged: it is built again
+
+    if store := built():
+        return store
     folder.mkdir(parents=True, exist_ok=True)
     new, wanted = folder / f".{place.name}.new", _wanted(refer, splits)
-    header = {"key": place.name[-16:], "name": refer.name, "split_by": refer.split_by, "image_size": image_size, "target_size": target_size}
+    header = {
+        "key": place.name[-16:],
+        "name": refer.name,
+        "split_by": refer.split_by,
+        "image_size": image_size,
+        "target_size": target_size,
+    }
     jobs = _jobs(refer, wanted, new, image_size, target_size)
-    if workers is None: workers = os.cpu_count() or 1 if len(wanted) > 1000 else 1  # workers take seconds to start
+    # workers take seconds to start
+    if workers is None:
+        workers = os.cpu_count() or 1 if len(wanted) > 1000 else 1
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     # the workers start before the lock is taken: in a script without a main guard they would wait for it
-    with Progress(*columns, disable=not progress, transient=True) as bar, _pool(min(workers, len(jobs))) as pool:
+    with (
+        Progress(*columns, disable=not progress, transient=True) as bar,
+        _pool(min(workers, len(jobs))) as pool,
+    ):
         task = bar.add_task("waiting for another builder", total=len(wanted))
         with FileLock(folder / ".lock"):  # waits until no other process builds here
-            if store := built(): return store
-            for old in (place, *folder.glob(".*.new")): shutil.rmtree(old, ignore_errors=True)
+            if store := built():
+                return store
+            for old in (place, *folder.glob(".*.new")):
+                shutil.rmtree(old, ignore_errors=True)
             _check_room(folder, refer, wanted, image_size, target_size)
             bar.update(task, description=f"storing {refer.name} at {image_size} px")
             new.mkdir()
             try:
                 _fill_all(new, header, wanted, jobs, pool, lambda n: bar.advance(task, n))
                 if _place(refer, image_size, target_size, folder, splits) != place:
-                    raise StoreError(f"{refer.name}: its images changed while they were stored; build the store again")
+                    raise StoreError(
+                        f"{refer.name}: its images changed while they were stored; build the store again"
+                    )
                 new.rename(place)
                 _fsync(folder)
-            finally: shutil.rmtree(new, ignore_errors=True)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
     return ImageStore(place)

@@ -69,18 +69,20 @@ KINDS = {  # kind of finding -> what it does to a number
 @dataclass(frozen=True, slots=True)
 class Finding:
     "One thing that is wrong with a copy of a data set."
-    kind: str     # one of `KINDS`
-    where: str    # the file, relative to the root, and the record in it
+
+    kind: str  # one of `KINDS`
+    where: str  # the file, relative to the root, and the record in it
     message: str  # what is wrong there
 
-    def __str__(self): return f"{self.where}: {self.message}"
+    def __str__(self):
+        return f"{self.where}: {self.message}"
 
 # %% ../../nbs/03e_verify.ipynb #014
 def outline_area(
     polygons: list[list[float]],  # x, y, x, y, ...
-) -> float:                       # pixels
+) -> float:  # pixels
     "The area inside the outlines, added up: what COCO records as `area`."
-    total = 0.
+    total = 0.0
     for polygon in polygons:
         x, y = np.asarray(polygon, dtype=float).reshape(-1, 2).T
         total += abs(x @ np.roll(y, -1) - np.roll(x, -1) @ y) / 2
@@ -95,56 +97,88 @@ def _number(value) -> bool:
 def _leaves(segmentation, height, width) -> float:
     "By how many pixels the polygons leave the image; 0 for run lengths, and for what is no polygon."
     try:
-        points = [np.asarray(part, dtype=float).reshape(-1, 2) for part in segmentation if isinstance(part, list)]
-        return max((float(max(-p.min(), (p - (width, height)).max())) for p in points), default=0.)
-    except (ValueError, TypeError, OverflowError): return 0.  # `decode_segmentation` says what it is
+        points = [
+            np.asarray(part, dtype=float).reshape(-1, 2) for part in segmentation if isinstance(part, list)
+        ]
+        return max((float(max(-p.min(), (p - (width, height)).max())) for p in points), default=0.0)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0  # `decode_segmentation` says what it is
 
 
 def mask_faults(
-    annotation: dict,        # COCO's dict; `area` and `bbox` are compared where they are there
-    height: int,             # of the image
-    width: int,              # of the image
+    annotation: dict,  # COCO's dict; `area` and `bbox` are compared where they are there
+    height: int,  # of the image
+    width: int,  # of the image
 ) -> list[tuple[str, str]]:  # kind and message, empty for a sound mask
     "What is wrong with the mask of one annotation."
     leaves = _leaves(annotation["segmentation"], height, width)
-    if leaves > 1: return [("mask outside image", f"a polygon leaves its {height} x {width} image by {leaves:.1f} pixels")]
-    try: mask = decode_segmentation(annotation["segmentation"], height, width, where="mask")
-    except ReferError as error: return [("broken mask", str(error).removeprefix("mask: "))]
-    except Exception as error: return [("broken mask", f"cannot be decoded ({type(error).__name__})")]
-    if not mask.any(): return [("empty mask", "it covers no pixel")]
+    if leaves > 1:
+        return [
+            ("mask outside image", f"a polygon leaves its {height} x {width} image by {leaves:.1f} pixels")
+        ]
+    try:
+        mask = decode_segmentation(annotation["segmentation"], height, width, where="mask")
+    except ReferError as error:
+        return [("broken mask", str(error).removeprefix("mask: "))]
+    except Exception as error:
+        return [("broken mask", f"cannot be decoded ({type(error).__name__})")]
+    if not mask.any():
+        return [("empty mask", "it covers no pixel")]
     faults, area, box = [], annotation.get("area"), annotation.get("bbox")
-    if area is not None and not _number(area): faults.append(("malformed record", f"its 'area' is {type(area).__name__}, not a number of pixels"))
+    if area is not None and not _number(area):
+        faults.append(("malformed record", f"its 'area' is {type(area).__name__}, not a number of pixels"))
     elif area is not None:
-        drawn = [int(mask.sum()), outline_area([part for part in annotation["segmentation"] if isinstance(part, list)])]
-        if all(abs(area - a) > 1 + .01 * a for a in drawn): faults.append(("wrong area", f"its 'area' is {area:,.0f}, but the mask covers {drawn[0]:,} pixels"))
+        drawn = [
+            int(mask.sum()),
+            outline_area([part for part in annotation["segmentation"] if isinstance(part, list)]),
+        ]
+        if all(abs(area - a) > 1 + 0.01 * a for a in drawn):
+            faults.append(
+                ("wrong area", f"its 'area' is {area:,.0f}, but the mask covers {drawn[0]:,} pixels")
+            )
     if box is not None and not (isinstance(box, list) and len(box) == 4 and all(map(_number, box))):
         faults.append(("malformed record", "its 'bbox' is not x, y, width, height"))
     elif box is not None:
         (x, y, w, h), rows, columns = box, np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         leaves = max(x - columns[0], columns[-1] + 1 - x - w, y - rows[0], rows[-1] + 1 - y - h)
-        if leaves > 2: faults.append(("mask outside box", f"the mask leaves its box by {leaves:.1f} pixels"))
+        if leaves > 2:
+            faults.append(("mask outside box", f"the mask leaves its box by {leaves:.1f} pixels"))
     return faults
 
 # %% ../../nbs/03e_verify.ipynb #032
 def image_faults(
-    folder: Path,            # the image folder
-    info: ImageInfo,         # file name and size, as `instances.json` has them
+    folder: Path,  # the image folder
+    info: ImageInfo,  # file name and size, as `instances.json` has them
 ) -> list[tuple[str, str]]:  # kind and message, empty for a sound file
     "What is wrong with an image file; its header is compared with the size that it must have before a pixel is decoded."
     try:
         path = folder / info.file_name
-        if not path.resolve().is_relative_to(folder.resolve()): return [("unsafe path", f"the file name {info.file_name!r} leads out of the image folder")]
-        if not path.is_file(): return [("missing image", "no such file")]
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return [("unsafe path", f"the file name {info.file_name!r} leads out of the image folder")]
+        if not path.is_file():
+            return [("missing image", "no such file")]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 if image.size != (info.width, info.height):
-                    return [("wrong image size", f"is {image.width} x {image.height} pixels, but the annotations were made for {info.width} x {info.height}")]
+                    return [
+                        (
+                            "wrong image size",
+                            f"is {image.width} x {image.height} pixels, but the annotations were made for {info.width} x {info.height}",
+                        )
+                    ]
                 image.convert("RGB")
-    except Image.DecompressionBombError: return [("wrong image size", f"claims to be far larger than {info.width} x {info.height} pixels")]
-    except UnidentifiedImageError: return [("broken image", "is no image")]
+    except Image.DecompressionBombError:
+        return [("wrong image size", f"claims to be far larger than {info.width} x {info.height} pixels")]
+    except UnidentifiedImageError:
+        return [("broken image", "is no image")]
     except Exception as error:  # a damaged file can raise almost anything
-        return [("broken image", f"cannot be decoded ({getattr(error, 'strerror', None) or error or type(error).__name__})")]
+        return [
+            (
+                "broken image",
+                f"cannot be decoded ({getattr(error, 'strerror', None) or error or type(error).__name__})",
+            )
+        ]
     return []
 
 # %% ../../nbs/03e_verify.ipynb #038
@@ -152,7 +186,14 @@ _FIELDS = {  # what each record must have; None: any type
     "images": {"id": int, "file_name": str, "height": int, "width": int},
     "annotations": {"id": int, "image_id": int, "category_id": int, "segmentation": None},
     "categories": {"id": int, "name": str},
-    "refs": {"ref_id": int, "ann_id": int, "image_id": int, "category_id": int, "split": str, "sentences": list},
+    "refs": {
+        "ref_id": int,
+        "ann_id": int,
+        "image_id": int,
+        "category_id": int,
+        "split": str,
+        "sentences": list,
+    },
     "sentences": {"sent_id": int, "sent": str},
 }
 _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
@@ -160,70 +201,123 @@ _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "cate
 
 def _wrong(record, table) -> str:
     "What is wrong with the fields of a record, in words; nothing for a sound one."
-    if not isinstance(record, dict): return f"is {type(record).__name__}, not a dict"
-    wrong = [f"has no {key!r}" if key not in record else f"{key!r} is {type(record[key]).__name__}, not {kind.__name__}"
-             for key, kind in _FIELDS[table].items() if key not in record or kind and type(record[key]) is not kind]
+    if not isinstance(record, dict):
+        return f"is {type(record).__name__}, not a dict"
+    wrong = [
+        f"has no {key!r}"
+        if key not in record
+        else f"{key!r} is {type(record[key]).__name__}, not {kind.__name__}"
+        for key, kind in _FIELDS[table].items()
+        if key not in record or kind and type(record[key]) is not kind
+    ]
     if not wrong and table == "images" and not (0 < record["height"] < 65536 and 0 < record["width"] < 65536):
         wrong = [f"is {record['height']} x {record['width']} pixels large"]
     if table == "sentences":
         tokens = record.get("tokens", [])
-        if not isinstance(tokens, list | tuple) or not all(isinstance(token, str) for token in tokens): wrong.append("its tokens are not strings")
-        wrong += [f"{key!r} is not text" for key in ("raw", "kind", "group", "program") if not isinstance(record.get(key), str | None)]
+        if not isinstance(tokens, list | tuple) or not all(isinstance(token, str) for token in tokens):
+            wrong.append("its tokens are not strings")
+        wrong += [
+            f"{key!r} is not text"
+            for key in ("raw", "kind", "group", "program")
+            if not isinstance(record.get(key), str | None)
+        ]
     return "; ".join(wrong)
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream: return hashlib.file_digest(stream, "sha256").hexdigest()
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class _Copy:
     "A copy of a data set, read as far as it can be; a finding for all that cannot."
-    def __init__(self, root: Path, name: str):
-        self.root, self.name, self.folder, self.findings, self.files, self.refs = root, name, root / name, [], {}, []
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name")
 
-    def say(self, kind, where, message): self.findings.append(Finding(kind, where, message))
+    def __init__(self, root: Path, name: str):
+        self.root, self.name, self.folder, self.findings, self.files, self.refs = (
+            root,
+            name,
+            root / name,
+            [],
+            {},
+            [],
+        )
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name"
+            )
+
+    def say(self, kind, where, message):
+        self.findings.append(Finding(kind, where, message))
 
     def load(self, file, read, what):
         "The content of a file, or None and a finding."
         path = self.root / file
         try:
-            data = read(path); self.files[file] = _sha256(path)
+            data = read(path)
+            self.files[file] = _sha256(path)
             return data
-        except ReferError as error: message = str(error).replace(str(path), file).removeprefix(f"{file}: ")
-        except FileNotFoundError: message = "no such file"
-        except Exception as error: message = f"not readable as {what} ({getattr(error, 'strerror', None) or error})"
+        except ReferError as error:
+            message = str(error).replace(str(path), file).removeprefix(f"{file}: ")
+        except FileNotFoundError:
+            message = "no such file"
+        except Exception as error:
+            message = f"not readable as {what} ({getattr(error, 'strerror', None) or error})"
         self.say("unreadable file", file, message)
 
 
 class _ReferCopy(_Copy):
     "A copy in the REFER layout."
+
     def __init__(self, root: Path, name: str, split_by: str | None):
         super().__init__(root, name)
         found = sorted(path.name[5:-3] for path in self.folder.glob("refs(*).p"))
-        self.split_by = split_by or PARTITIONS.get(name) or (found[0] if len(found) == 1 and name != "refcocog" else None)
+        self.split_by = (
+            split_by or PARTITIONS.get(name) or (found[0] if len(found) == 1 and name != "refcocog" else None)
+        )
         if self.split_by is None:
-            raise ValueError(f"{name} has more than one partition: name one with split_by= (in {self.folder}: {', '.join(found) or 'none'})")
+            raise ValueError(
+                f"{name} has more than one partition: name one with split_by= (in {self.folder}: {', '.join(found) or 'none'})"
+            )
         self.instances_file, self.refs_file = f"{name}/instances.json", f"{name}/refs({self.split_by}).p"
-        data = self.load(self.instances_file, lambda path: json.loads(path.read_text(encoding="utf-8")), "JSON")
-        if data is not None and not isinstance(data, dict): self.say("unreadable file", self.instances_file, f"holds {type(data).__name__}, not a dict")
+        data = self.load(
+            self.instances_file, lambda path: json.loads(path.read_text(encoding="utf-8")), "JSON"
+        )
+        if data is not None and not isinstance(data, dict):
+            self.say("unreadable file", self.instances_file, f"holds {type(data).__name__}, not a dict")
         self.images, self.annotations, self.categories = (self.table(data, table) for table in _SINGULAR)
         self.refs = self.read_refs(self.load(self.refs_file, load_pickle, "a pickle") or [])
 
     def table(self, data, table):
         "The records of a table by their ids, None for a damaged one; None for a table that is not there."
-        if not isinstance(data, dict): return None
+        if not isinstance(data, dict):
+            return None
         rows = data.get(table)
-        if not isinstance(rows, list): return self.say("malformed record", self.instances_file, f"its {table!r} are {type(rows).__name__}, not a list")
+        if not isinstance(rows, list):
+            return self.say(
+                "malformed record",
+                self.instances_file,
+                f"its {table!r} are {type(rows).__name__}, not a list",
+            )
         found = {}
         for number, record in enumerate(rows):
             wrong, key = _wrong(record, table), record.get("id") if isinstance(record, dict) else None
-            where = f"{self.instances_file}: {_SINGULAR[table]} {key}" if type(key) is int else f"{self.instances_file}: number {number} of its {table}"
-            if wrong: self.say("malformed record", where, wrong)
-            if type(key) is not int: continue
-            if key in found: self.say("duplicate id", where, f"is there twice, the second time as number {number} of the {table}")
-            else: found[key] = None if wrong else record
+            where = (
+                f"{self.instances_file}: {_SINGULAR[table]} {key}"
+                if type(key) is int
+                else f"{self.instances_file}: number {number} of its {table}"
+            )
+            if wrong:
+                self.say("malformed record", where, wrong)
+            if type(key) is not int:
+                continue
+            if key in found:
+                self.say(
+                    "duplicate id",
+                    where,
+                    f"is there twice, the second time as number {number} of the {table}",
+                )
+            else:
+                found[key] = None if wrong else record
         return found
 
     def read_refs(self, records):
@@ -231,9 +325,17 @@ class _ReferCopy(_Copy):
         refs, seen, said = [], set(), set()
         for number, record in enumerate(records):
             wrong, key = _wrong(record, "refs"), record.get("ref_id")
-            where = f"{self.refs_file}: ref {key}" if type(key) is int else f"{self.refs_file}: number {number} of its refs"
-            if wrong: self.say("malformed record", where, wrong); continue
-            if key in seen: self.say("duplicate id", where, f"is there twice, the second time as number {number}"); continue
+            where = (
+                f"{self.refs_file}: ref {key}"
+                if type(key) is int
+                else f"{self.refs_file}: number {number} of its refs"
+            )
+            if wrong:
+                self.say("malformed record", where, wrong)
+                continue
+            if key in seen:
+                self.say("duplicate id", where, f"is there twice, the second time as number {number}")
+                continue
             seen.add(key)
             refs.append(record | {"sentences": self.read_sentences(record, where, said)})
         return refs
@@ -243,16 +345,31 @@ class _ReferCopy(_Copy):
         sentences = []
         for sentence in ref["sentences"]:
             place = f"{where}, sentence {sentence.get('sent_id') if isinstance(sentence, dict) else '?'}"
-            if wrong := _wrong(sentence, "sentences"): self.say("malformed record", place, wrong); continue
-            if sentence["sent_id"] in said: self.say("duplicate id", place, "another sentence has this id"); continue
-            said.add(sentence["sent_id"]); sentences.append(sentence)
+            if wrong := _wrong(sentence, "sentences"):
+                self.say("malformed record", place, wrong)
+                continue
+            if sentence["sent_id"] in said:
+                self.say("duplicate id", place, "another sentence has this id")
+                continue
+            said.add(sentence["sent_id"])
+            sentences.append(sentence)
             words = sentence["sent"].split()
-            if not words: self.say("empty sentence", place, "has no word")
+            if not words:
+                self.say("empty sentence", place, "has no word")
             elif list(sentence.get("tokens", words)) != words:
-                self.say("wrong tokens", place, f"the tokens {' '.join(sentence['tokens'])!r} are not those of {sentence['sent']!r}")
+                self.say(
+                    "wrong tokens",
+                    place,
+                    f"the tokens {' '.join(sentence['tokens'])!r} are not those of {sentence['sent']!r}",
+                )
         ids = ref.get("sent_ids")
-        if not ref["sentences"]: self.say("empty sentence", where, "has no sentence")
-        elif len(sentences) == len(ref["sentences"]) and ids is not None and ids != [sentence["sent_id"] for sentence in sentences]:
+        if not ref["sentences"]:
+            self.say("empty sentence", where, "has no sentence")
+        elif (
+            len(sentences) == len(ref["sentences"])
+            and ids is not None
+            and ids != [sentence["sent_id"] for sentence in sentences]
+        ):
             self.say("wrong sentence ids", where, "its 'sent_ids' are not the ids of its sentences")
         return sentences
 
@@ -260,9 +377,16 @@ class _ReferCopy(_Copy):
         "Images, refs and expressions of each split, as `Refer.counts` has them."
         splits = defaultdict(list)
         for ref in self.refs:
-            if ref["sentences"]: splits[ref["split"]].append(ref)
-        return {split: {"images": len({ref["image_id"] for ref in refs}), "refs": len(refs), "expressions": sum(len(ref["sentences"]) for ref in refs)}
-                for split, refs in splits.items()}
+            if ref["sentences"]:
+                splits[ref["split"]].append(ref)
+        return {
+            split: {
+                "images": len({ref["image_id"] for ref in refs}),
+                "refs": len(refs),
+                "expressions": sum(len(ref["sentences"]) for ref in refs),
+            }
+            for split, refs in splits.items()
+        }
 
 # %% ../../nbs/03e_verify.ipynb #044
 def _check_links(copy: _ReferCopy):
@@ -270,48 +394,79 @@ def _check_links(copy: _ReferCopy):
     images, annotations, categories = copy.images, copy.annotations, copy.categories
     for ref in copy.refs:
         where, ann_id, image_id = f"{copy.refs_file}: ref {ref['ref_id']}", ref["ann_id"], ref["image_id"]
-        if images is not None and image_id not in images: copy.say("broken link", where, f"is about image {image_id}, which instances.json does not list")
+        if images is not None and image_id not in images:
+            copy.say("broken link", where, f"is about image {image_id}, which instances.json does not list")
         if annotations is not None and ann_id not in annotations:
-            copy.say("broken link", where, f"points at annotation {ann_id}, which instances.json does not list")
+            copy.say(
+                "broken link", where, f"points at annotation {ann_id}, which instances.json does not list"
+            )
         annotation = (annotations or {}).get(ann_id)
-        if annotation is None: continue
+        if annotation is None:
+            continue
         if annotation["image_id"] != image_id:
-            copy.say("broken link", where, f"is about image {image_id}, but its annotation {ann_id} lies on image {annotation['image_id']}")
+            copy.say(
+                "broken link",
+                where,
+                f"is about image {image_id}, but its annotation {ann_id} lies on image {annotation['image_id']}",
+            )
         if annotation["category_id"] != ref["category_id"]:
-            copy.say("wrong category", where, f"is of category {ref['category_id']}, but its annotation {ann_id} of category {annotation['category_id']}")
+            copy.say(
+                "wrong category",
+                where,
+                f"is of category {ref['category_id']}, but its annotation {ann_id} of category {annotation['category_id']}",
+            )
     sound = [annotation for annotation in (annotations or {}).values() if annotation]
     for annotation in sound:
         if images is not None and annotation["image_id"] not in images:
-            copy.say("broken link", f"{copy.instances_file}: annotation {annotation['id']}", f"lies on image {annotation['image_id']}, which is not listed")
+            copy.say(
+                "broken link",
+                f"{copy.instances_file}: annotation {annotation['id']}",
+                f"lies on image {annotation['image_id']}, which is not listed",
+            )
     for category_id, n in Counter(annotation["category_id"] for annotation in sound).items():
         if categories is not None and category_id not in categories:
-            copy.say("wrong category", f"{copy.instances_file}: category {category_id}", f"is not listed, but {n:,} annotations have it")
+            copy.say(
+                "wrong category",
+                f"{copy.instances_file}: category {category_id}",
+                f"is not listed, but {n:,} annotations have it",
+            )
 
 # %% ../../nbs/03e_verify.ipynb #048
 def _splits_of(copy: _Copy, key: str) -> dict:
     "The splits in which each image (`image_id`) or object (`ann_id`) occurs; RefCLEF's test splits count as one."
     splits = defaultdict(set)
-    for ref in copy.refs: splits[ref[key]].add("test" if copy.name == "refclef" and ref["split"].startswith("test") else ref["split"])
+    for ref in copy.refs:
+        splits[ref[key]].add(
+            "test" if copy.name == "refclef" and ref["split"].startswith("test") else ref["split"]
+        )
     return splits
 
 
 def _check_splits(copy: _Copy):
     "No object may be in two splits, and no image, except in partitions by object (`google`)."
     for kind, key, noun in [("shared image", "image_id", "image"), ("shared object", "ann_id", "annotation")]:
-        if kind == "shared image" and copy.split_by == "google": continue
+        if kind == "shared image" and copy.split_by == "google":
+            continue
         for number, splits in _splits_of(copy, key).items():
-            if len(splits) > 1: copy.say(kind, f"{copy.refs_file}: {noun} {number}", f"has refs in {' and '.join(sorted(splits))}")
+            if len(splits) > 1:
+                copy.say(
+                    kind, f"{copy.refs_file}: {noun} {number}", f"has refs in {' and '.join(sorted(splits))}"
+                )
 
 
 def _check_pictures(copy: _Copy, digests: dict[int, tuple[str, str]]):
     "No two image ids of different splits may have the same file; `digests` are file name and SHA-256 of each image id."
-    if copy.split_by == "google": return
+    if copy.split_by == "google":
+        return
     splits, same = _splits_of(copy, "image_id"), defaultdict(list)
-    for image_id, (_, digest) in digests.items(): same[digest].append(image_id)
+    for image_id, (_, digest) in digests.items():
+        same[digest].append(image_id)
     for ids in same.values():
         if len(set().union(*(splits[i] for i in ids))) > 1 < len(ids):
             places = ", ".join(f"{i} in {'/'.join(sorted(splits[i]))}" for i in ids)
-            copy.say("same picture", digests[ids[0]][0], f"is, byte by byte, the file of several images: {places}")
+            copy.say(
+                "same picture", digests[ids[0]][0], f"is, byte by byte, the file of several images: {places}"
+            )
 
 # %% ../../nbs/03e_verify.ipynb #052
 _MOST_PIXELS = 100_000_000  # of an image that is decoded at all
@@ -320,30 +475,47 @@ _MOST_PIXELS = 100_000_000  # of an image that is decoded at all
 @dataclass(frozen=True, slots=True)
 class _Job:
     "An image and the masks on it that are referred to, checked in one go."
+
     info: ImageInfo
-    folder: Path | None              # of the images; None leaves the file alone
-    file: str                        # the image file, relative to the root
+    folder: Path | None  # of the images; None leaves the file alone
+    file: str  # the image file, relative to the root
     instances_file: str
     annotations: tuple[dict, ...]
 
     @property
-    def image_id(self): return self.info.image_id
+    def image_id(self):
+        return self.info.image_id
+
     @property
-    def look(self): return self.folder is not None
+    def look(self):
+        return self.folder is not None
+
     @property
-    def masks(self): return len(self.annotations)
+    def masks(self):
+        return len(self.annotations)
 
     def check(self) -> tuple[list[Finding], str | None]:
         "The findings on the image and its masks, and the SHA-256 of a sound image file."
         info, findings, digest = self.info, [], None
         if info.height * info.width > _MOST_PIXELS:
-            return [Finding("wrong image size", f"{self.instances_file}: image {info.image_id}", f"is said to have {info.height} x {info.width} pixels")], None
+            return [
+                Finding(
+                    "wrong image size",
+                    f"{self.instances_file}: image {info.image_id}",
+                    f"is said to have {info.height} x {info.width} pixels",
+                )
+            ], None
         if self.folder:
-            findings = [Finding(kind, self.file, message) for kind, message in image_faults(self.folder, info)]
-            if not findings: digest = _sha256(self.folder / info.file_name)
+            findings = [
+                Finding(kind, self.file, message) for kind, message in image_faults(self.folder, info)
+            ]
+            if not findings:
+                digest = _sha256(self.folder / info.file_name)
         for annotation in self.annotations:
-            findings += [Finding(kind, f"{self.instances_file}: annotation {annotation['id']}", message)
-                         for kind, message in mask_faults(annotation, info.height, info.width)]
+            findings += [
+                Finding(kind, f"{self.instances_file}: annotation {annotation['id']}", message)
+                for kind, message in mask_faults(annotation, info.height, info.width)
+            ]
         return findings, digest
 
 # %% ../../nbs/03e_verify.ipynb #056
@@ -351,68 +523,123 @@ def _refer_jobs(copy: _ReferCopy, images: bool) -> list[_Job]:
     "A job for each image that a ref is about, with the annotations that refs point at."
     used, place = defaultdict(dict), image_folder_of(copy.name)
     for ref in copy.refs:
-        info, annotation = (copy.images or {}).get(ref["image_id"]), (copy.annotations or {}).get(ref["ann_id"])
-        if info: used[ref["image_id"]].update({ref["ann_id"]: annotation} if annotation and annotation["image_id"] == ref["image_id"] else {})
+        info, annotation = (
+            (copy.images or {}).get(ref["image_id"]),
+            (copy.annotations or {}).get(ref["ann_id"]),
+        )
+        if info:
+            used[ref["image_id"]].update(
+                {ref["ann_id"]: annotation}
+                if annotation and annotation["image_id"] == ref["image_id"]
+                else {}
+            )
     folder = copy.root / place if images and (copy.root / place).is_dir() else None
-    if images and used and not folder: copy.say("missing image", place, f"no such folder: {len(used):,} images are missing")
-    infos = [ImageInfo(*(copy.images[i][key] for key in ("id", "file_name", "height", "width"))) for i in used]
-    return [_Job(info, folder, f"{place}/{info.file_name}", copy.instances_file, tuple(used[info.image_id].values())) for info in infos]
+    if images and used and not folder:
+        copy.say("missing image", place, f"no such folder: {len(used):,} images are missing")
+    infos = [
+        ImageInfo(*(copy.images[i][key] for key in ("id", "file_name", "height", "width"))) for i in used
+    ]
+    return [
+        _Job(
+            info,
+            folder,
+            f"{place}/{info.file_name}",
+            copy.instances_file,
+            tuple(used[info.image_id].values()),
+        )
+        for info in infos
+    ]
 
 
-def _check_bundle(jobs: list) -> list: return [job.check() for job in jobs]
+def _check_bundle(jobs: list) -> list:
+    return [job.check() for job in jobs]
 
 
 def _check_all(jobs: list, workers: int | None, progress: bool) -> list:
     "Check all jobs, in their order: in processes if there is much to do."
     workers = workers or (os.cpu_count() or 1 if len(jobs) > 1000 else 1)
-    bundles, done = [jobs[i:i + 32] for i in range(0, len(jobs), 32)], []
-    with Progress(TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=not progress, transient=True) as bar:
+    bundles, done = [jobs[i : i + 32] for i in range(0, len(jobs), 32)], []
+    with Progress(
+        TextColumn("verifying"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        disable=not progress,
+        transient=True,
+    ) as bar:
         task = bar.add_task("", total=len(jobs))
-        def keep(results): done.append(results); bar.advance(task, len(results))
+
+        def keep(results):
+            done.append(results)
+            bar.advance(task, len(results))
+
         if workers > 1:
             try:
                 with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                    for future in [pool.submit(_check_bundle, bundle) for bundle in bundles]: keep(future.result())
-            except BrokenProcessPool: pass  # a script without `if __name__ == "__main__"` cannot start workers: go on alone
-        for bundle in bundles[len(done):]: keep(_check_bundle(bundle))
+                    for future in [pool.submit(_check_bundle, bundle) for bundle in bundles]:
+                        keep(future.result())
+            except BrokenProcessPool:
+                pass  # a script without `if __name__ == "__main__"` cannot start workers: go on alone
+        for bundle in bundles[len(done) :]:
+            keep(_check_bundle(bundle))
     return [result for results in done for result in results]
 
 # %% ../../nbs/03e_verify.ipynb #060
 def _is_berkeley(folder: Path) -> bool:
     "Whether a folder holds ReferIt's query files, or is ReferIt's and holds no refs."
     from refseg_nb.data.referit import _query_files
+
     return bool(_query_files(folder)) or folder.name == "referit" and not list(folder.glob("refs(*).p"))
 
 
 class _ReferItCopy(_Copy):
     "A copy in the Berkeley layout: query files and .mat masks."
+
     def __init__(self, root: Path, name: str):
         from refseg_nb.data.referit import MISSING_IMAGES, _query_files, _read_sizes, read_queries
+
         super().__init__(root, name)
         self.split_by, self.refs_file, self.queries, self.sizes = "berkeley", name, {}, {}
         for split, path in _query_files(self.folder).items():
             queries = self.load(path.relative_to(root).as_posix(), read_queries, "JSON")
-            if queries is not None: self.queries[split] = queries
-        if not self.queries and not self.findings: self.say("unreadable file", name, "no referit_query_<split>.json is there")
+            if queries is not None:
+                self.queries[split] = queries
+        if not self.queries and not self.findings:
+            self.say("unreadable file", name, "no referit_query_<split>.json is there")
         for place in ("referit_imsize.json", "data/referit_imsize.json"):
-            if (self.folder / place).is_file() and not self.sizes: self.sizes = self.load(f"{name}/{place}", _read_sizes, "JSON") or {}
+            if (self.folder / place).is_file() and not self.sizes:
+                self.sizes = self.load(f"{name}/{place}", _read_sizes, "JSON") or {}
         gone = MISSING_IMAGES if name == "referit" else ()
         for split in ("train", "val", "test", "trainval"):
             for key, texts in self.queries.get(split, {}).items():
-                if split == "trainval" and any(key in self.queries.get(part, {}) for part in ("train", "val")): continue
+                if split == "trainval" and any(
+                    key in self.queries.get(part, {}) for part in ("train", "val")
+                ):
+                    continue
                 for number, text in enumerate(texts or [""]):
-                    if not text.strip(): self.say("empty sentence", f"{name}: referit_query_{split}.json, region {key}", f"expression {number} has no word")
+                    if not text.strip():
+                        self.say(
+                            "empty sentence",
+                            f"{name}: referit_query_{split}.json, region {key}",
+                            f"expression {number} has no word",
+                        )
                 image_id = int(key.split("_")[0])
-                if image_id not in gone: self.refs.append({"image_id": image_id, "ann_id": key, "split": split, "sentences": texts})
+                if image_id not in gone:
+                    self.refs.append(
+                        {"image_id": image_id, "ann_id": key, "split": split, "sentences": texts}
+                    )
         self.check_trainval()
 
     def check_trainval(self):
         "trainval must be train and val together."
-        if "trainval" not in self.queries: return
+        if "trainval" not in self.queries:
+            return
         whole, parts = self.queries["trainval"], self.queries.get("train", {}) | self.queries.get("val", {})
-        keys = parts.keys() | whole.keys() if {"train", "val"} <= self.queries.keys() else parts.keys()  # of two files, only what both can tell
+        # of two files, only what both can tell
+        keys = parts.keys() | whole.keys() if {"train", "val"} <= self.queries.keys() else parts.keys()
         other = [key for key in keys if parts.get(key) != whole.get(key)]
-        if not other: return
+        if not other:
+            return
         message = f"differs from train and val together in {len(other):,} regions, such as {min(other)}"
         self.say("wrong splits", f"{self.name}: referit_query_trainval.json", message)
 
@@ -420,88 +647,169 @@ class _ReferItCopy(_Copy):
 @dataclass(frozen=True, slots=True)
 class _ReferItJob:
     "An image of ReferIt and the masks of its regions."
+
     image_id: int
-    size: tuple[int, int] | None     # width and height, or None where no file states them
-    folder: Path                     # of the images
-    look: bool                       # at the image file
-    file: str                        # the image file, relative to the root
+    size: tuple[int, int] | None  # width and height, or None where no file states them
+    folder: Path  # of the images
+    look: bool  # at the image file
+    file: str  # the image file, relative to the root
     mask_folder: Path
-    place: str                       # of the masks, relative to the root
-    regions: tuple[str, ...]         # "<image>_<region>"
+    place: str  # of the masks, relative to the root
+    regions: tuple[str, ...]  # "<image>_<region>"
 
     @property
-    def masks(self): return len(self.regions)
+    def masks(self):
+        return len(self.regions)
 
     def check(self) -> tuple[list[Finding], str | None]:
         "The findings on the image and its masks, and the SHA-256 of a sound image file."
         from refseg_nb.data.referit import read_mat_mask
+
         findings, digest, size, name = [], None, self.size, f"{self.image_id}.jpg"
         if size is None:
             try:
-                with Image.open(self.folder / name) as image: size = image.size
-            except Exception: pass  # `image_faults` says why
+                with Image.open(self.folder / name) as image:
+                    size = image.size
+            except Exception:
+                pass  # `image_faults` says why
         if self.look or size is None:
             info = ImageInfo(self.image_id, name, *(size or (1, 1))[::-1])
-            findings = [Finding(kind, self.file, message) for kind, message in image_faults(self.folder, info)]
-            if not findings: digest = _sha256(self.folder / name)
+            findings = [
+                Finding(kind, self.file, message) for kind, message in image_faults(self.folder, info)
+            ]
+            if not findings:
+                digest = _sha256(self.folder / name)
         for region in self.regions if size and size[0] * size[1] <= _MOST_PIXELS else ():
             path = self.mask_folder / f"{region}.mat"
-            try: fault = None if read_mat_mask(path, size[1], size[0]).any() else ("empty mask", "it covers no pixel")
-            except FileNotFoundError: fault = "missing mask", "no such file"
-            except Exception as error: fault = "broken mask", str(error).removeprefix(f"{path}: ")
-            if fault: findings.append(Finding(fault[0], f"{self.place}/{region}.mat", fault[1]))
+            try:
+                fault = (
+                    None
+                    if read_mat_mask(path, size[1], size[0]).any()
+                    else ("empty mask", "it covers no pixel")
+                )
+            except FileNotFoundError:
+                fault = "missing mask", "no such file"
+            except Exception as error:
+                fault = "broken mask", str(error).removeprefix(f"{path}: ")
+            if fault:
+                findings.append(Finding(fault[0], f"{self.place}/{region}.mat", fault[1]))
         return findings, digest
 
 
 def _referit_jobs(copy: _ReferItCopy, images: bool) -> list[_ReferItJob]:
     "A job for each image, with its regions; a folder that is missing as a whole is one finding."
     from refseg_nb.data.referit import _first
+
     regions = defaultdict(dict)
-    for ref in copy.refs: regions[ref["image_id"]][ref["ann_id"]] = True
+    for ref in copy.refs:
+        regions[ref["image_id"]][ref["ann_id"]] = True
     folders = [_first(copy.folder, (name, f"referit-dataset/{name}")) for name in ("images", "mask")]
-    places, there = [folder.relative_to(copy.root).as_posix() for folder in folders], [folder.is_dir() for folder in folders]
-    if images and regions and not there[0]: copy.say("missing image", places[0], f"no such folder: {len(regions):,} images are missing")
-    if regions and not there[1]: copy.say("missing mask", places[1], f"no such folder: {sum(map(len, regions.values())):,} masks are missing")
-    return [_ReferItJob(i, copy.sizes.get(i), folders[0], images and there[0], f"{places[0]}/{i}.jpg", folders[1], places[1], tuple(keys) if there[1] else ())
-            for i, keys in regions.items()]
+    places, there = (
+        [folder.relative_to(copy.root).as_posix() for folder in folders],
+        [folder.is_dir() for folder in folders],
+    )
+    if images and regions and not there[0]:
+        copy.say("missing image", places[0], f"no such folder: {len(regions):,} images are missing")
+    if regions and not there[1]:
+        copy.say(
+            "missing mask",
+            places[1],
+            f"no such folder: {sum(map(len, regions.values())):,} masks are missing",
+        )
+    return [
+        _ReferItJob(
+            i,
+            copy.sizes.get(i),
+            folders[0],
+            images and there[0],
+            f"{places[0]}/{i}.jpg",
+            folders[1],
+            places[1],
+            tuple(keys) if there[1] else (),
+        )
+        for i, keys in regions.items()
+    ]
 
 
 def _referit_counts(copy: _ReferItCopy) -> CountReport:
     "The counts of the query files beside the published ones."
     from refseg_nb.data.referit import PUBLISHED_REFERIT
-    name, whats, zero = f"{copy.name} ({copy.split_by})", ("images", "refs", "expressions"), {"images": 0, "refs": 0, "expressions": 0}
-    found = {split: dict(zip(whats, (len({key.split("_")[0] for key in queries}), len(queries), sum(map(len, queries.values())))))
-             for split, queries in copy.queries.items()}
-    published = {split: dict(zip(whats, row["files"])) for split, row in PUBLISHED_REFERIT.items()} if copy.name == "referit" else {}
-    rows = [{"split": s, "found": found.get(s, zero), "published": published.get(s, {})} for s in dict.fromkeys([*published, *found])]
-    if not published: return CountReport(name, "unpublished", "no counts are published for it, so there is nothing to compare with", rows)
-    differ = sorted(((r["found"][what] <= want, f"{r['split']} has {r['found'][what]:,} {what}, published are {want:,}")
-                     for r in rows for what, want in r["published"].items() if r["found"][what] != want), key=lambda d: d[0])  # too many come first
-    if not differ: return CountReport(name, "whole", "every count is the published one", rows)
+
+    name, whats, zero = (
+        f"{copy.name} ({copy.split_by})",
+        ("images", "refs", "expressions"),
+        {"images": 0, "refs": 0, "expressions": 0},
+    )
+    found = {
+        split: dict(
+            zip(
+                whats,
+                (len({key.split("_")[0] for key in queries}), len(queries), sum(map(len, queries.values()))),
+            )
+        )
+        for split, queries in copy.queries.items()
+    }
+    published = (
+        {split: dict(zip(whats, row["files"])) for split, row in PUBLISHED_REFERIT.items()}
+        if copy.name == "referit"
+        else {}
+    )
+    rows = [
+        {"split": s, "found": found.get(s, zero), "published": published.get(s, {})}
+        for s in dict.fromkeys([*published, *found])
+    ]
+    if not published:
+        return CountReport(
+            name, "unpublished", "no counts are published for it, so there is nothing to compare with", rows
+        )
+    differ = sorted(
+        (
+            (
+                r["found"][what] <= want,
+                f"{r['split']} has {r['found'][what]:,} {what}, published are {want:,}",
+            )
+            # too many come first
+            for r in rows
+            for what, want in r["published"].items()
+            if r["found"][what] != want
+        ),
+        key=lambda d: d[0],
+    )
+    if not differ:
+        return CountReport(name, "whole", "every count is the published one", rows)
     [(fewer, message), *_] = differ
-    return CountReport(name, "part" if fewer else "wrong", f"it is {'only a part of' if fewer else 'not'} the published data set: {message}", rows)
+    return CountReport(
+        name,
+        "part" if fewer else "wrong",
+        f"it is {'only a part of' if fewer else 'not'} the published data set: {message}",
+        rows,
+    )
 
 # %% ../../nbs/03e_verify.ipynb #071
 @dataclass
 class VerifyReport:
     "What `verify` found out about a copy of a data set."
-    name: str                 # of the data set
-    split_by: str             # the partition
-    findings: list[Finding]   # in the order of the checks
-    counts: CountReport       # found and published numbers of each split
-    checked: dict[str, int]   # how many image files, masks, refs and expressions were looked at
-    files: dict[str, str] = field(default_factory=dict)  # file -> SHA-256; "images" stands for all sound image files
-    seconds: float = 0.
+
+    name: str  # of the data set
+    split_by: str  # the partition
+    findings: list[Finding]  # in the order of the checks
+    counts: CountReport  # found and published numbers of each split
+    checked: dict[str, int]  # how many image files, masks, refs and expressions were looked at
+    # file -> SHA-256; "images" stands for all sound image files
+    files: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def status(self) -> str:
         "`ok`, `part` or `faulty`."
-        if self.findings: return "faulty"
+        if self.findings:
+            return "faulty"
         own_partition = self.counts.status == "unpublished" and self.name in {name for name, _ in PUBLISHED}
         return "part" if self.counts.status == "part" or own_partition else "ok"
 
     @property
-    def ok(self) -> bool: return self.status == "ok"
+    def ok(self) -> bool:
+        return self.status == "ok"
 
     @property
     def rows(self) -> list[dict]:
@@ -515,7 +823,10 @@ class VerifyReport:
         return {kind: number[kind] for kind in KINDS if kind in number}
 
     def __str__(self):
-        lines = [f"{self.name} ({self.split_by}): {self.status}; {self.counts.message}", *str(self.counts).splitlines()[1:]]
+        lines = [
+            f"{self.name} ({self.split_by}): {self.status}; {self.counts.message}",
+            *str(self.counts).splitlines()[1:],
+        ]
         lines.append("  looked at " + ", ".join(f"{n:,} {what}" for what, n in self.checked.items()))
         for kind, n in self.kinds.items():
             lines.append(f"  {kind} ({n:,}): {KINDS[kind]}")
@@ -525,145 +836,228 @@ class VerifyReport:
 
     def record(self) -> dict:
         "The report as plain data, with no path of this machine in it."
-        return {"data": self.name, "split_by": self.split_by, "status": self.status, "counts": asdict(self.counts), "checked": self.checked,
-                "kinds": self.kinds, "findings": [asdict(finding) for finding in self.findings], "sha256": self.files,
-                "seconds": round(self.seconds, 2), "refseg_nb": __version__, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        return {
+            "data": self.name,
+            "split_by": self.split_by,
+            "status": self.status,
+            "counts": asdict(self.counts),
+            "checked": self.checked,
+            "kinds": self.kinds,
+            "findings": [asdict(finding) for finding in self.findings],
+            "sha256": self.files,
+            "seconds": round(self.seconds, 2),
+            "refseg_nb": __version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
 
     def save(
         self,
         path: str | Path,  # of the JSON file
-    ) -> Path:             # the same
+    ) -> Path:  # the same
         "Write the record as a whole."
-        path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, (json.dumps(self.record(), indent=1) + "\n").encode())
         return path
 
 # %% ../../nbs/03e_verify.ipynb #074
 def _refer_counts(copy: _ReferCopy) -> CountReport:
     "The counts beside the published ones."
-    try: return verify_counts(copy)
+    try:
+        return verify_counts(copy)
     except Exception as error:  # RefShapes keeps its counts in a file of its own, which may be damaged, too
-        copy.say("unreadable file", f"{copy.name}/refshapes.json", f"no usable counts in it ({type(error).__name__})")
-        return CountReport(f"{copy.name} ({copy.split_by})", "unpublished", "the recorded counts cannot be read")
+        copy.say(
+            "unreadable file",
+            f"{copy.name}/refshapes.json",
+            f"no usable counts in it ({type(error).__name__})",
+        )
+        return CountReport(
+            f"{copy.name} ({copy.split_by})", "unpublished", "the recorded counts cannot be read"
+        )
 
 
 def verify(
-    root: str | Path,             # the folder that holds `<name>/` and `images/`
-    name: str,                    # refcoco, refcoco+, refcocog, refclef, referit, refshapes, refshapes+, or a folder of your own
+    root: str | Path,  # the folder that holds `<name>/` and `images/`
+    # refcoco, refcoco+, refcocog, refclef, referit, refshapes, refshapes+, or a folder of your own
+    name: str,
     split_by: str | None = None,  # the partition, as `Refer` takes it
-    images: bool = True,          # open the image files; without them, only records and masks are checked
-    workers: int | None = None,   # processes; by default one a core where there are more than 1,000 images
-    progress: bool = True,        # show a bar
-) -> VerifyReport:                # has `findings`, `status`, `rows`; prints as a table
+    images: bool = True,  # open the image files; without them, only records and masks are checked
+    workers: int | None = None,  # processes; by default one a core where there are more than 1,000 images
+    progress: bool = True,  # show a bar
+) -> VerifyReport:  # has `findings`, `status`, `rows`; prints as a table
     "Look at every file, record and mask of a data set, and list all that is wrong."
     start, root = time.perf_counter(), Path(root).expanduser()
-    if berkeley := _is_berkeley(root / name): copy = _ReferItCopy(root, name)
-    else: copy = _ReferCopy(root, name, split_by); _check_links(copy)
+    if berkeley := _is_berkeley(root / name):
+        copy = _ReferItCopy(root, name)
+    else:
+        copy = _ReferCopy(root, name, split_by)
+        _check_links(copy)
     _check_splits(copy)
     jobs = (_referit_jobs if berkeley else _refer_jobs)(copy, images)
     results = _check_all(jobs, workers, progress)
     copy.findings += [finding for findings, _ in results for finding in findings]
     digests = {job.image_id: (job.file, digest) for job, (_, digest) in zip(jobs, results) if digest}
     _check_pictures(copy, digests)
-    if digests: copy.files["images"] = hashlib.sha256("".join(f"{n} {d}\n" for n, d in sorted(digests.values())).encode("utf-8", "replace")).hexdigest()
+    if digests:
+        copy.files["images"] = hashlib.sha256(
+            "".join(f"{n} {d}\n" for n, d in sorted(digests.values())).encode("utf-8", "replace")
+        ).hexdigest()
     counts = (_referit_counts if berkeley else _refer_counts)(copy)
-    if counts.status == "wrong": copy.say("wrong counts", copy.refs_file, counts.message)
-    checked = {"image files": sum(job.look for job in jobs), "masks": sum(job.masks for job in jobs), "refs": len(copy.refs),
-               "expressions": sum(len(ref["sentences"]) for ref in copy.refs)}
-    return VerifyReport(name, copy.split_by, copy.findings, counts, checked, copy.files, time.perf_counter() - start)
+    if counts.status == "wrong":
+        copy.say("wrong counts", copy.refs_file, counts.message)
+    checked = {
+        "image files": sum(job.look for job in jobs),
+        "masks": sum(job.masks for job in jobs),
+        "refs": len(copy.refs),
+        "expressions": sum(len(ref["sentences"]) for ref in copy.refs),
+    }
+    return VerifyReport(
+        name, copy.split_by, copy.findings, counts, checked, copy.files, time.perf_counter() - start
+    )
 
 # %% ../../nbs/03e_verify.ipynb #093
-COCO_SETS = ("refcoco", "refcoco+", "refcocog")   # their images are all in COCO's train2014
+COCO_SETS = ("refcoco", "refcoco+", "refcocog")  # their images are all in COCO's train2014
 FILTER_PARTITIONS = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "google"), ("refcocog", "umd"))
-FILTER_IMAGES = 10_113                            # images in a val or test split of one of these: the usual leak filter
+FILTER_IMAGES = 10_113  # images in a val or test split of one of these: the usual leak filter
 
 
 @dataclass(frozen=True, slots=True)
 class Leak:
     "Held-out images of one data set that another trains on."
-    train: str            # data set and partition that trains on them
-    held_out: str         # data set and partition that holds them out
-    split: str            # the held-out split
+
+    train: str  # data set and partition that trains on them
+    held_out: str  # data set and partition that holds them out
+    split: str  # the held-out split
     ids: tuple[int, ...]  # of the images, sorted
-    images: int           # in the held-out split
+    images: int  # in the held-out split
 
     @property
-    def share(self) -> float: return len(self.ids) / self.images
+    def share(self) -> float:
+        return len(self.ids) / self.images
 
-    def __str__(self): return f"{self.train} trains on {len(self.ids):,} of the {self.images:,} images ({self.share:.1%}) of {self.held_out} {self.split}"
+    def __str__(self):
+        return f"{self.train} trains on {len(self.ids):,} of the {self.images:,} images ({self.share:.1%}) of {self.held_out} {self.split}"
 
 
 @dataclass
 class LeakageReport:
     "The images of each split of several data sets, and what they share."
+
     splits: dict[tuple[str, str], dict[str, frozenset[int]]]  # (data set, partition) -> split -> image ids
 
     @property
     def leaks(self) -> list[Leak]:
         "Every training set that has images of a held-out split."
-        held_out = [(f"{name} ({by})", split, ids) for (name, by), splits in self.splits.items() for split, ids in splits.items() if split != "train"]
-        found = [Leak(f"{name} ({by})", other, split, tuple(sorted(splits["train"] & ids)), len(ids))
-                 for (name, by), splits in self.splits.items() if "train" in splits for other, split, ids in held_out]
+        held_out = [
+            (f"{name} ({by})", split, ids)
+            for (name, by), splits in self.splits.items()
+            for split, ids in splits.items()
+            if split != "train"
+        ]
+        found = [
+            Leak(f"{name} ({by})", other, split, tuple(sorted(splits["train"] & ids)), len(ids))
+            for (name, by), splits in self.splits.items()
+            if "train" in splits
+            for other, split, ids in held_out
+        ]
         return [leak for leak in found if leak.ids]
 
     @property
     def filter_ids(self) -> list[int]:
         "The leak filter: images of a val or test split of a published partition, sorted."
-        return sorted(set().union(*(ids for key in FILTER_PARTITIONS for split, ids in self.splits.get(key, {}).items() if split != "train")))
+        return sorted(
+            set().union(
+                *(
+                    ids
+                    for key in FILTER_PARTITIONS
+                    for split, ids in self.splits.get(key, {}).items()
+                    if split != "train"
+                )
+            )
+        )
 
     @property
     def missing(self) -> list[str]:
         "The held-out splits that are not here, or not as a whole: then the filter is only a part."
-        return [f"{name} ({by}) {split}" for name, by in FILTER_PARTITIONS for split, (images, _, _) in PUBLISHED[name, by].items()
-                if split != "train" and len(self.splits.get((name, by), {}).get(split, ())) != images]
+        return [
+            f"{name} ({by}) {split}"
+            for name, by in FILTER_PARTITIONS
+            for split, (images, _, _) in PUBLISHED[name, by].items()
+            if split != "train" and len(self.splits.get((name, by), {}).get(split, ())) != images
+        ]
 
     @property
-    def whole(self) -> bool: return not self.missing and len(self.filter_ids) == FILTER_IMAGES
+    def whole(self) -> bool:
+        return not self.missing and len(self.filter_ids) == FILTER_IMAGES
 
     def filter_text(self) -> str:
         "A sentence on the leak filter."
         n = f"the leak filter has {len(self.filter_ids):,} of {FILTER_IMAGES:,} image ids"
-        if self.missing: return f"{n}: only a part, for {len(self.missing)} of the val and test splits are missing or not whole, such as {self.missing[0]}"
-        return f"{n}: it is whole" if self.whole else f"{n}, though every split has its published number of images: these are other images"
+        if self.missing:
+            return f"{n}: only a part, for {len(self.missing)} of the val and test splits are missing or not whole, such as {self.missing[0]}"
+        return (
+            f"{n}: it is whole"
+            if self.whole
+            else f"{n}, though every split has its published number of images: these are other images"
+        )
 
     def write_filter(
         self,
         path: str | Path,  # of the text file, one id a line
-    ) -> str:              # a sentence: the whole published filter, or only a part
+    ) -> str:  # a sentence: the whole published filter, or only a part
         "Write the image ids that a pretraining on COCO must leave out."
-        if not self.filter_ids: raise ValueError("no val or test split of refcoco, refcoco+ or refcocog is here: there is nothing to filter out")
-        path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.filter_ids:
+            raise ValueError(
+                "no val or test split of refcoco, refcoco+ or refcocog is here: there is nothing to filter out"
+            )
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, "".join(f"{i}\n" for i in self.filter_ids).encode())
         return self.filter_text()
 
     def __str__(self):
-        lines = [f"{name} ({by}): {', '.join(f'{split} {len(ids):,}' for split, ids in splits.items())} images" for (name, by), splits in self.splits.items()]
+        lines = [
+            f"{name} ({by}): {', '.join(f'{split} {len(ids):,}' for split, ids in splits.items())} images"
+            for (name, by), splits in self.splits.items()
+        ]
         lines += [str(leak) for leak in self.leaks] or ["no training set has an image of a held-out split"]
         if {name for name, _ in self.splits} <= set(COCO_SETS):
-            lines += ["all of these images are in COCO's train2014: a backbone that was trained there has seen them, unless they were filtered out",
-                      self.filter_text()]
+            lines += [
+                "all of these images are in COCO's train2014: a backbone that was trained there has seen them, unless they were filtered out",
+                self.filter_text(),
+            ]
         return "\n".join(lines)
 
 
 def leakage(
-    root: str | Path,                # the folder of the data sets
-    names: list[str] | None = None,  # data sets that share their images; by default refcoco, refcoco+ and refcocog where they are there
-) -> LeakageReport:                  # every partition of them that is there
+    root: str | Path,  # the folder of the data sets
+    # data sets that share their images; by default refcoco, refcoco+ and refcocog where they are there
+    names: list[str] | None = None,
+) -> LeakageReport:  # every partition of them that is there
     "Which held-out images of one data set are in the training set of another?"
     root = Path(root).expanduser()
     names = list(names or [name for name in COCO_SETS if list((root / name).glob("refs(*).p"))])
-    if not names: raise FileNotFoundError(f"{root}: none of {', '.join(COCO_SETS)} is here with a refs file")
+    if not names:
+        raise FileNotFoundError(f"{root}: none of {', '.join(COCO_SETS)} is here with a refs file")
     if len({image_folder_of(name) for name in names}) > 1:
-        raise ValueError(f"{', '.join(names)} have their images in different folders: their image ids cannot be compared")
+        raise ValueError(
+            f"{', '.join(names)} have their images in different folders: their image ids cannot be compared"
+        )
     splits = {}
     for name in names:
         paths = sorted((root / name).glob("refs(*).p"))
-        if not paths: raise FileNotFoundError(f"{root / name}: no refs(<partition>).p here")
+        if not paths:
+            raise FileNotFoundError(f"{root / name}: no refs(<partition>).p here")
         for path in paths:
             found = defaultdict(set)
             for number, ref in enumerate(load_pickle(path)):
                 if type(ref.get("image_id")) is not int or type(ref.get("split")) is not str:
-                    raise ReferError(f"{path}: number {number} of its refs has no 'image_id' and 'split'; `verify` lists what is wrong")
+                    raise ReferError(
+                        f"{path}: number {number} of its refs has no 'image_id' and 'split'; `verify` lists what is wrong"
+                    )
                 found[ref["split"]].add(ref["image_id"])
-            splits[name, path.name[5:-3]] = {split: frozenset(found[split]) for split in sorted(found, key=lambda s: (s != "train", s != "val", s))}
+            splits[name, path.name[5:-3]] = {
+                split: frozenset(found[split])
+                for split in sorted(found, key=lambda s: (s != "train", s != "val", s))
+            }
     return LeakageReport(splits)

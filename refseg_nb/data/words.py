@@ -33,8 +33,8 @@ _SPECIALS = ["<pad>", "<unk>"]
 
 
 def tokenize(
-    text: str,        # an expression, as typed
-) -> list[str]:       # its tokens, in lower case; digits and hyphens are kept
+    text: str,  # an expression, as typed
+) -> list[str]:  # its tokens, in lower case; digits and hyphens are kept
     "Split an expression into tokens: torchtext's `basic_english`."
     return get_tokenizer("basic_english")(text)
 
@@ -42,25 +42,29 @@ def tokenize(
 @dataclass(frozen=True)
 class EncodingReport:
     "What happened to the words of a list of expressions when they became numbers."
-    expressions: int   # how many
-    words: int         # tokens in them, before anything was cut
-    unknown: int       # tokens that the vocabulary does not know
-    empty: int         # expressions without a token: they became one unknown word
-    cut: int           # expressions that were longer than `max_words`
-    longest: int       # tokens in the longest
-    max_words: int     # the limit
+
+    expressions: int  # how many
+    words: int  # tokens in them, before anything was cut
+    unknown: int  # tokens that the vocabulary does not know
+    empty: int  # expressions without a token: they became one unknown word
+    cut: int  # expressions that were longer than `max_words`
+    longest: int  # tokens in the longest
+    max_words: int  # the limit
 
     def __str__(self):
-        return (f"{self.expressions:,} expressions of {self.words / max(self.expressions, 1):.2f} words; {self.unknown:,} of {self.words:,} words unknown, "
-                f"{self.empty:,} expressions empty, {self.cut:,} cut at {self.max_words} words (the longest has {self.longest})")
+        return (
+            f"{self.expressions:,} expressions of {self.words / max(self.expressions, 1):.2f} words; {self.unknown:,} of {self.words:,} words unknown, "
+            f"{self.empty:,} expressions empty, {self.cut:,} cut at {self.max_words} words (the longest has {self.longest})"
+        )
 
 # %% ../../nbs/04_words.ipynb #019
 class Vocabulary:
     "The words a model knows, each with its number: torchtext's `Vocab` with `<pad>` = 0 and `<unk>` = 1."
+
     def __init__(
         self,
-        counts: Counter,      # how often each token occurs in the training expressions
-        min_freq: int = 1,    # rarer tokens are left out
+        counts: Counter,  # how often each token occurs in the training expressions
+        min_freq: int = 1,  # rarer tokens are left out
     ):
         self.min_freq = min_freq
         self.vocab = Vocab(counts, min_freq=min_freq, specials=_SPECIALS)
@@ -68,8 +72,8 @@ class Vocabulary:
     @classmethod
     def build(
         cls,
-        sentences,             # expressions, as strings
-        min_freq: int = 1,     # rarer tokens are left out
+        sentences,  # expressions, as strings
+        min_freq: int = 1,  # rarer tokens are left out
     ) -> "Vocabulary":
         "Count the tokens of the expressions; the most frequent word gets number 2, ties go by the alphabet."
         return cls(Counter(token for sentence in sentences for token in tokenize(sentence)), min_freq)
@@ -79,9 +83,15 @@ class Vocabulary:
         "The words in the order of their numbers."
         return self.vocab.itos
 
-    def __len__(self): return len(self.vocab)
-    def __contains__(self, token): return token in self.vocab.stoi and token not in _SPECIALS
-    def __eq__(self, other): return isinstance(other, Vocabulary) and self.itos == other.itos
+    def __len__(self):
+        return len(self.vocab)
+
+    def __contains__(self, token):
+        return token in self.vocab.stoi and token not in _SPECIALS
+
+    def __eq__(self, other):
+        return isinstance(other, Vocabulary) and self.itos == other.itos
+
     __hash__ = None
 
     def number(self, token: str) -> int:
@@ -90,48 +100,64 @@ class Vocabulary:
 
     def encode(
         self,
-        text: str,              # an expression
-        max_words: int = 25,    # longer ones are cut
-    ) -> list[int]:             # between 1 and `max_words` numbers, none of them PAD
+        text: str,  # an expression
+        max_words: int = 25,  # longer ones are cut
+    ) -> list[int]:  # between 1 and `max_words` numbers, none of them PAD
         "The numbers of an expression's words; an empty expression is one unknown word."
         return [self.number(token) for token in tokenize(text)[:max_words]] or [UNK]
 
     def encode_all(
         self,
-        texts: list[str],       # expressions
-        max_words: int = 25,    # longer ones are cut
+        texts: list[str],  # expressions
+        max_words: int = 25,  # longer ones are cut
     ) -> tuple[list[list[int]], EncodingReport]:  # their numbers, and what was unknown, empty or cut
         "Encode many expressions and say what was lost."
         tokens = [tokenize(text) for text in texts]
         lengths = [len(t) for t in tokens]
-        report = EncodingReport(len(texts), sum(lengths), sum(token not in self for t in tokens for token in t), lengths.count(0),
-                                sum(n > max_words for n in lengths), max(lengths, default=0), max_words)
+        report = EncodingReport(
+            len(texts),
+            sum(lengths),
+            sum(token not in self for t in tokens for token in t),
+            lengths.count(0),
+            sum(n > max_words for n in lengths),
+            max(lengths, default=0),
+            max_words,
+        )
         return [[self.number(token) for token in t[:max_words]] or [UNK] for t in tokens], report
 
     def decode(
         self,
-        numbers,        # words of one expression: list of int, or Tensor [T]
-    ) -> str:           # the words, joined by spaces; padding is left out
+        numbers,  # words of one expression: list of int, or Tensor [T]
+    ) -> str:  # the words, joined by spaces; padding is left out
         "Back to words, as the model saw them."
         return " ".join(self.itos[int(i)] for i in numbers if int(i) != PAD)
 
     def to_json(self) -> str:
         "The vocabulary as JSON: the words in order, and how often each occurred."
-        words = self.itos[len(_SPECIALS):]
-        return json.dumps({"words": words, "counts": [self.vocab.freqs[word] for word in words], "min_freq": self.min_freq}, ensure_ascii=False)
+        words = self.itos[len(_SPECIALS) :]
+        return json.dumps(
+            {"words": words, "counts": [self.vocab.freqs[word] for word in words], "min_freq": self.min_freq},
+            ensure_ascii=False,
+        )
 
     @classmethod
     def from_json(
         cls,
-        text: str,       # from `to_json`
+        text: str,  # from `to_json`
     ) -> "Vocabulary":
         "Read a vocabulary back; every word gets the number it had."
         try:
             data = json.loads(text)
             words, counts, min_freq = data["words"], data["counts"], data["min_freq"]
             vocabulary = cls(Counter(dict(zip(words, counts, strict=True))), min_freq)
-        except Exception as error: raise ValueError(f"not a vocabulary as to_json writes it ({type(error).__name__}: {error})") from error
-        if vocabulary.itos[len(_SPECIALS):] != words: raise ValueError("not a vocabulary as to_json writes it: its words are not in the order of their counts")
+        except Exception as error:
+            raise ValueError(
+                f"not a vocabulary as to_json writes it ({type(error).__name__}: {error})"
+            ) from error
+        if vocabulary.itos[len(_SPECIALS) :] != words:
+            raise ValueError(
+                "not a vocabulary as to_json writes it: its words are not in the order of their counts"
+            )
         return vocabulary
 
     @property
@@ -139,14 +165,17 @@ class Vocabulary:
         "Twelve characters that change when any word or its number does."
         return hashlib.sha256("\n".join(self.itos).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
-    def __repr__(self): return f"Vocabulary({len(self):,} words: {', '.join(self.itos[2:7])}, ...)"
+    def __repr__(self):
+        return f"Vocabulary({len(self):,} words: {', '.join(self.itos[2:7])}, ...)"
 
 # %% ../../nbs/04_words.ipynb #028
 def pad_words(
-    numbers: list[list[int]],   # B encoded expressions
-) -> torch.Tensor:              # [B, T] long; T = the longest of them
+    numbers: list[list[int]],  # B encoded expressions
+) -> torch.Tensor:  # [B, T] long; T = the longest of them
     "Stack expressions of different lengths, filled up with PAD."
-    return pad_sequence([torch.tensor(n, dtype=torch.long) for n in numbers], batch_first=True, padding_value=PAD)
+    return pad_sequence(
+        [torch.tensor(n, dtype=torch.long) for n in numbers], batch_first=True, padding_value=PAD
+    )
 
 # %% ../../nbs/04_words.ipynb #032
 def _writable(folder: Path) -> bool:
@@ -156,39 +185,50 @@ def _writable(folder: Path) -> bool:
 
 def _store(path: Path, data: bytes) -> bool:
     "Write a file as a whole where that is possible; a read-only data set is no error."
-    if not _writable(path.parent): return False
-    try: _replace(path, data)
-    except OSError: return False
+    if not _writable(path.parent):
+        return False
+    try:
+        _replace(path, data)
+    except OSError:
+        return False
     return True
 
 
 def vocabulary_for(
-    refer: Refer,            # the data set
-    split: str = "train",    # whose expressions are counted
-    min_freq: int = 1,       # rarer tokens are left out
-) -> Vocabulary:             # the same for the same expressions
+    refer: Refer,  # the data set
+    split: str = "train",  # whose expressions are counted
+    min_freq: int = 1,  # rarer tokens are left out
+) -> Vocabulary:  # the same for the same expressions
     "The vocabulary of a data set: built once, kept beside it as `vocabulary(<partition>,<split>).json`, and built anew when the expressions change."
     texts = [sample.sentence.sent for sample in refer.samples(split)]
     key = hashlib.sha256(json.dumps([min_freq, texts]).encode()).hexdigest()
     path = refer.folder / f"vocabulary({refer.split_by},{split}).json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["of"] == key: return Vocabulary.from_json(json.dumps(data["vocabulary"]))
-    except (OSError, ValueError, KeyError, TypeError): pass  # not there, or not readable: it is built anew
+        if data["of"] == key:
+            return Vocabulary.from_json(json.dumps(data["vocabulary"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or not readable: it is built anew
     vocabulary = Vocabulary.build(texts, min_freq)
-    _store(path, json.dumps({"of": key, "vocabulary": json.loads(vocabulary.to_json())}, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    _store(
+        path,
+        json.dumps({"of": key, "vocabulary": json.loads(vocabulary.to_json())}, ensure_ascii=False).encode(
+            "utf-8", "surrogatepass"
+        ),
+    )
     return vocabulary
 
 # %% ../../nbs/04_words.ipynb #046
 @dataclass(frozen=True)
 class Coverage:
     "How much of a vocabulary has a pretrained vector."
-    source: str            # the file of the vectors
-    dim: int               # numbers in each vector, D
-    types: int             # words of the vocabulary, `<pad>` and `<unk>` not counted
-    types_found: int       # those with a vector
-    tokens: int            # their occurrences in the training expressions
-    tokens_found: int      # those with a vector
+
+    source: str  # the file of the vectors
+    dim: int  # numbers in each vector, D
+    types: int  # words of the vocabulary, `<pad>` and `<unk>` not counted
+    types_found: int  # those with a vector
+    tokens: int  # their occurrences in the training expressions
+    tokens_found: int  # those with a vector
     missing: tuple[str, ...] = ()  # the most frequent words without one
 
     def __str__(self):
@@ -207,25 +247,30 @@ def _open_vectors(path: Path, member: str):
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             texts = [name for name in archive.namelist() if name.endswith(".txt")]
-            if member not in texts and len(texts) != 1: raise VectorsError(f"holds {', '.join(texts) or 'no .txt file'}, but not {member}")
-            with archive.open(member if member in texts else texts[0]) as lines: yield lines
+            if member not in texts and len(texts) != 1:
+                raise VectorsError(f"holds {', '.join(texts) or 'no .txt file'}, but not {member}")
+            with archive.open(member if member in texts else texts[0]) as lines:
+                yield lines
     else:
-        with open(path, "rb") as lines: yield lines
+        with open(path, "rb") as lines:
+            yield lines
 
 
 def filter_vectors(
-    path: str | Path,           # word vectors in GloVe's text format, a word and D numbers a line: .txt, or .zip that holds it
-    wanted: set[str],           # the words to keep
-    out: str | Path,            # where the kept lines go
+    # word vectors in GloVe's text format, a word and D numbers a line: .txt, or .zip that holds it
+    path: str | Path,
+    wanted: set[str],  # the words to keep
+    out: str | Path,  # where the kept lines go
     member: str | None = None,  # which text file of a zip; by default the one of the same name
-) -> int:                       # how many were kept
+) -> int:  # how many were kept
     "Copy the lines of the wanted words, in one pass that holds one line at a time in memory."
     keys, kept = {word.encode("utf-8", "surrogatepass") for word in wanted}, 0
     with _open_vectors(Path(path), member or f"{Path(path).stem}.txt") as lines, open(out, "wb") as file:
         for line in lines:
             word = line.split(b" ", 1)[0]
             if word in keys:
-                keys.discard(word); kept += 1
+                keys.discard(word)
+                kept += 1
                 file.write(line.rstrip() + b"\n")
     return kept
 
@@ -233,35 +278,49 @@ def filter_vectors(
 def _parse(path: Path) -> Vectors:
     "torchtext's parser, with its side effects undone: it switches off the checking of TLS certificates for the whole process, and it reports on stderr."
     import ssl
+
     context = ssl._create_default_https_context
     try:
-        with redirect_stderr(StringIO()): return Vectors(str(path), cache=str(path.parent / "cache"))
-    finally: ssl._create_default_https_context = context
+        with redirect_stderr(StringIO()):
+            return Vectors(str(path), cache=str(path.parent / "cache"))
+    finally:
+        ssl._create_default_https_context = context
 
 
 def _locate(name: str, cache: Path) -> Path:
     "The file of a vector set that torchtext knows by name, downloaded if it is not there."
-    family, key = name.split(".")[0], ".".join(name.split(".")[1:-1])  # of glove.840B.300d, glove.twitter.27B.50d
+    # of glove.840B.300d, glove.twitter.27B.50d
+    family, key = name.split(".")[0], ".".join(name.split(".")[1:-1])
     if family != "glove" or key not in GloVe.url:
-        raise VectorsError(f"{name}: no such file, and no name of a vector set; "
-                           f"names are glove.<set>.<size>d with a set of {', '.join(GloVe.url)}, as in glove.840B.300d")
+        raise VectorsError(
+            f"{name}: no such file, and no name of a vector set; "
+            f"names are glove.<set>.<size>d with a set of {', '.join(GloVe.url)}, as in glove.840B.300d"
+        )
     url = GloVe.url[key]
     archive = cache / url.rsplit("/", 1)[-1]
     for path in (cache / f"{name}.txt", cache / f"{name}.zip", archive):
-        if path.is_file(): return path
+        if path.is_file():
+            return path
     cache.mkdir(parents=True, exist_ok=True)
-    try: torch.hub.download_url_to_file(url, str(archive), progress=True)
+    try:
+        torch.hub.download_url_to_file(url, str(archive), progress=True)
     except (OSError, RuntimeError, urllib.error.URLError) as error:
-        raise VectorsError(f"{name} could not be downloaded ({error}). Fetch {url} by other means and put it, zipped or not, into {cache}") from error
+        raise VectorsError(
+            f"{name} could not be downloaded ({error}). Fetch {url} by other means and put it, zipped or not, into {cache}"
+        ) from error
     return archive
 
 
 def load_vectors(
-    path_or_name: str | Path,         # a text file in GloVe's format (or a .zip of it), or a name as glove.840B.300d
-    vocabulary: Vocabulary,           # the words that are wanted
-    folder: str | Path | None = None, # the filtered vectors are kept here (the data set's folder), or nowhere
-    cache: str | Path | None = None,  # where downloads of named sets are: by default ~/.cache/refseg_nb/vectors
-) -> tuple[torch.Tensor, Coverage]:   # [V, D] float32; rows of words without a vector, `<pad>` and `<unk>` are zero
+    path_or_name: str | Path,  # a text file in GloVe's format (or a .zip of it), or a name as glove.840B.300d
+    vocabulary: Vocabulary,  # the words that are wanted
+    # the filtered vectors are kept here (the data set's folder), or nowhere
+    folder: str | Path | None = None,
+    # where downloads of named sets are: by default ~/.cache/refseg_nb/vectors
+    cache: str | Path | None = None,
+) -> tuple[
+    torch.Tensor, Coverage
+]:  # [V, D] float32; rows of words without a vector, `<pad>` and `<unk>` are zero
     "Pretrained vectors for the words of a vocabulary; the large file is read once, and the few rows that are needed are kept beside the data set."
     source = Path(path_or_name)
     stem = source.name.removesuffix(".txt").removesuffix(".zip")
@@ -273,26 +332,48 @@ def load_vectors(
             if stamp is None or record["stamp"] == stamp:
                 vectors = load_file(kept.with_name(kept.name + ".safetensors"))["vectors"]
                 coverage = Coverage(**record["coverage"] | {"missing": tuple(record["coverage"]["missing"])})
-                if vectors.shape == (len(vocabulary), coverage.dim): return vectors, coverage
-        except Exception: pass  # not there, or not whole: they are filtered anew
-    if stamp is None: source = _locate(str(path_or_name), Path(cache or Path.home() / ".cache" / "refseg_nb" / "vectors"))
-    words = vocabulary.itos[len(_SPECIALS):]
+                if vectors.shape == (len(vocabulary), coverage.dim):
+                    return vectors, coverage
+        except Exception:
+            pass  # not there, or not whole: they are filtered anew
+    if stamp is None:
+        source = _locate(str(path_or_name), Path(cache or Path.home() / ".cache" / "refseg_nb" / "vectors"))
+    words = vocabulary.itos[len(_SPECIALS) :]
     with tempfile.TemporaryDirectory() as temporary:
         part = Path(temporary) / "kept.txt"
         try:
             if not filter_vectors(source, set(words), part, f"{stem}.txt"):
-                raise VectorsError("has a vector for none of the words; is it a text file with a word and its numbers on each line?")
+                raise VectorsError(
+                    "has a vector for none of the words; is it a text file with a word and its numbers on each line?"
+                )
             table = _parse(part)
-        except VectorsError as error: raise VectorsError(f"{source}: {error}") from error
-        except Exception as error: raise VectorsError(f"{source}: not readable as word vectors ({type(error).__name__}: {error})") from error
+        except VectorsError as error:
+            raise VectorsError(f"{source}: {error}") from error
+        except Exception as error:
+            raise VectorsError(
+                f"{source}: not readable as word vectors ({type(error).__name__}: {error})"
+            ) from error
     vectors = torch.zeros(len(vocabulary), table.dim)
     for i, word in enumerate(words, start=len(_SPECIALS)):
-        if word in table.stoi: vectors[i] = table[word]
-    if not torch.isfinite(vectors).all(): raise VectorsError(f"{source}: holds a number that is not finite")
+        if word in table.stoi:
+            vectors[i] = table[word]
+    if not torch.isfinite(vectors).all():
+        raise VectorsError(f"{source}: holds a number that is not finite")
     counts = vocabulary.vocab.freqs
     missing = [word for word in words if word not in table.stoi]
     found = [word for word in words if word in table.stoi]
-    coverage = Coverage(source.name, table.dim, len(words), len(found), sum(counts[w] for w in words), sum(counts[w] for w in found), tuple(missing[:10]))
+    coverage = Coverage(
+        source.name,
+        table.dim,
+        len(words),
+        len(found),
+        sum(counts[w] for w in words),
+        sum(counts[w] for w in found),
+        tuple(missing[:10]),
+    )
     if kept is not None and _store(kept.with_name(kept.name + ".safetensors"), save({"vectors": vectors})):
-        _store(kept.with_name(kept.name + ".json"), json.dumps({"stamp": stamp, "coverage": coverage.__dict__}).encode())
+        _store(
+            kept.with_name(kept.name + ".json"),
+            json.dumps({"stamp": stamp, "coverage": coverage.__dict__}).encode(),
+        )
     return vectors, coverage

@@ -13,32 +13,41 @@ import numpy as np
 # %% ../../nbs/exercises/ch00.ipynb #005
 class TableScene:
     "Answers as `refseg_nb.inference.EncodedScene` does, from a table: phrase -> (mask, score)."
+
     def __init__(self, table):
         self.table, self.calls = table, 0
 
     def segment_all(self, phrases):
         self.calls += 1
         for phrase in phrases:
-            if not phrase.strip(): raise ValueError("the phrase is empty")
+            if not phrase.strip():
+                raise ValueError("the phrase is empty")
         pairs = [self.table[phrase] for phrase in phrases]
-        return [SimpleNamespace(phrase=p, mask=m, score=s if m.any() else 0., found=bool(m.any())) for p, (m, s) in zip(phrases, pairs)]
+        return [
+            SimpleNamespace(phrase=p, mask=m, score=s if m.any() else 0.0, found=bool(m.any()))
+            for p, (m, s) in zip(phrases, pairs)
+        ]
 
-    def segment(self, phrase): return self.segment_all([phrase])[0]
+    def segment(self, phrase):
+        return self.segment_all([phrase])[0]
 
 # %% ../../nbs/exercises/ch00.ipynb #008
 def check_best_phrase(fn):
     "Compare with the largest score of a random table."
     rng = np.random.default_rng(0)
     for n in (1, 2, 5):
-        phrases = [f"thing {i}" for i in range(n)]; scores = rng.permutation(n) / n + .05
-        scene = TableScene({p: (rng.random((4, 4)) < .9, float(s)) for p, s in zip(phrases, scores)})
+        phrases = [f"thing {i}" for i in range(n)]
+        scores = rng.permutation(n) / n + 0.05
+        scene = TableScene({p: (rng.random((4, 4)) < 0.9, float(s)) for p, s in zip(phrases, scores)})
         got = fn(scene, phrases)
         assert isinstance(got, tuple) and len(got) == 2, "return two values: the phrase and its score"
         want = phrases[int(scores.argmax())]
-        assert got[0] == want and np.isclose(got[1], scores.max()), f"the scores are {scores.round(2).tolist()}, so {want!r} is best, not {got[0]!r}"
+        assert got[0] == want and np.isclose(got[1], scores.max()), (
+            f"the scores are {scores.round(2).tolist()}, so {want!r} is best, not {got[0]!r}"
+        )
         assert scene.calls == 1, f"one pass is enough: you asked {scene.calls} times"
-    empty = TableScene({"a": (np.zeros((2, 2), bool), 0.), "b": (np.zeros((2, 2), bool), 0.)})
-    assert fn(empty, ["a", "b"]) == (None, 0.), "nothing was found for any phrase: return (None, 0.0)"
+    empty = TableScene({"a": (np.zeros((2, 2), bool), 0.0), "b": (np.zeros((2, 2), bool), 0.0)})
+    assert fn(empty, ["a", "b"]) == (None, 0.0), "nothing was found for any phrase: return (None, 0.0)"
     return "check_best_phrase: correct"
 
 # %% ../../nbs/exercises/ch00.ipynb #011
@@ -46,14 +55,20 @@ def check_word_effects(fn):
     "Compare with IoUs of random masks, some of them empty."
     rng = np.random.default_rng(0)
     for words in (["dog", "left"], ["the", "small", "red", "ball"]):
-        phrase = " ".join(words); shorter = [" ".join(words[:i] + words[i + 1:]) for i in range(len(words))]
-        for share in (.5, 0.):
-            table = {p: (rng.random((6, 5)) < share, .8) for p in (phrase, *shorter)}; whole = table[phrase][0]
+        phrase = " ".join(words)
+        shorter = [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))]
+        for share in (0.5, 0.0):
+            table = {p: (rng.random((6, 5)) < share, 0.8) for p in (phrase, *shorter)}
+            whole = table[phrase][0]
             unions = [(whole | table[p][0]).sum() for p in shorter]
-            want = [1 - (whole & table[p][0]).sum() / u if u else 0. for p, u in zip(shorter, unions)]
+            want = [1 - (whole & table[p][0]).sum() / u if u else 0.0 for p, u in zip(shorter, unions)]
             got = fn(TableScene(table), phrase)
             assert len(got) == len(words), f"one number a word: {len(words)}, not {len(got)}"
             assert np.isfinite(got).all(), "two empty masks are the same mask: their effect is 0, not NaN"
-            assert not np.allclose(got, 1 - np.array(want)) or np.allclose(want, .5), "that is the IoU: the effect is 1 - IoU"
-            assert np.allclose(got, want), f"for {phrase!r} the effects are {np.round(want, 2).tolist()}, not {np.round(got, 2).tolist()}"
+            assert not np.allclose(got, 1 - np.array(want)) or np.allclose(want, 0.5), (
+                "that is the IoU: the effect is 1 - IoU"
+            )
+            assert np.allclose(got, want), (
+                f"for {phrase!r} the effects are {np.round(want, 2).tolist()}, not {np.round(got, 2).tolist()}"
+            )
     return "check_word_effects: correct"

@@ -16,13 +16,18 @@ def check_visible_share(fn):
     "Compare with `occlude` on random silhouettes, one of them empty."
     rng = np.random.default_rng(0)
     for n in (1, 2, 5):
-        full = rng.random((n, 12, 9)) < .4
-        if n == 5: full[2] = False
-        wanted, got = occlude(full).sum((1, 2)) / np.maximum(full.sum((1, 2)), 1), np.asarray(fn(full.copy()), float)
+        full = rng.random((n, 12, 9)) < 0.4
+        if n == 5:
+            full[2] = False
+        wanted, got = (
+            occlude(full).sum((1, 2)) / np.maximum(full.sum((1, 2)), 1),
+            np.asarray(fn(full.copy()), float),
+        )
         assert got.shape == (n,), f"give one share a thing: {n} numbers, not shape {got.shape}"
         assert np.isfinite(got).all(), "an empty silhouette has share 0, not a division by zero"
         behind = occlude(full[::-1])[::-1].sum((1, 2)) / np.maximum(full.sum((1, 2)), 1)
-        if n > 1 and np.allclose(got, behind): raise AssertionError("front and back are swapped: the last thing is the one in front")
+        if n > 1 and np.allclose(got, behind):
+            raise AssertionError("front and back are swapped: the last thing is the one in front")
         assert np.allclose(got, wanted), f"shares {got.round(3)} should be {wanted.round(3)}"
     return "check_visible_share: correct"
 
@@ -31,11 +36,15 @@ def check_tight_box(fn):
     "Compare with pycocotools on random rectangles and on an empty mask."
     rng = np.random.default_rng(1)
     for _ in range(20):
-        mask = np.zeros((15, 22), bool); x0, y0 = rng.integers(0, 20), rng.integers(0, 13)
-        mask[y0:y0 + rng.integers(1, 9), x0:x0 + rng.integers(1, 9)] = True
-        x, y, w, h = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))); got = tuple(fn(mask.copy()))
-        if got == (x, y, x + w, y + h): raise AssertionError("the last two numbers are width and height, not the right bottom corner")
-        if got == (x, y, w - 1, h - 1): raise AssertionError("one pixel short: a box around one pixel has width 1 and height 1")
+        mask = np.zeros((15, 22), bool)
+        x0, y0 = rng.integers(0, 20), rng.integers(0, 13)
+        mask[y0 : y0 + rng.integers(1, 9), x0 : x0 + rng.integers(1, 9)] = True
+        x, y, w, h = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+        got = tuple(fn(mask.copy()))
+        if got == (x, y, x + w, y + h):
+            raise AssertionError("the last two numbers are width and height, not the right bottom corner")
+        if got == (x, y, w - 1, h - 1):
+            raise AssertionError("one pixel short: a box around one pixel has width 1 and height 1")
         assert got == (x, y, w, h), f"the box is {(int(x), int(y), int(w), int(h))}, not {got}"
     assert tuple(fn(np.zeros((4, 5), bool))) == (0, 0, 0, 0), "an empty mask has the box (0, 0, 0, 0)"
     return "check_tight_box: correct"
@@ -45,11 +54,16 @@ def check_octaves(fn):
     "Compare with counted areas; some masks are empty."
     rng = np.random.default_rng(2)
     for n in (2, 4, 7):
-        areas = rng.integers(1, 150, n); masks = np.zeros((n + 1, 12, 13), bool)
-        for m, a in zip(masks, areas): m.ravel()[:a] = True
+        areas = rng.integers(1, 150, n)
+        masks = np.zeros((n + 1, 12, 13), bool)
+        for m, a in zip(masks, areas):
+            m.ravel()[:a] = True
         wanted, got = np.log2(areas.max() / areas.min()), float(fn(masks.copy()))
         assert np.isfinite(got), "leave out masks without any pixel"
-        if areas.max() > areas.min() and np.isclose(got, wanted * np.log(2)): raise AssertionError("an octave is a factor of two: take the logarithm to base 2")
-        assert np.isclose(got, wanted), f"areas {sorted(areas.tolist())} span {wanted:.3f} octaves, not {got:.3f}"
+        if areas.max() > areas.min() and np.isclose(got, wanted * np.log(2)):
+            raise AssertionError("an octave is a factor of two: take the logarithm to base 2")
+        assert np.isclose(got, wanted), (
+            f"areas {sorted(areas.tolist())} span {wanted:.3f} octaves, not {got:.3f}"
+        )
     assert fn(np.zeros((3, 4, 4), bool)) == 0, "with fewer than two masks left the answer is 0"
     return "check_octaves: correct"

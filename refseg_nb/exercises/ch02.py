@@ -19,12 +19,22 @@ def check_right_of(fn):
         scene = sample_scene(3, index)
         for head in {t.category for t in scene.things}:
             for anchor, a in enumerate(scene.things):
-                right = [i for i, t in enumerate(scene.things) if t.category == head and i != anchor and t.x > a.x]
+                right = [
+                    i for i, t in enumerate(scene.things) if t.category == head and i != anchor and t.x > a.x
+                ]
                 got, wanted = fn(scene, head, anchor), right[0] if len(right) == 1 else None
-                if len(right) > 1 and got in right: raise AssertionError(f"{len(right)} are right of the anchor: the phrase is ambiguous, so answer None")
-                assert got == wanted, f"in scene (3, {index}) the only {head} right of thing {anchor} is {wanted}, not {got}"
-                if got is None: continue
-                others = [t.x for i, t in enumerate(scene.things) if t.category == head and i not in (got, anchor)]
+                if len(right) > 1 and got in right:
+                    raise AssertionError(
+                        f"{len(right)} are right of the anchor: the phrase is ambiguous, so answer None"
+                    )
+                assert got == wanted, (
+                    f"in scene (3, {index}) the only {head} right of thing {anchor} is {wanted}, not {got}"
+                )
+                if got is None:
+                    continue
+                others = [
+                    t.x for i, t in enumerate(scene.things) if t.category == head and i not in (got, anchor)
+                ]
                 assert all(x < scene.things[got].x for x in others), "this answer is not the rightmost one"
                 answers += 1
     return f"check_right_of: correct; all {answers} answers were the rightmost of their category"
@@ -35,9 +45,12 @@ def _words_in(text: str) -> int:
     tokens = text.replace("(", " ( ").replace(",", " ").replace(")", " ) ").split()
     total = 0
     for token, after in zip(tokens, tokens[1:] + [""]):
-        if after == "(": total += {"the": 0, "a": 0}.get(token, 1)
-        elif token in ("left", "right", "top", "bottom") and tokens[tokens.index(token) - 2] == "beside": total += 1
-        elif token == "2": total += 1
+        if after == "(":
+            total += {"the": 0, "a": 0}.get(token, 1)
+        elif token in ("left", "right", "top", "bottom") and tokens[tokens.index(token) - 2] == "beside":
+            total += 1
+        elif token == "2":
+            total += 1
         elif token[0].isalpha() and token not in ("left", "right", "top", "bottom", "biggest", "smallest"):
             total += len(token.split(".")) - (token.split(".")[0] in ("thing", "any"))
     return total
@@ -46,8 +59,20 @@ def _words_in(text: str) -> int:
 def check_count_words(fn):
     "Compare on programs of drawn scenes."
     rng = random.Random(0)
-    programs = [parse_program(t) for t in ("the(dog)", "most(left, 2, dog.red)", "beside(left, dog, the(tree))", "nearest(thing.red, a(ball.striped))")]
-    programs += [p for i in range(6) for p, _, _ in sorted(enumerate_programs(sample_scene(4, i)), key=lambda _: rng.random())[:25]]
+    programs = [
+        parse_program(t)
+        for t in (
+            "the(dog)",
+            "most(left, 2, dog.red)",
+            "beside(left, dog, the(tree))",
+            "nearest(thing.red, a(ball.striped))",
+        )
+    ]
+    programs += [
+        p
+        for i in range(6)
+        for p, _, _ in sorted(enumerate_programs(sample_scene(4, i)), key=lambda _: rng.random())[:25]
+    ]
     for p in programs:
         wanted, got = _words_in(str(p)), fn(p)
         assert got == wanted, f"{p} has {wanted} content words, not {got}"
@@ -59,10 +84,16 @@ def check_anchor_flips(fn):
     rng = random.Random(1)
     for n in (0, 1, 2, 3, 6, 9):
         for _ in range(10):
-            answers = [None if rng.random() < .3 else int(rng.random() * 3) for _ in range(n)]
-            clear = [a for a in answers if a is not None]; k = len(clear)
-            differ = sum(clear[i] != clear[j] for i in range(k) for j in range(i)); wanted = differ / (k * (k - 1) / 2) if k > 1 else 0.
-            try: got = fn(list(answers))
-            except ZeroDivisionError: raise AssertionError("with fewer than two clear answers there is no pair: answer 0") from None
-            assert abs(got - wanted) < 1e-9, f"for the answers {answers} the share is {wanted:.3f}, not {got:.3f}"
+            answers = [None if rng.random() < 0.3 else int(rng.random() * 3) for _ in range(n)]
+            clear = [a for a in answers if a is not None]
+            k = len(clear)
+            differ = sum(clear[i] != clear[j] for i in range(k) for j in range(i))
+            wanted = differ / (k * (k - 1) / 2) if k > 1 else 0.0
+            try:
+                got = fn(list(answers))
+            except ZeroDivisionError:
+                raise AssertionError("with fewer than two clear answers there is no pair: answer 0") from None
+            assert abs(got - wanted) < 1e-9, (
+                f"for the answers {answers} the share is {wanted:.3f}, not {got:.3f}"
+            )
     return "check_anchor_flips: correct"

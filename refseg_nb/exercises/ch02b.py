@@ -12,16 +12,26 @@ import numpy as np
 def check_union_reader(fn):
     "Compare with a loop over the pixels of random pictures."
     rng = np.random.default_rng(0)
-    pictures = [[rng.random((6, 7)) < share for share in rng.uniform(.1, .9, n)] for n in (1, 2, 4)]
+    pictures = [[rng.random((6, 7)) < share for share in rng.uniform(0.1, 0.9, n)] for n in (1, 2, 4)]
     ious, inter, union = [], 0, 0
     for masks in pictures:
         everything = np.zeros((6, 7), bool)
-        for mask in masks: everything |= mask
         for mask in masks:
-            i = sum(int(a and b) for a, b in zip(mask.flat, everything.flat)); u = sum(int(a or b) for a, b in zip(mask.flat, everything.flat))
-            ious.append(i / u); inter += i; union += u
+            everything |= mask
+        for mask in masks:
+            i = sum(int(a and b) for a, b in zip(mask.flat, everything.flat))
+            u = sum(int(a or b) for a, b in zip(mask.flat, everything.flat))
+            ious.append(i / u)
+            inter += i
+            union += u
     mean, overall = fn(pictures)
-    assert not (np.isclose(mean, inter / union) and np.isclose(overall, np.mean(ious))), "mean and overall IoU are swapped"
-    assert np.isclose(mean, np.mean(ious)), f"the mean IoU is {np.mean(ious):.4f}, not {mean:.4f}: every thing counts once"
-    assert np.isclose(overall, inter / union), f"the overall IoU is {inter / union:.4f}, not {overall:.4f}: add up pixels before dividing"
+    assert not (np.isclose(mean, inter / union) and np.isclose(overall, np.mean(ious))), (
+        "mean and overall IoU are swapped"
+    )
+    assert np.isclose(mean, np.mean(ious)), (
+        f"the mean IoU is {np.mean(ious):.4f}, not {mean:.4f}: every thing counts once"
+    )
+    assert np.isclose(overall, inter / union), (
+        f"the overall IoU is {inter / union:.4f}, not {overall:.4f}: add up pixels before dividing"
+    )
     return "check_union_reader: correct"

@@ -13,23 +13,38 @@ def check_bits_iou(fn):
     "Compare with masks that are made of random atoms."
     rng = np.random.default_rng(0)
     for _ in range(20):
-        labels = rng.choice(6, (9, 11), p=(.4, .3, .1, .1, .05, .05)); areas = np.bincount(labels.ravel(), minlength=6).tolist()
+        labels = rng.choice(6, (9, 11), p=(0.4, 0.3, 0.1, 0.1, 0.05, 0.05))
+        areas = np.bincount(labels.ravel(), minlength=6).tolist()
         a, b = (int(v) for v in rng.integers(1, 64, 2))
         mask_a, mask_b = (np.isin(labels, [i for i in range(6) if bits >> i & 1]) for bits in (a, b))
-        union = (mask_a | mask_b).sum(); want, got = (mask_a & mask_b).sum() / union if union else 0., fn(areas, a, b)
+        union = (mask_a | mask_b).sum()
+        want, got = (mask_a & mask_b).sum() / union if union else 0.0, fn(areas, a, b)
         counted = bin(a & b).count("1") / bin(a | b).count("1")
-        assert np.isclose(want, got) or not np.isclose(got, counted), "that is the share of the atoms: add up their areas instead"
-        assert np.isclose(want, got), f"areas {areas}, regions {a:06b} and {b:06b}: the IoU is {want:.4f}, not {got:.4f}"
+        assert np.isclose(want, got) or not np.isclose(got, counted), (
+            "that is the share of the atoms: add up their areas instead"
+        )
+        assert np.isclose(want, got), (
+            f"areas {areas}, regions {a:06b} and {b:06b}: the IoU is {want:.4f}, not {got:.4f}"
+        )
     assert fn([1, 2], 0, 0) == 0, "two empty regions have the IoU 0"
     return "check_bits_iou: correct"
 
 # %% ../../nbs/exercises/ch02c.ipynb #008
 def check_differ_in_one_word(fn):
     "Try pairs whose answer is known."
-    cases = {("all(dog)", "all(cat)"): True, ("one(on(ball, sand))", "one(on(ball, grass))"): True, ("the(dog.red)", "the(dog.blue)"): True,
-             ("not(all(dog))", "but(all(dog))"): True, ("all(dog)", "all(dog)"): False, ("all(dog)", "all(dog.red)"): False,
-             ("all(dog)", "one(cat)"): False, ("the(dog.red)", "the(dog, red)"): False, ("all(dog)", "all(dogs)"): True,
-             ("all(side(left, any, the(car)))", "all(side(right, any, the(dog)))"): False, ("nearest(dog, the(cat))", "nearest(cat, the(dog))"): False}
+    cases = {
+        ("all(dog)", "all(cat)"): True,
+        ("one(on(ball, sand))", "one(on(ball, grass))"): True,
+        ("the(dog.red)", "the(dog.blue)"): True,
+        ("not(all(dog))", "but(all(dog))"): True,
+        ("all(dog)", "all(dog)"): False,
+        ("all(dog)", "all(dog.red)"): False,
+        ("all(dog)", "one(cat)"): False,
+        ("the(dog.red)", "the(dog, red)"): False,
+        ("all(dog)", "all(dogs)"): True,
+        ("all(side(left, any, the(car)))", "all(side(right, any, the(dog)))"): False,
+        ("nearest(dog, the(cat))", "nearest(cat, the(dog))"): False,
+    }
     for (a, b), want in cases.items():
         got = fn(a, b)
         assert got is want or got == want, f"{a} and {b}: the answer is {want}, you said {got}"

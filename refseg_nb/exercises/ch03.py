@@ -15,17 +15,29 @@ from pycocotools import mask as coco_mask
 def check_run_lengths(fn):
     "Compare with pycocotools, which must decode the runs to the mask they came from."
     rng = np.random.default_rng(0)
-    for share in (0, .3, .5, 1):
+    for share in (0, 0.3, 0.5, 1):
         for h, w in [(1, 1), (3, 5), (6, 4)]:
             mask = rng.random((h, w)) < share
             counts = fn(mask.copy())
-            assert isinstance(counts, list) and all(isinstance(int(n), int) and n >= 0 for n in counts), "return a list of whole numbers"
-            assert sum(counts) == h * w, f"the runs of a {h} x {w} mask must add up to {h * w}, not to {sum(counts)}"
-            back = coco_mask.decode(coco_mask.frPyObjects({"counts": [int(n) for n in counts], "size": [h, w]}, h, w)).astype(bool)
+            assert isinstance(counts, list) and all(isinstance(int(n), int) and n >= 0 for n in counts), (
+                "return a list of whole numbers"
+            )
+            assert sum(counts) == h * w, (
+                f"the runs of a {h} x {w} mask must add up to {h * w}, not to {sum(counts)}"
+            )
+            back = coco_mask.decode(
+                coco_mask.frPyObjects({"counts": [int(n) for n in counts], "size": [h, w]}, h, w)
+            ).astype(bool)
             by_rows = mask.ravel().reshape(w, h).T
-            assert (~back != mask).any(), "inside and outside are swapped: the first run counts pixels outside, and is 0 if the mask begins inside"
-            assert (back == mask).all() or (back != by_rows).any(), "the runs go down the columns, not along the rows"
-            assert (back == mask).all(), f"these runs are of another mask: {mask.astype(int).tolist()} became {back.astype(int).tolist()}"
+            assert (~back != mask).any(), (
+                "inside and outside are swapped: the first run counts pixels outside, and is 0 if the mask begins inside"
+            )
+            assert (back == mask).all() or (back != by_rows).any(), (
+                "the runs go down the columns, not along the rows"
+            )
+            assert (back == mask).all(), (
+                f"these runs are of another mask: {mask.astype(int).tolist()} became {back.astype(int).tolist()}"
+            )
     return "check_run_lengths: correct"
 
 # %% ../../nbs/exercises/ch03.ipynb #008
@@ -36,7 +48,8 @@ def check_lost_pixels(fn):
         polygons = (rng.random((n, 8)) * 18).tolist()
         planes = coco_mask.decode(coco_mask.frPyObjects(polygons, 18, 20)).sum(axis=2)
         want, got = int((planes > 1).sum()), fn(polygons, 18, 20)
-        if n > 2 and got == int((planes == 2).sum()) != want: raise AssertionError("where three polygons overlap, the sum is 3: these pixels are lost as well")
+        if n > 2 and got == int((planes == 2).sum()) != want:
+            raise AssertionError("where three polygons overlap, the sum is 3: these pixels are lost as well")
         assert got == want, f"{n} polygons lose {want} pixels, you counted {got}"
     return "check_lost_pixels: correct"
 
@@ -46,7 +59,9 @@ def check_leaked_images(fn):
     rng = np.random.default_rng(2)
     for _ in range(5):
         ids = {split: rng.integers(0, 30, 12).tolist() for split in ("train", "val")}
-        refer = SimpleNamespace(samples=lambda split, ids=ids: [SimpleNamespace(image_id=i) for i in ids[split]])
+        refer = SimpleNamespace(
+            samples=lambda split, ids=ids: [SimpleNamespace(image_id=i) for i in ids[split]]
+        )
         want, got = set(ids["train"]) & set(ids["val"]), fn(refer, "train", "val")
         assert set(got) == want, f"{sorted(want)} are in both splits, you found {sorted(got)}"
         assert len(list(got)) == len(want), "name each image once, also where it has several sentences"

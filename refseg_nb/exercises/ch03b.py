@@ -16,12 +16,18 @@ def check_lossy_queries(fn):
     tokenize = lambda query: [token for token in re.split(r"\W+", query.lower()) if token.isalpha()]
     rng = np.random.default_rng(0)
     for _ in range(5):
-        drawn = [(int(a), int(b)) for a, b in rng.integers(0, 3, (30, 2))]  # words that stay, words that are lost
-        queries = [" ".join(rng.permutation(["house", "t-shirt"][:a] + ["2nd", "h2o"][:b]).tolist()) for a, b in drawn]
+        # words that stay, words that are lost
+        drawn = [(int(a), int(b)) for a, b in rng.integers(0, 3, (30, 2))]
+        queries = [
+            " ".join(rng.permutation(["house", "t-shirt"][:a] + ["2nd", "h2o"][:b]).tolist())
+            for a, b in drawn
+        ]
         want = (sum(b > 0 for _, b in drawn), sum(b > 0 and a == 0 for a, b in drawn))
         got = tuple(fn(list(queries), tokenize))
         assert got != (sum(b for _, b in drawn), want[1]), "count the queries that lose a word, not the words"
-        assert got != (want[0], sum(a == 0 for a, _ in drawn)) or got == want, "an empty query has no word that could be lost"
+        assert got != (want[0], sum(a == 0 for a, _ in drawn)) or got == want, (
+            "an empty query has no word that could be lost"
+        )
         assert got == want, f"{want[0]} queries lose a word and {want[1]} lose all; you counted {got}"
     return "check_lossy_queries: correct"
 
@@ -31,11 +37,20 @@ def check_is_inverted(fn):
     rng = np.random.default_rng(1)
     for n in (3, 4, 7):
         for large in (False, True):
-            edges = np.sort(rng.choice(np.arange(2, 38), n - 1, replace=False)) if not large else np.arange(40 - 2 * (n - 1), 40, 2)
+            edges = (
+                np.sort(rng.choice(np.arange(2, 38), n - 1, replace=False))
+                if not large
+                else np.arange(40 - 2 * (n - 1), 40, 2)
+            )
             masks = np.zeros((n, 8, 40), dtype=bool)
-            for i, (a, b) in enumerate(zip([0, *edges], [*edges, 40])): masks[i, :, a:min(b + 1, 40)] = True
+            for i, (a, b) in enumerate(zip([0, *edges], [*edges, 40])):
+                masks[i, :, a : min(b + 1, 40)] = True
             assert fn(masks.copy()) in (True, False), "answer True or False"
-            why = "one region may be large: look at all of them together" if large else "disjoint regions share hardly a pixel, inverted ones nearly all"
+            why = (
+                "one region may be large: look at all of them together"
+                if large
+                else "disjoint regions share hardly a pixel, inverted ones nearly all"
+            )
             assert not fn(masks.copy()), f"{n} regions as they should be were called inverted: {why}"
             assert fn(~masks), f"{n} inverted regions were not noticed: {why}"
     return "check_is_inverted: correct"

@@ -16,35 +16,62 @@ def check_missing_ranges(fn):
     for trial in range(200):
         size = rng.randint(1, 30)
         pieces = [tuple(sorted((rng.randrange(size), rng.randrange(size)))) for _ in range(rng.randrange(5))]
-        if trial == 0: size, pieces = 20, [(10, 12), (0, 4)]
+        if trial == 0:
+            size, pieces = 20, [(10, 12), (0, 4)]
         want = set(range(size)) - {byte for first, last in pieces for byte in range(first, last + 1)}
         got, where = fn(list(pieces), size), f"pieces {pieces} of {size} bytes"
         if not want:
             assert got is None, f"{where}: nothing is missing, return None and not {got!r}"
             continue
-        assert isinstance(got, str) and re.fullmatch(r"bytes=\d+-\d+(,\d+-\d+)*", got), f"{where}: {got!r} is no Range header such as bytes=100-299,400-499"
+        assert isinstance(got, str) and re.fullmatch(r"bytes=\d+-\d+(,\d+-\d+)*", got), (
+            f"{where}: {got!r} is no Range header such as bytes=100-299,400-499"
+        )
         ranges = [tuple(map(int, part.split("-"))) for part in got[6:].split(",")]
         asked = [byte for first, last in ranges for byte in range(first, last + 1)]
-        assert max(asked, default=0) < size, f"{where}: {got} asks for bytes after the last one, which is {size - 1}"
+        assert max(asked, default=0) < size, (
+            f"{where}: {got} asks for bytes after the last one, which is {size - 1}"
+        )
         assert set(asked) >= want, f"{where}: {got} leaves out the bytes {sorted(want - set(asked))}"
-        assert set(asked) <= want and len(asked) == len(want), f"{where}: {got} asks for bytes that are there, or for some twice"
+        assert set(asked) <= want and len(asked) == len(want), (
+            f"{where}: {got} asks for bytes that are there, or for some twice"
+        )
     return "check_missing_ranges: correct"
 
 # %% ../../nbs/exercises/ch03d.ipynb #008
 def check_link_stays_inside(fn):
     "Compare with a walk along the target that counts the depth below the folder."
+
     def walk(name, target):
-        if target.startswith("/"): return False
+        if target.startswith("/"):
+            return False
         depth = name.count("/")
         for step in target.split("/"):
             depth += -1 if step == ".." else 0 if step in ("", ".") else 1
-            if depth < 0: return False
+            if depth < 0:
+                return False
         return True
+
     rng = random.Random(1)
-    cases = [("a/link", "../b"), ("link", "../b"), ("a/link", "b/../../.."), ("a/link", "/etc/passwd"), ("a/link", "..b"), ("link", ".."), ("a/link", "..")]
-    cases += [("/".join(["d"] * rng.randrange(3) + ["link"]), "/".join(rng.choices(["..", "x", ".", "..y"], k=rng.randint(1, 5)))) for _ in range(300)]
+    cases = [
+        ("a/link", "../b"),
+        ("link", "../b"),
+        ("a/link", "b/../../.."),
+        ("a/link", "/etc/passwd"),
+        ("a/link", "..b"),
+        ("link", ".."),
+        ("a/link", ".."),
+    ]
+    cases += [
+        (
+            "/".join(["d"] * rng.randrange(3) + ["link"]),
+            "/".join(rng.choices(["..", "x", ".", "..y"], k=rng.randint(1, 5))),
+        )
+        for _ in range(300)
+    ]
     for name, target in cases:
         want, got = walk(name, target), fn(name, target)
         assert got is True or got is False, f"return True or False, not {got!r}"
-        assert got == want, f"a link at {name!r} to {target!r} {'stays inside' if want else 'leads out'}, you say the opposite"
+        assert got == want, (
+            f"a link at {name!r} to {target!r} {'stays inside' if want else 'leads out'}, you say the opposite"
+        )
     return "check_link_stays_inside: correct"

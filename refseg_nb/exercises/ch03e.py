@@ -13,18 +13,23 @@ def check_leaves_box(fn):
     "Compare with a walk over all pixels, on random masks and boxes."
     rng = np.random.default_rng(0)
     for n in range(40):
-        mask = rng.random((9, 12)) < (0 if n == 0 else rng.choice([.02, .1]))
+        mask = rng.random((9, 12)) < (0 if n == 0 else rng.choice([0.02, 0.1]))
         x, y, w, h = (rng.random(4) * (8, 6, 9, 7)).round(1).tolist()
-        if n % 5 == 1: x, y, w, h = -1., -1., 14., 11.
-        want = thin = 0.
+        if n % 5 == 1:
+            x, y, w, h = -1.0, -1.0, 14.0, 11.0
+        want = thin = 0.0
         for row, column in zip(*np.nonzero(mask)):
             want = max(want, x - column, column + 1 - x - w, y - row, row + 1 - y - h)
             thin = max(thin, x - column, column - x - w, y - row, row - y - h)
         got = fn(mask.copy(), [x, y, w, h])
         assert np.isscalar(got) or np.ndim(got) == 0, "return one number"
         assert got >= 0, f"a mask that is inside leaves its box by 0, not by {got:.1f}"
-        assert abs(got - thin) > 1e-6 or abs(want - thin) < 1e-6, "a pixel is one pixel wide: column 3 ends at 4"
-        assert abs(got - want) < 1e-6, f"this mask leaves its box {[x, y, w, h]} by {want:.1f} pixels, you say {got:.1f}: {mask.astype(int).tolist()}"
+        assert abs(got - thin) > 1e-6 or abs(want - thin) < 1e-6, (
+            "a pixel is one pixel wide: column 3 ends at 4"
+        )
+        assert abs(got - want) < 1e-6, (
+            f"this mask leaves its box {[x, y, w, h]} by {want:.1f} pixels, you say {got:.1f}: {mask.astype(int).tolist()}"
+        )
     return "check_leaves_box: correct"
 
 # %% ../../nbs/exercises/ch03e.ipynb #008
@@ -33,18 +38,37 @@ def check_clean_train(fn):
     rng = np.random.default_rng(1)
     splits = {"a": ["train", "val", "testA", "testB"], "b": ["train", "val", "test"], "c": ["train", "val"]}
     for _ in range(5):
-        data = {name: [{"ref_id": n, "image_id": int(rng.integers(0, 60)), "split": str(rng.choice(names, p=[.7, *[.3 / (len(names) - 1)] * (len(names) - 1)]))}
-                       for n in range(40)] for name, names in splits.items()}
+        data = {
+            name: [
+                {
+                    "ref_id": n,
+                    "image_id": int(rng.integers(0, 60)),
+                    "split": str(rng.choice(names, p=[0.7, *[0.3 / (len(names) - 1)] * (len(names) - 1)])),
+                }
+                for n in range(40)
+            ]
+            for name, names in splits.items()
+        }
         got = fn({name: [dict(ref) for ref in refs] for name, refs in data.items()})
-        assert isinstance(got, dict) and list(got) == list(data), "return a dict with the data sets' names, in their order"
+        assert isinstance(got, dict) and list(got) == list(data), (
+            "return a dict with the data sets' names, in their order"
+        )
         for name, refs in data.items():
             kept = [ref["ref_id"] for ref in got[name]]
             assert all(refs[n]["split"] == "train" for n in kept), f"{name}: keep train refs only"
             want = []
             for ref in refs:
-                others = {other for other, theirs in data.items() for r in theirs if r["image_id"] == ref["image_id"] and r["split"] != "train"}
-                if ref["split"] == "train" and not others: want.append(ref["ref_id"])
+                others = {
+                    other
+                    for other, theirs in data.items()
+                    for r in theirs
+                    if r["image_id"] == ref["image_id"] and r["split"] != "train"
+                }
+                if ref["split"] == "train" and not others:
+                    want.append(ref["ref_id"])
                 elsewhere = others - {name} if ref["ref_id"] in kept else None
-                assert not elsewhere, f"{name}: image {ref['image_id']} is held out by {min(elsewhere)}; look into all data sets"
+                assert not elsewhere, (
+                    f"{name}: image {ref['image_id']} is held out by {min(elsewhere)}; look into all data sets"
+                )
             assert kept == want, f"{name}: the refs {want} may be trained on, you kept {kept}"
     return "check_clean_train: correct"

@@ -23,7 +23,9 @@ def check_coverage_of(fn):
         want = len(set(tokens) & known) / len(set(tokens)), sum(t in known for t in tokens) / len(tokens)
         swapped = want[0] != want[1] and abs(types - want[1]) < 1e-9 and abs(words - want[0]) < 1e-9
         assert not swapped, "the two shares are swapped: types first, then words"
-        assert abs(types - want[0]) < 1e-9, f"{want[0]:.3f} of the different words are known, you say {types:.3f}"
+        assert abs(types - want[0]) < 1e-9, (
+            f"{want[0]:.3f} of the different words are known, you say {types:.3f}"
+        )
         assert abs(words - want[1]) < 1e-9, f"{want[1]:.3f} of all words read are known, you say {words:.3f}"
     return "check_coverage_of: correct"
 
@@ -34,15 +36,19 @@ def check_word_mask(fn):
     for _ in range(5):
         lengths = [rng.randint(1, 9) for _ in range(4)]
         words = torch.zeros(4, max(lengths), dtype=torch.long)
-        for row, n in zip(words, lengths): row[:n] = torch.tensor([rng.randint(1, 50) for _ in range(n)])
+        for row, n in zip(words, lengths):
+            row[:n] = torch.tensor([rng.randint(1, 50) for _ in range(n)])
         mask, mean = fn(words, words[..., None].float())
         want = words != 0
         assert mask.dtype == torch.bool, "the mask is bool: True where there is a word"
-        if torch.equal(mask, ~want): raise AssertionError("the mask is the wrong way round: True where there is a word")
+        if torch.equal(mask, ~want):
+            raise AssertionError("the mask is the wrong way round: True where there is a word")
         assert torch.equal(mask, want), "the mask must be True exactly where the number is not 0"
         own = torch.stack([w[:n].float().mean() for w, n in zip(words, lengths)])
         plain = words.float().mean(1)
-        assert torch.allclose(plain, own) or not torch.allclose(mean[:, 0], plain), "the mean counts the padding: divide by the number of words, not by T"
+        assert torch.allclose(plain, own) or not torch.allclose(mean[:, 0], plain), (
+            "the mean counts the padding: divide by the number of words, not by T"
+        )
         assert torch.allclose(mean[:, 0], own), "the mean of an expression is over its own words only"
     return "check_word_mask: correct"
 
@@ -50,7 +56,13 @@ def check_word_mask(fn):
 def check_back_off(fn):
     "Compare with a rule-by-rule reading on chosen words."
     known = {"shirt", "t", "left", "most", "2nd", "t-shirt", "man"}
-    wanted = {"t-shirt": ["t-shirt"], "left-most man": ["left", "most", "man"], "t-zebra": ["t-zebra"], "2nd zebra": ["2nd", "zebra"], "": []}
+    wanted = {
+        "t-shirt": ["t-shirt"],
+        "left-most man": ["left", "most", "man"],
+        "t-zebra": ["t-zebra"],
+        "2nd zebra": ["2nd", "zebra"],
+        "": [],
+    }
     for text, want in wanted.items():
         got = fn(tokenize(text), known)
         assert got == want, f"{text!r} should become {want}, not {got}"

@@ -12,9 +12,15 @@ from torch import nn
 # %% ../../nbs/exercises/ch05.ipynb #004
 def check_receptive_field(fn):
     "Compare with the pixels whose gradient is not zero."
-    for layers in ([(3, 1, 1)], [(3, 2, 1), (3, 1, 1)], [(5, 1, 1), (3, 2, 1), (3, 1, 2)], [(3, 2, 1), (3, 2, 1), (1, 1, 1), (5, 1, 2)]):
+    for layers in (
+        [(3, 1, 1)],
+        [(3, 2, 1), (3, 1, 1)],
+        [(5, 1, 1), (3, 2, 1), (3, 1, 2)],
+        [(3, 2, 1), (3, 2, 1), (1, 1, 1), (5, 1, 2)],
+    ):
         net = nn.Sequential(*(nn.Conv1d(1, 1, k, s, dilation=d, bias=False) for k, s, d in layers))
-        for conv in net: nn.init.ones_(conv.weight)
+        for conv in net:
+            nn.init.ones_(conv.weight)
         x = torch.zeros(1, 1, 200, requires_grad=True)
         net(x)[0, 0, 5].backward()
         seen = x.grad[0, 0].nonzero().flatten()
@@ -29,12 +35,20 @@ def check_fold(fn):
     torch.manual_seed(0)
     conv, norm, x = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        for t in (norm.weight, norm.bias, norm.running_mean): t.normal_()
-        norm.running_var.uniform_(.5, 2); norm.eps = .1
+        for t in (norm.weight, norm.bias, norm.running_mean):
+            t.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.eps = 0.1
         weight, bias = fn(conv.weight, norm.eval())
-        assert weight.shape == conv.weight.shape and bias.shape == (5,), f"weight {list(weight.shape)} and bias {list(bias.shape)}; wanted [5, 3, 3, 3] and [5]"
+        assert weight.shape == conv.weight.shape and bias.shape == (5,), (
+            f"weight {list(weight.shape)} and bias {list(bias.shape)}; wanted [5, 3, 3, 3] and [5]"
+        )
         got, true = torch.nn.functional.conv2d(x, weight, bias), norm(conv(x))
     apart = got - true
-    assert torch.allclose(apart, apart[:1, :, :1, :1], atol=1e-4), "the weight is wrong: scale it by weight / sqrt(running_var + eps), for each output channel"
-    assert torch.allclose(got, true, atol=1e-4), "the weight is right but the bias is not: the running mean is scaled too"
+    assert torch.allclose(apart, apart[:1, :, :1, :1], atol=1e-4), (
+        "the weight is wrong: scale it by weight / sqrt(running_var + eps), for each output channel"
+    )
+    assert torch.allclose(got, true, atol=1e-4), (
+        "the weight is right but the bias is not: the running mean is scaled too"
+    )
     return "check_fold: correct"

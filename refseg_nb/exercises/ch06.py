@@ -14,12 +14,14 @@ def check_exact_target(fn):
     "Compare with a mask that was blown up until every cell is a whole number of pixels."
     rng = np.random.default_rng(0)
     for H, W, h in [(8, 8, 4), (9, 6, 4), (5, 7, 3), (3, 4, 6)]:
-        mask = rng.random((H, W)) < .5
+        mask = rng.random((H, W)) < 0.5
         want = np.kron(mask, np.ones((h, h))).reshape(h, H, h, W).mean((1, 3))
         got = np.asarray(fn(mask, h), dtype=float)
         assert got.shape == (h, h), f"the target must be {h} x {h}, not {got.shape}"
-        assert abs(got.mean() - mask.mean()) < 1e-6, (f"the mean must stay {mask.mean():.4f}, yours is {got.mean():.4f}: "
-                                                      "each row of the weights sums to 1, and each column to h / H")
+        assert abs(got.mean() - mask.mean()) < 1e-6, (
+            f"the mean must stay {mask.mean():.4f}, yours is {got.mean():.4f}: "
+            "each row of the weights sums to 1, and each column to h / H"
+        )
         assert np.allclose(got, want, atol=1e-6), "a cell is not the share of it that the mask covers"
     return "check_exact_target: correct"
 
@@ -28,22 +30,31 @@ def check_take_expressions(fn):
     "Compare with a loop over the expressions."
     generator = torch.Generator().manual_seed(0)
     for K, B in [(1, 3), (3, 5), (4, 4)]:
-        logits = torch.randn(B, 2, 2, generator=generator); index = torch.randint(0, K, (B,), generator=generator)
+        logits = torch.randn(B, 2, 2, generator=generator)
+        index = torch.randint(0, K, (B,), generator=generator)
         got = fn(logits, index, K)
         assert len(got) == K, f"one entry for each of the {K} images, not {len(got)}"
         for k in range(K):
             want = logits[[b for b in range(B) if index[b] == k]]
-            assert torch.equal(got[k], want), f"image {k} has the expressions {[b for b in range(B) if index[b] == k]}, in this order"
+            assert torch.equal(got[k], want), (
+                f"image {k} has the expressions {[b for b in range(B) if index[b] == k]}, in this order"
+            )
     return "check_take_expressions: correct"
 
 # %% ../../nbs/exercises/ch06.ipynb #011
 def check_flip_words(fn):
     "Compare with the swapped sentences."
-    pairs = {"the man on the left": "the man on the right", "leftmost car right of the tree": "rightmost car left of the tree",
-             "red ball": "red ball", "the bright light": "the bright light", "": ""}
+    pairs = {
+        "the man on the left": "the man on the right",
+        "leftmost car right of the tree": "rightmost car left of the tree",
+        "red ball": "red ball",
+        "the bright light": "the bright light",
+        "": "",
+    }
     for text, want in pairs.items():
         got = fn(text)
-        if text == "the bright light" and got != want: raise AssertionError("only whole words: 'bright' has a 'right' in it")
+        if text == "the bright light" and got != want:
+            raise AssertionError("only whole words: 'bright' has a 'right' in it")
         assert got == want, f"{text!r} should become {want!r}, not {got!r}"
         assert fn(got) == text, "two flips must give the first sentence back"
     return "check_flip_words: correct"

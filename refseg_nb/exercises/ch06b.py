@@ -13,14 +13,19 @@ def check_bit_iou(fn):
     "Compare with the IoU of the masks themselves."
     rng = np.random.default_rng(0)
     for h, w in [(1, 1), (3, 5), (8, 8), (31, 17)]:
-        for share in (.1, .5, .9):
+        for share in (0.1, 0.5, 0.9):
             a, b = rng.random((2, h, w)) < share
             packed_a, packed_b = np.packbits(a), np.packbits(b)
-            union = (a | b).sum(); want = (a & b).sum() / union if union else 0.
+            union = (a | b).sum()
+            want = (a & b).sum() / union if union else 0.0
             got = fn(packed_a.copy(), packed_b.copy())
             bytes_iou = np.count_nonzero(packed_a & packed_b) / max(1, np.count_nonzero(packed_a | packed_b))
-            assert abs(got - bytes_iou) > 1e-9 or abs(want - bytes_iou) < 1e-9, "this counts bytes that are not zero: a byte has up to eight pixels"
-            assert abs(got - want) < 1e-9, f"two masks of {h} x {w} have an IoU of {want:.4f}, you found {got:.4f}"
+            assert abs(got - bytes_iou) > 1e-9 or abs(want - bytes_iou) < 1e-9, (
+                "this counts bytes that are not zero: a byte has up to eight pixels"
+            )
+            assert abs(got - want) < 1e-9, (
+                f"two masks of {h} x {w} have an IoU of {want:.4f}, you found {got:.4f}"
+            )
     empty = np.zeros(3, np.uint8)
     assert fn(empty, empty) == 0, "two empty masks should give 0"
     return "check_bit_iou: correct"
@@ -30,13 +35,21 @@ def check_reads(fn):
     "Compare with the borders of the set of rows."
     rng = np.random.default_rng(1)
     for n in (0, 1, 2, 8, 20, 30):
-        rows = rng.permutation(30)[:n].tolist(); there = set(rows)
+        rows = rng.permutation(30)[:n].tolist()
+        there = set(rows)
         got = [tuple(int(v) for v in piece) for piece in fn(list(rows))]
         covered = [row for start, stop in got for row in range(start, stop)]
-        assert set(covered) >= there, f"of the rows {sorted(rows)} these are not read: {sorted(there - set(covered))}"
+        assert set(covered) >= there, (
+            f"of the rows {sorted(rows)} these are not read: {sorted(there - set(covered))}"
+        )
         assert set(covered) <= there, f"rows that nobody asked for are read: {sorted(set(covered) - there)}"
         assert len(covered) == len(there), "a row is read twice"
-        want = list(zip([r for r in sorted(there) if r - 1 not in there], [r + 1 for r in sorted(there) if r + 1 not in there]))
+        want = list(
+            zip(
+                [r for r in sorted(there) if r - 1 not in there],
+                [r + 1 for r in sorted(there) if r + 1 not in there],
+            )
+        )
         assert len(got) == len(want), f"{len(want)} pieces are enough for {sorted(rows)}, you have {len(got)}"
         assert got == want, "give the pieces in the order of the file"
     return "check_reads: correct"

@@ -12,44 +12,55 @@ import numpy as np
 def check_dice_from_iou(fn):
     "Compare with Dice counted on masks."
     rng = np.random.default_rng(0)
-    for share in (.1, .5, .9):
+    for share in (0.1, 0.5, 0.9):
         p, y = rng.random((2, 20, 30)) < share
         i, u = (p & y).sum(), (p | y).sum()
         want, got = 2 * i / (p.sum() + y.sum()), fn(i / u)
         assert np.isclose(got, want), f"masks with IoU {i / u:.4f} have Dice {want:.4f}, not {got}"
-    assert fn(1.) == 1 and fn(0.) == 0, "a perfect mask has Dice 1, a disjoint one 0"
+    assert fn(1.0) == 1 and fn(0.0) == 0, "a perfect mask has Dice 1, a disjoint one 0"
     return "check_dice_from_iou: correct"
 
 # %% ../../nbs/exercises/ch07.ipynb #008
 def check_precision_curve(fn):
     "Compare with a loop; IoUs that are exactly X are no hits."
     rng = np.random.default_rng(0)
-    xs = np.array([.5, .6, .7, .8, .9])
+    xs = np.array([0.5, 0.6, 0.7, 0.8, 0.9])
     iou = np.concatenate([rng.random(200), xs])
     got = np.asarray(fn(iou, xs))
     assert got.shape == xs.shape, f"one value a threshold: expected shape {xs.shape}, got {got.shape}"
     for x, g in zip(xs, got):
         want = 100 * sum(v > x for v in iou.tolist()) / len(iou)
-        assert np.isclose(g, want), f"precision@{x:g} is {want:.3f} %, not {g:.3f}; is it percent, and > rather than >= ?"
+        assert np.isclose(g, want), (
+            f"precision@{x:g} is {want:.3f} %, not {g:.3f}; is it percent, and > rather than >= ?"
+        )
     return "check_precision_curve: correct"
 
 # %% ../../nbs/exercises/ch07.ipynb #011
 def check_boundary_iou(fn):
     "Compare with a loop over the neighbours of each pixel."
+
     def border(m, d):
         padded = np.pad(m, d)
-        inner = np.array([[padded[r:r + 2 * d + 1, c:c + 2 * d + 1].all() for c in range(m.shape[1])] for r in range(m.shape[0])])
+        inner = np.array(
+            [
+                [padded[r : r + 2 * d + 1, c : c + 2 * d + 1].all() for c in range(m.shape[1])]
+                for r in range(m.shape[0])
+            ]
+        )
         return m & ~inner
+
     rng = np.random.default_rng(0)
     for d in (1, 2):
         p, y = np.zeros((2, 24, 20), bool)
         r, c = rng.integers(0, 8, 2)
-        p[r:r + 12, c:c + 10] = True
-        y[r + 1:r + 14, c:c + 11] = True
+        p[r : r + 12, c : c + 10] = True
+        y[r + 1 : r + 14, c : c + 11] = True
         a, b = border(p, d), border(y, d)
         want, got = (a & b).sum() / (a | b).sum(), fn(p, y, d)
         assert np.isclose(got, want), f"with d = {d} the boundary IoU is {want:.4f}, not {got}"
     full = np.ones((9, 9), bool)
-    assert fn(full, full, 1) == 1, "a mask has boundary IoU 1 with itself, also where it fills the image: outside counts as background"
+    assert fn(full, full, 1) == 1, (
+        "a mask has boundary IoU 1 with itself, also where it fills the image: outside counts as background"
+    )
     assert fn(~full, ~full, 1) == 1, "two empty boundaries give 1"
     return "check_boundary_iou: correct"

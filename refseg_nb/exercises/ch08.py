@@ -15,22 +15,33 @@ def check_last_state(fn):
     torch.manual_seed(0)
     states, words = torch.randn(5, 6, 3), torch.randint(1, 9, (5, 6))
     lengths = [6, 3, 1, 0, 4]
-    for b, n in enumerate(lengths): words[b, n:] = 0
+    for b, n in enumerate(lengths):
+        words[b, n:] = 0
     got = fn(states, words)
     assert got.shape == (5, 3), f"the answer is {list(got.shape)}, not [5, 3]"
     assert not torch.equal(got, states[:, -1]), "that is the state at the last column, which has read padding"
     for b, n in enumerate(lengths):
         want = states[b, n - 1] if n else torch.zeros(3)
-        assert torch.allclose(got[b], want), f"phrase {b} has {n} words; its state is not the one after word {n}" if n else "an empty phrase should give zeros"
+        assert torch.allclose(got[b], want), (
+            f"phrase {b} has {n} words; its state is not the one after word {n}"
+            if n
+            else "an empty phrase should give zeros"
+        )
     return "check_last_state: correct"
 
 # %% ../../nbs/exercises/ch08.ipynb #006
 def check_project(fn):
     "Compare with the tiled concatenation, and see that nothing was tiled."
     torch.manual_seed(0)
-    maps, pooled, weight = [torch.randn(2, 4, 5, 6) for _ in range(3)], torch.randn(2, 4), torch.randn(7, 16, 1, 1)
+    maps, pooled, weight = (
+        [torch.randn(2, 4, 5, 6) for _ in range(3)],
+        torch.randn(2, 4),
+        torch.randn(7, 16, 1, 1),
+    )
     want = F.conv2d(torch.cat([*maps, pooled[:, :, None, None].expand(-1, -1, 5, 6)], 1), weight)
     got = fn(maps, pooled, weight)
     assert got.shape == want.shape, f"the answer is {list(got.shape)}, not {list(want.shape)}"
-    assert torch.allclose(got, want, atol=1e-4), "the values differ: the vector's weights are the last input channels"
+    assert torch.allclose(got, want, atol=1e-4), (
+        "the values differ: the vector's weights are the last input channels"
+    )
     return "check_project: correct"

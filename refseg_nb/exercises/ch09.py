@@ -12,23 +12,33 @@ import torch
 def check_masked_weights(fn):
     "Compare with the weights over the real keys alone."
     torch.manual_seed(0)
-    q, k, real = torch.randn(3, 4, 8), torch.randn(3, 6, 8), torch.arange(6)[None] < torch.tensor([[6], [4], [1]])
+    q, k, real = (
+        torch.randn(3, 4, 8),
+        torch.randn(3, 6, 8),
+        torch.arange(6)[None] < torch.tensor([[6], [4], [1]]),
+    )
     a = fn(q, k, real)
     assert a.shape == (3, 4, 6), f"the weights are {list(a.shape)}, not [3, 4, 6]: queries x keys"
     assert (a[~real[:, None].expand_as(a)] == 0).all(), "a padded key is looked at"
-    assert torch.allclose(a.sum(-1), torch.ones(3, 4), atol=1e-5), "the rows do not sum to one: mask before the softmax"
+    assert torch.allclose(a.sum(-1), torch.ones(3, 4), atol=1e-5), (
+        "the rows do not sum to one: mask before the softmax"
+    )
     for b, n in enumerate((6, 4, 1)):
-        want = (q[b] @ k[b, :n].T / 8 ** .5).softmax(-1)
-        assert torch.allclose(a[b, :, :n], want, atol=1e-5), "the weights of real keys differ; did you divide by the square root of the channels?"
+        want = (q[b] @ k[b, :n].T / 8**0.5).softmax(-1)
+        assert torch.allclose(a[b, :, :n], want, atol=1e-5), (
+            "the weights of real keys differ; did you divide by the square root of the channels?"
+        )
     return "check_masked_weights: correct"
 
 # %% ../../nbs/exercises/ch09.ipynb #006
 def check_position_product(fn):
     "Compare with the products of the positions themselves."
-    for channels, base in ((4, 100.), (16, 10_000.)):
-        angles = torch.arange(20.)[:, None] / base ** (2 * torch.arange(channels // 2) / channels)
+    for channels, base in ((4, 100.0), (16, 10_000.0)):
+        angles = torch.arange(20.0)[:, None] / base ** (2 * torch.arange(channels // 2) / channels)
         p = torch.cat([angles.sin(), angles.cos()], 1)
         for n, s in ((0, 0), (3, 5), (11, 5), (7, 12)):
             got, want = float(fn(s, channels, base)), float(p[n] @ p[n + s])
-            assert abs(got - want) < 1e-3, f"distance {s}, {channels} channels, base {base:.0f}: {got:.4f} instead of {want:.4f}"
+            assert abs(got - want) < 1e-3, (
+                f"distance {s}, {channels} channels, base {base:.0f}: {got:.4f} instead of {want:.4f}"
+            )
     return "check_position_product: correct"

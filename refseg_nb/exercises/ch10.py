@@ -18,11 +18,14 @@ def check_exchange(fn):
     kept = [m.clone() for m in maps]
     got = fn(maps, gates)
     assert len(got) == 3, f"three maps are wanted, not {len(got)}"
-    assert all(torch.equal(m, k) for m, k in zip(maps, kept)), "the input maps were changed: `+=` works in place"
+    assert all(torch.equal(m, k) for m, k in zip(maps, kept)), (
+        "the input maps were changed: `+=` works in place"
+    )
     for i, (j, k) in enumerate(((1, 2), (0, 2), (0, 1))):
         want = maps[i] + gates[i, j] * maps[j] + gates[i, k] * maps[k]
-        assert not torch.allclose(got[i], maps[i] + gates.get((j, i)) * maps[j] + gates.get((k, i)) * maps[k]), \
-            "the gates' indices are swapped: Lambda_ij belongs to g_i"
+        assert not torch.allclose(
+            got[i], maps[i] + gates.get((j, i)) * maps[j] + gates.get((k, i)) * maps[k]
+        ), "the gates' indices are swapped: Lambda_ij belongs to g_i"
         assert torch.allclose(got[i], want, atol=1e-5), f"g of level {i + 2} differs"
     return "check_exchange: correct"
 
@@ -32,8 +35,17 @@ def check_constant_conv1d(fn):
     torch.manual_seed(0)
     weight, vector = torch.randn(5, 4, 3), torch.randn(2, 4)
     for length in (2, 3, 7):
-        want, got = F.conv1d(vector[:, :, None].expand(-1, -1, length), weight, padding=1), fn(weight, vector, length)
-        assert got.shape == want.shape, f"length {length}: the answer is {list(got.shape)}, not {list(want.shape)}"
-        assert torch.allclose(got[..., 1:-1], want[..., 1:-1], atol=1e-4), f"length {length}: the inner positions differ"
-        assert torch.allclose(got, want, atol=1e-4), f"length {length}: an end is wrong; which tap does it miss?"
+        want, got = (
+            F.conv1d(vector[:, :, None].expand(-1, -1, length), weight, padding=1),
+            fn(weight, vector, length),
+        )
+        assert got.shape == want.shape, (
+            f"length {length}: the answer is {list(got.shape)}, not {list(want.shape)}"
+        )
+        assert torch.allclose(got[..., 1:-1], want[..., 1:-1], atol=1e-4), (
+            f"length {length}: the inner positions differ"
+        )
+        assert torch.allclose(got, want, atol=1e-4), (
+            f"length {length}: an end is wrong; which tap does it miss?"
+        )
     return "check_constant_conv1d: correct"

@@ -15,7 +15,9 @@ def check_sfm_parameters(fn):
     for c, layers, ffn, final in ((16, 1, 0, False), (16, 2, 24, True), (32, 3, 8, False), (8, 1, 0, True)):
         want = sum(p.numel() for p in SFM(c, 3, layers, heads=2, ffn=ffn, final_norm=final).parameters())
         got = fn(c, layers, ffn, final)
-        assert got == want, f"C = {c}, {layers} layers, feed-forward {ffn}, final norm {final}: {got} instead of {want}"
+        assert got == want, (
+            f"C = {c}, {layers} layers, feed-forward {ffn}, final norm {final}: {got} instead of {want}"
+        )
     return "check_sfm_parameters: correct"
 
 # %% ../../nbs/exercises/ch11.ipynb #006
@@ -24,8 +26,14 @@ def check_one_at_a_time(fn):
     for first, second in (("paper", "released"), ("released", "refshapes"), ("paper", "paper")):
         a, b = PRESETS[first], PRESETS[second]
         got, wanted = fn(a, b), differences(a, b)
-        assert set(got) == set(wanted), f"{first} -> {second}: missing {sorted(set(wanted) - set(got))}, too many {sorted(set(got) - set(wanted))}"
+        assert set(got) == set(wanted), (
+            f"{first} -> {second}: missing {sorted(set(wanted) - set(got))}, too many {sorted(set(got) - set(wanted))}"
+        )
         for name, config in got.items():
-            assert set(differences(a, config)) == {name}, f"{name}: the configuration differs from {first} in {sorted(differences(a, config))}"
-            assert getattr(config, name) == getattr(b, name), f"{name} is {getattr(config, name)!r}, not {getattr(b, name)!r}"
+            assert set(differences(a, config)) == {name}, (
+                f"{name}: the configuration differs from {first} in {sorted(differences(a, config))}"
+            )
+            assert getattr(config, name) == getattr(b, name), (
+                f"{name} is {getattr(config, name)!r}, not {getattr(b, name)!r}"
+            )
     return "check_one_at_a_time: correct"

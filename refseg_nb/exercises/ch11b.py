@@ -20,10 +20,22 @@ def check_write_whole(fn):
         assert path.read_bytes() == b"old", "the bytes must be in the file"
         fn(path, b"new" * 1000)
         assert path.read_bytes() == b"new" * 1000, "a second call replaces the content"
-        with patch.object(os, "replace", side_effect=OSError("rename failed")), patch.object(os, "rename", side_effect=OSError("rename failed")):
-            try: fn(path, b"half")
-            except OSError: pass
-            else: raise AssertionError("when the rename fails, say so: let the OSError through, and rename with os.replace")
-        assert path.read_bytes() == b"new" * 1000, "after a failure the old content must still be there: write under another name first"
-        assert [p.name for p in path.parent.iterdir()] == ["state.bin"], "a failure leaves a temporary file behind"
+        with (
+            patch.object(os, "replace", side_effect=OSError("rename failed")),
+            patch.object(os, "rename", side_effect=OSError("rename failed")),
+        ):
+            try:
+                fn(path, b"half")
+            except OSError:
+                pass
+            else:
+                raise AssertionError(
+                    "when the rename fails, say so: let the OSError through, and rename with os.replace"
+                )
+        assert path.read_bytes() == b"new" * 1000, (
+            "after a failure the old content must still be there: write under another name first"
+        )
+        assert [p.name for p in path.parent.iterdir()] == ["state.bin"], (
+            "a failure leaves a temporary file behind"
+        )
     return "check_write_whole: correct"

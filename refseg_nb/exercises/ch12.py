@@ -14,26 +14,37 @@ def check_cosine_decay(fn):
     "Compare at every step of three schedules."
     for total, warmup in [(100, 0), (50, 10), (7, 3)]:
         for step in range(total):
-            want = (step + 1) / warmup if step < warmup else (1 + np.exp(1j * np.pi * (step - warmup) / (total - warmup)).real) / 2
-            got = fn(step, total, .3, warmup)
-            assert np.isclose(got, .3 * want), f"step {step} of {total} with {warmup} steps of rise: expected {.3 * want:.5f}, got {got}"
-    assert np.isclose(fn(0, 10, 1.), 1), "without a rise, the first step has the full rate"
+            want = (
+                (step + 1) / warmup
+                if step < warmup
+                else (1 + np.exp(1j * np.pi * (step - warmup) / (total - warmup)).real) / 2
+            )
+            got = fn(step, total, 0.3, warmup)
+            assert np.isclose(got, 0.3 * want), (
+                f"step {step} of {total} with {warmup} steps of rise: expected {0.3 * want:.5f}, got {got}"
+            )
+    assert np.isclose(fn(0, 10, 1.0), 1), "without a rise, the first step has the full rate"
     return "check_cosine_decay: correct"
 
 # %% ../../nbs/exercises/ch12.ipynb #008
 def check_clip_norm(fn):
     "Compare with `torch.nn.utils.clip_grad_norm_`."
     generator = torch.Generator().manual_seed(0)
-    for largest in (.1, 1., 100.):
+    for largest in (0.1, 1.0, 100.0):
         gradients = [torch.randn(s, generator=generator) for s in [(3, 4), (5,), (2, 2, 2)]]
         parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients]
-        for p, g in zip(parameters, gradients): p.grad = g.clone()
+        for p, g in zip(parameters, gradients):
+            p.grad = g.clone()
         norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
         clipped, found = fn([g.clone() for g in gradients], largest)
-        assert np.isclose(found, norm.item(), rtol=1e-4), f"the norm over all gradients was {norm.item():.4f}, not {found}"
+        assert np.isclose(found, norm.item(), rtol=1e-4), (
+            f"the norm over all gradients was {norm.item():.4f}, not {found}"
+        )
         for c, p in zip(clipped, parameters):
-            assert torch.allclose(c, p.grad, rtol=1e-3, atol=1e-6), f"with largest={largest} they should have a norm of {min(largest, norm.item()):.4f}"
-    clipped, found = fn([torch.zeros(3)], 1.)
+            assert torch.allclose(c, p.grad, rtol=1e-3, atol=1e-6), (
+                f"with largest={largest} they should have a norm of {min(largest, norm.item()):.4f}"
+            )
+    clipped, found = fn([torch.zeros(3)], 1.0)
     assert found == 0 and torch.equal(clipped[0], torch.zeros(3)), "gradients of zero stay zero"
     return "check_clip_norm: correct"
 
@@ -46,6 +57,8 @@ def check_batches_left(fn):
             for first in range(0, batches, accumulate):
                 got = fn(step, batches, accumulate)
                 want = (epoch, list(range(first, batches)))
-                assert (got[0], list(got[1])) == want, f"after {step} steps with {batches} batches, {accumulate} to a step: expected {want}, got {got}"
+                assert (got[0], list(got[1])) == want, (
+                    f"after {step} steps with {batches} batches, {accumulate} to a step: expected {want}, got {got}"
+                )
                 step += 1
     return "check_batches_left: correct"

@@ -16,10 +16,14 @@ def check_design_effect(fn):
         x, c = rng.random(n), rng.integers(images, size=n) * 3 + 10
         want = sum((x[c == k] - x.mean()).sum() ** 2 for k in np.unique(c)) / ((x - x.mean()) ** 2).sum()
         got = fn(x, c)
-        assert np.isclose(got, want), f"expected {want:.4f} for {n} values in {len(np.unique(c))} clusters, got {got}"
+        assert np.isclose(got, want), (
+            f"expected {want:.4f} for {n} values in {len(np.unique(c))} clusters, got {got}"
+        )
     x = rng.random(50)
     assert np.isclose(fn(x, np.arange(50)), 1), "with every value a cluster of its own the effect is 1"
-    assert np.isclose(fn(np.repeat(x, 4), np.repeat(np.arange(50), 4)), 4), "four copies of each value are worth one: the effect is 4"
+    assert np.isclose(fn(np.repeat(x, 4), np.repeat(np.arange(50), 4)), 4), (
+        "four copies of each value are worth one: the effect is 4"
+    )
     return "check_design_effect: correct"
 
 # %% ../../nbs/exercises/ch13.ipynb #008
@@ -28,13 +32,19 @@ def check_what_if(fn):
     rng = np.random.default_rng(0)
     for _ in range(5):
         union = rng.integers(1, 100, 80) * 100
-        inter = (union * rng.choice([0, .05, .1, .3, .5, .51, .9, 1], 80)).round().astype(np.int64)
+        inter = (union * rng.choice([0, 0.05, 0.1, 0.3, 0.5, 0.51, 0.9, 1], 80)).round().astype(np.int64)
         pairs = list(zip(inter.tolist(), union.tolist()))
         found = [i / u for i, u in pairs if 10 * i >= u]
-        want = {"edges": 100 * sum(1 if 10 * i >= u else i / u for i, u in pairs) / len(pairs), "objects": 100 * sum(found) / len(found)}
+        want = {
+            "edges": 100 * sum(1 if 10 * i >= u else i / u for i, u in pairs) / len(pairs),
+            "objects": 100 * sum(found) / len(found),
+        }
         got = fn(inter, union)
         assert set(got) == set(want), f"the keys are edges and objects, not {', '.join(map(str, got))}"
-        for k in want: assert np.isclose(got[k], want[k]), f"{k}: expected {want[k]:.2f}, got {got[k]}; an IoU of exactly 0.1 is on the right object"
+        for k in want:
+            assert np.isclose(got[k], want[k]), (
+                f"{k}: expected {want[k]:.2f}, got {got[k]}; an IoU of exactly 0.1 is on the right object"
+            )
     return "check_what_if: correct"
 
 # %% ../../nbs/exercises/ch13.ipynb #011
@@ -42,10 +52,16 @@ def check_sign_flip_p(fn):
     "Compare with a loop over the rows of signs; with all sign patterns the p-value is exact."
     rng = np.random.default_rng(0)
     signs = np.array(np.meshgrid(*[[-1, 1]] * 10)).reshape(10, -1).T
-    for shift in (0, .3, 1):
+    for shift in (0, 0.3, 1):
         d = rng.normal(shift, 1, 10)
-        want = sum(abs(sum(s * x for s, x in zip(row, d))) >= abs(sum(d)) - 1e-12 for row in signs.tolist()) / len(signs)
+        want = sum(
+            abs(sum(s * x for s, x in zip(row, d))) >= abs(sum(d)) - 1e-12 for row in signs.tolist()
+        ) / len(signs)
         got = fn(d, signs)
-        assert np.isclose(got, want), f"expected p = {want:.4f}, got {got}; count both tails, and rows that are exactly as far as the observed sum"
-    assert fn(np.zeros(10), signs) == 1, "no difference at all: every row is as far from zero as the observed sum"
+        assert np.isclose(got, want), (
+            f"expected p = {want:.4f}, got {got}; count both tails, and rows that are exactly as far as the observed sum"
+        )
+    assert fn(np.zeros(10), signs) == 1, (
+        "no difference at all: every row is as far from zero as the observed sum"
+    )
     return "check_sign_flip_p: correct"

@@ -15,29 +15,42 @@ import torch
 def _problem(seed, n):
     "Probabilities, marginals and a symmetric matrix of pulls."
     g = torch.Generator().manual_seed(seed)
-    P, Q = (torch.rand(n, generator=g) * .9 + .05 for _ in range(2))
+    P, Q = (torch.rand(n, generator=g) * 0.9 + 0.05 for _ in range(2))
     k = torch.rand(n, n, generator=g)
     return P, Q, (k + k.T).fill_diagonal_(0)
 
 
 def check_update(fn):
     "Compare with the two-label formula, pixel by pixel, and with the pixel that was done by hand."
-    P, k = torch.tensor([.9, .4, .2]), 1 - torch.eye(3)
-    got, want = float(fn(P, P, k)[1]), 1 / (1 + math.exp(-(math.log(.4 / .6) + .2)))
-    assert abs(got - want) < 1e-5, f"the middle pixel of three goes from 0.4 to {want:.4f}, yours to {got:.4f}"
+    P, k = torch.tensor([0.9, 0.4, 0.2]), 1 - torch.eye(3)
+    got, want = float(fn(P, P, k)[1]), 1 / (1 + math.exp(-(math.log(0.4 / 0.6) + 0.2)))
+    assert abs(got - want) < 1e-5, (
+        f"the middle pixel of three goes from 0.4 to {want:.4f}, yours to {got:.4f}"
+    )
     for seed, n in enumerate((2, 5, 9)):
         P, Q, k = _problem(seed, n)
         want = []
         for i in range(n):
-            pull = [sum(float(k[i, j]) * (float(Q[j]) if label == 0 else 1 - float(Q[j])) for j in range(n)) for label in (0, 1)]
-            weight = [(float(P[i]) if label else 1 - float(P[i])) * math.exp(-pull[label]) for label in (0, 1)]
+            pull = [
+                sum(float(k[i, j]) * (float(Q[j]) if label == 0 else 1 - float(Q[j])) for j in range(n))
+                for label in (0, 1)
+            ]
+            weight = [
+                (float(P[i]) if label else 1 - float(P[i])) * math.exp(-pull[label]) for label in (0, 1)
+            ]
             want.append(weight[1] / sum(weight))
         want, got = torch.tensor(want), fn(P.clone(), Q.clone(), k.clone())
         assert got.shape == P.shape, f"expected one value for each of {n} pixels, got shape {list(got.shape)}"
         votes_of_P, own_Q = (P.logit() + k @ (2 * P - 1)).sigmoid(), (Q.logit() + k @ (2 * Q - 1)).sigmoid()
-        assert not torch.allclose(got, votes_of_P, atol=1e-5), "the votes are those of Q: P is what the network said, and stays"
-        assert not torch.allclose(got, own_Q, atol=1e-5), "the votes are added to the logit of P: added to that of Q, each update would count them again"
-        assert torch.allclose(got, want, atol=1e-5), f"pixel 0 of {n}: expected {float(want[0]):.4f}, got {float(got[0]):.4f}; a vote is 2Q - 1"
+        assert not torch.allclose(got, votes_of_P, atol=1e-5), (
+            "the votes are those of Q: P is what the network said, and stays"
+        )
+        assert not torch.allclose(got, own_Q, atol=1e-5), (
+            "the votes are added to the logit of P: added to that of Q, each update would count them again"
+        )
+        assert torch.allclose(got, want, atol=1e-5), (
+            f"pixel 0 of {n}: expected {float(want[0]):.4f}, got {float(got[0]):.4f}; a vote is 2Q - 1"
+        )
     return "check_update: correct"
 
 # %% ../../nbs/exercises/ch13b.ipynb #008
@@ -45,17 +58,22 @@ def check_exact_marginals(fn):
     "Compare with loops over labellings and pairs."
     for seed, n in enumerate((1, 2, 3, 5)):
         P, _, k = _problem(seed, n)
-        total, inside = {1: 0., 2: 0.}, {1: [0.] * n, 2: [0.] * n}
+        total, inside = {1: 0.0, 2: 0.0}, {1: [0.0] * n, 2: [0.0] * n}
         for x in product((0, 1), repeat=n):
             unary = sum(math.log(float(P[i]) if x[i] else 1 - float(P[i])) for i in range(n))
             price = sum(float(k[i, j]) for i in range(n) for j in range(i) if x[i] != x[j])
             for times in (1, 2):
                 weight = math.exp(unary - times * price)
                 total[times] += weight
-                for i in range(n): inside[times][i] += weight * x[i]
+                for i in range(n):
+                    inside[times][i] += weight * x[i]
         want, twice = (torch.tensor(inside[t]) / total[t] for t in (1, 2))
         got = fn(P.clone(), k.clone()).float()
         assert got.shape == (n,), f"expected one marginal for each of {n} pixels, got shape {list(got.shape)}"
-        assert n == 1 or not torch.allclose(got, twice, atol=1e-5), "each pair is charged once: k holds it twice, as k[i, j] and k[j, i]"
-        assert torch.allclose(got, want, atol=1e-5), f"{n} pixels: expected {[round(v, 4) for v in want.tolist()]}, got {[round(v, 4) for v in got.tolist()]}"
+        assert n == 1 or not torch.allclose(got, twice, atol=1e-5), (
+            "each pair is charged once: k holds it twice, as k[i, j] and k[j, i]"
+        )
+        assert torch.allclose(got, want, atol=1e-5), (
+            f"{n} pixels: expected {[round(v, 4) for v in want.tolist()]}, got {[round(v, 4) for v in got.tolist()]}"
+        )
     return "check_exact_marginals: correct"

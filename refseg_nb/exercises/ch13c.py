@@ -17,19 +17,34 @@ def check_by_policy(fn):
         for ref in range(20):
             for sent in range(rng.integers(1, 4)):
                 union = int(rng.integers(50, 500))
-                lines.append({"ref_id": ref, "sent_id": 100 * ref + sent, "union": union, "intersection": int(rng.integers(0, union + 1))})
+                lines.append(
+                    {
+                        "ref_id": ref,
+                        "sent_id": 100 * ref + sent,
+                        "union": union,
+                        "intersection": int(rng.integers(0, union + 1)),
+                    }
+                )
         want = {}
         for policy, choose in (("all", None), ("first", min), ("last", max)):
-            kept = [x for x in lines if choose is None or x["sent_id"] == choose(y["sent_id"] for y in lines if y["ref_id"] == x["ref_id"])]
+            kept = [
+                x
+                for x in lines
+                if choose is None
+                or x["sent_id"] == choose(y["sent_id"] for y in lines if y["ref_id"] == x["ref_id"])
+            ]
             want[policy] = 100 * sum(x["intersection"] for x in kept) / sum(x["union"] for x in kept)
         got = fn([lines[i] for i in rng.permutation(len(lines))])
         assert set(got) == set(want), f"the keys are all, first and last, not {', '.join(map(str, got))}"
-        for k in want: assert np.isclose(got[k], want[k]), f"{k}: expected {want[k]:.2f}, got {got[k]:.2f}; order by sent_id, not by line"
+        for k in want:
+            assert np.isclose(got[k], want[k]), (
+                f"{k}: expected {want[k]:.2f}, got {got[k]:.2f}; order by sent_id, not by line"
+            )
     return "check_by_policy: correct"
 
 # %% ../../nbs/exercises/ch13c.ipynb #008
 def _half(surplus, total):
-    return 196 * (len(surplus) / (len(surplus) - 1) * sum(e ** 2 for e in surplus)) ** .5 / total
+    return 196 * (len(surplus) / (len(surplus) - 1) * sum(e**2 for e in surplus)) ** 0.5 / total
 
 
 def check_overall_interval(fn):
@@ -41,9 +56,18 @@ def check_overall_interval(fn):
         inter = rng.binomial(union, np.repeat(rng.beta(3, 2, images), 4))
         ratio = inter.sum() / union.sum()
         rest = inter - ratio * union
-        want, alone = _half([rest[clusters == c].sum() for c in np.unique(clusters)], union.sum()), _half(rest.tolist(), union.sum())
+        want, alone = (
+            _half([rest[clusters == c].sum() for c in np.unique(clusters)], union.sum()),
+            _half(rest.tolist(), union.sum()),
+        )
         low, high = fn(inter, union, clusters)
-        assert np.isclose((low + high) / 2, 100 * ratio), f"the middle of the interval is overall IoU, {100 * ratio:.2f}, not {(low + high) / 2:.2f}"
-        assert not np.isclose((high - low) / 2, alone), "this interval takes each expression as an image of its own: sum the surplus of each image first"
-        assert np.isclose((high - low) / 2, want), f"expected a half-width of {want:.3f} for {images} images, got {(high - low) / 2:.3f}"
+        assert np.isclose((low + high) / 2, 100 * ratio), (
+            f"the middle of the interval is overall IoU, {100 * ratio:.2f}, not {(low + high) / 2:.2f}"
+        )
+        assert not np.isclose((high - low) / 2, alone), (
+            "this interval takes each expression as an image of its own: sum the surplus of each image first"
+        )
+        assert np.isclose((high - low) / 2, want), (
+            f"expected a half-width of {want:.3f} for {images} images, got {(high - low) / 2:.3f}"
+        )
     return "check_overall_interval: correct"

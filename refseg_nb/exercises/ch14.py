@@ -15,7 +15,8 @@ def _by_paths(steps):
     "The product of the matrices [L, N, N] as a sum over all paths from token to token."
     n = len(steps[0])
     total = np.zeros((n, n))
-    for path in product(range(n), repeat=len(steps) + 1): total[path[0], path[-1]] += np.prod([s[a, b] for s, a, b in zip(steps, path, path[1:])])
+    for path in product(range(n), repeat=len(steps) + 1):
+        total[path[0], path[-1]] += np.prod([s[a, b] for s, a, b in zip(steps, path, path[1:])])
     return total
 
 
@@ -23,24 +24,33 @@ def check_rolled(fn):
     "Compare with the sum over all paths, on random attention."
     rng = np.random.default_rng(0)
     for layers, heads, n in [(1, 1, 2), (1, 3, 4), (2, 2, 3), (3, 2, 3)]:
-        a = rng.random((layers, heads, n, n)); a /= a.sum(-1, keepdims=True)
+        a = rng.random((layers, heads, n, n))
+        a /= a.sum(-1, keepdims=True)
         share = rng.random(layers)
         step = [share[l] * np.eye(n) + (1 - share[l]) * a[l].mean(0) for l in range(layers)]
         got = np.asarray(fn(a.copy(), share.copy()))
         assert got.shape == (n, n), f"the rollout is one matrix [{n}, {n}], not {list(got.shape)}"
-        assert np.allclose(got.sum(-1), 1), "each row of a rollout sums to one: mix identity and attention with shares that add up to one"
+        assert np.allclose(got.sum(-1), 1), (
+            "each row of a rollout sums to one: mix identity and attention with shares that add up to one"
+        )
         want = _by_paths(step[::-1])
-        assert np.allclose(got, want) or not np.allclose(got, _by_paths(step)), "the layers stand in the wrong order: the last layer is the leftmost factor"
-        assert np.allclose(got, want), f"{layers} layer(s): the rollout differs from the sum over all paths by up to {np.abs(got - want).max():.2g}"
+        assert np.allclose(got, want) or not np.allclose(got, _by_paths(step)), (
+            "the layers stand in the wrong order: the last layer is the leftmost factor"
+        )
+        assert np.allclose(got, want), (
+            f"{layers} layer(s): the rollout differs from the sum over all paths by up to {np.abs(got - want).max():.2g}"
+        )
     return "check_rolled: correct"
 
 # %% ../../nbs/exercises/ch14.ipynb #008
 def check_lift(fn):
     "Compare with a count of cells, on random maps; even maps and empty masks too."
     rng = np.random.default_rng(1)
-    assert np.isclose(fn(np.full((4, 5), 3.), np.arange(20).reshape(4, 5) < 7), 1), "an even map has the lift 1, whatever its scale and the mask"
+    assert np.isclose(fn(np.full((4, 5), 3.0), np.arange(20).reshape(4, 5) < 7), 1), (
+        "an even map has the lift 1, whatever its scale and the mask"
+    )
     for _ in range(5):
-        heat, mask = rng.random((4, 5)) + .01, rng.random((4, 5)) < .3
+        heat, mask = rng.random((4, 5)) + 0.01, rng.random((4, 5)) < 0.3
         mask[0, 0] = True
         inside = sum(heat[i, j] for i in range(4) for j in range(5) if mask[i, j])
         want = inside / heat.sum() * 20 / mask.sum()

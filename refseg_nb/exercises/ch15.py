@@ -15,13 +15,21 @@ def check_cell_at(fn):
     for _ in range(40):
         h, w = (int(n) for n in rng.integers(1, 9, 2))
         left, top, width, height = (float(v) for v in rng.integers(1, 200, 4))
-        x, y = left + width * rng.uniform(.01, .99), top + height * rng.uniform(.01, .99)
+        x, y = left + width * rng.uniform(0.01, 0.99), top + height * rng.uniform(0.01, 0.99)
         row = next(i for i in range(h) if y < top + height * (i + 1) / h)
         column = next(i for i in range(w) if x < left + width * (i + 1) / w)
         got = tuple(fn(x, y, (left, top, width, height), (h, w)))
-        assert got == (row, column) or got != (column, row), "rows come from y and columns from x: they are swapped"
+        assert got == (row, column) or got != (column, row), (
+            "rows come from y and columns from x: they are swapped"
+        )
         assert got == (row, column), f"the point is in row {row}, column {column} of {h} x {w}, not in {got}"
-        for (px, py), want in {(left + width, top + height): (h - 1, w - 1), (left - 5, top - 5): (0, 0), (left + width + 9, y): (row, w - 1)}.items():
+        for (px, py), want in {
+            (left + width, top + height): (h - 1, w - 1),
+            (left - 5, top - 5): (0, 0),
+            (left + width + 9, y): (row, w - 1),
+        }.items():
             got = tuple(fn(px, py, (left, top, width, height), (h, w)))
-            assert got == want, f"a point on the border or outside belongs to the nearest cell, {want}, not to {got}"
+            assert got == want, (
+                f"a point on the border or outside belongs to the nearest cell, {want}, not to {got}"
+            )
     return "check_cell_at: correct"

@@ -12,17 +12,26 @@ import torch
 def check_controller(fn):
     "Compare with the sum written out; each level has its own gate and its own gamma."
     torch.manual_seed(0)
-    maps, memory, gamma = [torch.randn(2, 3, 4, 4) for _ in range(3)], [torch.rand(2, 1, 4, 4) for _ in range(3)], [.5, 1., 2.]
+    maps, memory, gamma = (
+        [torch.randn(2, 3, 4, 4) for _ in range(3)],
+        [torch.rand(2, 1, 4, 4) for _ in range(3)],
+        [0.5, 1.0, 2.0],
+    )
     kept = [x.clone() for x in (*maps, *memory)]
     got = fn(maps, memory, gamma)
     assert len(got) == 3, f"one map a level is wanted: three, not {len(got)}"
-    assert all(torch.equal(x, k) for x, k in zip((*maps, *memory), kept)), "the input was changed: `+=` works in place"
+    assert all(torch.equal(x, k) for x, k in zip((*maps, *memory), kept)), (
+        "the input was changed: `+=` works in place"
+    )
     for i, (j, k) in enumerate(((1, 2), (0, 2), (0, 1))):
         own = (1 - memory[i]) * maps[i]
         want = own + gamma[j] * memory[j] * maps[j] + gamma[k] * memory[k] * maps[k]
-        assert not torch.allclose(got[i], own + memory[i] * (gamma[j] * maps[j] + gamma[k] * maps[k]), atol=1e-5), \
-            f"level {i + 2} weighs the others with its own gate; CMSA takes the gate of the level that sends"
-        assert not torch.allclose(got[i], own + memory[j] * maps[j] + memory[k] * maps[k], atol=1e-5), "gamma is missing"
+        assert not torch.allclose(
+            got[i], own + memory[i] * (gamma[j] * maps[j] + gamma[k] * maps[k]), atol=1e-5
+        ), f"level {i + 2} weighs the others with its own gate; CMSA takes the gate of the level that sends"
+        assert not torch.allclose(got[i], own + memory[j] * maps[j] + memory[k] * maps[k], atol=1e-5), (
+            "gamma is missing"
+        )
         assert torch.allclose(got[i], want, atol=1e-5), f"G of level {i + 2} differs"
     return "check_controller: correct"
 
@@ -30,6 +39,7 @@ def check_controller(fn):
 def check_peephole_step(fn):
     "Compare with the step computed number by number."
     from math import exp, tanh
+
     torch.manual_seed(0)
     sums, memory, peepholes = torch.randn(4, 2, 3, 2, 2), torch.randn(2, 3, 2, 2), torch.randn(3, 3, 2, 2)
     answer = fn(*sums, memory, *peepholes)
@@ -40,7 +50,11 @@ def check_peephole_step(fn):
         old, (w_i, w_f, w_o) = float(memory[b, c, y, x]), (float(w[c, y, x]) for w in peepholes)
         new = sigmoid(f + w_f * old) * old + sigmoid(i + w_i * old) * tanh(g)
         state, late = sigmoid(o + w_o * new) * tanh(new), sigmoid(o + w_o * old) * tanh(new)
-        assert abs(float(answer[1][b, c, y, x]) - new) < 1e-4, "the memory differs: the input and forget gates see the old memory, the candidate sees none"
-        assert abs(float(answer[0][b, c, y, x]) - late) > 1e-6, "the output gate has seen the old memory; it sees the new one"
+        assert abs(float(answer[1][b, c, y, x]) - new) < 1e-4, (
+            "the memory differs: the input and forget gates see the old memory, the candidate sees none"
+        )
+        assert abs(float(answer[0][b, c, y, x]) - late) > 1e-6, (
+            "the output gate has seen the old memory; it sees the new one"
+        )
         assert abs(float(answer[0][b, c, y, x]) - state) < 1e-4, "the state differs"
     return "check_peephole_step: correct"

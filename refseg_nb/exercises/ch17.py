@@ -20,25 +20,39 @@ def check_sentence_vector(fn):
         for b in range(3):
             total = torch.zeros(5)
             for t in range(4):
-                for kind in wanted: total += types[b, t, kind] * words[b, t]
-            assert not torch.allclose(got[b], total, atol=1e-6), "the sum is right, but not scaled to length 1"
-            assert torch.allclose(got[b], total / total.norm(), atol=1e-5), f"the vector for kinds {wanted} differs"
+                for kind in wanted:
+                    total += types[b, t, kind] * words[b, t]
+            assert not torch.allclose(got[b], total, atol=1e-6), (
+                "the sum is right, but not scaled to length 1"
+            )
+            assert torch.allclose(got[b], total / total.norm(), atol=1e-5), (
+                f"the vector for kinds {wanted} differs"
+            )
     return "check_sentence_vector: correct"
 
 # %% ../../nbs/exercises/ch17.ipynb #006
 def check_gather(fn):
     "Compare with the built graph on few places, then count operations on many."
     from torch.utils.flop_counter import FlopCounterMode
+
     torch.manual_seed(0)
     p, q, x = torch.randn(2, 6, 3).softmax(2), torch.randn(2, 6, 3).softmax(1), torch.randn(2, 6, 4)
-    graph = torch.stack([torch.stack([torch.stack([(p[b, i] * q[b, j]).sum() for j in range(6)]) for i in range(6)]) for b in range(2)])
+    graph = torch.stack(
+        [
+            torch.stack([torch.stack([(p[b, i] * q[b, j]).sum() for j in range(6)]) for i in range(6)])
+            for b in range(2)
+        ]
+    )
     got = fn(p, q, x)
     assert got.shape == x.shape, f"one vector a place is wanted: {list(x.shape)}, not {list(got.shape)}"
     assert not torch.allclose(got, graph @ x, atol=1e-5), "the messages were sent once; send them twice"
     assert torch.allclose(got, graph @ (graph @ x), atol=1e-5), "the messages differ"
     n, t, c = 500, 4, 16
-    with FlopCounterMode(display=False) as counter: fn(torch.rand(1, n, t), torch.rand(1, n, t), torch.rand(1, n, c))
+    with FlopCounterMode(display=False) as counter:
+        fn(torch.rand(1, n, t), torch.rand(1, n, t), torch.rand(1, n, c))
     limit = 2 * n * t * (4 * c + t)
     spent = counter.get_total_flops()
-    assert spent <= limit, f"{spent:,} operations where {limit:,} are enough: something of size places x places was built"
+    assert spent <= limit, (
+        f"{spent:,} operations where {limit:,} are enough: something of size places x places was built"
+    )
     return "check_gather: correct"

@@ -18,9 +18,13 @@ def check_padded_sides(fn):
             side = len(range(0, side, 2))
         got = [tuple(pair) for pair in fn(image_size, window)]
         assert len(got) == 4, f"there are four stages, you gave {len(got)}"
-        assert [n for n, _ in got] == [n for n, _ in want], f"at {image_size} px the maps are {[n for n, _ in want]} a side, you gave {[n for n, _ in got]}: " \
-                                                            "an odd map is padded to an even one before it is merged"
-        assert got == want, f"at {image_size} px with windows of {window} the sides are {want}, you gave {got}"
+        assert [n for n, _ in got] == [n for n, _ in want], (
+            f"at {image_size} px the maps are {[n for n, _ in want]} a side, you gave {[n for n, _ in got]}: "
+            "an odd map is padded to an even one before it is merged"
+        )
+        assert got == want, (
+            f"at {image_size} px with windows of {window} the sides are {want}, you gave {got}"
+        )
     return "check_padded_sides: correct"
 
 # %% ../../nbs/exercises/ch18.ipynb #008
@@ -36,12 +40,20 @@ def check_word_weights(fn):
                 part = slice(h * 8 // heads, (h + 1) * 8 // heads)
                 for n in range(5):
                     words = mask[b].nonzero().flatten()
-                    want[b, h, n, words] = torch.stack([q[b, n, part] @ k[b, t, part] / 8**.5 for t in words]).softmax(0)
+                    want[b, h, n, words] = torch.stack(
+                        [q[b, n, part] @ k[b, t, part] / 8**0.5 for t in words]
+                    ).softmax(0)
         got = fn(q, k, mask, heads)
-        assert tuple(got.shape) == (2, heads, 5, 4), f"with {heads} heads the weights should be [2, {heads}, 5, 4], not {list(got.shape)}"
+        assert tuple(got.shape) == (2, heads, 5, 4), (
+            f"with {heads} heads the weights should be [2, {heads}, 5, 4], not {list(got.shape)}"
+        )
         assert got.isfinite().all(), "a weight is not finite"
         assert (got[1, ..., 2:] < 1e-6).all(), "padded words must get no weight"
-        sharper = torch.allclose(got, (want.clamp(min=1e-30).log() * heads**.5).softmax(-1), atol=1e-4)
-        assert heads == 1 or not sharper, "the scale is one over the root of all C channels, not of one head's"
-        assert torch.allclose(got, want, atol=1e-5), f"with {heads} heads the weights are off by up to {(got - want).abs().max():.3f}"
+        sharper = torch.allclose(got, (want.clamp(min=1e-30).log() * heads**0.5).softmax(-1), atol=1e-4)
+        assert heads == 1 or not sharper, (
+            "the scale is one over the root of all C channels, not of one head's"
+        )
+        assert torch.allclose(got, want, atol=1e-5), (
+            f"with {heads} heads the weights are off by up to {(got - want).abs().max():.3f}"
+        )
     return "check_word_weights: correct"

@@ -15,14 +15,23 @@ import torch.nn.functional as F
 def check_floor(fn):
     "Compare with the best of all similarities on a fine grid."
     tried = torch.linspace(-1, 1, 401)
-    for temperature in (1., .5, .2, 2.):
-        for share in (.05, .3, .5):
-            foreground, background = (F.binary_cross_entropy_with_logits(tried / temperature, torch.full((401,), kind), reduction="none") for kind in (1., 0.))
+    for temperature in (1.0, 0.5, 0.2, 2.0):
+        for share in (0.05, 0.3, 0.5):
+            foreground, background = (
+                F.binary_cross_entropy_with_logits(
+                    tried / temperature, torch.full((401,), kind), reduction="none"
+                )
+                for kind in (1.0, 0.0)
+            )
             want = float((share * foreground[:, None] + (1 - share) * background).min())
             got = float(fn(temperature, share))
             assert abs(got) > 1e-9, "the loss cannot reach zero: the logit is at most 1 / temperature"
-            assert abs(got - math.log(2)) > 1e-4, "log 2 is the loss of a similarity of zero: the referent may be more alike than that"
-            assert abs(got - want) < 1e-4, f"temperature {temperature}, {share:.0%} foreground: {got:.4f} instead of {want:.4f}"
+            assert abs(got - math.log(2)) > 1e-4, (
+                "log 2 is the loss of a similarity of zero: the referent may be more alike than that"
+            )
+            assert abs(got - want) < 1e-4, (
+                f"temperature {temperature}, {share:.0%} foreground: {got:.4f} instead of {want:.4f}"
+            )
     return "check_floor: correct"
 
 # %% ../../nbs/exercises/ch19.ipynb #008
@@ -36,17 +45,25 @@ def check_ask_twice(fn):
     merge = lambda x: x[:, ::2] - 2 * x[:, 1::2]
     kept = places.clone()
     answer = fn(places, words, fusion, gate, merge, merged_fusion, merged_gate)
-    assert isinstance(answer, tuple) and len(answer) == 2, "the answer is a pair: (F for the decoder, the next stage's places)"
+    assert isinstance(answer, tuple) and len(answer) == 2, (
+        "the answer is a pair: (F for the decoder, the next stage's places)"
+    )
     assert torch.equal(places, kept), "the places were changed: `+=` works in place"
     first = torch.tanh(places @ a + words.sum(1, keepdim=True))
     weights = torch.tanh(first @ c)
     assert not torch.allclose(answer[0], weights * first), "the decoder gets F as it is, not gated"
-    assert not torch.allclose(answer[0], places + weights * first), "the decoder gets F, not the places that F was added to"
+    assert not torch.allclose(answer[0], places + weights * first), (
+        "the decoder gets F, not the places that F was added to"
+    )
     assert torch.allclose(answer[0], first, atol=1e-5), "F for the decoder differs"
     middle = places + weights * first
     merged = middle[:, ::2] - 2 * middle[:, 1::2]
     second = torch.tanh(merged @ b + words.sum(1, keepdim=True))
-    assert answer[1].shape == merged.shape, f"the next stage's places should be {list(merged.shape)}, not {list(answer[1].shape)}"
+    assert answer[1].shape == merged.shape, (
+        f"the next stage's places should be {list(merged.shape)}, not {list(answer[1].shape)}"
+    )
     assert not torch.allclose(answer[1], merged), "the merged places have not asked the words again"
-    assert torch.allclose(answer[1], merged + torch.tanh(second @ d) * second, atol=1e-5), "the next stage's places differ"
+    assert torch.allclose(answer[1], merged + torch.tanh(second @ d) * second, atol=1e-5), (
+        "the next stage's places differ"
+    )
     return "check_ask_twice: correct"

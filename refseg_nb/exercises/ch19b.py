@@ -13,12 +13,16 @@ import random
 def check_break_even(fn):
     "Compare with counting, for random prices."
     rng = random.Random(0)
-    assert fn(10, 1, 2, 5) == 3, "one picture for 10 and phrases for 1, or 2 and 5: with three phrases 13 and 17"
+    assert fn(10, 1, 2, 5) == 3, (
+        "one picture for 10 and phrases for 1, or 2 and 5: with three phrases 13 and 17"
+    )
     assert fn(10, 5, 2, 1) is None, "who is dearer at both prices never becomes the cheaper one"
     for _ in range(60):
         once, each, other_once, other_each = (rng.randint(1, 40) for _ in range(4))
         n = next((n for n in range(1, 200) if once + n * each < other_once + n * other_each), None)
         got = fn(once, each, other_once, other_each)
-        assert got == n, f"a picture for {once}, a phrase for {each}, against {other_once} and {other_each}: {n}, not {got}"
+        assert got == n, (
+            f"a picture for {once}, a phrase for {each}, against {other_once} and {other_each}: {n}, not {got}"
+        )
         assert n is None or math.isfinite(got)
     return "check_break_even: correct"

@@ -12,12 +12,13 @@ import numpy as np
 def check_schedule(fn):
     "Compare with a plain simulation, for random lengths and numbers of processes."
     rng = np.random.default_rng(0)
-    assert fn([3.], 2) == 3., "one job of length 3 is done after 3, however many processes there are"
+    assert fn([3.0], 2) == 3.0, "one job of length 3 is done after 3, however many processes there are"
     for _ in range(60):
         lengths, n = rng.integers(1, 20, int(rng.integers(1, 15))).tolist(), int(rng.integers(1, 5))
         ends = [0] * n
         for length in lengths:
-            first = ends.index(min(ends)); ends[first] += length
+            first = ends.index(min(ends))
+            ends[first] += length
         got = fn(list(lengths), n)
         assert got == max(ends), f"{lengths} on {n} processes are done after {max(ends)}, not {got}"
         assert sum(lengths) / n <= got <= sum(lengths)

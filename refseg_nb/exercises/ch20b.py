@@ -12,12 +12,18 @@ import numpy as np
 def check_detectable(fn):
     "Check the two sides of the boundary, for random numbers of both signs."
     rng = np.random.default_rng(0)
-    assert fn(0., 1., 100) is None, "a difference of 0 is never detected: return None"
-    cases = [(1., 1., 100), (-.5, 1., 64)] + [(float(rng.normal()), float(rng.random() + .1), int(rng.integers(10, 2000))) for _ in range(50)]
+    assert fn(0.0, 1.0, 100) is None, "a difference of 0 is never detected: return None"
+    cases = [(1.0, 1.0, 100), (-0.5, 1.0, 64)] + [
+        (float(rng.normal()), float(rng.random() + 0.1), int(rng.integers(10, 2000))) for _ in range(50)
+    ]
     for difference, half, images in cases:
         n = fn(difference, half, images)
         assert isinstance(n, int), f"return a whole number (int), not {type(n).__name__}"
-        width = lambda m: half * (images / m) ** .5  # noqa: B023
-        assert width(n) < abs(difference) * (1 + 1e-12), f"{n} images are too few for a difference of {difference:.3f}: the half-width would be {width(n):.3f}"
-        assert n == 1 or width(n - 1) >= abs(difference) * (1 - 1e-12), f"{n - 1} images would do for a difference of {difference:.3f}"
+        width = lambda m: half * (images / m) ** 0.5  # noqa: B023
+        assert width(n) < abs(difference) * (1 + 1e-12), (
+            f"{n} images are too few for a difference of {difference:.3f}: the half-width would be {width(n):.3f}"
+        )
+        assert n == 1 or width(n - 1) >= abs(difference) * (1 - 1e-12), (
+            f"{n - 1} images would do for a difference of {difference:.3f}"
+        )
     return "check_detectable: correct"

@@ -11,15 +11,31 @@ import numpy as np
 # %% ../../nbs/exercises/ch20c.ipynb #005
 def check_anchor_hits(fn):
     "Compare with a plain loop, on random tables."
-    rng, names = np.random.default_rng(0), ["right", "sloppy outline", "several things", "nothing found", "the anchor", "same category", "other category"]
+    rng, names = (
+        np.random.default_rng(0),
+        [
+            "right",
+            "sloppy outline",
+            "several things",
+            "nothing found",
+            "the anchor",
+            "same category",
+            "other category",
+        ],
+    )
     for n in (0, 1, 1, *rng.integers(2, 60, 30)):
-        others = rng.integers(1, 8, n); anchors = np.minimum(rng.integers(0, 3, n), others)
+        others = rng.integers(1, 8, n)
+        anchors = np.minimum(rng.integers(0, 3, n), others)
         cause = np.array(names)[rng.integers(0, len(names), n)]
         cause = np.where((cause == "the anchor") & (anchors == 0), "other category", cause)
-        hits, expected = 0, 0.
+        hits, expected = 0, 0.0
         for c, a, o in zip(cause, anchors, others):
-            if c in ("the anchor", "same category", "other category") and a > 0: hits += c == "the anchor"; expected += a / o
+            if c in ("the anchor", "same category", "other category") and a > 0:
+                hits += c == "the anchor"
+                expected += a / o
         got = fn({"cause": cause, "anchors": anchors, "others": others})
         assert got[0] == hits, f"the anchor was answered {hits} times, not {got[0]}"
-        assert abs(got[1] - expected) < 1e-9, f"by chance it would be {expected:.3f} times, not {got[1]:.3f}: one wrong thing answered, and an anchor named"
+        assert abs(got[1] - expected) < 1e-9, (
+            f"by chance it would be {expected:.3f} times, not {got[1]:.3f}: one wrong thing answered, and an anchor named"
+        )
     return "check_anchor_hits: correct"

@@ -14,7 +14,8 @@ def check_claim(fn):
     rng = np.random.default_rng(0)
     table = {(1, frozenset({1})): "holds", (-1, frozenset({-1})): "fails"}
     for _ in range(300):
-        low, high = sorted(rng.integers(-3, 4, 2).tolist()); seeds = rng.integers(-2, 3, int(rng.integers(1, 4))).tolist()
+        low, high = sorted(rng.integers(-3, 4, 2).tolist())
+        seeds = rng.integers(-2, 3, int(rng.integers(1, 4))).tolist()
         side = int(np.sign(low)) if np.sign(low) == np.sign(high) else 0
         wanted = "open" if side == 0 else table.get((side, frozenset(np.sign(seeds).tolist())), "depends")
         got = fn(low, high, seeds)

@@ -12,11 +12,18 @@ import numpy as np
 def check_amdahl(fn):
     "Compare with the sum of the shares that are left, for random parts."
     rng = np.random.default_rng(0)
-    assert abs(fn({"a": 3., "b": 1.}, {"a": 3.}) - 2) < 1e-9, "3 s and 1 s, the first three times as fast: 2 s are left, the factor is 2"
+    assert abs(fn({"a": 3.0, "b": 1.0}, {"a": 3.0}) - 2) < 1e-9, (
+        "3 s and 1 s, the first three times as fast: 2 s are left, the factor is 2"
+    )
     for _ in range(40):
-        seconds = {f"part {i}": float(t) for i, t in enumerate(rng.uniform(.1, 9, rng.integers(1, 7)))}
-        factors = {part: float(rng.uniform(1, 20)) for part in seconds if rng.random() < .6}
-        left = sum(t / sum(seconds.values()) * (1 / factors[part] if part in factors else 1) for part, t in seconds.items())
+        seconds = {f"part {i}": float(t) for i, t in enumerate(rng.uniform(0.1, 9, rng.integers(1, 7)))}
+        factors = {part: float(rng.uniform(1, 20)) for part in seconds if rng.random() < 0.6}
+        left = sum(
+            t / sum(seconds.values()) * (1 / factors[part] if part in factors else 1)
+            for part, t in seconds.items()
+        )
         got = fn(dict(seconds), dict(factors))
-        assert abs(got * left - 1) < 1e-9, f"{seconds} with {factors} becomes {1 / left:.3f} times as fast, not {got}"
+        assert abs(got * left - 1) < 1e-9, (
+            f"{seconds} with {factors} becomes {1 / left:.3f} times as fast, not {got}"
+        )
     return "check_amdahl: correct"

@@ -16,16 +16,28 @@ def check_mean_and_variance(fn):
         values = [np.float64(1e6) + rng.normal(3 * k, 1, n) for k, n in enumerate(counts)]
         mean, variance = fn([(len(v), v.mean(), ((v - v.mean()) ** 2).sum()) for v in values])
         all_values = np.concatenate(values)
-        assert np.isclose(mean, all_values.mean(), rtol=1e-12), f"the mean of parts of {counts} values is {all_values.mean():.6f}, not {mean}"
-        assert np.isclose(variance, all_values.var(), rtol=1e-6), f"the variance of parts of {counts} values is {all_values.var():.6f}, not {variance}"
+        assert np.isclose(mean, all_values.mean(), rtol=1e-12), (
+            f"the mean of parts of {counts} values is {all_values.mean():.6f}, not {mean}"
+        )
+        assert np.isclose(variance, all_values.var(), rtol=1e-6), (
+            f"the variance of parts of {counts} values is {all_values.var():.6f}, not {variance}"
+        )
     return "check_mean_and_variance: correct"
 
 # %% ../../nbs/exercises/ch21b.ipynb #008
 def check_steps_per_second(fn):
     "Play a step through: compute, then twice `gpus - 1` pieces around the ring."
-    for compute, size, bandwidth, gpus in ((1., 1e9, 1e9, 1), (1., 1e9, 1e9, 2), (.5, 240e6, 1.2e9, 8), (2., 1e6, 1e10, 32)):
+    for compute, size, bandwidth, gpus in (
+        (1.0, 1e9, 1e9, 1),
+        (1.0, 1e9, 1e9, 2),
+        (0.5, 240e6, 1.2e9, 8),
+        (2.0, 1e6, 1e10, 32),
+    ):
         clock = compute / gpus
-        for _ in range(2 * (gpus - 1)): clock += size / gpus / bandwidth
+        for _ in range(2 * (gpus - 1)):
+            clock += size / gpus / bandwidth
         got = fn(compute, size, bandwidth, gpus)
-        assert np.isclose(got, 1 / clock), f"{gpus} GPUs, {size:g} bytes over {bandwidth:g} bytes/s: {1 / clock:.4f} steps a second, not {got}"
+        assert np.isclose(got, 1 / clock), (
+            f"{gpus} GPUs, {size:g} bytes over {bandwidth:g} bytes/s: {1 / clock:.4f} steps a second, not {got}"
+        )
     return "check_steps_per_second: correct"

@@ -14,13 +14,21 @@ def check_regroup(fn):
     rng = random.Random(0)
     for n in (0, 1, 5, 40):
         images, calls = [f"{rng.randrange(max(1, n // 3))}.jpg" for _ in range(n)], []
+
         def answer(image, numbers, images=images, calls=calls):
             calls.append(image)
             numbers = list(numbers)
             assert numbers == sorted(set(numbers)), f"the numbers about {image} should rise: {numbers}"
-            assert all(images[i] == image for i in numbers), f"not all of the requests {numbers} are about {image}"
+            assert all(images[i] == image for i in numbers), (
+                f"not all of the requests {numbers} are about {image}"
+            )
             return [(image, i) for i in numbers]
+
         got = fn(list(images), answer)
-        assert len(calls) == len(set(calls)), f"{len(calls)} calls for {len(set(calls))} pictures: each is encoded once"
-        assert list(got) == [(image, i) for i, image in enumerate(images)], "the answers should stand in the order of the requests"
+        assert len(calls) == len(set(calls)), (
+            f"{len(calls)} calls for {len(set(calls))} pictures: each is encoded once"
+        )
+        assert list(got) == [(image, i) for i, image in enumerate(images)], (
+            "the answers should stand in the order of the requests"
+        )
     return "check_regroup: correct"

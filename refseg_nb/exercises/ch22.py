@@ -8,18 +8,31 @@ __all__ = ['check_call']
 # %% ../../nbs/exercises/ch22.ipynb #004
 def check_call(fn):
     "Try every way in which a function can end."
+
     def fails(error):
-        def f(): raise error
+        def f():
+            raise error
+
         return f
+
     assert fn(lambda: 7) == (0, None), "a function that returns gives (0, None)"
-    for error in (ValueError("no phrase"), OSError("disk full"), FileNotFoundError("no file"), UnicodeError("not text")):
+    for error in (
+        ValueError("no phrase"),
+        OSError("disk full"),
+        FileNotFoundError("no file"),
+        UnicodeError("not text"),
+    ):
         got = fn(fails(error))
-        assert got == (2, str(error)), f"{type(error).__name__}({str(error)!r}) should give (2, {str(error)!r}), not {got!r}"
+        assert got == (2, str(error)), (
+            f"{type(error).__name__}({str(error)!r}) should give (2, {str(error)!r}), not {got!r}"
+        )
     got = fn(fails(ValueError("two\n  lines\tof  text ")))
     assert got == (2, "two lines of text"), f"one line, single spaces: 'two lines of text', not {got[1]!r}"
     assert fn(fails(KeyboardInterrupt())) == (130, "stopped"), "Ctrl-C gives (130, 'stopped')"
     for bug in (KeyError("x"), TypeError("y"), ZeroDivisionError()):
-        try: fn(fails(bug))
-        except type(bug): continue
+        try:
+            fn(fails(bug))
+        except type(bug):
+            continue
         raise AssertionError(f"{type(bug).__name__} is a bug: it must come through, not be swallowed")
     return "check_call: correct"

@@ -16,22 +16,24 @@ from torch import Tensor, nn
 # %% ../../nbs/16_aggregations.ipynb #015
 class ConvLSTMLevels(nn.Module):
     "A convolutional LSTM reads the levels 2, 3, 4; its last state is the map (Shi et al., 2015, without peepholes; Table 2, row 4)."
+
     def __init__(
         self,
-        channels: int,     # C, of the levels and of the state
-        kernel: int = 3,   # SHNet's paper does not say; 1 in CMPC's program
+        channels: int,  # C, of the levels and of the state
+        kernel: int = 3,  # SHNet's paper does not say; 1 in CMPC's program
     ):
         super().__init__()
         self.input = nn.Conv2d(channels, 4 * channels, kernel, padding=kernel // 2)
         self.state = nn.Conv2d(channels, 4 * channels, kernel, padding=kernel // 2, bias=False)
-        with torch.no_grad(): self.input.bias[channels:2 * channels] = 1  # forget gates that start open
+        with torch.no_grad():
+            self.input.bias[channels : 2 * channels] = 1  # forget gates that start open
 
     def forward(
         self,
-        visual: list[Float[Tensor, "B C H W"]],           # f_2, f_3, f_4
+        visual: list[Float[Tensor, "B C H W"]],  # f_2, f_3, f_4
         language: list[Float[Tensor, "B C"]] | None = None,  # not used: taken because HCAM takes it
         return_gates: bool = False,
-    ):                                                    # H_4 [B, C, H, W], or (H_4, {("input" | "forget" | "output", level): gate})
+    ):  # H_4 [B, C, H, W], or (H_4, {("input" | "forget" | "output", level): gate})
         "One step a level; what level 2 saw has to pass the forget gates of 3 and 4."
         h = c = None
         gates = {}
@@ -46,20 +48,22 @@ class ConvLSTMLevels(nn.Module):
 # %% ../../nbs/16_aggregations.ipynb #022
 class MGATE(nn.Module):
     "Gated multi-level fusion of CMSA (Ye et al., 2019): each level's memory gate says what it gives to the others, its reset gate what it takes from them."
+
     def __init__(
         self,
-        channels: int,   # C
+        channels: int,  # C
     ):
         super().__init__()
-        self.gates = nn.ModuleList(nn.Conv2d(channels, 2, 3, padding=1) for _ in range(3))  # m^i and r^i, from level i alone
+        # m^i and r^i, from level i alone
+        self.gates = nn.ModuleList(nn.Conv2d(channels, 2, 3, padding=1) for _ in range(3))
         self.gamma = nn.Parameter(torch.ones(3))
 
     def forward(
         self,
-        visual: list[Float[Tensor, "B C H W"]],           # X^2, X^3, X^4
+        visual: list[Float[Tensor, "B C H W"]],  # X^2, X^3, X^4
         language: list[Float[Tensor, "B C"]] | None = None,  # not used: taken because HCAM takes it
         return_gates: bool = False,
-    ):                                                    # the sum of the F^i [B, C, H, W], or (it, {("memory" | "reset", level): [B, 1, H, W]})
+    ):  # the sum of the F^i [B, C, H, W], or (it, {("memory" | "reset", level): [B, 1, H, W]})
         "G^i = (1 - m^i) X^i + sum of gamma^j m^j X^j;  F^i = r^i tanh(G^i) + (1 - r^i) X^i."
         memory, reset = zip(*(conv(x).sigmoid().chunk(2, dim=1) for conv, x in zip(self.gates, visual)))
         given = [gamma * m * x for gamma, m, x in zip(self.gamma, memory, visual)]
@@ -67,15 +71,20 @@ class MGATE(nn.Module):
         for i, (m, r, x) in enumerate(zip(memory, reset, visual)):
             g = (1 - m) * x + sum(given[j] for j in range(3) if j != i)
             out = out + r * g.tanh() + (1 - r) * x
-        gates = {(name, level): gate for name, kind in (("memory", memory), ("reset", reset)) for level, gate in enumerate(kind, 2)}
+        gates = {
+            (name, level): gate
+            for name, kind in (("memory", memory), ("reset", reset))
+            for level, gate in enumerate(kind, 2)
+        }
         return (out, gates) if return_gates else out
 
 # %% ../../nbs/16_aggregations.ipynb #029
 class Exchange(nn.Module):
     "One level's part in one round of TGFE: a summary of itself and the sentence gate the channels of the two other levels."
+
     def __init__(
         self,
-        channels: int,   # C, of pictures and words
+        channels: int,  # C, of pictures and words
     ):
         super().__init__()
         self.key, self.query = nn.Conv2d(channels, channels, 1), nn.Linear(channels, channels)
@@ -85,36 +94,45 @@ class Exchange(nn.Module):
 
     def forward(
         self,
-        own: Float[Tensor, "B C H W"],            # y_i
-        others: list[Float[Tensor, "B C H W"]],   # the two y_j, in the order of their levels
-        sentence: Float[Tensor, "B C"],           # s
-    ) -> tuple[Float[Tensor, "B C H W"], list[Float[Tensor, "B C"]]]:  # the new y_i, each place of length 1; the gates of the others' channels
+        own: Float[Tensor, "B C H W"],  # y_i
+        others: list[Float[Tensor, "B C H W"]],  # the two y_j, in the order of their levels
+        sentence: Float[Tensor, "B C"],  # s
+    ) -> tuple[
+        Float[Tensor, "B C H W"], list[Float[Tensor, "B C"]]
+    ]:  # the new y_i, each place of length 1; the gates of the others' channels
         "y_i + sum of sigmoid(V_ij c_i) ReLU(W_ij y_j), scaled to length 1."
-        a = torch.einsum("bchw,bc->bhw", self.key(own), self.query(sentence)).flatten(1) / math.sqrt(own.shape[1])
+        a = torch.einsum("bchw,bc->bhw", self.key(own), self.query(sentence)).flatten(1) / math.sqrt(
+            own.shape[1]
+        )
         summary = torch.einsum("bp,bcp->bc", a.softmax(-1), own.flatten(2))
         c = F.normalize(self.context(torch.cat([sentence, summary], dim=1)), dim=1)
         gates = [gate(c).sigmoid() for gate in self.gates]
-        taken = (g[:, :, None, None] * feature(y).relu() for g, feature, y in zip(gates, self.features, others))
+        taken = (
+            g[:, :, None, None] * feature(y).relu() for g, feature, y in zip(gates, self.features, others)
+        )
         return F.normalize(own + sum(taken), dim=1), gates
 
 # %% ../../nbs/16_aggregations.ipynb #032
 class TGFE(nn.Module):
     "Text-guided feature exchange of CMPC (Huang et al., 2020): two rounds in which each level takes channels of the others, then a ConvLSTM."
+
     def __init__(
         self,
-        channels: int,     # C, of pictures and words
-        rounds: int = 2,   # in the program; each round has its own weights
+        channels: int,  # C, of pictures and words
+        rounds: int = 2,  # in the program; each round has its own weights
     ):
         super().__init__()
-        self.rounds = nn.ModuleList(nn.ModuleList(Exchange(channels) for _ in range(3)) for _ in range(rounds))
+        self.rounds = nn.ModuleList(
+            nn.ModuleList(Exchange(channels) for _ in range(3)) for _ in range(rounds)
+        )
         self.fuse = ConvLSTMLevels(channels, kernel=1)
 
     def forward(
         self,
-        visual: list[Float[Tensor, "B C H W"]],   # y_2, y_3, y_4
-        language: list[Float[Tensor, "B C"]],     # the sentence as each level has read it
+        visual: list[Float[Tensor, "B C H W"]],  # y_2, y_3, y_4
+        language: list[Float[Tensor, "B C"]],  # the sentence as each level has read it
         return_gates: bool = False,
-    ):                                            # the map [B, C, H, W], or (it, {(round, i, j): gate [B, C] of level i for level j})
+    ):  # the map [B, C, H, W], or (it, {(round, i, j): gate [B, C] of level i for level j})
         "All levels of a round see the others as they were before it."
         gates = {}
         for n, round_ in enumerate(self.rounds, 1):
@@ -131,12 +149,15 @@ class TGFE(nn.Module):
 # %% ../../nbs/16_aggregations.ipynb #039
 class GBFM(nn.Module):
     "Gated bi-directional fusion, our reading of BRINet's (Hu et al., 2020): a climbing and a descending path, each step through a gate, and their sum."
+
     def __init__(
         self,
-        channels: int,   # C
+        channels: int,  # C
     ):
         super().__init__()
-        self.up, self.down = (nn.ModuleList(nn.Conv2d(2 * channels, channels, 3, padding=1) for _ in range(2)) for _ in range(2))
+        self.up, self.down = (
+            nn.ModuleList(nn.Conv2d(2 * channels, channels, 3, padding=1) for _ in range(2)) for _ in range(2)
+        )
 
     @staticmethod
     def path(maps, convs):
@@ -149,14 +170,20 @@ class GBFM(nn.Module):
 
     def forward(
         self,
-        visual: list[Float[Tensor, "B C H W"]],           # x_2, x_3, x_4
+        visual: list[Float[Tensor, "B C H W"]],  # x_2, x_3, x_4
         language: list[Float[Tensor, "B C"]] | None = None,  # not used: taken because HCAM takes it
         return_gates: bool = False,
-    ):                                                    # u_4 + d_2 [B, C, H, W], or (it, {(i, j): gate of level i for the path that comes from j})
+    ):  # u_4 + d_2 [B, C, H, W], or (it, {(i, j): gate of level i for the path that comes from j})
         "The ends of both paths, summed."
         (u, climbing), (d, descending) = self.path(visual, self.up), self.path(visual[::-1], self.down)
         gates = dict(zip(((3, 2), (4, 3), (3, 4), (2, 3)), climbing + descending))
         return (u + d, gates) if return_gates else u + d
 
 # %% ../../nbs/16_aggregations.ipynb #044
-AGGREGATIONS: dict[str, type[nn.Module]] = {"convlstm": ConvLSTMLevels, "mgate": MGATE, "tgfe": TGFE, "gbfm": GBFM}  # the names of `level_fusion`
+# the names of `level_fusion`
+AGGREGATIONS: dict[str, type[nn.Module]] = {
+    "convlstm": ConvLSTMLevels,
+    "mgate": MGATE,
+    "tgfe": TGFE,
+    "gbfm": GBFM,
+}

@@ -27,12 +27,13 @@ from ..data.refer import Refer
 # %% ../../nbs/05_pictures.ipynb #009
 class Backbone(nn.Module):
     "A picture encoder: images in, three raw levels out. Frozen by default: always in eval mode, never with gradients."
+
     def __init__(
         self,
         channels: tuple[int, int, int],  # channels of the levels V2, V3, V4
-        strides: tuple[int, int, int],   # image pixels per step of each level
+        strides: tuple[int, int, int],  # image pixels per step of each level
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),  # RGB mean of the pre-training images
-        std: tuple[float, ...] = (0.229, 0.224, 0.225),   # their RGB standard deviation
+        std: tuple[float, ...] = (0.229, 0.224, 0.225),  # their RGB standard deviation
     ):
         super().__init__()
         self.channels, self.strides = tuple(channels), tuple(strides)
@@ -45,7 +46,8 @@ class Backbone(nn.Module):
         return not any(p.requires_grad for p in self.parameters())
 
     def freeze(
-        self, frozen: bool = True,  # False: thaw it, to train it
+        self,
+        frozen: bool = True,  # False: thaw it, to train it
     ) -> "Backbone":
         "Freeze (or thaw) every parameter and every BatchNorm statistic."
         self.requires_grad_(not frozen)
@@ -56,12 +58,16 @@ class Backbone(nn.Module):
         return super().train(mode and not self.frozen)
 
     def normalise(
-        self, images: UInt8[Tensor, "K 3 S S"] | Float[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
-    ) -> Float[Tensor, "K 3 S S"]:                                          # zero mean, unit variance, roughly
+        self,
+        images: UInt8[Tensor, "K 3 S S"] | Float[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
+    ) -> Float[Tensor, "K 3 S S"]:  # zero mean, unit variance, roughly
         "Images as the pre-training saw them."
-        if images.dim() != 4 or images.shape[1] != 3: raise ValueError(f"images must be [K, 3, S, S], not {list(images.shape)}")
-        if images.dtype == torch.uint8: images = images.to(self.mean.dtype) / 255
-        elif not images.is_floating_point(): raise ValueError(f"images must be uint8 or floats in [0, 1], not {images.dtype}")
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be [K, 3, S, S], not {list(images.shape)}")
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype) / 255
+        elif not images.is_floating_point():
+            raise ValueError(f"images must be uint8 or floats in [0, 1], not {images.dtype}")
         return (images - self.mean) / self.std
 
     def levels(self, x: Float[Tensor, "K 3 S S"]) -> list[Tensor]:
@@ -69,115 +75,163 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, images: UInt8[Tensor, "K 3 S S"] | Float[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
-    ) -> list[Tensor]:                                                      # V2, V3, V4: [K, channels[i], S/strides[i], S/strides[i]]
+        self,
+        images: UInt8[Tensor, "K 3 S S"] | Float[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
+    ) -> list[Tensor]:  # V2, V3, V4: [K, channels[i], S/strides[i], S/strides[i]]
         "The raw levels V2, V3, V4 of a batch of images."
         return self.levels(self.normalise(images))
 
 # %% ../../nbs/05_pictures.ipynb #017
 class ResNetBackbone(Backbone):
     "ResNet-101's layers 2, 3 and 4, at output stride 32 (as published), 16 or 8 (the last strides replaced by dilation)."
+
     def __init__(
         self,
-        output_stride: int = 32,                          # image pixels per step of the last level: 32, 16 or 8
-        multi_grid: tuple[int, int, int] | None = None,   # extra dilation of layer 4's three blocks; DeepLabv3+ has (1, 2, 4)
+        output_stride: int = 32,  # image pixels per step of the last level: 32, 16 or 8
+        # extra dilation of layer 4's three blocks; DeepLabv3+ has (1, 2, 4)
+        multi_grid: tuple[int, int, int] | None = None,
     ):
-        if output_stride not in (8, 16, 32): raise ValueError(f"output_stride must be 8, 16 or 32, not {output_stride}")
-        from torchvision.models import resnet101  # here, not above: the import takes seconds, and only a ResNet needs it
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride must be 8, 16 or 32, not {output_stride}")
+        # here, not above: the import takes seconds, and only a ResNet needs it
+        from torchvision.models import resnet101
+
         super().__init__((512, 1024, 2048), (8, min(16, output_stride), output_stride))
-        self.body = resnet101(weights=None, replace_stride_with_dilation=[False, output_stride < 16, output_stride < 32])
+        self.body = resnet101(
+            weights=None, replace_stride_with_dilation=[False, output_stride < 16, output_stride < 32]
+        )
         del self.body.fc, self.body.avgpool
         if multi_grid is not None:
             base = {32: 1, 16: 2, 8: 4}[output_stride]
-            for block, extra in zip(self.body.layer4, multi_grid): block.conv2.dilation = block.conv2.padding = (base * extra, base * extra)
+            for block, extra in zip(self.body.layer4, multi_grid):
+                block.conv2.dilation = block.conv2.padding = (base * extra, base * extra)
 
     def levels(self, x):
         "V2, V3, V4: the outputs of layers 2, 3 and 4."
         body = self.body
         x = body.layer1(body.maxpool(body.relu(body.bn1(body.conv1(x)))))
-        v2 = body.layer2(x); v3 = body.layer3(v2)
+        v2 = body.layer2(x)
+        v3 = body.layer3(v2)
         return [v2, v3, body.layer4(v3)]
 
 # %% ../../nbs/05_pictures.ipynb #023
 def _read_checkpoint(path: str | Path) -> dict:
     "A torch file, read without running anything that is stored in it."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix == ".safetensors": return load_file(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return load_file(path)
     # training programs store a numpy scalar (the best score) beside the tensors: harmless, so these are allowed
     scalar = np.float64(0).__reduce__()[0]
-    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype,
-               type(np.dtype("float64")), type(np.dtype("float32"))]
+    allowed = [
+        scalar,
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        type(np.dtype("float64")),
+        type(np.dtype("float32")),
+    ]
     try:
-        with torch.serialization.safe_globals(allowed): return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0]})"
+        ) from error
 
 
-def _check_keys(path, state: dict[str, Tensor], expected: dict[str, Tensor], unused: tuple[str, ...]) -> dict[str, Tensor]:
+def _check_keys(
+    path, state: dict[str, Tensor], expected: dict[str, Tensor], unused: tuple[str, ...]
+) -> dict[str, Tensor]:
     "`state` without its known-unused parts; an error that lists every key that is unknown, missing, or of another shape."
     used = {k: v for k, v in state.items() if not k.startswith(unused)} if unused else dict(state)
     unknown = sorted(set(used) - set(expected))
     missing = sorted(k for k in set(expected) - set(used) if not k.endswith("num_batches_tracked"))
-    shapes = sorted(f"{k} {list(used[k].shape)} instead of {list(expected[k].shape)}" for k in set(used) & set(expected) if used[k].shape != expected[k].shape)
-    problems = [f"{len(keys)} {what} ({', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''})" for what, keys in
-                [("unknown keys", unknown), ("missing keys", missing), ("wrong shapes", shapes)] if keys]
-    if problems: raise ValueError(f"{path}: not the expected layout: {'; '.join(problems)}")
+    shapes = sorted(
+        f"{k} {list(used[k].shape)} instead of {list(expected[k].shape)}"
+        for k in set(used) & set(expected)
+        if used[k].shape != expected[k].shape
+    )
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''})"
+        for what, keys in [("unknown keys", unknown), ("missing keys", missing), ("wrong shapes", shapes)]
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{path}: not the expected layout: {'; '.join(problems)}")
     return used
 
 
 def load_voc_checkpoint(
-    path: str | Path,          # deeplab-resnet.pth.tar; a torch file in spite of its name, not to be untarred
-) -> dict[str, Tensor]:        # a state dict for `ResNetBackbone.body`
+    path: str | Path,  # deeplab-resnet.pth.tar; a torch file in spite of its name, not to be untarred
+) -> dict[str, Tensor]:  # a state dict for `ResNetBackbone.body`
     "The ResNet-101 in a DeepLabv3+ checkpoint (jfzhang95's layout): every key is used, known to be unused, or an error."
     state = _read_checkpoint(path)
     if not isinstance(state.get("state_dict"), dict):
-        raise ValueError(f"{path}: no 'state_dict' in it; expected jfzhang95's DeepLabv3+ checkpoint, which has one")
+        raise ValueError(
+            f"{path}: no 'state_dict' in it; expected jfzhang95's DeepLabv3+ checkpoint, which has one"
+        )
     state = {k.removeprefix("module."): v for k, v in state["state_dict"].items()}
-    with torch.device("meta"): expected = ResNetBackbone(16).body.state_dict()
-    used = _check_keys(path, state, {f"backbone.{k}": v for k, v in expected.items()}, unused=("aspp.", "decoder."))
+    with torch.device("meta"):
+        expected = ResNetBackbone(16).body.state_dict()
+    used = _check_keys(
+        path, state, {f"backbone.{k}": v for k, v in expected.items()}, unused=("aspp.", "decoder.")
+    )
     return {k.removeprefix("backbone."): v for k, v in used.items()}
 
 # %% ../../nbs/05_pictures.ipynb #029
 class Block(nn.Module):
     "A residual block: 5x5 depthwise convolution, then two 1x1 convolutions with a ReLU between them."
+
     def __init__(
         self,
-        channels: int,       # channels in and out
+        channels: int,  # channels in and out
         expansion: int = 2,  # width between the two 1x1 convolutions, in multiples of `channels`
     ):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 5, padding=2, groups=channels, bias=False), nn.BatchNorm2d(channels),
-            nn.Conv2d(channels, expansion * channels, 1), nn.ReLU(),
-            nn.Conv2d(expansion * channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+            nn.Conv2d(channels, channels, 5, padding=2, groups=channels, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, expansion * channels, 1),
+            nn.ReLU(),
+            nn.Conv2d(expansion * channels, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
 
-    def forward(self, x): return x + self.body(x)
+    def forward(self, x):
+        return x + self.body(x)
 
 
 def _down(inputs: int, outputs: int) -> nn.Sequential:
     "Half the resolution: 3x3 convolution of stride 2, BatchNorm, ReLU."
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 class RefShapesBackbone(Backbone):
     "A small CNN for drawn scenes: three levels at strides 4, 8 and 16."
+
     def __init__(
         self,
         channels: tuple[int, int, int] = (48, 96, 160),  # channels of the levels
-        blocks: tuple[int, int, int] = (3, 3, 1),        # residual blocks of each level
-        stem: int = 20,                                  # channels at stride 2
+        blocks: tuple[int, int, int] = (3, 3, 1),  # residual blocks of each level
+        stem: int = 20,  # channels at stride 2
     ):
-        super().__init__(channels, (4, 8, 16), mean=(.5, .5, .5), std=(.25, .25, .25))
+        super().__init__(channels, (4, 8, 16), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
         self.stem = _down(3, stem)
-        self.layers = nn.ModuleList(nn.Sequential(_down(i, o), *(Block(o) for _ in range(n)))
-                                    for i, o, n in zip((stem, *channels), channels, blocks))
+        self.layers = nn.ModuleList(
+            nn.Sequential(_down(i, o), *(Block(o) for _ in range(n)))
+            for i, o, n in zip((stem, *channels), channels, blocks)
+        )
 
     def levels(self, x):
         "V2, V3, V4 at strides 4, 8 and 16."
         x, out = self.stem(x), []
         for layer in self.layers:
-            x = layer(x); out.append(x)
+            x = layer(x)
+            out.append(x)
         return out
 
 # %% ../../nbs/05_pictures.ipynb #037
@@ -186,63 +240,99 @@ class LeakWarning(UserWarning):
 
 
 VOC_CHECKPOINT = "deeplab-resnet.pth.tar"
-SHIPPED_BACKBONES = {"refshapes": "refshapes-backbone.safetensors", "refshapes-classifier": "refshapes-classifier.safetensors"}  # in refseg_nb/weights
+# in refseg_nb/weights
+SHIPPED_BACKBONES = {
+    "refshapes": "refshapes-backbone.safetensors",
+    "refshapes-classifier": "refshapes-classifier.safetensors",
+}
 BACKBONES = (*SHIPPED_BACKBONES, "resnet101", "deeplabv3plus-resnet101")
 
 
-def _hub(file: str) -> Path: return Path(torch.hub.get_dir()) / "checkpoints" / file
+def _hub(file: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
 def _download(weights) -> dict[str, Tensor]:
     "A torchvision weights entry, from the cache or the network."
-    try: return weights.get_state_dict(progress=False, check_hash=True)
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
         file = weights.url.rsplit("/", 1)[-1]
-        raise FileNotFoundError(f"{weights.url} could not be downloaded ({error}); put {file} into {_hub('')}, or pass its path as weights=, "
-                                "or weights='none' for random weights") from error
+        raise FileNotFoundError(
+            f"{weights.url} could not be downloaded ({error}); put {file} into {_hub('')}, or pass its path as weights=, "
+            "or weights='none' for random weights"
+        ) from error
 
 
 def _warn_leak():
-    warnings.warn("these weights were trained on COCO, whose training images include the validation and test images of RefCOCO, RefCOCO+ and "
-                  "RefCOCOg: scores on those will be too high and not comparable with the paper's", LeakWarning, stacklevel=3)
+    warnings.warn(
+        "these weights were trained on COCO, whose training images include the validation and test images of RefCOCO, RefCOCO+ and "
+        "RefCOCOg: scores on those will be too high and not comparable with the paper's",
+        LeakWarning,
+        stacklevel=3,
+    )
 
 
 def create_backbone(
-    name: str = "refshapes",               # one of `BACKBONES`
-    weights: str | Path | None = None,     # None: the usual pre-trained ones; "none": random; "imagenet", "coco" (leaks!); or a file
-    output_stride: int | None = None,      # of the ResNets: 32 for "resnet101" and 16 for DeepLabv3+ unless given
-    frozen: bool = True,                   # False only to train it
+    name: str = "refshapes",  # one of `BACKBONES`
+    # None: the usual pre-trained ones; "none": random; "imagenet", "coco" (leaks!); or a file
+    weights: str | Path | None = None,
+    output_stride: int | None = None,  # of the ResNets: 32 for "resnet101" and 16 for DeepLabv3+ unless given
+    frozen: bool = True,  # False only to train it
 ) -> Backbone:
     "A frozen picture encoder by name, with its pre-trained weights."
-    if name not in BACKBONES: raise ValueError(f"no backbone called {name!r}; there are {', '.join(BACKBONES)}")
+    if name not in BACKBONES:
+        raise ValueError(f"no backbone called {name!r}; there are {', '.join(BACKBONES)}")
     random = weights is not None and str(weights) == "none"
     if name in SHIPPED_BACKBONES:
         net = RefShapesBackbone()
         if not random:
-            path = Path(str(files("refseg_nb") / "weights" / SHIPPED_BACKBONES[name])) if weights is None else Path(weights)
+            path = (
+                Path(str(files("refseg_nb") / "weights" / SHIPPED_BACKBONES[name]))
+                if weights is None
+                else Path(weights)
+            )
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file; make one with pretrain_backbone(root, out=...), or pass weights='none' for random weights")
+                raise FileNotFoundError(
+                    f"{path}: no such file; make one with pretrain_backbone(root, out=...), or pass weights='none' for random weights"
+                )
             net.load_state_dict(_check_keys(path, load_file(path), net.state_dict(), ()))
         return net.freeze(frozen)
     import torchvision
+
     deeplab = name.startswith("deeplab")
     net = ResNetBackbone(output_stride or (16 if deeplab else 32), multi_grid=(1, 2, 4) if deeplab else None)
-    if random: return net.freeze(frozen)
+    if random:
+        return net.freeze(frozen)
     if weights is not None and str(weights) == "imagenet" or weights is None and not deeplab:
-        state, where, unused = _download(torchvision.models.ResNet101_Weights.IMAGENET1K_V1), "ImageNet weights", ("fc.",)
+        state, where, unused = (
+            _download(torchvision.models.ResNet101_Weights.IMAGENET1K_V1),
+            "ImageNet weights",
+            ("fc.",),
+        )
     elif str(weights) == "coco":
         _warn_leak()
-        state, where, unused = _download(torchvision.models.segmentation.DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1), "COCO weights", ()
+        state, where, unused = (
+            _download(torchvision.models.segmentation.DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1),
+            "COCO weights",
+            (),
+        )
         state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     else:
         path = Path(weights) if weights is not None else _hub(VOC_CHECKPOINT)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; get {VOC_CHECKPOINT} (DeepLabv3+ ResNet-101 of jfzhang95/pytorch-deeplab-xception, VOC, "
-                                    f"Google Drive id 1NwcwlWqA-0HqAPk3dSNNPipGMF0iS0Zu) and put it there, or pass its path as weights=, "
-                                    "or weights='none' for random weights"
-                                    if deeplab else f"{path}: no such file; weights is 'imagenet', 'coco', 'none' or a file of a ResNet-101")
-        if "coco" in path.name.lower(): _warn_leak()
-        state, where, unused = (load_voc_checkpoint(path), path, ()) if deeplab else (_read_checkpoint(path), path, ("fc.",))
+            raise FileNotFoundError(
+                f"{path}: no such file; get {VOC_CHECKPOINT} (DeepLabv3+ ResNet-101 of jfzhang95/pytorch-deeplab-xception, VOC, "
+                f"Google Drive id 1NwcwlWqA-0HqAPk3dSNNPipGMF0iS0Zu) and put it there, or pass its path as weights=, "
+                "or weights='none' for random weights"
+                if deeplab
+                else f"{path}: no such file; weights is 'imagenet', 'coco', 'none' or a file of a ResNet-101"
+            )
+        if "coco" in path.name.lower():
+            _warn_leak()
+        state, where, unused = (
+            (load_voc_checkpoint(path), path, ()) if deeplab else (_read_checkpoint(path), path, ("fc.",))
+        )
     net.body.load_state_dict(_check_keys(where, state, net.body.state_dict(), unused), strict=False)
     return net.freeze(frozen)
 
@@ -250,23 +340,26 @@ def create_backbone(
 @dataclass
 class PixelLabels:
     "Images and the labels of their pixels, all in memory."
+
     images: UInt8[Tensor, "M 3 S S"]
-    category: UInt8[Tensor, "M S S"]         # 0: no thing; k: the k-th of `names`
-    instance: UInt8[Tensor, "M S S"]         # 0: no thing; i: the i-th thing of the image
-    names: list[str]                         # "background", then the categories
-    attributes: dict[str, tuple[list[str], UInt8[Tensor, "M S S"]]]  # name -> (values, label map: 0 unknown, k the k-th value)
+    category: UInt8[Tensor, "M S S"]  # 0: no thing; k: the k-th of `names`
+    instance: UInt8[Tensor, "M S S"]  # 0: no thing; i: the i-th thing of the image
+    names: list[str]  # "background", then the categories
+    # name -> (values, label map: 0 unknown, k the k-th value)
+    attributes: dict[str, tuple[list[str], UInt8[Tensor, "M S S"]]]
 
     def batch(
-        self, rows: Int[Tensor, " K"],          # which images
-    ) -> UInt8[Tensor, "K channels S S"]:       # red, green, blue, category, instance, then each attribute
+        self,
+        rows: Int[Tensor, " K"],  # which images
+    ) -> UInt8[Tensor, "K channels S S"]:  # red, green, blue, category, instance, then each attribute
         "Images with their label maps as further channels, so that one flip moves all of them."
         maps = [self.category, self.instance, *(m for _, m in self.attributes.values())]
         return torch.cat([self.images[rows], torch.stack([m[rows] for m in maps], 1)], 1)
 
 
 def pixel_labels(
-    refer: Refer,              # a RefShapes data set
-    split: str = "train",      # its images
+    refer: Refer,  # a RefShapes data set
+    split: str = "train",  # its images
     limit: int | None = None,  # at most so many images
 ) -> PixelLabels:
     "Every image of a split with the category, and the attributes where the file has them, of every pixel."
@@ -275,10 +368,14 @@ def pixel_labels(
     values = {}
     for annotation in refer.annotations.values():
         for name, value in (annotation.get("attributes") or {}).items():
-            if isinstance(value, str): values.setdefault(name, set()).add(value)
+            if isinstance(value, str):
+                values.setdefault(name, set()).add(value)
     values = {name: sorted(v) for name, v in sorted(values.items())}
     images = torch.stack([torch.from_numpy(np.array(refer.load_image(i))).permute(2, 0, 1) for i in ids])
-    maps = {name: torch.zeros(len(ids), *images.shape[-2:], dtype=torch.uint8) for name in ("category", "instance", *values)}
+    maps = {
+        name: torch.zeros(len(ids), *images.shape[-2:], dtype=torch.uint8)
+        for name in ("category", "instance", *values)
+    }
     for row, image_id in enumerate(ids):
         for number, annotation in enumerate(refer.annotations_of(image_id), 1):
             mask = torch.from_numpy(refer.mask(annotation["id"]))
@@ -286,15 +383,21 @@ def pixel_labels(
             maps["instance"][row][mask] = number
             for name, known in values.items():
                 value = (annotation.get("attributes") or {}).get(name)
-                if value in known: maps[name][row][mask] = 1 + known.index(value)
-    return PixelLabels(images, maps["category"], maps["instance"], ["background", *(refer.categories[c] for c in categories)],
-                       {name: (known, maps[name]) for name, known in values.items()})
+                if value in known:
+                    maps[name][row][mask] = 1 + known.index(value)
+    return PixelLabels(
+        images,
+        maps["category"],
+        maps["instance"],
+        ["background", *(refer.categories[c] for c in categories)],
+        {name: (known, maps[name]) for name, known in values.items()},
+    )
 
 # %% ../../nbs/05_pictures.ipynb #043
 def appearance(
-    images: Float[Tensor, "K 3 S S"],   # in [0, 1]
-    instance: UInt8[Tensor, "K S S"],   # 0: no thing; i: the i-th thing
-) -> Float[Tensor, "K 6 S S"]:          # mean and standard deviation of R, G, B over the pixel's thing
+    images: Float[Tensor, "K 3 S S"],  # in [0, 1]
+    instance: UInt8[Tensor, "K S S"],  # 0: no thing; i: the i-th thing
+) -> Float[Tensor, "K 6 S S"]:  # mean and standard deviation of R, G, B over the pixel's thing
     "The colours of the thing that a pixel belongs to: a label that needs no annotator."
     k, _, s, _ = images.shape
     n = int(instance.max()) + 1
@@ -302,17 +405,25 @@ def appearance(
     colours = images.permute(0, 2, 3, 1).reshape(-1, 3)
     count = torch.bincount(index, minlength=k * n).clamp(min=1)[:, None].to(images.dtype)
     mean = torch.zeros(k * n, 3, device=images.device).index_add_(0, index, colours) / count
-    square = torch.zeros(k * n, 3, device=images.device).index_add_(0, index, colours ** 2) / count
-    return torch.cat([mean, (square - mean ** 2).clamp(min=0).sqrt()], 1)[index].view(k, s, s, 6).permute(0, 3, 1, 2)
+    square = torch.zeros(k * n, 3, device=images.device).index_add_(0, index, colours**2) / count
+    return (
+        torch.cat([mean, (square - mean**2).clamp(min=0).sqrt()], 1)[index]
+        .view(k, s, s, 6)
+        .permute(0, 3, 1, 2)
+    )
 
 # %% ../../nbs/05_pictures.ipynb #046
 def mean_iou(
     predicted: Int[Tensor, "..."],  # class of every pixel
-    true: Int[Tensor, "..."],       # the same shape
+    true: Int[Tensor, "..."],  # the same shape
     classes: int,
 ) -> tuple[float, Float[Tensor, " classes"]]:  # over the classes that occur, and each one's (nan: absent)
     "Mean intersection over union, from one confusion matrix."
-    table = torch.bincount((true.long() * classes + predicted.long()).flatten(), minlength=classes ** 2).view(classes, classes).double()
+    table = (
+        torch.bincount((true.long() * classes + predicted.long()).flatten(), minlength=classes**2)
+        .view(classes, classes)
+        .double()
+    )
     union = table.sum(0) + table.sum(1) - table.diag()
     iou = torch.where(union > 0, table.diag() / union, torch.nan)
     return float(iou.nanmean()), iou
@@ -320,51 +431,68 @@ def mean_iou(
 # %% ../../nbs/05_pictures.ipynb #049
 class PixelHeads(nn.Module):
     "Throwaway heads over the three levels: a category at every second pixel, attributes and appearance at every fourth."
+
     metric = "mean_iou"
 
     def __init__(
         self,
-        channels: tuple[int, ...],        # the backbone's, a number a level
-        data: PixelLabels,                # what there is to name
-        width: int = 64,                  # of the map that the levels are summed into
+        channels: tuple[int, ...],  # the backbone's, a number a level
+        data: PixelLabels,  # what there is to name
+        width: int = 64,  # of the map that the levels are summed into
     ):
         super().__init__()
         self.names, self.attributes = data.names, list(data.attributes)
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        self.sizes = {"category": 4 * len(self.names), "appearance": 6} | {attribute: len(values) for attribute, (values, _) in data.attributes.items()}
+        self.sizes = {"category": 4 * len(self.names), "appearance": 6} | {
+            attribute: len(values) for attribute, (values, _) in data.attributes.items()
+        }
         self.out = nn.Conv2d(width, sum(self.sizes.values()), 1)
         pixels = torch.bincount(data.category.flatten(), minlength=len(self.names)).clamp(min=1)
         self.register_buffer("weight", (pixels.sum() / pixels).sqrt(), persistent=False)
 
     def forward(self, levels: list[Tensor]) -> dict[str, Tensor]:
         "Predictions by name; the category's at half the images' resolution (each place of stride 4 predicts 2 x 2)."
-        x = sum(F.interpolate(lateral(v), levels[0].shape[-2:], mode="bilinear", align_corners=False) for lateral, v in zip(self.lateral, levels))
+        x = sum(
+            F.interpolate(lateral(v), levels[0].shape[-2:], mode="bilinear", align_corners=False)
+            for lateral, v in zip(self.lateral, levels)
+        )
         out = dict(zip(self.sizes, self.out(F.relu(x)).split(list(self.sizes.values()), 1)))
         return out | {"category": F.pixel_shuffle(out["category"], 2)}
 
     def loss(
         self,
-        levels: list[Tensor],                   # the backbone's, of these images
-        images: Float[Tensor, "K 3 S S"],       # in [0, 1]
-        labels: Int[Tensor, "K maps S S"],      # category, instance, then each attribute
+        levels: list[Tensor],  # the backbone's, of these images
+        images: Float[Tensor, "K 3 S S"],  # in [0, 1]
+        labels: Int[Tensor, "K maps S S"],  # category, instance, then each attribute
     ) -> Float[Tensor, ""]:
         "How wrong the names and colours of the pixels are."
         p, coarse = self(levels), labels[:, :, 2::4, 2::4]
         inside = coarse[:, 1] > 0
         loss = F.cross_entropy(p["category"], labels[:, 0, 1::2, 1::2], self.weight)
-        look = F.smooth_l1_loss(p["appearance"], appearance(images, labels[:, 1])[:, :, 2::4, 2::4], beta=.1, reduction="none").mean(1)
-        if inside.any(): loss = loss + 2 * look[inside].mean()
+        look = F.smooth_l1_loss(
+            p["appearance"], appearance(images, labels[:, 1])[:, :, 2::4, 2::4], beta=0.1, reduction="none"
+        ).mean(1)
+        if inside.any():
+            loss = loss + 2 * look[inside].mean()
         for attribute, label in zip(self.attributes, coarse[:, 2:].unbind(1)):
-            if label.any(): loss = loss + .5 * F.cross_entropy(p[attribute], label - 1, ignore_index=-1)
+            if label.any():
+                loss = loss + 0.5 * F.cross_entropy(p[attribute], label - 1, ignore_index=-1)
         return loss
 
     def score(
         self,
         predictions: dict[str, Tensor],  # of all images of `data`
         data: PixelLabels,
-    ) -> tuple[float, dict[str, float], dict[str, float]]:  # mean IoU, each class's, and of each attribute the share of the things' pixels that is right
+    ) -> tuple[
+        float, dict[str, float], dict[str, float]
+    ]:  # mean IoU, each class's, and of each attribute the share of the things' pixels that is right
         "How good the names of the pixels are."
-        guess = torch.cat([F.interpolate(q, scale_factor=2, mode="bilinear").argmax(1) for q in predictions["category"].split(64)])
+        guess = torch.cat(
+            [
+                F.interpolate(q, scale_factor=2, mode="bilinear").argmax(1)
+                for q in predictions["category"].split(64)
+            ]
+        )
         overall, each = mean_iou(guess, data.category, len(self.names))
         right = {}
         for attribute, (_, label) in data.attributes.items():
@@ -374,17 +502,19 @@ class PixelHeads(nn.Module):
 
 # %% ../../nbs/05_pictures.ipynb #053
 def presence(
-    label: Int[Tensor, "K S S"],    # 0: none; k: the k-th value
-    values: int,                    # how many there are
-) -> Float[Tensor, "K values"]:     # 1: it is somewhere in the picture
+    label: Int[Tensor, "K S S"],  # 0: none; k: the k-th value
+    values: int,  # how many there are
+) -> Float[Tensor, "K values"]:  # 1: it is somewhere in the picture
     "A label map with the places taken away."
-    return torch.zeros(len(label), values + 1, device=label.device).scatter_(1, label.flatten(1).long(), 1.)[:, 1:]
+    return torch.zeros(len(label), values + 1, device=label.device).scatter_(1, label.flatten(1).long(), 1.0)[
+        :, 1:
+    ]
 
 # %% ../../nbs/05_pictures.ipynb #057
 def average_precision(
     scores: Float[Tensor, "K values"],  # the higher, the surer
-    true: Float[Tensor, "K values"],    # 0 or 1
-) -> Float[Tensor, " values"]:          # nan for what is in every picture or in none: there is nothing to rank
+    true: Float[Tensor, "K values"],  # 0 or 1
+) -> Float[Tensor, " values"]:  # nan for what is in every picture or in none: there is nothing to rank
     "The mean, over the pictures that have a thing, of the precision of the ranking down to that picture."
     hit = true.gather(0, scores.argsort(dim=0, descending=True, stable=True)).double()
     precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1, dtype=torch.double, device=hit.device)[:, None]
@@ -394,16 +524,19 @@ def average_precision(
 # %% ../../nbs/05_pictures.ipynb #060
 class PresenceHead(nn.Module):
     "A throwaway head over the mean of the last level: which categories, and which values of each attribute, are in the picture."
+
     metric = "mean_average_precision"
 
     def __init__(
         self,
         channels: tuple[int, int, int],  # the backbone's
-        data: PixelLabels,               # what there is to name
+        data: PixelLabels,  # what there is to name
     ):
         super().__init__()
         self.names = data.names[1:]
-        self.sizes = {"category": len(self.names)} | {attribute: len(values) for attribute, (values, _) in data.attributes.items()}
+        self.sizes = {"category": len(self.names)} | {
+            attribute: len(values) for attribute, (values, _) in data.attributes.items()
+        }
         self.out = nn.Linear(channels[-1], sum(self.sizes.values()))
 
     def forward(self, levels: list[Tensor]) -> dict[str, Tensor]:
@@ -411,31 +544,45 @@ class PresenceHead(nn.Module):
         return dict(zip(self.sizes, self.out(levels[-1].mean((2, 3))).split(list(self.sizes.values()), 1)))
 
     def targets(
-        self, category: Int[Tensor, "K S S"], attributes: list[Int[Tensor, "K S S"]],  # label maps
+        self,
+        category: Int[Tensor, "K S S"],
+        attributes: list[Int[Tensor, "K S S"]],  # label maps
     ) -> dict[str, Tensor]:
         "What the predictions should have been."
-        return {name: presence(label, values) for (name, values), label in zip(self.sizes.items(), [category, *attributes])}
+        return {
+            name: presence(label, values)
+            for (name, values), label in zip(self.sizes.items(), [category, *attributes])
+        }
 
     def loss(
         self,
-        levels: list[Tensor],                   # the backbone's, of these images
-        images: Float[Tensor, "K 3 S S"],       # not used
-        labels: Int[Tensor, "K maps S S"],      # category, instance, then each attribute
+        levels: list[Tensor],  # the backbone's, of these images
+        images: Float[Tensor, "K 3 S S"],  # not used
+        labels: Int[Tensor, "K maps S S"],  # category, instance, then each attribute
     ) -> Float[Tensor, ""]:
         "Binary cross-entropy; an attribute counts half, as it does for the pixels."
         p, true = self(levels), self.targets(labels[:, 0], labels[:, 2:].unbind(1))
-        return sum((1. if name == "category" else .5) * F.binary_cross_entropy_with_logits(p[name], true[name]) for name in p)
+        return sum(
+            (1.0 if name == "category" else 0.5) * F.binary_cross_entropy_with_logits(p[name], true[name])
+            for name in p
+        )
 
     def score(
         self,
         predictions: dict[str, Tensor],  # of all images of `data`
         data: PixelLabels,
-    ) -> tuple[float, dict[str, float], dict[str, float]]:  # mean average precision of the categories, each one's, and the mean of each attribute
+    ) -> tuple[
+        float, dict[str, float], dict[str, float]
+    ]:  # mean average precision of the categories, each one's, and the mean of each attribute
         "How well the pictures are ranked by what is in them."
         true = self.targets(data.category, [label for _, label in data.attributes.values()])
         each = {name: average_precision(predictions[name], true[name]) for name in self.sizes}
         category = each.pop("category")
-        return float(category.nanmean()), dict(zip(self.names, category.tolist())), {name: float(x.nanmean()) for name, x in each.items()}
+        return (
+            float(category.nanmean()),
+            dict(zip(self.names, category.tolist())),
+            {name: float(x.nanmean()) for name, x in each.items()},
+        )
 
 # %% ../../nbs/05_pictures.ipynb #064
 TASKS = {"pixels": PixelHeads, "presence": PresenceHead}
@@ -444,38 +591,57 @@ TASKS = {"pixels": PixelHeads, "presence": PresenceHead}
 @dataclass
 class PretrainResult:
     "What `pretrain_backbone` gives."
-    backbone: Backbone                  # frozen
-    heads: PixelHeads | PresenceHead    # for looking at; SHNet does not use them
-    metric: str                         # "mean_iou" or "mean_average_precision"
-    score: float                        # that, on the validation images
-    classes: dict[str, float]           # each class's
-    attributes: dict[str, float]        # attribute -> its heads' own measure
-    seconds: float                      # of training
+
+    backbone: Backbone  # frozen
+    heads: PixelHeads | PresenceHead  # for looking at; SHNet does not use them
+    metric: str  # "mean_iou" or "mean_average_precision"
+    score: float  # that, on the validation images
+    classes: dict[str, float]  # each class's
+    attributes: dict[str, float]  # attribute -> its heads' own measure
+    seconds: float  # of training
     losses: list[float] = field(default_factory=list, repr=False)  # mean loss of each epoch
 
 
-def _fit(net: Backbone, heads: nn.Module, data: PixelLabels, epochs: int, batch_size: int, lr: float, seed: int, progress: bool) -> list[float]:
+def _fit(
+    net: Backbone,
+    heads: nn.Module,
+    data: PixelLabels,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    progress: bool,
+) -> list[float]:
     "Train encoder and heads together; the mean loss of each epoch."
     order = torch.Generator().manual_seed(seed)
     parameters = [*net.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * -(-len(data.images) // batch_size), pct_start=.15)
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=epochs * -(-len(data.images) // batch_size), pct_start=0.15
+    )
     begin, losses = time.perf_counter(), []
     net.train()
     for epoch in range(epochs):
-        batches, total = torch.randperm(len(data.images), generator=order).split(batch_size), 0.
+        batches, total = torch.randperm(len(data.images), generator=order).split(batch_size), 0.0
         for rows in batches:
             x = data.batch(rows).to(parameters[0].device)
-            if torch.rand((), generator=order) < .5: x = x.flip(-1)
+            if torch.rand((), generator=order) < 0.5:
+                x = x.flip(-1)
             x = x.roll(torch.randint(-6, 7, (2,), generator=order).tolist(), (-2, -1))
             images = x[:, :3].float() / 255
             loss = heads.loss(net(images), images, x[:, 3:].long())
-            optimizer.zero_grad(); loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.)
-            optimizer.step(); schedule.step()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
             total += loss.item() / len(batches)
         losses.append(total)
-        if progress: print(f"epoch {epoch + 1:3d} of {epochs}: loss {total:.3f}, {time.perf_counter() - begin:.0f} s", flush=True)
+        if progress:
+            print(
+                f"epoch {epoch + 1:3d} of {epochs}: loss {total:.3f}, {time.perf_counter() - begin:.0f} s",
+                flush=True,
+            )
     return losses
 
 
@@ -486,43 +652,73 @@ def _rounded(net: nn.Module) -> dict[str, Tensor]:
 
 def _save_weights(net: nn.Module, out: str | Path, facts: dict) -> None:
     "Write the weights in half precision, whole or not at all."
-    out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
-    save_file({k: v.contiguous() for k, v in _rounded(net).items()}, part, metadata={k: str(v) for k, v in facts.items()})
+    save_file(
+        {k: v.contiguous() for k, v in _rounded(net).items()},
+        part,
+        metadata={k: str(v) for k, v in facts.items()},
+    )
     part.replace(out)
 
 
 def pretrain_backbone(
-    root: str | Path,               # where the data set is
-    name: str = "refshapes",        # a RefShapes data set
+    root: str | Path,  # where the data set is
+    name: str = "refshapes",  # a RefShapes data set
     *,
-    task: str = "pixels",           # or "presence": name every pixel, or only what is in the picture
-    make=RefShapesBackbone,         # makes the encoder to train, with levels at strides 4, 8, ...
+    task: str = "pixels",  # or "presence": name every pixel, or only what is in the picture
+    make=RefShapesBackbone,  # makes the encoder to train, with levels at strides 4, 8, ...
     epochs: int = 25,
-    batch_size: int = 16,           # images
-    lr: float = 4e-3,               # AdamW, one cycle
+    batch_size: int = 16,  # images
+    lr: float = 4e-3,  # AdamW, one cycle
     seed: int = 0,
-    limit: int | None = None,       # at most so many training images
+    limit: int | None = None,  # at most so many training images
     device: str = "cpu",
     out: str | Path | None = None,  # file for the backbone's weights (.safetensors)
-    progress: bool = True,          # a line an epoch
+    progress: bool = True,  # a line an epoch
 ) -> PretrainResult:
     "Train an encoder on the labels of the training images, score its heads and throw them away, and freeze it."
-    if task not in TASKS: raise ValueError(f"task must be {' or '.join(map(repr, TASKS))}, not {task!r}")
-    if out is not None and Path(out).suffix != ".safetensors": raise ValueError(f"{out}: the weights file must end in .safetensors")
+    if task not in TASKS:
+        raise ValueError(f"task must be {' or '.join(map(repr, TASKS))}, not {task!r}")
+    if out is not None and Path(out).suffix != ".safetensors":
+        raise ValueError(f"{out}: the weights file must end in .safetensors")
     refer = Refer(root, name)
     data, held = pixel_labels(refer, "train", limit), pixel_labels(refer, "val", 300)
-    if data.images.shape[-1] % 16: raise ValueError(f"images of {data.images.shape[-1]} px: the side must be a multiple of 16")
+    if data.images.shape[-1] % 16:
+        raise ValueError(f"images of {data.images.shape[-1]} px: the side must be a multiple of 16")
     torch.manual_seed(seed)
     net = make().to(device, memory_format=torch.channels_last)
     heads = TASKS[task](net.channels, data).to(device)
     begin = time.perf_counter()
     losses = _fit(net, heads, data, epochs, batch_size, lr, seed, progress)
     seconds = time.perf_counter() - begin
-    net = net.to(memory_format=torch.contiguous_format); net.load_state_dict(_rounded(net)); net.freeze(); heads.eval()
-    with torch.no_grad(): p = [heads(net(chunk.to(device))) for chunk in held.images.split(64)]
+    net = net.to(memory_format=torch.contiguous_format)
+    net.load_state_dict(_rounded(net))
+    net.freeze()
+    heads.eval()
+    with torch.no_grad():
+        p = [heads(net(chunk.to(device))) for chunk in held.images.split(64)]
     net, heads = net.cpu(), heads.cpu()
-    result = PretrainResult(net, heads, heads.metric, *heads.score({k: torch.cat([q[k] for q in p]).cpu() for k in p[0]}, held), seconds, losses)
+    result = PretrainResult(
+        net,
+        heads,
+        heads.metric,
+        *heads.score({k: torch.cat([q[k] for q in p]).cpu() for k in p[0]}, held),
+        seconds,
+        losses,
+    )
     if out is not None:
-        _save_weights(net, out, {"task": task, result.metric: f"{result.score:.4f}", "data": name, "seed": seed, "epochs": epochs, "images": len(data.images)})
+        _save_weights(
+            net,
+            out,
+            {
+                "task": task,
+                result.metric: f"{result.score:.4f}",
+                "data": name,
+                "seed": seed,
+                "epochs": epochs,
+                "images": len(data.images),
+            },
+        )
     return result

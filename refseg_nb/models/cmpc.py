@@ -21,7 +21,14 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from .aggregation import TGFE
-from .backbones import BACKBONES, Backbone, ResNetBackbone, _check_keys, _read_checkpoint, create_backbone
+from refseg_nb.models.backbones import (
+    BACKBONES,
+    Backbone,
+    ResNetBackbone,
+    _check_keys,
+    _read_checkpoint,
+    create_backbone,
+)
 from .decoder import TextEncoder, pick
 from .shnet import Recipe
 
@@ -31,45 +38,53 @@ WORD_TYPES = ("entity", "attribute", "relation", "unnecessary")
 
 class ReadWords(NamedTuple):
     "What is known of the phrases."
-    words: Float[Tensor, "B T C"]      # w_t, each of length 1; zero at padding
-    mask: Bool[Tensor, "B T"]          # True at real words
-    types: Float[Tensor, "B T 4"]      # shares of `WORD_TYPES`; zero at padding
-    entities: Float[Tensor, "B C"]     # q: what is to be seen
-    necessary: Float[Tensor, "B C"]    # s: q and the relations
+
+    words: Float[Tensor, "B T C"]  # w_t, each of length 1; zero at padding
+    mask: Bool[Tensor, "B T"]  # True at real words
+    types: Float[Tensor, "B T 4"]  # shares of `WORD_TYPES`; zero at padding
+    entities: Float[Tensor, "B C"]  # q: what is to be seen
+    necessary: Float[Tensor, "B C"]  # s: q and the relations
 
 
 class WordReader(nn.Module):
     "Word vectors, an LSTM, and four shares for each word."
+
     def __init__(
         self,
-        vocab_size: int,                # V, with PAD = 0
-        channels: int,                  # C
-        word_dim: int = 300,            # D, unless `vectors` say otherwise
+        vocab_size: int,  # V, with PAD = 0
+        channels: int,  # C
+        word_dim: int = 300,  # D, unless `vectors` say otherwise
         vectors: Tensor | None = None,  # [V, D] to start from; None: random
-        train_words: bool = True,       # False: the table of vectors is frozen
+        train_words: bool = True,  # False: the table of vectors is frozen
     ):
         super().__init__()
         self.encoder = TextEncoder(vocab_size, channels, word_dim, vectors, train_words)
         constant = self.encoder.lstm.bias_hh_l0.requires_grad_(False)
-        with torch.no_grad(): constant.zero_()[channels:2 * channels] = 1  # TensorFlow's forget bias
-        self.parser = nn.Sequential(nn.Linear(channels, channels // 2), nn.ReLU(), nn.Linear(channels // 2, len(WORD_TYPES)))
+        with torch.no_grad():
+            constant.zero_()[channels : 2 * channels] = 1  # TensorFlow's forget bias
+        self.parser = nn.Sequential(
+            nn.Linear(channels, channels // 2), nn.ReLU(), nn.Linear(channels // 2, len(WORD_TYPES))
+        )
 
     def forward(
-        self, words: Int[Tensor, "B T"],  # word numbers, padded with 0
+        self,
+        words: Int[Tensor, "B T"],  # word numbers, padded with 0
     ) -> ReadWords:
         "Read, sort, and sum up."
         language = self.encoder(words)
         w = F.normalize(language.words, dim=2)
         types = self.parser(w).softmax(2) * language.mask[..., None]
         seen = types[..., 0] + types[..., 1]
-        q, s = (F.normalize(torch.einsum("bt,btc->bc", share, w), dim=1) for share in (seen, seen + types[..., 2]))
+        q, s = (
+            F.normalize(torch.einsum("bt,btc->bc", share, w), dim=1) for share in (seen, seen + types[..., 2])
+        )
         return ReadWords(w, language.mask, types, q, s)
 
 # %% ../../nbs/17_cmpc.ipynb #013
 def coordinates(
-    height: int,   # H
-    width: int,    # W
-) -> Float[Tensor, "8 H W"]:   # x_min, y_min, x_max, y_max, x_centre, y_centre, 1/W, 1/H
+    height: int,  # H
+    width: int,  # W
+) -> Float[Tensor, "8 H W"]:  # x_min, y_min, x_max, y_max, x_centre, y_centre, 1/W, 1/H
     "Eight numbers that tell each place where it lies; the picture goes from -1 to 1."
     y, x = (torch.linspace(-1, 1, n + 1) for n in (height, width))
     left, right = (edge.expand(height, -1) for edge in (x[:-1], x[1:]))
@@ -80,10 +95,11 @@ def coordinates(
 # %% ../../nbs/17_cmpc.ipynb #019
 class MUTAN(nn.Module):
     "Fusion by products: some heads of tanh(picture) * tanh(words), summed (Ben-younes et al., 2017)."
+
     def __init__(
         self,
-        channels: int,    # C, of pictures and words
-        heads: int = 5,   # products that are summed
+        channels: int,  # C, of pictures and words
+        heads: int = 5,  # products that are summed
     ):
         super().__init__()
         self.heads = heads
@@ -92,24 +108,29 @@ class MUTAN(nn.Module):
 
     def look(
         self,
-        v: Float[Tensor, "K C H W"],    # features of the pictures
+        v: Float[Tensor, "K C H W"],  # features of the pictures
         where: Float[Tensor, "8 H W"],  # of `coordinates`
     ) -> Float[Tensor, "K H W heads C"]:
         "The picture's factors: once a picture. Channels stand last: all that follows sums over them, and on a CPU that is a quarter faster."
-        return self.visual(torch.cat([v, where.expand(len(v), -1, -1, -1)], dim=1)).tanh().permute(0, 2, 3, 1).unflatten(3, (self.heads, -1))
+        return (
+            self.visual(torch.cat([v, where.expand(len(v), -1, -1, -1)], dim=1))
+            .tanh()
+            .permute(0, 2, 3, 1)
+            .unflatten(3, (self.heads, -1))
+        )
 
     def forward(
         self,
-        seen: Float[Tensor, "B H W heads C"],   # of `look`, one an expression
-        sentence: Float[Tensor, "B C"],         # q
-    ) -> Float[Tensor, "B C H W"]:              # X, each place of length 1
+        seen: Float[Tensor, "B H W heads C"],  # of `look`, one an expression
+        sentence: Float[Tensor, "B C"],  # q
+    ) -> Float[Tensor, "B C H W"]:  # X, each place of length 1
         "norm(tanh(sum of seen_k * tanh(U_k q)))."
         said = self.language(sentence).tanh().view(len(sentence), 1, 1, self.heads, -1)
         return F.normalize((seen * said).sum(3).tanh(), dim=3).permute(0, 3, 1, 2)
 
 # %% ../../nbs/17_cmpc.ipynb #028
 def joint_norm(
-    channels: int,   # each has its own scale and shift
+    channels: int,  # each has its own scale and shift
 ) -> nn.GroupNorm:
     "TensorFlow's old `layer_norm`: one mean and variance over all channels and places of a picture."
     return nn.GroupNorm(1, channels, eps=1e-12)
@@ -117,24 +138,33 @@ def joint_norm(
 
 class RelationGraph(nn.Module):
     "Places send messages through the relation words: affinity P Q^T, which is never built."
+
     def __init__(
         self,
-        channels: int,   # C
+        channels: int,  # C
     ):
         super().__init__()
-        self.place, self.word, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels), nn.Conv2d(channels, channels, 1)
+        self.place, self.word, self.out = (
+            nn.Linear(channels, channels),
+            nn.Linear(channels, channels),
+            nn.Conv2d(channels, channels, 1),
+        )
         self.norm1, self.norm2 = joint_norm(channels), joint_norm(channels)
 
     def forward(
         self,
-        x: Float[Tensor, "B C H W"],          # X, of MUTAN
-        words: Float[Tensor, "B T C"],        # w_t
-        mask: Bool[Tensor, "B T"],            # True at real words
-        relation: Float[Tensor, "B T"],       # p^rel
-    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B N T"], Float[Tensor, "B N T"]]:  # R, each place of length 1; P and Q for N = HW places
+        x: Float[Tensor, "B C H W"],  # X, of MUTAN
+        words: Float[Tensor, "B T C"],  # w_t
+        mask: Bool[Tensor, "B T"],  # True at real words
+        relation: Float[Tensor, "B T"],  # p^rel
+    ) -> tuple[
+        Float[Tensor, "B C H W"], Float[Tensor, "B N T"], Float[Tensor, "B N T"]
+    ]:  # R, each place of length 1; P and Q for N = HW places
         "R = norm(ReLU(LN(W ReLU(X + LN(P Q^T X)))))."
         places, keys = x.flatten(2), self.word(words)
-        scores = torch.einsum("bcn,btc->bnt", places, keys @ self.place.weight) + (keys @ self.place.bias)[:, None]
+        scores = (
+            torch.einsum("bcn,btc->bnt", places, keys @ self.place.weight) + (keys @ self.place.bias)[:, None]
+        )
         scores = scores * relation[:, None] / math.sqrt(x.shape[1])
         p, q = scores.masked_fill(~mask[:, None], -math.inf).softmax(2), scores.softmax(1)
         found = torch.einsum("bnt,bcn->btc", q, places)
@@ -144,12 +174,13 @@ class RelationGraph(nn.Module):
 # %% ../../nbs/17_cmpc.ipynb #039
 class Level(nn.Module):
     "One level of the backbone perceives, then reasons."
+
     def __init__(
         self,
-        inputs: int,      # channels of the raw level
-        channels: int,    # C
-        fused: int,       # channels of the result
-        heads: int = 5,   # of MUTAN
+        inputs: int,  # channels of the raw level
+        channels: int,  # C
+        fused: int,  # channels of the result
+        heads: int = 5,  # of MUTAN
     ):
         super().__init__()
         self.lateral = nn.Conv2d(inputs, channels, 1)
@@ -159,47 +190,59 @@ class Level(nn.Module):
 
     def look(
         self,
-        level: Float[Tensor, "K R h w"],   # a raw level
-        where: Float[Tensor, "8 H W"],     # of `coordinates`
+        level: Float[Tensor, "K R h w"],  # a raw level
+        where: Float[Tensor, "8 H W"],  # of `coordinates`
     ) -> Float[Tensor, "K H W heads C"]:
         "All that no word is needed for: once a picture."
         v = self.lateral(level)
-        if v.shape[2:] != where.shape[1:]: v = F.interpolate(v.float(), where.shape[1:], mode="bilinear", antialias=True)  # no CPU kernel for bfloat16
+        # no CPU kernel for bfloat16
+        if v.shape[2:] != where.shape[1:]:
+            v = F.interpolate(v.float(), where.shape[1:], mode="bilinear", antialias=True)
         return self.fusion.look(F.normalize(v, dim=1), where)
 
     def forward(
         self,
-        seen: Float[Tensor, "B H W heads C"],   # of `look`, one an expression
+        seen: Float[Tensor, "B H W heads C"],  # of `look`, one an expression
         said: ReadWords,
         where: Float[Tensor, "8 H W"],
-    ) -> tuple[Float[Tensor, "B D H W"], Float[Tensor, "B N T"], Float[Tensor, "B N T"]]:  # the fused map, P and Q of the graph
+    ) -> tuple[
+        Float[Tensor, "B D H W"], Float[Tensor, "B N T"], Float[Tensor, "B N T"]
+    ]:  # the fused map, P and Q of the graph
         "ReLU(W [x; r; q; o])."
         x = self.fusion(seen, said.entities)
         r, p, q = self.graph(x, said.words, said.mask, said.types[..., 2])
         c = x.shape[1]
         maps, sentence, place = self.mix.weight.split((2 * c, c, 8), dim=1)
-        y = F.conv2d(torch.cat([x, r], dim=1), maps) + F.conv2d(said.entities[..., None, None], sentence) + F.conv2d(where[None], place, self.mix.bias)
+        y = (
+            F.conv2d(torch.cat([x, r], dim=1), maps)
+            + F.conv2d(said.entities[..., None, None], sentence)
+            + F.conv2d(where[None], place, self.mix.bias)
+        )
         return y.relu(), p, q
 
 # %% ../../nbs/17_cmpc.ipynb #043
 class PeepholeConvLSTM(nn.Module):
     "A ConvLSTM of kernel 1 that reads the levels; its gates see the memory, and each is normalised."
+
     def __init__(
         self,
-        channels: int,   # D
-        grid: int,       # H = W: peepholes have a weight for each place
+        channels: int,  # D
+        grid: int,  # H = W: peepholes have a weight for each place
     ):
         super().__init__()
         self.input, self.state = (nn.Conv2d(channels, 4 * channels, 1, bias=False) for _ in range(2))
         self.peepholes = nn.Parameter(torch.zeros(3, channels, grid, grid))  # w_i, w_f, w_o
-        self.norms = nn.ModuleList(joint_norm(channels) for _ in range(5))   # of j, i, f, o and the memory
+        self.norms = nn.ModuleList(joint_norm(channels) for _ in range(5))  # of j, i, f, o and the memory
 
     def forward(
-        self, visual: list[Float[Tensor, "B D H W"]],  # y_2, y_3, y_4
+        self,
+        visual: list[Float[Tensor, "B D H W"]],  # y_2, y_3, y_4
     ) -> Float[Tensor, "B D H W"]:
         "The last state."
         if visual[0].shape[1:] != self.peepholes.shape[1:]:
-            raise ValueError(f"maps are {list(visual[0].shape[1:])}, but the peepholes were made for {list(self.peepholes.shape[1:])}")
+            raise ValueError(
+                f"maps are {list(visual[0].shape[1:])}, but the peepholes were made for {list(self.peepholes.shape[1:])}"
+            )
         (w_i, w_f, w_o), (norm_j, norm_i, norm_f, norm_o, norm_c) = self.peepholes, self.norms
         h, c = None, torch.zeros_like(visual[0])
         for x in self.input(torch.cat(visual)).chunk(len(visual)):
@@ -213,26 +256,31 @@ class PeepholeConvLSTM(nn.Module):
 
 class WideTGFE(TGFE):
     "TGFE for a sentence of another width than the maps, with CMPC's own ConvLSTM at the end."
+
     def __init__(
         self,
-        channels: int,     # D, of the maps
-        words: int,        # C, of the sentence
-        grid: int,         # H = W
-        rounds: int = 2,   # in the program; the paper says 3
+        channels: int,  # D, of the maps
+        words: int,  # C, of the sentence
+        grid: int,  # H = W
+        rounds: int = 2,  # in the program; the paper says 3
     ):
         super().__init__(channels, rounds)
         for exchange in chain(*self.rounds):
-            exchange.query, exchange.context = nn.Linear(words, channels), nn.Linear(words + channels, channels)
+            exchange.query, exchange.context = (
+                nn.Linear(words, channels),
+                nn.Linear(words + channels, channels),
+            )
         self.fuse = PeepholeConvLSTM(channels, grid)
 
 # %% ../../nbs/17_cmpc.ipynb #049
 def enlarge(
     x: Float[Tensor, "B 1 H W"],
-    factor: int,            # pixels a place
-    legacy: bool = False,   # as TensorFlow 1 did it: pixel n is read at n / factor
+    factor: int,  # pixels a place
+    legacy: bool = False,  # as TensorFlow 1 did it: pixel n is read at n / factor
 ) -> Float[Tensor, "B 1 h w"]:
     "Bilinear enlargement by a whole number."
-    if not legacy: return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    if not legacy:
+        return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
     inner = F.interpolate(x, [(n - 1) * factor + 1 for n in x.shape[2:]], mode="bilinear", align_corners=True)
     return F.pad(inner, (0, factor - 1, 0, factor - 1), mode="replicate")
 
@@ -250,48 +298,56 @@ def pad_same(
 
 class DeepLabResNet(ResNetBackbone):
     "ResNet-101 as DeepLab has it: three levels at stride 8, in Caffe's layout."
+
     def __init__(self):
         super().__init__(output_stride=8)
-        self.mean.copy_(torch.tensor([122.679, 116.669, 104.007]).view(1, 3, 1, 1) / 255); self.std.fill_(1 / 255)
+        self.mean.copy_(torch.tensor([122.679, 116.669, 104.007]).view(1, 3, 1, 1) / 255)
+        self.std.fill_(1 / 255)
         body = self.body
         body.layer2[0].conv1.stride, body.layer2[0].conv2.stride = (2, 2), (1, 1)
         for layer, rate in ((body.layer3, 2), (body.layer4, 4)):
-            for block in layer: block.conv2.dilation = block.conv2.padding = (rate, rate)
+            for block in layer:
+                block.conv2.dilation = block.conv2.padding = (rate, rate)
         body.conv1.padding = body.maxpool.padding = 0
         for m in body.modules():
-            if isinstance(m, nn.BatchNorm2d): m.eps = 1e-3
+            if isinstance(m, nn.BatchNorm2d):
+                m.eps = 1e-3
 
     def levels(self, x):
         "C3, C4, C5: the outputs of layers 2, 3 and 4."
         body = self.body
         x = body.relu(body.bn1(body.conv1(pad_same(x.flip(1), 7, 2))))
-        c3 = body.layer2(body.layer1(body.maxpool(pad_same(x, 3, 2)))); c4 = body.layer3(c3)
+        c3 = body.layer2(body.layer1(body.maxpool(pad_same(x, 3, 2))))
+        c4 = body.layer3(c3)
         return [c3, c4, body.layer4(c4)]
 
 # %% ../../nbs/17_cmpc.ipynb #057
 @dataclass(frozen=True)
 class CMPCConfig:
     "What CMPC is made of. Defaults are the published program's."
-    backbone: str = "deeplab-resnet101"   # frozen; or a name that `create_backbone` knows
-    backbone_weights: str | None = None   # None: the usual pre-trained ones; "none": random; or a file
-    image_size: int = 320                 # the program letterboxes; this package resizes to the square
-    grid: int = 40                        # H = W
-    max_words: int = 20                   # longer phrases keep their first words
-    word_dim: int = 300                   # GloVe
+
+    backbone: str = "deeplab-resnet101"  # frozen; or a name that `create_backbone` knows
+    backbone_weights: str | None = None  # None: the usual pre-trained ones; "none": random; or a file
+    image_size: int = 320  # the program letterboxes; this package resizes to the square
+    grid: int = 40  # H = W
+    max_words: int = 20  # longer phrases keep their first words
+    word_dim: int = 300  # GloVe
     train_words: bool = True
-    channels: int = 1000                  # C: of words, laterals, MUTAN and graph
-    heads: int = 5                        # of MUTAN
-    fused: int = 500                      # D: of the levels' maps, exchange and ConvLSTM
-    rounds: int = 2                       # of the exchange; the paper says 3
-    factor: int = 8                       # the logits have grid * factor pixels a side
-    legacy: bool = True                   # enlarge as TensorFlow 1 did
-    auxiliary: float = .1                 # weight of each level's own loss; the answer's is what is left to 1
-    prior: float | None = None            # foreground share that the untrained scores predict; None: one half
+    channels: int = 1000  # C: of words, laterals, MUTAN and graph
+    heads: int = 5  # of MUTAN
+    fused: int = 500  # D: of the levels' maps, exchange and ConvLSTM
+    rounds: int = 2  # of the exchange; the paper says 3
+    factor: int = 8  # the logits have grid * factor pixels a side
+    legacy: bool = True  # enlarge as TensorFlow 1 did
+    auxiliary: float = 0.1  # weight of each level's own loss; the answer's is what is left to 1
+    prior: float | None = None  # foreground share that the untrained scores predict; None: one half
 
     def __post_init__(self):
         known = ("deeplab-resnet101", *BACKBONES)
-        if self.backbone not in known: raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(known)}")
-        if not 0 <= self.auxiliary < 1 / 3: raise ValueError(f"auxiliary must be at least 0 and less than one third, not {self.auxiliary}")
+        if self.backbone not in known:
+            raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(known)}")
+        if not 0 <= self.auxiliary < 1 / 3:
+            raise ValueError(f"auxiliary must be at least 0 and less than one third, not {self.auxiliary}")
 
     @property
     def output_size(self) -> int:
@@ -304,59 +360,84 @@ class CMPCConfig:
 
     @classmethod
     def from_dict(
-        cls, values: dict,   # as `to_dict` gave them, perhaps by way of JSON
+        cls,
+        values: dict,  # as `to_dict` gave them, perhaps by way of JSON
     ) -> "CMPCConfig":
         "The configuration again; unknown fields are an error."
         unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown: raise ValueError(f"CMPCConfig has no field {', '.join(sorted(unknown))}")
+        if unknown:
+            raise ValueError(f"CMPCConfig has no field {', '.join(sorted(unknown))}")
         return cls(**values)
 
 
 CMPC_PRESETS: dict[str, CMPCConfig] = {
     "published": CMPCConfig(),
-    "refshapes": CMPCConfig(backbone="refshapes", image_size=96, grid=16, word_dim=64, channels=64, heads=3, fused=32, factor=2, legacy=False, prior=.05),
+    "refshapes": CMPCConfig(
+        backbone="refshapes",
+        image_size=96,
+        grid=16,
+        word_dim=64,
+        channels=64,
+        heads=3,
+        fused=32,
+        factor=2,
+        legacy=False,
+        prior=0.05,
+    ),
 }
 
 
 def deeplab_backbone(
-    weights: str | None = None,   # "none": random; or a file with torchvision's names
+    weights: str | None = None,  # "none": random; or a file with torchvision's names
 ) -> Backbone:
     "The published backbone, frozen. Its weights have to be given: they exist as a TensorFlow checkpoint only."
     if weights is None:
-        raise FileNotFoundError("deeplab-resnet101 has no weights to fetch: convert deeplab_resnet_init.ckpt to torchvision's names and pass the file as "
-                                "backbone_weights=, or 'none' for random weights; or take backbone='deeplabv3plus-resnet101' or 'resnet101'")
+        raise FileNotFoundError(
+            "deeplab-resnet101 has no weights to fetch: convert deeplab_resnet_init.ckpt to torchvision's names and pass the file as "
+            "backbone_weights=, or 'none' for random weights; or take backbone='deeplabv3plus-resnet101' or 'resnet101'"
+        )
     net = DeepLabResNet()
-    if weights != "none": net.body.load_state_dict(_check_keys(weights, _read_checkpoint(weights), net.body.state_dict(), ("fc.",)), strict=False)
+    if weights != "none":
+        net.body.load_state_dict(
+            _check_keys(weights, _read_checkpoint(weights), net.body.state_dict(), ("fc.",)), strict=False
+        )
     return net.freeze()
 
 # %% ../../nbs/17_cmpc.ipynb #061
 @dataclass
 class CMPCAttention:
     "What the words are for, and how they connect the places; levels are 2, 3, 4 (CMPC's C3, C4, C5), places row by row."
-    types: Float[Tensor, "B T 4"]                 # shares of `WORD_TYPES`: rows sum to one, padding gets 0
-    to_words: dict[int, Float[Tensor, "B N T"]]   # P: which word a place listens to; rows sum to one, padding gets 0
+
+    types: Float[Tensor, "B T 4"]  # shares of `WORD_TYPES`: rows sum to one, padding gets 0
+    # P: which word a place listens to; rows sum to one, padding gets 0
+    to_words: dict[int, Float[Tensor, "B N T"]]
     to_places: dict[int, Float[Tensor, "B N T"]]  # Q: where a word looks; columns sum to one
-    grid: tuple[int, int]                         # H, W, and N = HW
+    grid: tuple[int, int]  # H, W, and N = HW
 
     def places(
-        self, level: int,   # 2, 3 or 4
+        self,
+        level: int,  # 2, 3 or 4
     ) -> Float[Tensor, "B T H W"]:
         "Where each word looks, as maps."
         return self.to_places[level].transpose(1, 2).unflatten(2, self.grid)
 
     def affinity(
-        self, level: int,   # 2, 3 or 4
+        self,
+        level: int,  # 2, 3 or 4
     ) -> Float[Tensor, "B N N"]:
         "P Q^T: how much each place (row) takes from each place (column); rows sum to one."
         return self.to_words[level] @ self.to_places[level].transpose(1, 2)
 
     def expression(
-        self, row: int,          # which of the batch
-    ) -> "CMPCAttention":        # B = 1, T without padding
+        self,
+        row: int,  # which of the batch
+    ) -> "CMPCAttention":  # B = 1, T without padding
         "The attention of one expression."
         words = int((self.types[row] > 0).any(-1).sum())
-        cut = lambda maps: {level: m[row:row + 1, :, :words] for level, m in maps.items()}
-        return CMPCAttention(self.types[row:row + 1, :words], cut(self.to_words), cut(self.to_places), self.grid)
+        cut = lambda maps: {level: m[row : row + 1, :, :words] for level, m in maps.items()}
+        return CMPCAttention(
+            self.types[row : row + 1, :words], cut(self.to_words), cut(self.to_places), self.grid
+        )
 
     def blocks(self) -> dict[str, tuple[Tensor, tuple[int, int], str, str]]:
         "By level and direction: weights [B, heads = 1, query, key], their grid, who looks, at what; see `refseg_nb.attention.maps`."
@@ -364,31 +445,41 @@ class CMPCAttention:
         for level in self.to_words:
             found[f"{level} pixels→words"] = (self.to_words[level][:, None], self.grid, "pixels", "words")
             found[f"{level} pixels→pixels"] = (self.affinity(level)[:, None], self.grid, "pixels", "pixels")
-            found[f"{level} words→pixels"] = (self.to_places[level].transpose(1, 2)[:, None], self.grid, "words", "pixels")
+            found[f"{level} words→pixels"] = (
+                self.to_places[level].transpose(1, 2)[:, None],
+                self.grid,
+                "words",
+                "pixels",
+            )
         return found
 
 # %% ../../nbs/17_cmpc.ipynb #065
 class CMPC(nn.Module):
     "Cross-Modal Progressive Comprehension (Huang et al., 2020)."
+
     def __init__(
         self,
         config: CMPCConfig,
-        vocab_size: int,                   # V, with PAD = 0
-        vectors: Tensor | None = None,     # [V, D] word vectors to start from; None: random
+        vocab_size: int,  # V, with PAD = 0
+        vectors: Tensor | None = None,  # [V, D] word vectors to start from; None: random
         backbone: Backbone | None = None,  # None: made by `config`
     ):
         super().__init__()
         c, d, self.config = config.channels, config.fused, config
-        if backbone is not None: self.backbone = backbone
-        elif config.backbone == "deeplab-resnet101": self.backbone = deeplab_backbone(config.backbone_weights)
-        else: self.backbone = create_backbone(config.backbone, config.backbone_weights, 8)
+        if backbone is not None:
+            self.backbone = backbone
+        elif config.backbone == "deeplab-resnet101":
+            self.backbone = deeplab_backbone(config.backbone_weights)
+        else:
+            self.backbone = create_backbone(config.backbone, config.backbone_weights, 8)
         self.reader = WordReader(vocab_size, c, config.word_dim, vectors, config.train_words)
         self.levels = nn.ModuleList(Level(n, c, d, config.heads) for n in self.backbone.channels)
         self.exchange = WideTGFE(d, c, config.grid, config.rounds)
         self.score = nn.Conv2d(d, 1, 3, padding=1)
         self.register_buffer("where", coordinates(config.grid, config.grid), persistent=False)
         if config.prior is not None:
-            for score in (self.score, *(level.score for level in self.levels)): nn.init.constant_(score.bias, math.log(config.prior / (1 - config.prior)))
+            for score in (self.score, *(level.score for level in self.levels)):
+                nn.init.constant_(score.bias, math.log(config.prior / (1 - config.prior)))
 
     @property
     def output_size(self) -> int:
@@ -396,14 +487,16 @@ class CMPC(nn.Module):
         return self.config.output_size
 
     def adapt(
-        self, levels: list[Tensor],                    # the backbone's raw levels
+        self,
+        levels: list[Tensor],  # the backbone's raw levels
     ) -> list[Float[Tensor, "K H W heads C"]]:
         "Laterals and MUTAN's visual factors: the picture's share of the head."
         return [level.look(v, self.where) for level, v in zip(self.levels, levels)]
 
     def encode(
-        self, images: UInt8[Tensor, "K 3 S S"],        # bytes, or floats in [0, 1]
-    ) -> list[Float[Tensor, "K H W heads C"]]:         # what `segment` takes
+        self,
+        images: UInt8[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
+    ) -> list[Float[Tensor, "K H W heads C"]]:  # what `segment` takes
         "All that is done once an image, however many phrases ask about it."
         return self.adapt(self.backbone(images))
 
@@ -411,11 +504,21 @@ class CMPC(nn.Module):
         "The map that the answer is read from, the maps of the three levels, and the attention."
         k, b = len(features[0]), len(words)
         if image_index is None and k != b:
-            if k != 1: raise ValueError(f"{k} images and {b} expressions: image_index must say which image each expression is about")
+            if k != 1:
+                raise ValueError(
+                    f"{k} images and {b} expressions: image_index must say which image each expression is about"
+                )
             image_index = torch.zeros(b, dtype=torch.long, device=words.device)
         said = self.reader(words)
-        maps, to_words, to_places = zip(*(level(pick(f, image_index), said, self.where) for level, f in zip(self.levels, features)))
-        attention = CMPCAttention(said.types, dict(zip((2, 3, 4), to_words)), dict(zip((2, 3, 4), to_places)), tuple(self.where.shape[1:]))
+        maps, to_words, to_places = zip(
+            *(level(pick(f, image_index), said, self.where) for level, f in zip(self.levels, features))
+        )
+        attention = CMPCAttention(
+            said.types,
+            dict(zip((2, 3, 4), to_words)),
+            dict(zip((2, 3, 4), to_places)),
+            tuple(self.where.shape[1:]),
+        )
         return self.exchange(list(maps), [said.necessary] * 3), maps, attention
 
     def enlarge(self, score: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B h w"]:
@@ -425,8 +528,9 @@ class CMPC(nn.Module):
     def segment(
         self,
         features: list[Float[Tensor, "K H W heads C"]],  # from `encode` or `adapt`
-        words: Int[Tensor, "B T"],                       # word numbers, padded with 0
-        image_index: Int[Tensor, " B"] | None = None,    # the image of each expression; None: one each, or all about the only image
+        words: Int[Tensor, "B T"],  # word numbers, padded with 0
+        # the image of each expression; None: one each, or all about the only image
+        image_index: Int[Tensor, " B"] | None = None,
         return_attention: bool = False,
     ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], CMPCAttention]:
         "Logits for each expression."
@@ -437,16 +541,20 @@ class CMPC(nn.Module):
     def losses(
         self,
         features: list[Float[Tensor, "K H W heads C"]],  # from `encode` or `adapt`
-        words: Int[Tensor, "B T"],                       # word numbers, padded with 0
-        image_index: Int[Tensor, " B"] | None,           # the image of each expression
-        targets: Float[Tensor, "B h w"],                 # in [0, 1], at the logits' size
-        mask_loss=F.binary_cross_entropy_with_logits,    # (logits, targets) -> what each of the four maps is judged by
-    ) -> dict[str, Float[Tensor, ""]]:                   # "mask" and "levels", weighted: their sum is minimised
+        words: Int[Tensor, "B T"],  # word numbers, padded with 0
+        image_index: Int[Tensor, " B"] | None,  # the image of each expression
+        targets: Float[Tensor, "B h w"],  # in [0, 1], at the logits' size
+        # (logits, targets) -> what each of the four maps is judged by
+        mask_loss=F.binary_cross_entropy_with_logits,
+    ) -> dict[str, Float[Tensor, ""]]:  # "mask" and "levels", weighted: their sum is minimised
         "What is minimised in training, by name: the answer is compared with the mask, and so is each level."
         top, maps, _ = self.comprehend(features, words, image_index)
         judge = lambda score: mask_loss(self.enlarge(score).float(), targets)
         share = self.config.auxiliary
-        return {"mask": (1 - 3 * share) * judge(self.score(top)), "levels": share * sum(judge(level.score(y)) for level, y in zip(self.levels, maps))}
+        return {
+            "mask": (1 - 3 * share) * judge(self.score(top)),
+            "levels": share * sum(judge(level.score(y)) for level, y in zip(self.levels, maps)),
+        }
 
     def forward(
         self,
@@ -460,88 +568,140 @@ class CMPC(nn.Module):
     def parts(self) -> dict[str, list[nn.Module]]:
         "The modules of each trained part of the head."
         each = lambda name: [getattr(level, name) for level in self.levels]
-        return {"word vectors": [self.reader.encoder.embedding], "LSTM": [self.reader.encoder.lstm], "parser": [self.reader.parser],
-                "laterals": each("lateral"), "MUTAN": each("fusion"), "graph": each("graph"), "mix": each("mix"),
-                "scores": [self.score, *each("score")], "exchange": [self.exchange.rounds], "ConvLSTM": [self.exchange.fuse]}
+        return {
+            "word vectors": [self.reader.encoder.embedding],
+            "LSTM": [self.reader.encoder.lstm],
+            "parser": [self.reader.parser],
+            "laterals": each("lateral"),
+            "MUTAN": each("fusion"),
+            "graph": each("graph"),
+            "mix": each("mix"),
+            "scores": [self.score, *each("score")],
+            "exchange": [self.exchange.rounds],
+            "ConvLSTM": [self.exchange.fuse],
+        }
 
 
 def create_cmpc(
-    preset: str = "refshapes",         # "published" or "refshapes"
-    vocab_size: int | None = None,     # V, with PAD = 0; `vectors` may tell it too
-    vectors: Tensor | None = None,     # [V, D] word vectors to start from
+    preset: str = "refshapes",  # "published" or "refshapes"
+    vocab_size: int | None = None,  # V, with PAD = 0; `vectors` may tell it too
+    vectors: Tensor | None = None,  # [V, D] word vectors to start from
     backbone: Backbone | str | None = None,  # a module, or a name that `CMPCConfig` knows; None: the preset's
-    **overrides,                       # fields of `CMPCConfig` to change
+    **overrides,  # fields of `CMPCConfig` to change
 ) -> CMPC:
     "CMPC by preset, with single fields changed."
-    if preset not in CMPC_PRESETS: raise ValueError(f"no preset called {preset!r}; there are {', '.join(CMPC_PRESETS)}")
-    if vocab_size is None and vectors is None: raise ValueError("vocab_size is needed: how many words the vocabulary has")
-    if isinstance(backbone, str): overrides["backbone"], backbone = backbone, None
+    if preset not in CMPC_PRESETS:
+        raise ValueError(f"no preset called {preset!r}; there are {', '.join(CMPC_PRESETS)}")
+    if vocab_size is None and vectors is None:
+        raise ValueError("vocab_size is needed: how many words the vocabulary has")
+    if isinstance(backbone, str):
+        overrides["backbone"], backbone = backbone, None
     config = CMPCConfig.from_dict(CMPC_PRESETS[preset].to_dict() | overrides)
     return CMPC(config, len(vectors) if vocab_size is None else vocab_size, vectors, backbone)
 
 # %% ../../nbs/17_cmpc.ipynb #069
 def count_parameters(
-    model: CMPC,            # any device ("meta" too)
-) -> dict[str, int]:        # part -> trained parameters; "total" is the head's, without the backbone
+    model: CMPC,  # any device ("meta" too)
+) -> dict[str, int]:  # part -> trained parameters; "total" is the head's, without the backbone
     "Trained parameters by part."
-    counts = {part: sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad) for part, modules in model.parts().items()}
+    counts = {
+        part: sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
+        for part, modules in model.parts().items()
+    }
     return counts | {"total": sum(counts.values())}
 
 # %% ../../nbs/17_cmpc.ipynb #075
 def count_flops(
     config: CMPCConfig,
-    words: int = 20,       # T
-) -> dict[str, float]:     # part -> GFLOP (2 x multiply-adds) for one image and one phrase
+    words: int = 20,  # T
+) -> dict[str, float]:  # part -> GFLOP (2 x multiply-adds) for one image and one phrase
     "Floating-point operations by part, counted on a model without data."
     from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device("meta"):
         model = CMPC(replace(config, backbone_weights="none"), vocab_size=2).eval()
-        image, phrase = torch.empty(1, 3, config.image_size, config.image_size), torch.ones(1, words, dtype=torch.long)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: model(image, phrase)
+        image, phrase = (
+            torch.empty(1, 3, config.image_size, config.image_size),
+            torch.ones(1, words, dtype=torch.long),
+        )
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image, phrase)
     of = {name: sum(flops.values()) / 1e9 for name, flops in counter.get_flop_counts().items()}
-    part = lambda name: of.get(f"CMPC.{name}", 0.)
+    part = lambda name: of.get(f"CMPC.{name}", 0.0)
     levels = lambda name="": sum(part(f"levels.{i}{name}") for i in range(3))
-    return {"backbone": part("backbone"), "laterals": levels(".lateral"), "MUTAN, picture": levels(".fusion.visual"),
-            "words": part("reader"), "MUTAN, words": levels(".fusion"), "graph": levels(".graph"), "mix": levels() - levels(".fusion") - levels(".graph"),
-            "exchange": part("exchange") - part("exchange.fuse"), "ConvLSTM": part("exchange.fuse"), "score": part("score")}
+    return {
+        "backbone": part("backbone"),
+        "laterals": levels(".lateral"),
+        "MUTAN, picture": levels(".fusion.visual"),
+        "words": part("reader"),
+        "MUTAN, words": levels(".fusion"),
+        "graph": levels(".graph"),
+        "mix": levels() - levels(".fusion") - levels(".graph"),
+        "exchange": part("exchange") - part("exchange.fuse"),
+        "ConvLSTM": part("exchange.fuse"),
+        "score": part("score"),
+    }
 
 # %% ../../nbs/17_cmpc.ipynb #080
 @dataclass(frozen=True)
 class CMPCRecipe(Recipe):
     "How CMPC is trained and measured; the fields of SHNet's recipe, and what CMPC has besides."
-    batch_size: int = 1                  # expressions; the program can take no more
-    lr: float = 2.5e-4                   # Adam
-    weight_decay: float = 5e-4 / 320**2  # L2 on convolution weights (`parameter_groups`); 5e-4 in the program, whose loss is a sum over 320 x 320 pixels
-    power: float = .9                    # of the polynomial decay
-    target: str = "dilated"              # the mask is resized bilinearly, then > 0
-    optimizer: str = "adam"              # "adam" (L2 in the gradient) or "adamw"
-    end_lr: float = 1e-5                 # of the polynomial decay
-    decay_steps: int | None = 800_000    # when the decay ends; None: with the training
-    steps: int | None = 700_000          # when training ends; None: see `epochs`
-    fit: str = "letterbox"               # how a picture becomes a square: resized and padded, or "squash"
-    protocol: str = "cmpc"               # of the evaluation (chapter 13c)
-    crf: bool = True                     # the published numbers are sharpened with a dense CRF
+
+    batch_size: int = 1  # expressions; the program can take no more
+    lr: float = 2.5e-4  # Adam
+    # L2 on convolution weights (`parameter_groups`); 5e-4 in the program, whose loss is a sum over 320 x 320
+    # pixels
+    weight_decay: float = 5e-4 / 320**2
+    power: float = 0.9  # of the polynomial decay
+    target: str = "dilated"  # the mask is resized bilinearly, then > 0
+    optimizer: str = "adam"  # "adam" (L2 in the gradient) or "adamw"
+    end_lr: float = 1e-5  # of the polynomial decay
+    decay_steps: int | None = 800_000  # when the decay ends; None: with the training
+    steps: int | None = 700_000  # when training ends; None: see `epochs`
+    fit: str = "letterbox"  # how a picture becomes a square: resized and padded, or "squash"
+    protocol: str = "cmpc"  # of the evaluation (chapter 13c)
+    crf: bool = True  # the published numbers are sharpened with a dense CRF
 
 
 CMPC_RECIPES: dict[str, CMPCRecipe] = {
     "published": CMPCRecipe(),
-    "refshapes": CMPCRecipe(batch_size=32, epochs=14, lr=2e-3, weight_decay=1e-4, power=.7, target="soft", optimizer="adamw", end_lr=0., decay_steps=None,
-                            steps=None, fit="squash", protocol="refseg", crf=False),
+    "refshapes": CMPCRecipe(
+        batch_size=32,
+        epochs=14,
+        lr=2e-3,
+        weight_decay=1e-4,
+        power=0.7,
+        target="soft",
+        optimizer="adamw",
+        end_lr=0.0,
+        decay_steps=None,
+        steps=None,
+        fit="squash",
+        protocol="refseg",
+        crf=False,
+    ),
 }
 
 # %% ../../nbs/17_cmpc.ipynb #084
 def parameter_groups(
     model: CMPC,
     weight_decay: float = CMPC_RECIPES["published"].weight_decay,
-) -> list[dict]:   # for an optimizer, two: decayed parameters, and the others; trained ones only
+) -> list[dict]:  # for an optimizer, two: decayed parameters, and the others; trained ones only
     "The published groups: no decay for biases, norms, word vectors, LSTM and ConvLSTM."
     spared = ("backbone.", "reader.encoder.", "exchange.fuse.")
-    decayed = {id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and not name.startswith(spared)}
+    decayed = {
+        id(m.weight)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Conv2d | nn.Linear) and not name.startswith(spared)
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
-            {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.}]
+    return [
+        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+    ]
 
-CMPC.parameter_groups = parameter_groups   # the learner asks the model
+
+CMPC.parameter_groups = parameter_groups  # the learner asks the model
 
 # %% ../../nbs/17_cmpc.ipynb #087
 _LSTM, _CELL = "reader.encoder.lstm.", "exchange.fuse."
@@ -549,54 +709,85 @@ _LSTM, _CELL = "reader.encoder.lstm.", "exchange.fuse."
 
 def _head(vocab_size: int, config: CMPCConfig) -> dict[str, Tensor]:
     "The state of a model without its backbone, on the device `meta`: names and shapes."
-    with torch.device("meta"): state = CMPC(replace(config, backbone_weights="none"), vocab_size).state_dict()
+    with torch.device("meta"):
+        state = CMPC(replace(config, backbone_weights="none"), vocab_size).state_dict()
     return {key: value for key, value in state.items() if not key.startswith("backbone.")}
 
 
 def published_layout(
-    vocab_size: int = 12_112,              # V of the checkpoint
-    config: CMPCConfig = CMPCConfig(),     # of the checkpoint
-) -> dict[str, tuple[int, ...]]:           # name -> shape, as TensorFlow keeps it
+    vocab_size: int = 12_112,  # V of the checkpoint
+    config: CMPCConfig = CMPCConfig(),  # of the checkpoint
+) -> dict[str, tuple[int, ...]]:  # name -> shape, as TensorFlow keeps it
     "The arrays of a published head, by our names."
     c, d, g = config.channels, config.fused, config.grid
-    layout = {_LSTM + "kernel": (config.word_dim + c, 4 * c), _LSTM + "bias": (4 * c,), _CELL + "kernel": (1, 1, 2 * d, 4 * d)}
+    layout = {
+        _LSTM + "kernel": (config.word_dim + c, 4 * c),
+        _LSTM + "bias": (4 * c,),
+        _CELL + "kernel": (1, 1, 2 * d, 4 * d),
+    }
     layout |= {f"{_CELL}w_{gate}": (g, g, d) for gate in ("ci", "cf", "co")}
     for key, value in _head(vocab_size, config).items():
         path, kind, shape = *key.rsplit(".", 1), tuple(value.shape)
-        if key.startswith((_LSTM, _CELL + "input", _CELL + "state", _CELL + "peepholes")): continue
-        if "norm" in path: layout[f"{path}.{'gamma' if kind == 'weight' else 'beta'}"] = shape
-        elif len(shape) == 4: layout[f"{path}.kernel"] = (*shape[2:], shape[1], shape[0])
-        elif len(shape) == 2 and "embedding" not in path: layout[f"{path}.kernel"] = (1, 1, shape[1], shape[0])
-        else: layout[key] = shape
+        if key.startswith((_LSTM, _CELL + "input", _CELL + "state", _CELL + "peepholes")):
+            continue
+        if "norm" in path:
+            layout[f"{path}.{'gamma' if kind == 'weight' else 'beta'}"] = shape
+        elif len(shape) == 4:
+            layout[f"{path}.kernel"] = (*shape[2:], shape[1], shape[0])
+        elif len(shape) == 2 and "embedding" not in path:
+            layout[f"{path}.kernel"] = (1, 1, shape[1], shape[0])
+        else:
+            layout[key] = shape
     return layout
 
 
 def load_published(
-    arrays: Mapping[str, Tensor],          # every name of `published_layout`, arrays or tensors
-    vocab_size: int = 12_112,              # V of the checkpoint
-    config: CMPCConfig = CMPCConfig(),     # of the checkpoint
-    grid: int | None = None,               # peepholes are interpolated to this grid; None: as they are
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]:  # a state dict for `CMPC` without its backbone; for each of its keys, the arrays that it comes from
+    arrays: Mapping[str, Tensor],  # every name of `published_layout`, arrays or tensors
+    vocab_size: int = 12_112,  # V of the checkpoint
+    config: CMPCConfig = CMPCConfig(),  # of the checkpoint
+    grid: int | None = None,  # peepholes are interpolated to this grid; None: as they are
+) -> tuple[
+    dict[str, Tensor], dict[str, list[str]]
+]:  # a state dict for `CMPC` without its backbone; for each of its keys, the arrays that it comes from
     "A published head for this model; a name too many or too few, or a wrong shape, is an error."
     arrays = {name: torch.as_tensor(a) for name, a in arrays.items()}
-    _check_keys("published CMPC", arrays, {name: torch.empty(shape, device="meta") for name, shape in published_layout(vocab_size, config).items()}, ())
+    _check_keys(
+        "published CMPC",
+        arrays,
+        {
+            name: torch.empty(shape, device="meta")
+            for name, shape in published_layout(vocab_size, config).items()
+        },
+        (),
+    )
     own, state, report = _head(vocab_size, config), {}, {}
-    def put(key, value, *names): state[key], report[key] = value.contiguous(), list(names)
+
+    def put(key, value, *names):
+        state[key], report[key] = value.contiguous(), list(names)
+
     for name, a in arrays.items():
         path, kind = name.rsplit(".", 1)
-        if name.startswith(_LSTM) or path + "." == _CELL: continue
-        if kind == "kernel": put(f"{path}.weight", a.permute(3, 2, 0, 1).reshape(own[f"{path}.weight"].shape), name)  # a linear layer was a 1x1 convolution
-        else: put(f"{path}.{ {'gamma': 'weight', 'beta': 'bias'}.get(kind, kind)}", a, name)
-    gates = lambda a: torch.cat([a.chunk(4, dim=-1)[k] for k in (0, 2, 1, 3)], dim=-1)   # i, j, f, o -> i, f, j, o
+        if name.startswith(_LSTM) or path + "." == _CELL:
+            continue
+        # a linear layer was a 1x1 convolution
+        if kind == "kernel":
+            put(f"{path}.weight", a.permute(3, 2, 0, 1).reshape(own[f"{path}.weight"].shape), name)
+        else:
+            put(f"{path}.{ {'gamma': 'weight', 'beta': 'bias'}.get(kind, kind) }", a, name)
+    # i, j, f, o -> i, f, j, o
+    gates = lambda a: torch.cat([a.chunk(4, dim=-1)[k] for k in (0, 2, 1, 3)], dim=-1)
     both, bias = gates(arrays[_LSTM + "kernel"]).T, gates(arrays[_LSTM + "bias"])
-    put(_LSTM + "weight_ih_l0", both[:, :config.word_dim], _LSTM + "kernel")
-    put(_LSTM + "weight_hh_l0", both[:, config.word_dim:], _LSTM + "kernel")
+    put(_LSTM + "weight_ih_l0", both[:, : config.word_dim], _LSTM + "kernel")
+    put(_LSTM + "weight_hh_l0", both[:, config.word_dim :], _LSTM + "kernel")
     put(_LSTM + "bias_ih_l0", bias, _LSTM + "bias")
-    put(_LSTM + "bias_hh_l0", F.pad(torch.ones(config.channels), (config.channels, 2 * config.channels)))  # the constant forget bias
+    # the constant forget bias
+    put(_LSTM + "bias_hh_l0", F.pad(torch.ones(config.channels), (config.channels, 2 * config.channels)))
     cell = arrays[_CELL + "kernel"].permute(3, 2, 0, 1).chunk(2, dim=1)
-    for half, name in zip(cell, ("input", "state")): put(f"{_CELL}{name}.weight", half, _CELL + "kernel")
+    for half, name in zip(cell, ("input", "state")):
+        put(f"{_CELL}{name}.weight", half, _CELL + "kernel")
     names = [f"{_CELL}w_{gate}" for gate in ("ci", "cf", "co")]
     peepholes = torch.stack([arrays[name].permute(2, 0, 1) for name in names])
-    if grid not in (None, config.grid): peepholes = F.interpolate(peepholes, (grid, grid), mode="bilinear", align_corners=False)
+    if grid not in (None, config.grid):
+        peepholes = F.interpolate(peepholes, (grid, grid), mode="bilinear", align_corners=False)
     put(_CELL + "peepholes", peepholes, *names)
     return state, report

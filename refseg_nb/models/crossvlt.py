@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from .decoder import pick
 from refseg_nb.models.lavt import (
-    LAVT, LAVT_RECIPES, SWINS, LAVTRecipe, SwinBackbone, TopDownDecoder, bert_encoder, difference, language_gate, over_places, rename_published,
+    LAVT,
+    LAVT_RECIPES,
+    SWINS,
+    LAVTRecipe,
+    SwinBackbone,
+    TopDownDecoder,
+    bert_encoder,
+    difference,
+    language_gate,
+    over_places,
+    rename_published,
     swin_backbone,
 )
 from .lavt import PUBLISHED_NAMES as LAVT_NAMES
@@ -30,9 +40,9 @@ def attend(
     queries: Float[Tensor, "B N D"],
     keys: Float[Tensor, "B M D"],
     values: Float[Tensor, "B M D"],
-    heads: int,                                # each works on D / heads channels
-    mask: Bool[Tensor, "B M"] | None = None,   # keys that may be looked at; None: all
-    dropout: float = 0.,                       # of the attention weights
+    heads: int,  # each works on D / heads channels
+    mask: Bool[Tensor, "B M"] | None = None,  # keys that may be looked at; None: all
+    dropout: float = 0.0,  # of the attention weights
     return_weights: bool = False,
 ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B heads N M"] | None]:  # the answers; the weights if asked
     "Multi-head attention without its four matrices: softmax(Q K^T / sqrt(d)) U in each head."
@@ -42,62 +52,91 @@ def attend(
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         weights = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
         y = F.dropout(weights, dropout) @ u
-    else: weights, y = None, F.scaled_dot_product_attention(q, k, u, mask, dropout)
+    else:
+        weights, y = None, F.scaled_dot_product_attention(q, k, u, mask, dropout)
     return rearrange(y, "b h n d -> b n (h d)"), weights
 
 # %% ../../nbs/19_crossvlt.ipynb #015
 class BertBlock(nn.Module):
     "A layer of BERT (post-norm) whose words may ask something else than themselves."
+
     def __init__(
         self,
-        dim: int,                  # D, of the words
+        dim: int,  # D, of the words
         heads: int,
-        ffn: int,                  # width of the feed-forward part
+        ffn: int,  # width of the feed-forward part
         asked: int | None = None,  # channels of what is asked; None: D, the words themselves
-        dropout: float = .1,       # of the attention weights and of both parts' outputs
+        dropout: float = 0.1,  # of the attention weights and of both parts' outputs
     ):
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(i, dim) for i in (dim, asked or dim, asked or dim, dim))
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(i, dim) for i in (dim, asked or dim, asked or dim, dim)
+        )
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(), nn.Linear(ffn, dim))
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-12) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
         for part in self.modules():
-            if isinstance(part, nn.Linear): nn.init.normal_(part.weight, std=.02); nn.init.zeros_(part.bias)
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=0.02)
+                nn.init.zeros_(part.bias)
 
     def forward(
         self,
         words: Float[Tensor, "B T D"],
-        asked: Float[Tensor, "B M E"],            # the places of a picture, or the words again
+        asked: Float[Tensor, "B M E"],  # the places of a picture, or the words again
         mask: Bool[Tensor, "B M"] | None = None,  # what of it is real; None: all
         return_weights: bool = False,
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B heads T M"] | None]:  # the new words; the attention if asked
+    ) -> tuple[
+        Float[Tensor, "B T D"], Float[Tensor, "B heads T M"] | None
+    ]:  # the new words; the attention if asked
         "LN(L + attend(L, X) W), then LN(L + FFN(L))."
-        y, weights = attend(self.query(words), self.key(asked), self.value(asked), self.heads, mask, self.dropout.p * self.training, return_weights)
+        y, weights = attend(
+            self.query(words),
+            self.key(asked),
+            self.value(asked),
+            self.heads,
+            mask,
+            self.dropout.p * self.training,
+            return_weights,
+        )
         words = self.norm1(words + self.dropout(self.out(y)))
         return self.norm2(words + self.dropout(self.ffn(words))), weights
 
 # %% ../../nbs/19_crossvlt.ipynb #019
 BERT_NAMES: dict[str, str] = {  # `BertBlock` -> a layer of `transformers`' BERT
-    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value", "out": "attention.output.dense",
-    "norm1": "attention.output.LayerNorm", "ffn.0": "intermediate.dense", "ffn.2": "output.dense", "norm2": "output.LayerNorm",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "out": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "ffn.0": "intermediate.dense",
+    "ffn.2": "output.dense",
+    "norm2": "output.LayerNorm",
 }
 
 # %% ../../nbs/19_crossvlt.ipynb #025
 class MHCA(nn.Module):
     "Multi-head cross attention of the vision encoder: each place asks the words, and adds the answer to itself."
+
     def __init__(
         self,
-        width: int,    # C, of the places
-        inner: int,    # of queries, keys and values
-        dim: int,      # D, of the words
+        width: int,  # C, of the places
+        inner: int,  # of queries, keys and values
+        dim: int,  # D, of the words
         heads: int,
     ):
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value = nn.Linear(width, inner), nn.Linear(dim, inner), nn.Linear(dim, inner)
+        self.query, self.key, self.value = (
+            nn.Linear(width, inner),
+            nn.Linear(dim, inner),
+            nn.Linear(dim, inner),
+        )
         self.out, self.mix = nn.Linear(inner, width), nn.Linear(width, width)
-        for part in (self.key, self.value): nn.init.trunc_normal_(part.weight, std=.02); nn.init.zeros_(part.bias)
+        for part in (self.key, self.value):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
 
     def forward(
         self,
@@ -107,47 +146,64 @@ class MHCA(nn.Module):
         return_weights: bool = False,
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B heads N T"] | None]:  # F; the attention if asked
         "F = GELU((IN(attend(IN(X W_q), L) W_o) + X) W_m)."
-        y, weights = attend(over_places(F.instance_norm, self.query(places)), self.key(words), self.value(words), self.heads, mask, 0., return_weights)
+        y, weights = attend(
+            over_places(F.instance_norm, self.query(places)),
+            self.key(words),
+            self.value(words),
+            self.heads,
+            mask,
+            0.0,
+            return_weights,
+        )
         return F.gelu(self.mix(over_places(F.instance_norm, self.out(y)) + places)), weights
 
 # %% ../../nbs/19_crossvlt.ipynb #032
 def similarity_map(
-    places: Float[Tensor, "B H W A"],   # v
-    sentence: Float[Tensor, "B A"],     # c
-    temperature: Float[Tensor, ""] | float = 1.,
-) -> Float[Tensor, "B H W"]:            # between -1 / temperature and 1 / temperature
+    places: Float[Tensor, "B H W A"],  # v
+    sentence: Float[Tensor, "B A"],  # c
+    temperature: Float[Tensor, ""] | float = 1.0,
+) -> Float[Tensor, "B H W"]:  # between -1 / temperature and 1 / temperature
     "How much each place resembles the phrase: cosine / temperature."
     return F.cosine_similarity(places, sentence[:, None, None], dim=-1) / temperature
 
 
 def alignment_loss(
-    similarity: list[Float[Tensor, "B ..."]],   # a map a stage, of any size
-    targets: Float[Tensor, "B h w"],            # in [0, 1]
+    similarity: list[Float[Tensor, "B ..."]],  # a map a stage, of any size
+    targets: Float[Tensor, "B h w"],  # in [0, 1]
 ) -> Float[Tensor, ""]:
     "Each map enlarged to the target's size and compared with it as logits; the sum over the stages of the mean binary cross-entropy."
-    larger = (F.interpolate(s[:, None], targets.shape[-2:], mode="bilinear", align_corners=True)[:, 0] for s in similarity)
+    larger = (
+        F.interpolate(s[:, None], targets.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+        for s in similarity
+    )
     return sum(F.binary_cross_entropy_with_logits(s, targets) for s in larger)
 
 # %% ../../nbs/19_crossvlt.ipynb #038
 class LanguageStage(nn.Module):
     "Stage 2, 3 or 4 of the language encoder: the words ask the picture, then each other."
+
     def __init__(
         self,
-        dim: int,             # D, of the words
+        dim: int,  # D, of the words
         heads: int,
-        asked: int,           # C, of the places
-        dropout: float = .1,
+        asked: int,  # C, of the places
+        dropout: float = 0.1,
     ):
         super().__init__()
-        self.ask, self.read = BertBlock(dim, heads, 4 * dim, asked, dropout), BertBlock(dim, heads, 4 * dim, None, dropout)
+        self.ask, self.read = (
+            BertBlock(dim, heads, 4 * dim, asked, dropout),
+            BertBlock(dim, heads, 4 * dim, None, dropout),
+        )
 
     def forward(
         self,
         words: Float[Tensor, "B T D"],
-        mask: Bool[Tensor, "B T"],       # True at real words
+        mask: Bool[Tensor, "B T"],  # True at real words
         places: Float[Tensor, "B N C"],  # all of them are real
         return_weights: bool = False,
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B heads T N"] | None]:  # the new words; where they looked if asked
+    ) -> tuple[
+        Float[Tensor, "B T D"], Float[Tensor, "B heads T N"] | None
+    ]:  # the new words; where they looked if asked
         "One layer that asks the places, one that asks the words."
         words, looks = self.ask(words, places, None, return_weights)
         return self.read(words, words, mask)[0], looks
@@ -156,36 +212,47 @@ class LanguageStage(nn.Module):
 @dataclass(frozen=True)
 class CrossVLTConfig:
     "What CrossVLT is made of. Defaults are the released model's."
+
     # pictures
-    backbone: str = "swin-base"            # a key of `SWINS`
-    backbone_weights: str | None = None    # None: ImageNet-22k; "none": random; or a file in the layout of Swin's authors
-    window: int = 12                       # side of the windows
-    image_size: int = 480                  # S
-    drop_path: float = .3
+    backbone: str = "swin-base"  # a key of `SWINS`
+    # None: ImageNet-22k; "none": random; or a file in the layout of Swin's authors
+    backbone_weights: str | None = None
+    window: int = 12  # side of the windows
+    image_size: int = 480  # S
+    drop_path: float = 0.3
     # words
-    text_layers: int = 6                   # of language stage 1; stages 2 to 4 have two each
-    text_width: int = 768                  # D
+    text_layers: int = 6  # of language stage 1; stages 2 to 4 have two each
+    text_width: int = 768  # D
     text_heads: int = 12
-    text_dropout: float = .1
-    text_weights: str | None = None        # of stage 1. None: the first layers of bert-base-uncased; "none": random
-    train_embeddings: bool = False         # whether the table of words and positions is trained: not in the released program
-    begin: bool = False                    # put a [CLS] before the words: needed with the course's vocabulary, which has none
-    max_words: int = 21                    # tokens, [CLS] and [SEP] among them
+    text_dropout: float = 0.1
+    text_weights: str | None = None  # of stage 1. None: the first layers of bert-base-uncased; "none": random
+    # whether the table of words and positions is trained: not in the released program
+    train_embeddings: bool = False
+    begin: bool = False  # put a [CLS] before the words: needed with the course's vocabulary, which has none
+    max_words: int = 21  # tokens, [CLS] and [SEP] among them
     # fusion and decoder
-    head_width: int = 64                   # channels of a head where places ask words
-    align_width: int = 256                 # A, where places and phrase are compared
-    decoder_width: int | None = None       # None: half of the last stage's channels
-    factor: int = 1                        # the answer is enlarged so many times, bilinearly; 1: as published
-    prior: float | None = None             # foreground share that the untrained decoder predicts; None: about one half, as published
+    head_width: int = 64  # channels of a head where places ask words
+    align_width: int = 256  # A, where places and phrase are compared
+    decoder_width: int | None = None  # None: half of the last stage's channels
+    factor: int = 1  # the answer is enlarged so many times, bilinearly; 1: as published
+    # foreground share that the untrained decoder predicts; None: about one half, as published
+    prior: float | None = None
     # loss
-    mask_weight: float = 2.                # of the loss on the decoder's logits
-    alignment_weight: float = 1.           # of the alignment loss, summed over the stages; 0: none
+    mask_weight: float = 2.0  # of the loss on the decoder's logits
+    alignment_weight: float = 1.0  # of the alignment loss, summed over the stages; 0: none
 
     def __post_init__(self):
-        if self.backbone not in SWINS: raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(SWINS)}")
-        if self.text_width % self.text_heads: raise ValueError(f"text_width {self.text_width} cannot be divided among text_heads {self.text_heads}")
+        if self.backbone not in SWINS:
+            raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(SWINS)}")
+        if self.text_width % self.text_heads:
+            raise ValueError(
+                f"text_width {self.text_width} cannot be divided among text_heads {self.text_heads}"
+            )
         width = SWINS[self.backbone]["embed_dim"]
-        if 2 * width % self.head_width: raise ValueError(f"head_width {self.head_width} does not divide {2 * width}, twice the channels of {self.backbone}")
+        if 2 * width % self.head_width:
+            raise ValueError(
+                f"head_width {self.head_width} does not divide {2 * width}, twice the channels of {self.backbone}"
+            )
 
     def to_dict(self) -> dict:
         "Plain values, ready for JSON."
@@ -193,11 +260,13 @@ class CrossVLTConfig:
 
     @classmethod
     def from_dict(
-        cls, values: dict,   # as `to_dict` gave them, perhaps by way of JSON
+        cls,
+        values: dict,  # as `to_dict` gave them, perhaps by way of JSON
     ) -> "CrossVLTConfig":
         "The configuration again; unknown fields are an error."
         unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown: raise ValueError(f"CrossVLTConfig has no field {', '.join(sorted(unknown))}")
+        if unknown:
+            raise ValueError(f"CrossVLTConfig has no field {', '.join(sorted(unknown))}")
         return cls(**values)
 
 # %% ../../nbs/19_crossvlt.ipynb #044
@@ -206,9 +275,25 @@ CROSSVLT_PRESETS: dict[str, CrossVLTConfig] = {
     "tiny": CrossVLTConfig(backbone="swin-tiny", window=7),
     "small": CrossVLTConfig(backbone="swin-small", window=7),
     "large": CrossVLTConfig(backbone="swin-large"),
-    "refshapes": CrossVLTConfig(backbone="swin-refshapes", window=6, image_size=96, drop_path=0., text_layers=1, text_width=48,
-                                text_heads=2, text_dropout=0., text_weights="none", train_embeddings=True, begin=True, max_words=25, head_width=16,
-                                align_width=32, decoder_width=24, factor=2, prior=.05),
+    "refshapes": CrossVLTConfig(
+        backbone="swin-refshapes",
+        window=6,
+        image_size=96,
+        drop_path=0.0,
+        text_layers=1,
+        text_width=48,
+        text_heads=2,
+        text_dropout=0.0,
+        text_weights="none",
+        train_embeddings=True,
+        begin=True,
+        max_words=25,
+        head_width=16,
+        align_width=32,
+        decoder_width=24,
+        factor=2,
+        prior=0.05,
+    ),
 }
 CROSSVLT_RECIPES: dict[str, LAVTRecipe] = {  # fields as in chapter 18
     name: replace(LAVT_RECIPES[name], batch_size=12, lr=3e-5) for name in ("base", "tiny", "small", "large")
@@ -218,47 +303,70 @@ CROSSVLT_RECIPES: dict[str, LAVTRecipe] = {  # fields as in chapter 18
 @dataclass
 class CrossAttention:
     "Who looked where, in both directions; stages count from 1, and all weights of a row sum to one."
-    places: dict[int, Float[Tensor, "B heads H W T"]]  # stages 1 to 4: how much each place heeds each word, after the blocks
-    merged: dict[int, Float[Tensor, "B heads h w T"]]  # stages 1 to 3: the same after patch merging, on the next stage's grid
-    words: dict[int, Float[Tensor, "B heads T h w"]]   # stages 2 to 4: how much each word heeds each place of the grid that the stage before left behind
-    similarity: dict[int, Float[Tensor, "B H W"]]      # stages 1 to 4: the alignment's maps (cosine / temperature)
-    mask: Bool[Tensor, "B T"]                          # True at real words
-    begin: bool = False                                # whether word 0 is a [CLS] of the model's own
+
+    # stages 1 to 4: how much each place heeds each word, after the blocks
+    places: dict[int, Float[Tensor, "B heads H W T"]]
+    # stages 1 to 3: the same after patch merging, on the next stage's grid
+    merged: dict[int, Float[Tensor, "B heads h w T"]]
+    # stages 2 to 4: how much each word heeds each place of the grid that the stage before left behind
+    words: dict[int, Float[Tensor, "B heads T h w"]]
+    # stages 1 to 4: the alignment's maps (cosine / temperature)
+    similarity: dict[int, Float[Tensor, "B H W"]]
+    mask: Bool[Tensor, "B T"]  # True at real words
+    begin: bool = False  # whether word 0 is a [CLS] of the model's own
 
     def expression(
-        self, b: int,            # which of the batch
-    ) -> "CrossAttention":       # B = 1, T without padding
+        self,
+        b: int,  # which of the batch
+    ) -> "CrossAttention":  # B = 1, T without padding
         "The attention of one expression."
         real, row = self.mask[b], slice(b, b + 1)
         cut = lambda maps: {i: a[row][..., real] for i, a in maps.items()}
-        return CrossAttention(cut(self.places), cut(self.merged), {i: a[row][:, :, real] for i, a in self.words.items()},
-                              {i: s[row] for i, s in self.similarity.items()}, real[real][None], self.begin)
+        return CrossAttention(
+            cut(self.places),
+            cut(self.merged),
+            {i: a[row][:, :, real] for i, a in self.words.items()},
+            {i: s[row] for i, s in self.similarity.items()},
+            real[real][None],
+            self.begin,
+        )
 
     def blocks(self) -> dict[str, tuple[Tensor, tuple[int, int], str, str]]:
         "By stage and direction: weights [B, heads, query, key], their grid, who looks, at what; see `refseg_nb.attention.maps`."
         found = {}
         for i, a in self.places.items():
             for name, w in ((f"{i}", a), (f"{i} merged", self.merged.get(i))):
-                if w is not None: found[f"{name} pixels→words"] = (w.flatten(2, 3), tuple(w.shape[2:4]), "pixels", "words")
-        return found | {f"{i} words→pixels": (w.flatten(3), tuple(w.shape[3:]), "words", "pixels") for i, w in self.words.items()}
+                if w is not None:
+                    found[f"{name} pixels→words"] = (w.flatten(2, 3), tuple(w.shape[2:4]), "pixels", "words")
+        return found | {
+            f"{i} words→pixels": (w.flatten(3), tuple(w.shape[3:]), "words", "pixels")
+            for i, w in self.words.items()
+        }
 
 # %% ../../nbs/19_crossvlt.ipynb #049
 class CrossVLT(nn.Module):
     "CrossVLT (TMM 2023). Words and places inform each other at every stage, so only stage 1 can be shared between the phrases about a picture."
+
     def __init__(
         self,
-        config: CrossVLTConfig,                # what it is made of
-        vocab_size: int = 30_522,              # tokens, with PAD = 0
-        vectors: Tensor | None = None,         # [vocab_size, D] word vectors to start from
+        config: CrossVLTConfig,  # what it is made of
+        vocab_size: int = 30_522,  # tokens, with PAD = 0
+        vectors: Tensor | None = None,  # [vocab_size, D] word vectors to start from
         backbone: SwinBackbone | None = None,  # None: made by `config`
     ):
         super().__init__()
         c = self.config = config
-        self.backbone = backbone or swin_backbone(c.backbone, c.window, c.image_size, c.drop_path, c.backbone_weights)
+        self.backbone = backbone or swin_backbone(
+            c.backbone, c.window, c.image_size, c.drop_path, c.backbone_weights
+        )
         channels, d = self.backbone.channels, c.text_width
-        first = bert_encoder(c.text_layers, d, c.text_heads, vocab_size, c.text_dropout, c.begin, c.text_weights, vectors)
+        first = bert_encoder(
+            c.text_layers, d, c.text_heads, vocab_size, c.text_dropout, c.begin, c.text_weights, vectors
+        )
         first.bert.embeddings.requires_grad_(c.train_embeddings)
-        self.text = nn.ModuleList([first, *(LanguageStage(d, c.text_heads, n, c.text_dropout) for n in channels[1:])])
+        self.text = nn.ModuleList(
+            [first, *(LanguageStage(d, c.text_heads, n, c.text_dropout) for n in channels[1:])]
+        )
         inner = (2 * channels[0], *channels[1:])
         self.fusion = nn.ModuleList(MHCA(n, m, d, m // c.head_width) for n, m in zip(channels, inner))
         self.gates = nn.ModuleList(map(language_gate, channels[:3]))
@@ -279,25 +387,38 @@ class CrossVLT(nn.Module):
 
     def run(
         self,
-        features: list[Float[Tensor, "K H W C"]],        # from `encode`
-        words: Int[Tensor, "B T"],                       # token numbers, padded with 0
-        image_index: Int[Tensor, " B"] | None = None,    # the image of each expression; None: one each, or all about the only image
-        return_attention: bool = False,                  # fill the attention
-        align: bool = False,                             # fill the similarity maps
+        features: list[Float[Tensor, "K H W C"]],  # from `encode`
+        words: Int[Tensor, "B T"],  # token numbers, padded with 0
+        # the image of each expression; None: one each, or all about the only image
+        image_index: Int[Tensor, " B"] | None = None,
+        return_attention: bool = False,  # fill the attention
+        align: bool = False,  # fill the similarity maps
     ) -> tuple[Float[Tensor, "B h w"], CrossAttention]:  # logits; and what was asked for
         "The stages in turn, and the decoder."
         k, b = len(features[0]), len(words)
         if image_index is None and k != b:
-            if k != 1: raise ValueError(f"{k} images and {b} expressions: image_index must say which image each expression is about")
+            if k != 1:
+                raise ValueError(
+                    f"{k} images and {b} expressions: image_index must say which image each expression is about"
+                )
             image_index = torch.zeros(b, dtype=torch.long, device=words.device)
         l, mask, _ = self.text[0](words)
-        v, stages, maps, seen = pick(features[0], image_index), self.backbone.stages, [], CrossAttention({}, {}, {}, {}, mask, self.config.begin)
+        v, stages, maps, seen = (
+            pick(features[0], image_index),
+            self.backbone.stages,
+            [],
+            CrossAttention({}, {}, {}, {}, mask, self.config.begin),
+        )
         for i in range(4):
             if i:
                 l, looks = self.text[i](l, mask, v.flatten(1, 2), return_attention)
-                if return_attention: seen.words[i + 1] = looks.unflatten(3, v.shape[1:3])
+                if return_attention:
+                    seen.words[i + 1] = looks.unflatten(3, v.shape[1:3])
                 v = stages[i].run(v)
-            if align: seen.similarity[i + 1] = similarity_map(self.align_places[i](v), self.align_words[i](l[:, 0]), self.temperature[i])
+            if align:
+                seen.similarity[i + 1] = similarity_map(
+                    self.align_places[i](v), self.align_words[i](l[:, 0]), self.temperature[i]
+                )
             f, seen.places[i + 1] = self.meet(self.fusion[i], v, l, mask, return_attention)
             maps.append(self.norms[i](f).permute(0, 3, 1, 2))
             if i < 3:
@@ -308,10 +429,11 @@ class CrossVLT(nn.Module):
 
     def segment(
         self,
-        features: list[Float[Tensor, "K H W C"]],        # from `encode`
-        words: Int[Tensor, "B T"],                       # token numbers, padded with 0
-        image_index: Int[Tensor, " B"] | None = None,    # the image of each expression; None: one each, or all about the only image
-        return_attention: bool = False,                  # also give who looked where, in both directions
+        features: list[Float[Tensor, "K H W C"]],  # from `encode`
+        words: Int[Tensor, "B T"],  # token numbers, padded with 0
+        # the image of each expression; None: one each, or all about the only image
+        image_index: Int[Tensor, " B"] | None = None,
+        return_attention: bool = False,  # also give who looked where, in both directions
     ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], CrossAttention]:
         "Logits for each expression, at the size of stage 1 times `factor`. Everything but stage 1's blocks runs anew for each."
         logits, seen = self.run(features, words, image_index, return_attention, align=return_attention)
@@ -319,49 +441,83 @@ class CrossVLT(nn.Module):
 
     def losses(
         self,
-        features: list[Float[Tensor, "K H W C"]],        # from `encode`
-        words: Int[Tensor, "B T"],                       # token numbers, padded with 0
-        image_index: Int[Tensor, " B"] | None,           # the image of each expression
-        targets: Float[Tensor, "B h w"],                 # in [0, 1]
-        mask_loss=F.binary_cross_entropy_with_logits,    # (logits, targets) -> what the decoder's logits are judged by
-    ) -> dict[str, Float[Tensor, ""]]:                   # "mask" and "alignment", weighted: their sum is minimised
+        features: list[Float[Tensor, "K H W C"]],  # from `encode`
+        words: Int[Tensor, "B T"],  # token numbers, padded with 0
+        image_index: Int[Tensor, " B"] | None,  # the image of each expression
+        targets: Float[Tensor, "B h w"],  # in [0, 1]
+        # (logits, targets) -> what the decoder's logits are judged by
+        mask_loss=F.binary_cross_entropy_with_logits,
+    ) -> dict[str, Float[Tensor, ""]]:  # "mask" and "alignment", weighted: their sum is minimised
         "What is minimised in training, by name."
         logits, seen = self.run(features, words, image_index, align=self.config.alignment_weight > 0)
         parts = {"mask": self.config.mask_weight * mask_loss(logits.float(), targets)}
-        if not self.config.alignment_weight: return parts
-        return parts | {"alignment": self.config.alignment_weight * alignment_loss([s.float() for s in seen.similarity.values()], targets)}
+        if not self.config.alignment_weight:
+            return parts
+        return parts | {
+            "alignment": self.config.alignment_weight
+            * alignment_loss([s.float() for s in seen.similarity.values()], targets)
+        }
 
     def parts(self) -> dict[str, list[nn.Module]]:
         "The modules of each part; the four temperatures belong to none."
-        return {"Swin": [self.backbone], **{f"language stage {i + 1}": [self.text[i], self.align_words[i]] for i in range(4)},
-                "fusion": [self.fusion, self.merged_fusion], "gates": [self.gates, self.merged_gates], "norms": [self.norms],
-                "alignment of places": [self.align_places], "decoder": [self.decoder]}
+        return {
+            "Swin": [self.backbone],
+            **{f"language stage {i + 1}": [self.text[i], self.align_words[i]] for i in range(4)},
+            "fusion": [self.fusion, self.merged_fusion],
+            "gates": [self.gates, self.merged_gates],
+            "norms": [self.norms],
+            "alignment of places": [self.align_places],
+            "decoder": [self.decoder],
+        }
 
 # %% ../../nbs/19_crossvlt.ipynb #051
 def create_crossvlt(
-    preset: str = "refshapes",              # a key of `CROSSVLT_PRESETS`
-    vocab_size: int | None = None,          # tokens, with PAD = 0; None: BERT's 30,522, where the preset reads with BERT
-    vectors: Tensor | None = None,          # [V, D] word vectors to start from
+    preset: str = "refshapes",  # a key of `CROSSVLT_PRESETS`
+    # tokens, with PAD = 0; None: BERT's 30,522, where the preset reads with BERT
+    vocab_size: int | None = None,
+    vectors: Tensor | None = None,  # [V, D] word vectors to start from
     backbone: SwinBackbone | str | None = None,  # a module, or a key of `SWINS`; None: the preset's
-    **overrides,                            # fields of `CrossVLTConfig` to change
+    **overrides,  # fields of `CrossVLTConfig` to change
 ) -> CrossVLT:
     "CrossVLT by preset, with single fields changed."
-    if preset not in CROSSVLT_PRESETS: raise ValueError(f"no preset called {preset!r}; there are {', '.join(CROSSVLT_PRESETS)}")
-    if isinstance(backbone, str): overrides["backbone"], backbone = backbone, None
-    if vocab_size is None and vectors is not None: vocab_size = len(vectors)
-    if vocab_size is None and preset == "refshapes": raise ValueError("vocab_size is needed: how many words the vocabulary has")
-    return CrossVLT(CrossVLTConfig.from_dict(CROSSVLT_PRESETS[preset].to_dict() | overrides), vocab_size or 30_522, vectors, backbone)
+    if preset not in CROSSVLT_PRESETS:
+        raise ValueError(f"no preset called {preset!r}; there are {', '.join(CROSSVLT_PRESETS)}")
+    if isinstance(backbone, str):
+        overrides["backbone"], backbone = backbone, None
+    if vocab_size is None and vectors is not None:
+        vocab_size = len(vectors)
+    if vocab_size is None and preset == "refshapes":
+        raise ValueError("vocab_size is needed: how many words the vocabulary has")
+    return CrossVLT(
+        CrossVLTConfig.from_dict(CROSSVLT_PRESETS[preset].to_dict() | overrides),
+        vocab_size or 30_522,
+        vectors,
+        backbone,
+    )
 
 # %% ../../nbs/19_crossvlt.ipynb #083
-PUBLISHED_NAMES: dict[str, str] = {  # a published name -> ours, or after "!" why it is left out; the first row that matches holds
+# a published name -> ours, or after "!" why it is left out; the first row that matches holds
+PUBLISHED_NAMES: dict[str, str] = {
     r"backbone\.\d\.layers\.blocks\.\d+\.attn\.relative_position_index": "!follows from the size of the window",
     r"backbone\.3\.linear1\..*": "!a gate after the last stage: nothing ever used it",
     r"lang_stage1\.embeddings\.position_ids": "!counts from 0",
     r"backbone\.0\.patch_embed\.(.*)": r"backbone.patch_embed.\1",
     r"backbone\.(\d)\.layers\.blocks\.(.*)": r"backbone.stages.\1.blocks.\2",
-    **{rf"backbone\.{i}\.layers\.downsample\.(.*)": rf"backbone.stages.{i + 1}.downsample.\1" for i in range(3)},
-    **{rf"backbone\.(\d)\.attn{n}\.{theirs}\.(.*)": rf"{fusion}.\1.{ours}.\2" for n, fusion in ((1, "fusion"), (2, "merged_fusion")) for theirs, ours in {
-        r"v_q\.0": "query", "l_q": "key", "values_l": "value", r"w_v\.0": "out", r"project_mm\.0": "mix"}.items()},
+    **{
+        rf"backbone\.{i}\.layers\.downsample\.(.*)": rf"backbone.stages.{i + 1}.downsample.\1"
+        for i in range(3)
+    },
+    **{
+        rf"backbone\.(\d)\.attn{n}\.{theirs}\.(.*)": rf"{fusion}.\1.{ours}.\2"
+        for n, fusion in ((1, "fusion"), (2, "merged_fusion"))
+        for theirs, ours in {
+            r"v_q\.0": "query",
+            "l_q": "key",
+            "values_l": "value",
+            r"w_v\.0": "out",
+            r"project_mm\.0": "mix",
+        }.items()
+    },
     r"backbone\.(\d)\.linear1\.(\d)\.weight": r"gates.\1.\2.weight",
     r"backbone\.(\d)\.linear2\.(\d)\.weight": r"merged_gates.\1.\2.weight",
     r"backbone\.(\d)\.norm\d\.(.*)": r"norms.\1.\2",
@@ -369,18 +525,36 @@ PUBLISHED_NAMES: dict[str, str] = {  # a published name -> ours, or after "!" wh
     **{old: new for old, new in LAVT_NAMES.items() if old.startswith("classifier")},
     r"lang_stage1\.encoder\.proj\.(.*)": r"align_words.0.\1",
     r"lang_stage1\.(embeddings|encoder)\.(.*)": r"text.0.bert.\1.\2",
-    **{rf"lang_stage{i}\.{re.escape(theirs)}\.(\w+)": rf"text.{i - 1}.{block}.{ours}.\1" for i in (2, 3, 4) for ours, name in BERT_NAMES.items()
-       for block, theirs in (("read", f"layer.0.{name}"), ("ask", name.replace("attention", "crossattention")))},
+    **{
+        rf"lang_stage{i}\.{re.escape(theirs)}\.(\w+)": rf"text.{i - 1}.{block}.{ours}.\1"
+        for i in (2, 3, 4)
+        for ours, name in BERT_NAMES.items()
+        for block, theirs in (
+            ("read", f"layer.0.{name}"),
+            ("ask", name.replace("attention", "crossattention")),
+        )
+    },
     **{rf"lang_stage{i}\.proj\.(.*)": rf"align_words.{i - 1}.\1" for i in (2, 3, 4)},
     "temp": "temperature",
 }
 
 
 def load_published(
-    checkpoint: dict,                                     # what torch.load gives: a checkpoint, or its weights alone
-    config: CrossVLTConfig = CROSSVLT_PRESETS["base"],    # of the model that shall take the weights
+    checkpoint: dict,  # what torch.load gives: a checkpoint, or its weights alone
+    config: CrossVLTConfig = CROSSVLT_PRESETS["base"],  # of the model that shall take the weights
     vocab_size: int = 30_522,
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]:      # a state dict for `CrossVLT(config)`, and why published tensors were left out
+) -> tuple[
+    dict[str, Tensor], dict[str, list[str]]
+]:  # a state dict for `CrossVLT(config)`, and why published tensors were left out
     "Published weights under our names, by `rename_published` of chapter 18."
-    with torch.device("meta"): expected = CrossVLT(replace(config, backbone_weights="none", text_weights="none"), vocab_size).state_dict()
-    return rename_published(checkpoint.get("model", checkpoint), PUBLISHED_NAMES, expected, "CrossVLT", {"temperature": torch.ones(4)})
+    with torch.device("meta"):
+        expected = CrossVLT(
+            replace(config, backbone_weights="none", text_weights="none"), vocab_size
+        ).state_dict()
+    return rename_published(
+        checkpoint.get("model", checkpoint),
+        PUBLISHED_NAMES,
+        expected,
+        "CrossVLT",
+        {"temperature": torch.ones(4)},
+    )

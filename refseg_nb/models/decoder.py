@@ -18,37 +18,46 @@ from torch import Tensor, nn
 # %% ../../nbs/08_baseline.ipynb #013
 class Language(NamedTuple):
     "What the text encoder gives."
+
     words: Float[Tensor, "B T C"]  # L: the LSTM's hidden state after each word; zero where there is padding
-    mask: Bool[Tensor, "B T"]      # True at real words
+    mask: Bool[Tensor, "B T"]  # True at real words
     sentence: Float[Tensor, "B C"]  # the state after the last real word
 
 
 class TextEncoder(nn.Module):
     "Word vectors and one LSTM, read left to right (section 3.1)."
+
     def __init__(
         self,
-        vocab_size: int,                # V, with PAD = 0
-        channels: int = 512,            # C: the LSTM's hidden size
-        word_dim: int = 300,            # D: the word vectors' size (ignored if `vectors` or `one_hot` say otherwise)
+        vocab_size: int,  # V, with PAD = 0
+        channels: int = 512,  # C: the LSTM's hidden size
+        word_dim: int = 300,  # D: the word vectors' size (ignored if `vectors` or `one_hot` say otherwise)
         vectors: Tensor | None = None,  # [V, D] to start from (GloVe); None: random
-        train_words: bool = True,       # False: the table of vectors is frozen
-        one_hot: bool = False,          # words as one-hot vectors (Table 2, row 6): no table to learn
+        train_words: bool = True,  # False: the table of vectors is frozen
+        one_hot: bool = False,  # words as one-hot vectors (Table 2, row 6): no table to learn
     ):
         super().__init__()
-        if one_hot: vectors, train_words = torch.eye(vocab_size), False
-        if vectors is not None and len(vectors) != vocab_size: raise ValueError(f"vectors has {len(vectors)} rows but the vocabulary has {vocab_size} words")
-        if vectors is not None: word_dim = vectors.shape[1]
+        if one_hot:
+            vectors, train_words = torch.eye(vocab_size), False
+        if vectors is not None and len(vectors) != vocab_size:
+            raise ValueError(f"vectors has {len(vectors)} rows but the vocabulary has {vocab_size} words")
+        if vectors is not None:
+            word_dim = vectors.shape[1]
         self.embedding = nn.Embedding(vocab_size, word_dim, padding_idx=0)
         if vectors is not None:
-            with torch.no_grad(): self.embedding.weight.copy_(vectors); self.embedding.weight[0] = 0
+            with torch.no_grad():
+                self.embedding.weight.copy_(vectors)
+                self.embedding.weight[0] = 0
         self.embedding.weight.requires_grad_(train_words)
         self.lstm = nn.LSTM(word_dim, channels, batch_first=True)
 
     def forward(
-        self, words: Int[Tensor, "B T"],  # word numbers, padded at the end with 0
+        self,
+        words: Int[Tensor, "B T"],  # word numbers, padded at the end with 0
     ) -> Language:
         "The language features L, their mask, and the sentence feature."
-        if words.dim() != 2: raise ValueError(f"words must be [B, T], not {list(words.shape)}")
+        if words.dim() != 2:
+            raise ValueError(f"words must be [B, T], not {list(words.shape)}")
         mask = words != 0
         states, _ = self.lstm(self.embedding(words))
         last = (mask.sum(1) - 1).clamp(min=0)
@@ -58,67 +67,79 @@ class TextEncoder(nn.Module):
 # %% ../../nbs/08_baseline.ipynb #021
 class LevelAdapter(nn.Module):
     "One raw level to C x H x W: adaptive max-pooling, then a 3x3 convolution ('pooling and convolution', section 3.1)."
+
     def __init__(
         self,
-        in_channels: int,    # channels of the raw level
-        channels: int,       # C
-        grid: int,           # H = W
-        pool: int = 2,       # pool to pool*H: 2 = to 2H, then stride 2 (released); 1 = to H, then stride 1
-        norm: bool = True,   # BatchNorm and LeakyReLU after the convolution (released)
+        in_channels: int,  # channels of the raw level
+        channels: int,  # C
+        grid: int,  # H = W
+        pool: int = 2,  # pool to pool*H: 2 = to 2H, then stride 2 (released); 1 = to H, then stride 1
+        norm: bool = True,  # BatchNorm and LeakyReLU after the convolution (released)
     ):
         super().__init__()
-        if pool not in (1, 2): raise ValueError(f"pool must be 1 or 2, not {pool}")
+        if pool not in (1, 2):
+            raise ValueError(f"pool must be 1 or 2, not {pool}")
         self.size = pool * grid
         self.conv = nn.Conv2d(in_channels, channels, 3, stride=pool, padding=1)
         self.after = nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU()) if norm else nn.Identity()
 
     def forward(
-        self, level: Float[Tensor, "K R h w"],  # a raw level V_i, of any size
+        self,
+        level: Float[Tensor, "K R h w"],  # a raw level V_i, of any size
     ) -> Float[Tensor, "K C H W"]:
         "The adapted level."
         return self.after(self.conv(F.adaptive_max_pool2d(level, self.size)))
 
 # %% ../../nbs/08_baseline.ipynb #029
 def pick(
-    x: Float[Tensor, "K ..."],                 # one row an image
-    image_index: Int[Tensor, " B"] | None,     # the image of each expression; None: row b belongs to expression b
-) -> Float[Tensor, "B ..."]:                   # one row an expression
+    x: Float[Tensor, "K ..."],  # one row an image
+    # the image of each expression; None: row b belongs to expression b
+    image_index: Int[Tensor, " B"] | None,
+) -> Float[Tensor, "B ..."]:  # one row an expression
     "The rows of the images that the expressions ask about."
     return x if image_index is None else x.index_select(0, image_index)
 
 
 class BaselineFusion(nn.Module):
     "The sentence feature tiled over the map, concatenated with each level, and mixed by a 1x1 convolution (section 4.4, Baseline)."
+
     def __init__(
         self,
-        channels: int,    # C, of pictures and words
+        channels: int,  # C, of pictures and words
         levels: int = 3,  # each level has its own weights
     ):
         super().__init__()
         self.visual = nn.ModuleList(nn.Conv2d(channels, channels, 1, bias=False) for _ in range(levels))
         self.language = nn.ModuleList(nn.Linear(channels, channels, bias=False) for _ in range(levels))
-        self.after = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU()) for _ in range(levels))
+        self.after = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU()) for _ in range(levels)
+        )
 
     def forward(
         self,
-        features: list[Float[Tensor, "K C H W"]],     # the adapted levels
-        sentence: Float[Tensor, "B C"],               # the sentence feature
+        features: list[Float[Tensor, "K C H W"]],  # the adapted levels
+        sentence: Float[Tensor, "B C"],  # the sentence feature
         image_index: Int[Tensor, " B"] | None = None,  # the image of each expression
-    ) -> list[Float[Tensor, "B C H W"]]:              # one multi-modal map a level
+    ) -> list[Float[Tensor, "B C H W"]]:  # one multi-modal map a level
         "W [V_i ; l] = W_v V_i + W_l l: the picture's half is computed once an image."
-        return [after(pick(visual(v), image_index) + language(sentence)[:, :, None, None])
-                for v, visual, language, after in zip(features, self.visual, self.language, self.after)]
+        return [
+            after(pick(visual(v), image_index) + language(sentence)[:, :, None, None])
+            for v, visual, language, after in zip(features, self.visual, self.language, self.after)
+        ]
 
 
 class ConcatLevels(nn.Module):
     "Levels become one map in the simplest way: concatenated, 1x1 convolution, BatchNorm, LeakyReLU."
+
     def __init__(
         self,
-        channels: int,    # C
+        channels: int,  # C
         levels: int = 3,  # how many maps
     ):
         super().__init__()
-        self.mix = nn.Sequential(nn.Conv2d(levels * channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.LeakyReLU())
+        self.mix = nn.Sequential(
+            nn.Conv2d(levels * channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.LeakyReLU()
+        )
 
     def forward(self, maps: list[Float[Tensor, "B C H W"]]) -> Float[Tensor, "B C H W"]:
         "One map of three."
@@ -126,32 +147,47 @@ class ConcatLevels(nn.Module):
 
 # %% ../../nbs/08_baseline.ipynb #037
 def conv_bn_relu(
-    inputs: int,        # channels in
-    outputs: int,       # channels out
-    kernel: int = 3,    # 1 or 3
-    rate: int = 1,      # dilation
-) -> nn.Sequential:     # keeps height and width
+    inputs: int,  # channels in
+    outputs: int,  # channels out
+    kernel: int = 3,  # 1 or 3
+    rate: int = 1,  # dilation
+) -> nn.Sequential:  # keeps height and width
     "A convolution without bias, BatchNorm, ReLU."
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=rate * (kernel // 2), dilation=rate, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=rate * (kernel // 2), dilation=rate, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
 
 
 class ASPP(nn.Module):
     "Atrous spatial pyramid pooling (Chen et al., 2018): the map seen at several rates and as a whole."
+
     def __init__(
         self,
-        channels: int,                              # C, in and out and of each branch
-        rates: tuple[int, ...] = (6, 12, 24),       # dilations of the 3x3 branches
-        dropout: float = .25,                       # after the projection
+        channels: int,  # C, in and out and of each branch
+        rates: tuple[int, ...] = (6, 12, 24),  # dilations of the 3x3 branches
+        dropout: float = 0.25,  # after the projection
     ):
         super().__init__()
-        self.branches = nn.ModuleList([conv_bn_relu(channels, channels, 1), *(conv_bn_relu(channels, channels, 3, rate) for rate in rates)])
+        self.branches = nn.ModuleList(
+            [
+                conv_bn_relu(channels, channels, 1),
+                *(conv_bn_relu(channels, channels, 3, rate) for rate in rates),
+            ]
+        )
         self.pool = conv_bn_relu(channels, channels, 1)
-        self.project = nn.Sequential(conv_bn_relu((len(rates) + 2) * channels, channels, 1), nn.Dropout(dropout))
+        self.project = nn.Sequential(
+            conv_bn_relu((len(rates) + 2) * channels, channels, 1), nn.Dropout(dropout)
+        )
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         "The same map, each place now knowing places far away."
-        if self.training and len(x) == 1 and type(self.pool[1]) is nn.BatchNorm2d:  # a shared one (chapter 21b) sees the other processes' rows, too
-            raise ValueError("a batch of one expression cannot be normalised while training: give two or more")
+        # a shared one (chapter 21b) sees the other processes' rows, too
+        if self.training and len(x) == 1 and type(self.pool[1]) is nn.BatchNorm2d:
+            raise ValueError(
+                "a batch of one expression cannot be normalised while training: give two or more"
+            )
         pooled = self.pool(x.mean((2, 3), keepdim=True)).expand_as(x)
         return self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1))
 
@@ -164,28 +200,43 @@ def double(
 
 
 def doubling_taps(
-    n: int,                             # places a side
+    n: int,  # places a side
     device: str | torch.device = "cpu",
-) -> Float[Tensor, "3 2n n"]:           # R_0, R_1, R_2
+) -> Float[Tensor, "3 2n n"]:  # R_0, R_1, R_2
     "What double does to a side of n places, read one place before, at and after each of the 2n."
-    twice = F.pad(F.interpolate(torch.eye(n, device=device)[None], scale_factor=2, mode="linear", align_corners=False)[0].T, (0, 0, 1, 1))
-    return torch.stack([twice[k:k + 2 * n] for k in range(3)])
+    twice = F.pad(
+        F.interpolate(torch.eye(n, device=device)[None], scale_factor=2, mode="linear", align_corners=False)[
+            0
+        ].T,
+        (0, 0, 1, 1),
+    )
+    return torch.stack([twice[k : k + 2 * n] for k in range(3)])
 
 # %% ../../nbs/08_baseline.ipynb #050
-WIDE = 128   # from so many channels on, mixing them is dearer than mixing places
+WIDE = 128  # from so many channels on, mixing them is dearer than mixing places
 
 
 def doubled_conv(
-    x: Float[Tensor, "B C H W"],            # a map before it is doubled
-    weight: Float[Tensor, "O C 3 3"],       # of a 3x3 convolution with padding 1
+    x: Float[Tensor, "B C H W"],  # a map before it is doubled
+    weight: Float[Tensor, "O C 3 3"],  # of a 3x3 convolution with padding 1
     bias: Float[Tensor, " O"] | None = None,
 ) -> Float[Tensor, "B O 2H 2W"]:
     "conv(double(x)) with a quarter of the products between channels: they are mixed on the small map, then places are."
     (b, c, h, w), o = x.shape, len(weight)
-    rows, columns = doubling_taps(h, x.device).to(x.dtype), doubling_taps(w, x.device).to(x.dtype).permute(1, 2, 0).reshape(2 * w, 3 * w)
-    places, taps, out = x.permute(0, 2, 3, 1).reshape(-1, c), weight.permute(2, 1, 3, 0).reshape(3, c, 3 * o), None
+    rows, columns = (
+        doubling_taps(h, x.device).to(x.dtype),
+        doubling_taps(w, x.device).to(x.dtype).permute(1, 2, 0).reshape(2 * w, 3 * w),
+    )
+    places, taps, out = (
+        x.permute(0, 2, 3, 1).reshape(-1, c),
+        weight.permute(2, 1, 3, 0).reshape(3, c, 3 * o),
+        None,
+    )
     for row, tap in zip(rows, taps):
-        mixed = torch.bmm(columns.expand(b * h, -1, -1), (places @ tap).view(b * h, 3 * w, o)).view(b, h, 2 * w * o)   # channels, then columns
+        # channels, then columns
+        mixed = torch.bmm(columns.expand(b * h, -1, -1), (places @ tap).view(b * h, 3 * w, o)).view(
+            b, h, 2 * w * o
+        )
         row = row.expand(b, -1, -1)
         out = torch.bmm(row, mixed) if out is None else torch.baddbmm(out, row, mixed)
     out = out.view(b, 2 * h, 2 * w, o)
@@ -194,28 +245,38 @@ def doubled_conv(
 # %% ../../nbs/08_baseline.ipynb #056
 class UpsampleDecoder(nn.Module):
     "3x3 convolutions with bilinear doubling between them, down to one channel (section 3.4's up-sampling convolution)."
+
     def __init__(
         self,
-        channels: int,                                       # C
-        widths: tuple[int, ...] = (512, 512, 512, 256),      # channels after each hidden convolution
-        doublings: int = 2,                                  # the first so many convolutions are followed by a doubling
-        dropout: float = .1,                                 # Dropout2d, after all hidden convolutions but the last
-        prior: float | None = None,                          # share of foreground that the untrained decoder predicts; None: one half
+        channels: int,  # C
+        widths: tuple[int, ...] = (512, 512, 512, 256),  # channels after each hidden convolution
+        doublings: int = 2,  # the first so many convolutions are followed by a doubling
+        dropout: float = 0.1,  # Dropout2d, after all hidden convolutions but the last
+        prior: float | None = None,  # share of foreground that the untrained decoder predicts; None: one half
     ):
         super().__init__()
-        if doublings > len(widths): raise ValueError(f"{doublings} doublings need at least as many widths, but there are {len(widths)}")
+        if doublings > len(widths):
+            raise ValueError(
+                f"{doublings} doublings need at least as many widths, but there are {len(widths)}"
+            )
         self.doublings = doublings
         self.convs = nn.ModuleList(conv_bn_relu(i, o) for i, o in zip((channels, *widths), widths))
         self.dropout = nn.Dropout2d(dropout)
         self.last = nn.Conv2d(widths[-1], 1, 3, padding=1)
-        if prior is not None: nn.init.constant_(self.last.bias, math.log(prior / (1 - prior)))
+        if prior is not None:
+            nn.init.constant_(self.last.bias, math.log(prior / (1 - prior)))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w"]:
         "Logits: one number a pixel, at H * 2**doublings."
         for i, conv in enumerate(self.convs):
-            if not 0 < i <= self.doublings: x = conv(x)
-            elif conv[0].in_channels < WIDE: x = conv(double(x))
-            else: x = conv[2](conv[1](doubled_conv(x, conv[0].weight, conv[0].bias)))
-            if i < len(self.convs) - 1: x = self.dropout(x)
-        if 0 < self.doublings == len(self.convs): x = double(x)
+            if not 0 < i <= self.doublings:
+                x = conv(x)
+            elif conv[0].in_channels < WIDE:
+                x = conv(double(x))
+            else:
+                x = conv[2](conv[1](doubled_conv(x, conv[0].weight, conv[0].bias)))
+            if i < len(self.convs) - 1:
+                x = self.dropout(x)
+        if 0 < self.doublings == len(self.convs):
+            x = double(x)
         return self.last(x).squeeze(1)

@@ -13,38 +13,42 @@ from torch import Tensor, nn
 
 # %% ../../nbs/10_hcam.ipynb #007
 def average_words(
-    words: Float[Tensor, "B T C"],   # f^l, a language part of SFM's output
-    mask: Bool[Tensor, "B T"],       # True at real words
-) -> Float[Tensor, "B C"]:           # f^lavg
+    words: Float[Tensor, "B T C"],  # f^l, a language part of SFM's output
+    mask: Bool[Tensor, "B T"],  # True at real words
+) -> Float[Tensor, "B C"]:  # f^lavg
     "The length-wise average over real words."
     mask = mask.unsqueeze(-1).to(words.dtype)
     return (words * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 # %% ../../nbs/10_hcam.ipynb #021
 def constant_conv(
-    weight: Float[Tensor, "O C 3 3"],   # of a 3x3 convolution with padding 1
-    vector: Float[Tensor, "B C"],       # the value at every place of the map
-    height: int,                        # H >= 2
-    width: int,                         # W >= 2
+    weight: Float[Tensor, "O C 3 3"],  # of a 3x3 convolution with padding 1
+    vector: Float[Tensor, "B C"],  # the value at every place of the map
+    height: int,  # H >= 2
+    width: int,  # W >= 2
 ) -> Float[Tensor, "B O H W"]:
     "The convolution of a constant map: 9 cases (3 rows x 3 columns: first, inner, last), each one matrix product."
-    if height < 2 or width < 2: raise ValueError(f"the map is {height} x {width}: both must be at least 2")
+    if height < 2 or width < 2:
+        raise ValueError(f"the map is {height} x {width}: both must be at least 2")
     o, c = weight.shape[:2]
-    inside = weight.new_tensor([[0, 1, 1], [1, 1, 1], [1, 1, 0]])          # case x tap: does the tap fall inside the map?
+    # case x tap: does the tap fall inside the map?
+    inside = weight.new_tensor([[0, 1, 1], [1, 1, 1], [1, 1, 0]])
     cases = torch.einsum("rk,ockl,sl->rsoc", inside, weight, inside).reshape(9 * o, c)
-    cases = F.linear(vector, cases).view(-1, 9, o).transpose(1, 2)         # [B, O, 9]
+    cases = F.linear(vector, cases).view(-1, 9, o).transpose(1, 2)  # [B, O, 9]
     rows, columns = (torch.tensor([0] + [1] * (n - 2) + [2], device=vector.device) for n in (height, width))
-    place = F.one_hot(3 * rows[:, None] + columns, 9).flatten(0, 1).T      # case x place: one product is faster than an index, backwards above all
+    # case x place: one product is faster than an index, backwards above all
+    place = F.one_hot(3 * rows[:, None] + columns, 9).flatten(0, 1).T
     return (cases @ place.to(cases.dtype)).view(-1, o, height, width)
 
 # %% ../../nbs/10_hcam.ipynb #025
 class Gate(nn.Module):
     "Conv([f^v ; l]) for a map and a vector that is tiled over it, split into a visual convolution and a 9-case language term."
+
     def __init__(
         self,
-        channels: int,          # C
-        norm: bool = True,      # BatchNorm after the convolution (released)
-        dropout: float = 0.,    # Dropout2d after that (released)
+        channels: int,  # C
+        norm: bool = True,  # BatchNorm after the convolution (released)
+        dropout: float = 0.0,  # Dropout2d after that (released)
     ):
         super().__init__()
         self.channels = channels
@@ -53,19 +57,26 @@ class Gate(nn.Module):
 
     def visual(self, f: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         "The picture's half, which the gates that share this convolution share too."
-        return F.conv2d(f, self.conv.weight[:, :self.channels], self.conv.bias, padding=1)
+        return F.conv2d(f, self.conv.weight[:, : self.channels], self.conv.bias, padding=1)
 
-    def forward(self, visual: Float[Tensor, "B C H W"], language: Float[Tensor, "B C"]) -> Float[Tensor, "B C H W"]:
+    def forward(
+        self, visual: Float[Tensor, "B C H W"], language: Float[Tensor, "B C"]
+    ) -> Float[Tensor, "B C H W"]:
         "Lambda, from `visual(f)` and the language vector."
-        return torch.sigmoid(self.after(visual + constant_conv(self.conv.weight[:, self.channels:], language, *visual.shape[-2:])))
+        return torch.sigmoid(
+            self.after(
+                visual + constant_conv(self.conv.weight[:, self.channels :], language, *visual.shape[-2:])
+            )
+        )
 
 # %% ../../nbs/10_hcam.ipynb #029
 class Conv3dLevels(nn.Module):
     "G = Conv3D([g_2; g_3; g_4]): kernel 3, padding (0, 1, 1), so that three levels become one map (equation 3)."
+
     def __init__(
         self,
-        channels: int,        # C
-        norm: bool = True,    # BatchNorm and LeakyReLU after it (released)
+        channels: int,  # C
+        norm: bool = True,  # BatchNorm and LeakyReLU after it (released)
     ):
         super().__init__()
         self.conv = nn.Conv3d(channels, channels, 3, padding=(0, 1, 1))
@@ -73,23 +84,33 @@ class Conv3dLevels(nn.Module):
 
     def forward(self, maps: list[Float[Tensor, "B C H W"]]) -> Float[Tensor, "B C H W"]:
         "Over exactly three levels a 3-D convolution is a 2-D one on the concatenated channels."
-        if len(maps) != 3: raise ValueError(f"three levels, not {len(maps)}")
-        return self.after(F.conv2d(torch.cat(maps, 1), self.conv.weight.transpose(1, 2).flatten(1, 2), self.conv.bias, padding=1))
+        if len(maps) != 3:
+            raise ValueError(f"three levels, not {len(maps)}")
+        return self.after(
+            F.conv2d(
+                torch.cat(maps, 1), self.conv.weight.transpose(1, 2).flatten(1, 2), self.conv.bias, padding=1
+            )
+        )
 
 # %% ../../nbs/10_hcam.ipynb #033
 class HCAM(nn.Module):
     "Hierarchical Cross-Modal Aggregation (equations 2 and 3)."
+
     def __init__(
         self,
-        channels: int,             # C
-        gates: str = "level",      # a convolution for each "pair" (i, j), for each "level" i (released), or "one" for all
-        norm: bool = True,         # BatchNorm in the gates and after the Conv3d, LeakyReLU at the end (released)
-        dropout: float = 0.,       # Dropout2d in the gates (released)
+        channels: int,  # C
+        # a convolution for each "pair" (i, j), for each "level" i (released), or "one" for all
+        gates: str = "level",
+        norm: bool = True,  # BatchNorm in the gates and after the Conv3d, LeakyReLU at the end (released)
+        dropout: float = 0.0,  # Dropout2d in the gates (released)
     ):
         super().__init__()
-        if gates not in ("pair", "level", "one"): raise ValueError(f"gates must be 'pair', 'level' or 'one', not {gates!r}")
+        if gates not in ("pair", "level", "one"):
+            raise ValueError(f"gates must be 'pair', 'level' or 'one', not {gates!r}")
         self.kind = gates
-        self.gates = nn.ModuleList(Gate(channels, norm, dropout) for _ in range({"pair": 6, "level": 3, "one": 1}[gates]))
+        self.gates = nn.ModuleList(
+            Gate(channels, norm, dropout) for _ in range({"pair": 6, "level": 3, "one": 1}[gates])
+        )
         self.aggregate = Conv3dLevels(channels, norm)
 
     def gate(self, i: int, j: int) -> Gate:
@@ -98,21 +119,24 @@ class HCAM(nn.Module):
 
     def forward(
         self,
-        visual: list[Float[Tensor, "B C H W"]],   # f_2^v, f_3^v, f_4^v
-        language: list[Float[Tensor, "B C"]],     # f_2^lavg, f_3^lavg, f_4^lavg
+        visual: list[Float[Tensor, "B C H W"]],  # f_2^v, f_3^v, f_4^v
+        language: list[Float[Tensor, "B C"]],  # f_2^lavg, f_3^lavg, f_4^lavg
         return_gates: bool = False,
-    ):                                            # G [B, C, H, W], or (G, {(i, j): Lambda_ij} with levels named 2, 3, 4)
+    ):  # G [B, C, H, W], or (G, {(i, j): Lambda_ij} with levels named 2, 3, 4)
         "The exchange (equation 2), then the aggregation (equation 3)."
         maps, gates = [], {}
         for i, f in enumerate(visual):
             g, shared = f, None
             for j in range(3):
-                if j == i: continue
+                if j == i:
+                    continue
                 gate = self.gate(i, j)
-                if shared is None or self.kind == "pair": shared = gate.visual(f)
+                if shared is None or self.kind == "pair":
+                    shared = gate.visual(f)
                 weight = gate(shared, language[j])
                 g = g + weight * visual[j]
-                if return_gates: gates[i + 2, j + 2] = weight
+                if return_gates:
+                    gates[i + 2, j + 2] = weight
             maps.append(g)
         out = self.aggregate(maps)
         return (out, gates) if return_gates else out

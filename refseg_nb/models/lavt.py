@@ -24,22 +24,35 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from ..data.words import EncodingReport
-from .backbones import Backbone, PretrainResult, _check_keys, _read_checkpoint, pretrain_backbone
+from refseg_nb.models.backbones import (
+    Backbone,
+    PretrainResult,
+    _check_keys,
+    _read_checkpoint,
+    pretrain_backbone,
+)
 from .decoder import Language, conv_bn_relu, pick
 
 # %% ../../nbs/18_lavt.ipynb #007
 class WordPieces:
     "BERT's WordPiece tokens behind the interface of `Vocabulary`: [PAD] is 0, and an expression is [CLS] pieces [SEP]."
+
     def __init__(
         self,
-        pieces: list[str],         # BERT's vocabulary in order; [PAD] first
-        protocol: str = "refseg",  # how a long expression is cut. "refseg": [SEP] stays; "lavt": a plain slice, which loses [SEP], as published
+        pieces: list[str],  # BERT's vocabulary in order; [PAD] first
+        # how a long expression is cut. "refseg": [SEP] stays; "lavt": a plain slice, which loses [SEP], as
+        # published
+        protocol: str = "refseg",
     ):
-        if protocol not in ("refseg", "lavt"): raise ValueError(f"protocol must be 'refseg' or 'lavt', not {protocol!r}")
+        if protocol not in ("refseg", "lavt"):
+            raise ValueError(f"protocol must be 'refseg' or 'lavt', not {protocol!r}")
         missing = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if t not in pieces]
-        if missing: raise ValueError(f"not a vocabulary of BERT: it has no {', '.join(missing)}")
-        if pieces[0] != "[PAD]": raise ValueError(f"the first piece must be [PAD], so that padding is 0; it is {pieces[0]!r}")
+        if missing:
+            raise ValueError(f"not a vocabulary of BERT: it has no {', '.join(missing)}")
+        if pieces[0] != "[PAD]":
+            raise ValueError(f"the first piece must be [PAD], so that padding is 0; it is {pieces[0]!r}")
         from transformers import BertTokenizer
+
         self.itos, self.protocol = list(pieces), protocol
         self.stoi = {piece: i for i, piece in enumerate(self.itos)}
         self.tokenizer = BertTokenizer(vocab=self.stoi)
@@ -47,14 +60,17 @@ class WordPieces:
     @classmethod
     def from_file(
         cls,
-        path: str | Path,          # vocab.txt: a piece a line
+        path: str | Path,  # vocab.txt: a piece a line
         protocol: str = "refseg",
     ) -> "WordPieces":
         "Read BERT's own vocabulary file."
         path = Path(path)
-        if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; it is the vocab.txt of bert-base-uncased")
-        try: return cls(path.read_text(encoding="utf-8").splitlines(), protocol)
-        except ValueError as error: raise ValueError(f"{path}: {error}") from error
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; it is the vocab.txt of bert-base-uncased")
+        try:
+            return cls(path.read_text(encoding="utf-8").splitlines(), protocol)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def pretrained(
@@ -64,42 +80,62 @@ class WordPieces:
     ) -> "WordPieces":
         "The vocabulary of a published BERT; needs a connection once."
         from transformers import AutoTokenizer
-        try: vocab = AutoTokenizer.from_pretrained(name).get_vocab()
+
+        try:
+            vocab = AutoTokenizer.from_pretrained(name).get_vocab()
         except OSError as error:
-            raise FileNotFoundError(f"the vocabulary of {name} is not here and could not be fetched; put its vocab.txt somewhere and use from_file") from error
+            raise FileNotFoundError(
+                f"the vocabulary of {name} is not here and could not be fetched; put its vocab.txt somewhere and use from_file"
+            ) from error
         return cls(sorted(vocab, key=vocab.get), protocol)
 
-    def __len__(self): return len(self.itos)
-    def __contains__(self, word): return bool(pieces := self.tokenizer.tokenize(word)) and "[UNK]" not in pieces
-    def __eq__(self, other): return isinstance(other, WordPieces) and (self.itos, self.protocol) == (other.itos, other.protocol)
+    def __len__(self):
+        return len(self.itos)
+
+    def __contains__(self, word):
+        return bool(pieces := self.tokenizer.tokenize(word)) and "[UNK]" not in pieces
+
+    def __eq__(self, other):
+        return isinstance(other, WordPieces) and (self.itos, self.protocol) == (other.itos, other.protocol)
+
     __hash__ = None
 
     def encode_all(
         self,
-        texts: list[str],       # expressions
-        max_words: int = 20,    # tokens, [CLS] and [SEP] among them; longer ones are cut
-    ) -> tuple[list[list[int]], EncodingReport]:  # their numbers, and what was unknown, empty or cut; its words are tokens
+        texts: list[str],  # expressions
+        max_words: int = 20,  # tokens, [CLS] and [SEP] among them; longer ones are cut
+    ) -> tuple[
+        list[list[int]], EncodingReport
+    ]:  # their numbers, and what was unknown, empty or cut; its words are tokens
         "Encode many expressions and say what was lost."
-        if max_words < 3: raise ValueError(f"max_words must be at least 3 ([CLS], a piece, [SEP]), not {max_words}")
+        if max_words < 3:
+            raise ValueError(f"max_words must be at least 3 ([CLS], a piece, [SEP]), not {max_words}")
         tokens = self.tokenizer(list(texts))["input_ids"] if texts else []
         lengths, unknown = [len(t) for t in tokens], self.stoi["[UNK]"]
-        report = EncodingReport(len(texts), sum(lengths), sum(t.count(unknown) for t in tokens), sum(n == 2 for n in lengths),
-                                sum(n > max_words for n in lengths), max(lengths, default=0), max_words)
+        report = EncodingReport(
+            len(texts),
+            sum(lengths),
+            sum(t.count(unknown) for t in tokens),
+            sum(n == 2 for n in lengths),
+            sum(n > max_words for n in lengths),
+            max(lengths, default=0),
+            max_words,
+        )
         keep = max_words if self.protocol == "lavt" else max_words - 1
         return [t if len(t) <= max_words else t[:keep] + t[-1:] * (max_words - keep) for t in tokens], report
 
     def encode(
         self,
-        text: str,              # an expression
-        max_words: int = 20,    # tokens, [CLS] and [SEP] among them
-    ) -> list[int]:             # between 2 and `max_words` numbers, none of them PAD
+        text: str,  # an expression
+        max_words: int = 20,  # tokens, [CLS] and [SEP] among them
+    ) -> list[int]:  # between 2 and `max_words` numbers, none of them PAD
         "The numbers of an expression's tokens."
         return self.encode_all([text], max_words)[0][0]
 
     def decode(
         self,
-        numbers,        # tokens of one expression: list of int, or Tensor [T]
-    ) -> str:           # the tokens, joined by spaces; padding is left out
+        numbers,  # tokens of one expression: list of int, or Tensor [T]
+    ) -> str:  # the tokens, joined by spaces; padding is left out
         "Back to tokens, as the model saw them."
         return " ".join(self.itos[int(i)] for i in numbers if int(i))
 
@@ -109,25 +145,35 @@ class WordPieces:
 
     @classmethod
     def from_json(
-        cls, text: str,   # from `to_json`
+        cls,
+        text: str,  # from `to_json`
     ) -> "WordPieces":
         "Read it back; every piece gets the number it had."
-        try: data = json.loads(text); return cls(data["pieces"], data["protocol"])
+        try:
+            data = json.loads(text)
+            return cls(data["pieces"], data["protocol"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"not word pieces as to_json writes them ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"not word pieces as to_json writes them ({type(error).__name__}: {error})"
+            ) from error
 
     @property
     def fingerprint(self) -> str:
         "Twelve characters that change when any piece, its number or the protocol does."
-        return hashlib.sha256("\n".join([*self.itos, self.protocol]).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        return hashlib.sha256(
+            "\n".join([*self.itos, self.protocol]).encode("utf-8", "surrogatepass")
+        ).hexdigest()[:12]
 
-    def __repr__(self): return f"WordPieces({len(self):,} pieces, cut as {self.protocol})"
+    def __repr__(self):
+        return f"WordPieces({len(self):,} pieces, cut as {self.protocol})"
 
 # %% ../../nbs/18_lavt.ipynb #020
 class SwinStage(nn.Module):
     "One stage of timm's Swin, computed as published: patch merging (stages 2 to 4), then blocks that pad the map before they shift it."
+
     def __init__(
-        self, stage: nn.Module,  # timm's SwinTransformerStage
+        self,
+        stage: nn.Module,  # timm's SwinTransformerStage
     ):
         super().__init__()
         self.downsample, self.blocks = stage.downsample, stage.blocks
@@ -139,7 +185,8 @@ class SwinStage(nn.Module):
         return block._attn(x)[:, :h, :w]
 
     def run(
-        self, x: Float[Tensor, "B H W C"],  # a map of this stage's size
+        self,
+        x: Float[Tensor, "B H W C"],  # a map of this stage's size
     ) -> Float[Tensor, "B H W C"]:
         "The blocks alone."
         for block in self.blocks:
@@ -148,8 +195,9 @@ class SwinStage(nn.Module):
         return x
 
     def forward(
-        self, x: Float[Tensor, "B H W C"],  # the map that the stage before gave
-    ) -> Float[Tensor, "B h w D"]:          # at stages 2 to 4: half as high and wide, twice as many channels
+        self,
+        x: Float[Tensor, "B H W C"],  # the map that the stage before gave
+    ) -> Float[Tensor, "B h w D"]:  # at stages 2 to 4: half as high and wide, twice as many channels
         "Patch merging, then the blocks."
         return self.run(self.downsample(x))
 
@@ -166,10 +214,12 @@ SHIPPED_SWIN = "refshapes-swin.safetensors"  # in refseg_nb/weights
 
 class SwinBackbone(Backbone):
     "A Swin whose four stages can be called one by one, so that words can enter between them. Maps are [K, H, W, C]."
+
     def __init__(
         self,
-        swin: nn.Module,             # timm's SwinTransformer
-        wordless: bool = False,      # all four stages in a row, as maps [K, C, H, W]: to pre-train it, or to see what it knows
+        swin: nn.Module,  # timm's SwinTransformer
+        # all four stages in a row, as maps [K, C, H, W]: to pre-train it, or to see what it knows
+        wordless: bool = False,
     ):
         patch = swin.patch_embed.patch_size[0]
         super().__init__([swin.embed_dim * 2**i for i in range(4)], [patch * 2**i for i in range(4)])
@@ -179,58 +229,87 @@ class SwinBackbone(Backbone):
     def normalise(self, images):
         "Images as the pre-training saw them."
         if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"this Swin was made for images of {self.image_size} x {self.image_size} pixels, not {' x '.join(map(str, images.shape[-2:]))}")
+            raise ValueError(
+                f"this Swin was made for images of {self.image_size} x {self.image_size} pixels, not {' x '.join(map(str, images.shape[-2:]))}"
+            )
         return super().normalise(images)
 
     def levels(self, x: Float[Tensor, "K 3 S S"]) -> list[Float[Tensor, "K H W C"]]:
         "All that can be computed before a word is read: the map of stage 1."
         maps = [self.stages[0](self.patch_embed(x))]
-        if not self.wordless: return maps
-        for stage in self.stages[1:]: maps.append(stage(maps[-1]))
+        if not self.wordless:
+            return maps
+        for stage in self.stages[1:]:
+            maps.append(stage(maps[-1]))
         return [m.permute(0, 3, 1, 2) for m in maps]
 
 
 def swin_backbone(
-    name: str = "swin-base",            # a key of `SWINS`
-    window: int = 12,                   # side of the windows: 7 or 12 as published
-    image_size: int = 480,              # S
-    drop_path: float = 0.,              # rate of the last block; rises linearly from 0. Published: 0.3
-    weights: str | Path | None = None,  # None: ImageNet-22k; "none": random; or a file in the layout of Swin's authors, or timm's. "swin-refshapes": see below
-    wordless: bool = False,             # see `SwinBackbone`
-) -> SwinBackbone:                      # thawed: its weights are trained
+    name: str = "swin-base",  # a key of `SWINS`
+    window: int = 12,  # side of the windows: 7 or 12 as published
+    image_size: int = 480,  # S
+    drop_path: float = 0.0,  # rate of the last block; rises linearly from 0. Published: 0.3
+    # None: ImageNet-22k; "none": random; or a file in the layout of Swin's authors, or timm's.
+    # "swin-refshapes": see below
+    weights: str | Path | None = None,
+    wordless: bool = False,  # see `SwinBackbone`
+) -> SwinBackbone:  # thawed: its weights are trained
     "timm's Swin as four stages that compute what the published one computes, at any size."
-    if name not in SWINS: raise ValueError(f"no Swin called {name!r}; there are {', '.join(SWINS)}")
+    if name not in SWINS:
+        raise ValueError(f"no Swin called {name!r}; there are {', '.join(SWINS)}")
     from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
-    made = dict(img_size=image_size, num_classes=0, window_size=window, always_partition=True, drop_path_rate=drop_path) | SWINS[name]
-    if weights is not None and str(weights) == "none": return SwinBackbone(SwinTransformer(**made), wordless).freeze(False)
+
+    made = (
+        dict(
+            img_size=image_size,
+            num_classes=0,
+            window_size=window,
+            always_partition=True,
+            drop_path_rate=drop_path,
+        )
+        | SWINS[name]
+    )
+    if weights is not None and str(weights) == "none":
+        return SwinBackbone(SwinTransformer(**made), wordless).freeze(False)
     if name == "swin-refshapes":
         path = Path(str(files("refseg_nb") / "weights" / SHIPPED_SWIN)) if weights is None else Path(weights)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; make one with pretrain_swin(root, out=...), or pass weights='none' for random weights")
+            raise FileNotFoundError(
+                f"{path}: no such file; make one with pretrain_swin(root, out=...), or pass weights='none' for random weights"
+            )
         net = SwinBackbone(SwinTransformer(**made), wordless)
         net.load_state_dict(_check_keys(path, _read_checkpoint(path), net.state_dict(), ()))
         return net.freeze(False)
     size = name.removeprefix("swin-")
-    tag = f"swin_{size}_patch4_window12_384" if window == 12 and size in ("base", "large") else f"swin_{size}_patch4_window7_224"
+    tag = (
+        f"swin_{size}_patch4_window12_384"
+        if window == 12 and size in ("base", "large")
+        else f"swin_{size}_patch4_window7_224"
+    )
     path = Path(torch.hub.get_dir(), "checkpoints", f"{tag}_22k.pth") if weights is None else Path(weights)
     if path.is_file() or weights is not None:
         file, swin = _read_checkpoint(path), SwinTransformer(**made)
         state = checkpoint_filter_fn(file, swin)
-        expected = {k: v for k, v in swin.state_dict().items() if not k.startswith("norm.")}  # the norm before the classifier: LAVT has its own
+        # the norm before the classifier: LAVT has its own
+        expected = {k: v for k, v in swin.state_dict().items() if not k.startswith("norm.")}
         swin.load_state_dict(_check_keys(path, state, expected, unused=("norm.", "head.")), strict=False)
         return SwinBackbone(swin, wordless).freeze(False)
     import timm
-    try: swin = timm.create_model(f"{tag}.ms_in22k", pretrained=True, **made)
+
+    try:
+        swin = timm.create_model(f"{tag}.ms_in22k", pretrained=True, **made)
     except Exception as error:
-        raise FileNotFoundError(f"the weights {tag}.ms_in22k could not be fetched ({error}); put {path.name} into {path.parent}, "
-                                "or pass its path as weights=, or weights='none' for random weights") from error
+        raise FileNotFoundError(
+            f"the weights {tag}.ms_in22k could not be fetched ({error}); put {path.name} into {path.parent}, "
+            "or pass its path as weights=, or weights='none' for random weights"
+        ) from error
     return SwinBackbone(swin, wordless).freeze(False)
 
 # %% ../../nbs/18_lavt.ipynb #033
 def pretrain_swin(
-    root: str | Path,               # where the data set is
+    root: str | Path,  # where the data set is
     out: str | Path | None = None,  # file for the weights (.safetensors)
-    **how,                          # more arguments of `pretrain_backbone`, such as epochs
+    **how,  # more arguments of `pretrain_backbone`, such as epochs
 ) -> PretrainResult:
     "Train the small Swin to name every pixel of RefShapes' training images, without a word."
     make = partial(swin_backbone, "swin-refshapes", 6, 96, weights="none", wordless=True)
@@ -239,72 +318,108 @@ def pretrain_swin(
 # %% ../../nbs/18_lavt.ipynb #039
 class BertText(nn.Module):
     "A BERT on padded token numbers."
+
     def __init__(
         self,
-        bert: nn.Module,      # transformers' BertModel without pooler
-        begin: bool = False,  # put a [CLS] of its own before the words: for a vocabulary that has none; its number is the table's last
+        bert: nn.Module,  # transformers' BertModel without pooler
+        # put a [CLS] of its own before the words: for a vocabulary that has none; its number is the table's
+        # last
+        begin: bool = False,
     ):
         super().__init__()
         self.bert, self.begin = bert, begin
 
     def forward(
-        self, words: Int[Tensor, "B T"],  # token numbers, padded at the end with 0
-    ) -> Language:                        # words [B, T, D], mask [B, T], sentence [B, D]: the state of [CLS]; T is one more with `begin`
+        self,
+        words: Int[Tensor, "B T"],  # token numbers, padded at the end with 0
+    ) -> (
+        Language
+    ):  # words [B, T, D], mask [B, T], sentence [B, D]: the state of [CLS]; T is one more with `begin`
         "The states of the last layer."
-        if words.dim() != 2: raise ValueError(f"words must be [B, T], not {list(words.shape)}")
-        if self.begin: words = F.pad(words, (1, 0), value=self.bert.config.vocab_size - 1)
+        if words.dim() != 2:
+            raise ValueError(f"words must be [B, T], not {list(words.shape)}")
+        if self.begin:
+            words = F.pad(words, (1, 0), value=self.bert.config.vocab_size - 1)
         mask = words != 0
-        states = self.bert(words, attention_mask=mask[:, None, None].expand(-1, 1, words.shape[1], -1)).last_hidden_state
+        states = self.bert(
+            words, attention_mask=mask[:, None, None].expand(-1, 1, words.shape[1], -1)
+        ).last_hidden_state
         return Language(states, mask, states[:, 0])
 
 
 def bert_encoder(
     layers: int = 12,
-    width: int = 768,                # D
+    width: int = 768,  # D
     heads: int = 12,
-    vocab_size: int = 30_522,        # pieces, or words of the course's vocabulary; PAD = 0
-    dropout: float = .1,
-    begin: bool = False,             # see `BertText`; the table then has a row more
-    weights: str | None = None,      # None: bert-base-uncased's, of which the first `layers` are kept; "none": random; or a name or folder of transformers
-    vectors: Tensor | None = None,   # [vocab_size, D] word vectors to start from; None: as above
+    vocab_size: int = 30_522,  # pieces, or words of the course's vocabulary; PAD = 0
+    dropout: float = 0.1,
+    begin: bool = False,  # see `BertText`; the table then has a row more
+    # None: bert-base-uncased's, of which the first `layers` are kept; "none": random; or a name or folder of
+    # transformers
+    weights: str | None = None,
+    vectors: Tensor | None = None,  # [vocab_size, D] word vectors to start from; None: as above
 ) -> BertText:
     "BERT, or a small one of the same kind."
     from transformers import BertConfig, BertModel
-    config = BertConfig(vocab_size=vocab_size + begin, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
-                        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, initializer_range=.02 * (768 / width) ** .5)
-    if weights == "none": bert = BertModel(config, add_pooling_layer=False)
+
+    config = BertConfig(
+        vocab_size=vocab_size + begin,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.02 * (768 / width) ** 0.5,
+    )
+    if weights == "none":
+        bert = BertModel(config, add_pooling_layer=False)
     else:
-        with torch.device("meta"): torch.empty(0)  # torch lists what makes tensors when this is first used; transformers hides `linspace` while it loads
-        try: bert = BertModel.from_pretrained(weights or "bert-base-uncased", config=config, add_pooling_layer=False)
+        # torch lists what makes tensors when this is first used; transformers hides `linspace` while it loads
+        with torch.device("meta"):
+            torch.empty(0)
+        try:
+            bert = BertModel.from_pretrained(
+                weights or "bert-base-uncased", config=config, add_pooling_layer=False
+            )
         except OSError as error:
-            raise FileNotFoundError(f"{weights or 'bert-base-uncased'} is not here and could not be fetched; use weights='none' for random weights") from error
+            raise FileNotFoundError(
+                f"{weights or 'bert-base-uncased'} is not here and could not be fetched; use weights='none' for random weights"
+            ) from error
         except RuntimeError as error:  # transformers' word for tensors of another shape
-            raise ValueError(f"{weights or 'bert-base-uncased'} is no BERT of {vocab_size:,} pieces and {width} channels: "
-                             "is it another one's vocab.txt?") from error
+            raise ValueError(
+                f"{weights or 'bert-base-uncased'} is no BERT of {vocab_size:,} pieces and {width} channels: "
+                "is it another one's vocab.txt?"
+            ) from error
     if vectors is not None:
-        if vectors.shape != (vocab_size, width): raise ValueError(f"vectors must be [{vocab_size}, {width}], not {list(vectors.shape)}")
-        with torch.no_grad(): bert.embeddings.word_embeddings.weight[:vocab_size] = vectors
-    return BertText(bert.train(), begin)  # transformers hands it out in eval mode: who trains without noticing has no dropout
+        if vectors.shape != (vocab_size, width):
+            raise ValueError(f"vectors must be [{vocab_size}, {width}], not {list(vectors.shape)}")
+        with torch.no_grad():
+            bert.embeddings.word_embeddings.weight[:vocab_size] = vectors
+    # transformers hands it out in eval mode: who trains without noticing has no dropout
+    return BertText(bert.train(), begin)
 
 # %% ../../nbs/18_lavt.ipynb #047
 def over_places(
-    norm: nn.InstanceNorm1d,           # without weights
-    x: Float[Tensor, "B N C"],         # one row a place
-) -> Float[Tensor, "B N C"]:           # each channel of each sample: mean 0, variance 1 over its N places
+    norm: nn.InstanceNorm1d,  # without weights
+    x: Float[Tensor, "B N C"],  # one row a place
+) -> Float[Tensor, "B N C"]:  # each channel of each sample: mean 0, variance 1 over its N places
     "Instance norm of a map that is written as a list of places."
     return norm(x.transpose(1, 2)).transpose(1, 2)
 
 
 class PWAM(nn.Module):
     "The pixel-word attention module: every place collects the words that matter to it, and multiplies them with what it sees."
+
     def __init__(
         self,
-        channels: int,        # C of the stage
-        text_channels: int,   # D of the words
-        heads: int = 1,       # published: 1 at all stages
+        channels: int,  # C of the stage
+        text_channels: int,  # D of the words
+        heads: int = 1,  # published: 1 at all stages
     ):
         super().__init__()
-        if channels % heads: raise ValueError(f"{channels} channels cannot be divided among {heads} heads")
+        if channels % heads:
+            raise ValueError(f"{channels} channels cannot be divided among {heads} heads")
         self.heads = heads
         self.visual, self.query, self.out, self.mix = (nn.Linear(channels, channels) for _ in range(4))
         self.key, self.value = nn.Linear(text_channels, channels), nn.Linear(text_channels, channels)
@@ -312,60 +427,84 @@ class PWAM(nn.Module):
 
     def forward(
         self,
-        v: Float[Tensor, "B N C"],      # V: the places of a stage
+        v: Float[Tensor, "B N C"],  # V: the places of a stage
         words: Float[Tensor, "B T D"],  # L
-        mask: Bool[Tensor, "B T"],      # True at real words
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B heads N T"]]:  # F, and the attention: each place's weights of the words
+        mask: Bool[Tensor, "B T"],  # True at real words
+    ) -> tuple[
+        Float[Tensor, "B N C"], Float[Tensor, "B heads N T"]
+    ]:  # F, and the attention: each place's weights of the words
         "Equations 1 to 4 of this chapter."
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        q, k, u = split(over_places(self.norm, self.query(v))), split(self.key(words)), split(self.value(words))
-        scores = q @ k.transpose(-2, -1) * v.shape[-1] ** -.5
+        q, k, u = (
+            split(over_places(self.norm, self.query(v))),
+            split(self.key(words)),
+            split(self.value(words)),
+        )
+        scores = q @ k.transpose(-2, -1) * v.shape[-1] ** -0.5
         attention = scores.masked_fill(~mask[:, None, None], -1e4).softmax(-1)
         g = over_places(self.norm, self.out((attention @ u).transpose(1, 2).flatten(2)))
         return F.gelu(self.mix(F.gelu(self.visual(v)) * g)), attention
 
 # %% ../../nbs/18_lavt.ipynb #053
 def language_gate(
-    channels: int,   # C
+    channels: int,  # C
 ) -> nn.Sequential:  # [..., C] -> [..., C] in (-1, 1)
     "How much of the fused features goes back into the picture encoder: S = tanh(W2 relu(W1 F)), without biases."
-    return nn.Sequential(nn.Linear(channels, channels, bias=False), nn.ReLU(), nn.Linear(channels, channels, bias=False), nn.Tanh())
+    return nn.Sequential(
+        nn.Linear(channels, channels, bias=False),
+        nn.ReLU(),
+        nn.Linear(channels, channels, bias=False),
+        nn.Tanh(),
+    )
 
 # %% ../../nbs/18_lavt.ipynb #057
 class TopDownDecoder(nn.Module):
     "LAVT's decoder: from the coarsest map to the finest, each time up-sample, concatenate, two 3x3 convolutions."
+
     def __init__(
         self,
-        channels: list[int],         # C of the four stages, finest first
-        width: int | None = None,    # between the convolutions; None: half of the last stage's channels (512 for Swin-B)
-        prior: float | None = None,  # foreground share that the untrained decoder predicts; None: about one half
+        channels: list[int],  # C of the four stages, finest first
+        # between the convolutions; None: half of the last stage's channels (512 for Swin-B)
+        width: int | None = None,
+        # foreground share that the untrained decoder predicts; None: about one half
+        prior: float | None = None,
     ):
         super().__init__()
         width = channels[-1] // 2 if width is None else width
         inputs = [channels[-1]] + [width] * (len(channels) - 2)
-        self.blocks = nn.ModuleList(nn.Sequential(*conv_bn_relu(above + beside, width), *conv_bn_relu(width, width))
-                                    for above, beside in zip(inputs, channels[-2::-1]))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*conv_bn_relu(above + beside, width), *conv_bn_relu(width, width))
+            for above, beside in zip(inputs, channels[-2::-1])
+        )
         self.classify = nn.Conv2d(width, 2, 1)
         if prior is not None:
-            with torch.no_grad(): self.classify.bias.copy_(torch.tensor([1 - prior, prior]).log())
+            with torch.no_grad():
+                self.classify.bias.copy_(torch.tensor([1 - prior, prior]).log())
 
     def forward(
-        self, maps: list[Float[Tensor, "B C H W"]],  # the four stages, finest first
-    ) -> Float[Tensor, "B 2 H W"]:                   # scores of background and referent, at the finest stage's size
+        self,
+        maps: list[Float[Tensor, "B C H W"]],  # the four stages, finest first
+    ) -> Float[Tensor, "B 2 H W"]:  # scores of background and referent, at the finest stage's size
         "Two scores a pixel."
         *finer, x = maps
         for block, beside in zip(self.blocks, reversed(finer)):
-            x = block(torch.cat([F.interpolate(x, beside.shape[-2:], mode="bilinear", align_corners=True), beside], 1))
+            x = block(
+                torch.cat(
+                    [F.interpolate(x, beside.shape[-2:], mode="bilinear", align_corners=True), beside], 1
+                )
+            )
         return self.classify(x)
 
 # %% ../../nbs/18_lavt.ipynb #063
 def difference(
-    scores: Float[Tensor, "B 2 h w"],   # of background and referent
-    factor: int = 1,                    # times the size
+    scores: Float[Tensor, "B 2 h w"],  # of background and referent
+    factor: int = 1,  # times the size
 ) -> Float[Tensor, "B H W"]:
     "One logit from two scores: referent minus background, enlarged bilinearly."
     logits = scores[:, 1] - scores[:, 0]
-    return logits if factor == 1 else F.interpolate(logits[:, None], scale_factor=factor, mode="bilinear")[:, 0]
+    return (
+        logits if factor == 1 else F.interpolate(logits[:, None], scale_factor=factor, mode="bilinear")[:, 0]
+    )
 
 # %% ../../nbs/18_lavt.ipynb #067
 def aligned(
@@ -377,18 +516,19 @@ def aligned(
 
 
 def mean_weight(
-    masks: Float[Tensor, "B H W"],               # in [0, 1]
-    weights: tuple[float, float] = (.9, 1.1),    # of background and referent
+    masks: Float[Tensor, "B H W"],  # in [0, 1]
+    weights: tuple[float, float] = (0.9, 1.1),  # of background and referent
 ) -> Float[Tensor, ""]:
     "What a pixel of these masks weighs on average."
     return weights[0] + (weights[1] - weights[0]) * masks.mean()
 
 
 def weighted_loss(
-    logits: Float[Tensor, "B h w"],              # referent minus background
-    masks: Float[Tensor, "B H W"],               # in [0, 1]; any size
-    weights: tuple[float, float] = (.9, 1.1),    # of background and referent, as published
-    mean: Float[Tensor, ""] | None = None,       # what a pixel weighs on average; None: in these masks. With it, parts of a batch add up to the whole
+    logits: Float[Tensor, "B h w"],  # referent minus background
+    masks: Float[Tensor, "B H W"],  # in [0, 1]; any size
+    weights: tuple[float, float] = (0.9, 1.1),  # of background and referent, as published
+    # what a pixel weighs on average; None: in these masks. With it, parts of a batch add up to the whole
+    mean: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     "LAVT's cross-entropy at the size of the masks: a mean in which pixels weigh by what they are."
     weight = weights[0] + (weights[1] - weights[0]) * masks
@@ -399,19 +539,26 @@ def weighted_loss(
 @dataclass
 class PixelWordAttention:
     "Which words each place of a picture attends to: `attention[stage]` is [B, heads, H, W, T], rows sum to one over T, padded words get 0."
-    stages: dict[int, Float[Tensor, "B heads H W T"]]  # stage 1 ... 4, finest first
-    mask: Bool[Tensor, "B T"]                          # True at real words
-    begin: bool = False                                # whether word 0 is a [CLS] of the model's own
 
-    def __getitem__(self, stage: int): return self.stages[stage]
-    def items(self): return self.stages.items()
+    stages: dict[int, Float[Tensor, "B heads H W T"]]  # stage 1 ... 4, finest first
+    mask: Bool[Tensor, "B T"]  # True at real words
+    begin: bool = False  # whether word 0 is a [CLS] of the model's own
+
+    def __getitem__(self, stage: int):
+        return self.stages[stage]
+
+    def items(self):
+        return self.stages.items()
 
     def expression(
-        self, b: int,              # which of the batch
-    ) -> "PixelWordAttention":     # B = 1, T without padding
+        self,
+        b: int,  # which of the batch
+    ) -> "PixelWordAttention":  # B = 1, T without padding
         "The attention of one expression."
         real = self.mask[b]
-        return PixelWordAttention({s: a[b:b + 1, ..., real] for s, a in self.stages.items()}, real[real][None], self.begin)
+        return PixelWordAttention(
+            {s: a[b : b + 1, ..., real] for s, a in self.stages.items()}, real[real][None], self.begin
+        )
 
     def blocks(self) -> dict[int, tuple[Tensor, tuple[int, int], str, str]]:
         "By stage: weights [B, heads, query, key], their grid, who looks, at what; see `refseg_nb.attention.maps`."
@@ -421,33 +568,43 @@ class PixelWordAttention:
 @dataclass(frozen=True)
 class LAVTConfig:
     "What LAVT is made of. Defaults are the published LAVT's."
+
     # pictures
-    backbone: str = "swin-base"            # a key of `SWINS`
-    backbone_weights: str | None = None    # None: ImageNet-22k; "none": random; or a file in the layout of Swin's authors
-    window: int = 12                       # side of the windows
-    image_size: int = 480                  # S
-    drop_path: float = .3
+    backbone: str = "swin-base"  # a key of `SWINS`
+    # None: ImageNet-22k; "none": random; or a file in the layout of Swin's authors
+    backbone_weights: str | None = None
+    window: int = 12  # side of the windows
+    image_size: int = 480  # S
+    drop_path: float = 0.3
     # words
-    text_layers: int = 12                  # BERT-base
-    text_width: int = 768                  # D
+    text_layers: int = 12  # BERT-base
+    text_width: int = 768  # D
     text_heads: int = 12
-    text_dropout: float = .1               # as in the released `lavt_one`; the released `lavt` never switches it on
-    text_weights: str | None = None        # None: bert-base-uncased; "none": random
-    trained_layers: int | None = 10        # the first so many layers of BERT are trained, embeddings and the rest are not (released); None: everything is
-    begin: bool = False                    # put a [CLS] before the words: needed with the course's vocabulary, which has none
-    max_words: int = 20                    # tokens, [CLS] and [SEP] among them
+    text_dropout: float = 0.1  # as in the released `lavt_one`; the released `lavt` never switches it on
+    text_weights: str | None = None  # None: bert-base-uncased; "none": random
+    # the first so many layers of BERT are trained, embeddings and the rest are not (released); None:
+    # everything is
+    trained_layers: int | None = 10
+    begin: bool = False  # put a [CLS] before the words: needed with the course's vocabulary, which has none
+    max_words: int = 20  # tokens, [CLS] and [SEP] among them
     # fusion and decoder
     heads: tuple[int, ...] = (1, 1, 1, 1)  # of pixel-word attention, a stage each
-    decoder_width: int | None = None       # None: half of the last stage's channels
-    factor: int = 1                        # the answer is enlarged so many times, bilinearly; 1: as published, and `weighted_loss` enlarges it
-    prior: float | None = None             # foreground share that the untrained decoder predicts; None: about one half, as published
+    decoder_width: int | None = None  # None: half of the last stage's channels
+    # the answer is enlarged so many times, bilinearly; 1: as published, and `weighted_loss` enlarges it
+    factor: int = 1
+    # foreground share that the untrained decoder predicts; None: about one half, as published
+    prior: float | None = None
 
     def __post_init__(self):
-        if self.backbone not in SWINS: raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(SWINS)}")
+        if self.backbone not in SWINS:
+            raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(SWINS)}")
         object.__setattr__(self, "heads", tuple(self.heads))
-        if len(self.heads) != 4: raise ValueError(f"heads must name a number for each of 4 stages, not {self.heads}")
+        if len(self.heads) != 4:
+            raise ValueError(f"heads must name a number for each of 4 stages, not {self.heads}")
         if self.trained_layers is not None and not 0 <= self.trained_layers <= self.text_layers:
-            raise ValueError(f"trained_layers must be between 0 and text_layers = {self.text_layers}, not {self.trained_layers}")
+            raise ValueError(
+                f"trained_layers must be between 0 and text_layers = {self.text_layers}, not {self.trained_layers}"
+            )
 
     def to_dict(self) -> dict:
         "Plain values, ready for JSON."
@@ -455,30 +612,44 @@ class LAVTConfig:
 
     @classmethod
     def from_dict(
-        cls, values: dict,   # as `to_dict` gave them, perhaps by way of JSON
+        cls,
+        values: dict,  # as `to_dict` gave them, perhaps by way of JSON
     ) -> "LAVTConfig":
         "The configuration again; unknown fields are an error."
         unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown: raise ValueError(f"LAVTConfig has no field {', '.join(sorted(unknown))}")
+        if unknown:
+            raise ValueError(f"LAVTConfig has no field {', '.join(sorted(unknown))}")
         return cls(**values)
 
 # %% ../../nbs/18_lavt.ipynb #077
 class LAVT(nn.Module):
     "LAVT (CVPR 2022). Words enter after every stage of the Swin, so only stage 1 can be shared between the phrases about a picture."
+
     def __init__(
         self,
-        config: LAVTConfig,                    # what it is made of
-        vocab_size: int = 30_522,              # tokens, with PAD = 0
-        vectors: Tensor | None = None,         # [vocab_size, D] word vectors to start from
+        config: LAVTConfig,  # what it is made of
+        vocab_size: int = 30_522,  # tokens, with PAD = 0
+        vectors: Tensor | None = None,  # [vocab_size, D] word vectors to start from
         backbone: SwinBackbone | None = None,  # None: made by `config`
     ):
         super().__init__()
         c = self.config = config
-        self.backbone = backbone or swin_backbone(c.backbone, c.window, c.image_size, c.drop_path, c.backbone_weights)
-        self.text = bert_encoder(c.text_layers, c.text_width, c.text_heads, vocab_size, c.text_dropout, c.begin, c.text_weights, vectors)
+        self.backbone = backbone or swin_backbone(
+            c.backbone, c.window, c.image_size, c.drop_path, c.backbone_weights
+        )
+        self.text = bert_encoder(
+            c.text_layers,
+            c.text_width,
+            c.text_heads,
+            vocab_size,
+            c.text_dropout,
+            c.begin,
+            c.text_weights,
+            vectors,
+        )
         if c.trained_layers is not None:
             self.text.requires_grad_(False)
-            self.text.bert.encoder.layer[:c.trained_layers].requires_grad_(True)
+            self.text.bert.encoder.layer[: c.trained_layers].requires_grad_(True)
         channels = self.backbone.channels
         self.fusion = nn.ModuleList(PWAM(n, c.text_width, heads) for n, heads in zip(channels, c.heads))
         self.gates = nn.ModuleList(map(language_gate, channels[:3]))
@@ -486,28 +657,34 @@ class LAVT(nn.Module):
         self.decoder = TopDownDecoder(channels, c.decoder_width, c.prior)
 
     def adapt(
-        self, levels: list[Float[Tensor, "K H W C"]],   # the backbone's output: stage 1
+        self,
+        levels: list[Float[Tensor, "K H W C"]],  # the backbone's output: stage 1
     ) -> list[Float[Tensor, "K H W C"]]:
         "The same: there is nothing to adapt before a word is read."
         return levels
 
     def encode(
-        self, images: UInt8[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
-    ) -> list[Float[Tensor, "K H W C"]]:         # what `segment` takes
+        self,
+        images: UInt8[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
+    ) -> list[Float[Tensor, "K H W C"]]:  # what `segment` takes
         "The little that is done once an image: patches and the blocks of stage 1."
         return self.adapt(self.backbone(images))
 
     def segment(
         self,
-        features: list[Float[Tensor, "K H W C"]],        # from `encode`
-        words: Int[Tensor, "B T"],                       # token numbers, padded with 0
-        image_index: Int[Tensor, " B"] | None = None,    # the image of each expression; None: one each, or all about the only image
-        return_attention: bool = False,                  # also give the attention of every place to every word
+        features: list[Float[Tensor, "K H W C"]],  # from `encode`
+        words: Int[Tensor, "B T"],  # token numbers, padded with 0
+        # the image of each expression; None: one each, or all about the only image
+        image_index: Int[Tensor, " B"] | None = None,
+        return_attention: bool = False,  # also give the attention of every place to every word
     ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], PixelWordAttention]:
         "Logits for each expression, at the size of stage 1 times `factor`. Stages 2 to 4 run anew for each."
         k, b = len(features[0]), len(words)
         if image_index is None and k != b:
-            if k != 1: raise ValueError(f"{k} images and {b} expressions: image_index must say which image each expression is about")
+            if k != 1:
+                raise ValueError(
+                    f"{k} images and {b} expressions: image_index must say which image each expression is about"
+                )
             image_index = torch.zeros(b, dtype=torch.long, device=words.device)
         language, v = self.text(words), pick(features[0], image_index)
         maps, attention = [], {}
@@ -515,24 +692,36 @@ class LAVT(nn.Module):
             f, a = self.fusion[i](v.flatten(1, 2), language.words, language.mask)
             f = f.view_as(v)
             maps.append(self.norms[i](f).permute(0, 3, 1, 2))
-            if return_attention: attention[i + 1] = a.unflatten(2, v.shape[1:3])
-            if i < 3: v = self.backbone.stages[i + 1](v + self.gates[i](f) * f)
+            if return_attention:
+                attention[i + 1] = a.unflatten(2, v.shape[1:3])
+            if i < 3:
+                v = self.backbone.stages[i + 1](v + self.gates[i](f) * f)
         logits = difference(self.decoder(maps), self.config.factor)
-        return (logits, PixelWordAttention(attention, language.mask, self.config.begin)) if return_attention else logits
+        return (
+            (logits, PixelWordAttention(attention, language.mask, self.config.begin))
+            if return_attention
+            else logits
+        )
 
     def forward(
         self,
-        images: UInt8[Tensor, "K 3 S S"],                # bytes, or floats in [0, 1]
-        words: Int[Tensor, "B T"],                       # token numbers, padded with 0
-        image_index: Int[Tensor, " B"] | None = None,    # the image of each expression
+        images: UInt8[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
+        words: Int[Tensor, "B T"],  # token numbers, padded with 0
+        image_index: Int[Tensor, " B"] | None = None,  # the image of each expression
     ) -> Float[Tensor, "B h w"]:
         "Encode, then segment."
         return self.segment(self.encode(images), words, image_index)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         "The modules of each part."
-        return {"Swin": [self.backbone], "text encoder": [self.text], "PWAM": [self.fusion], "gates": [self.gates], "norms": [self.norms],
-                "decoder": [self.decoder]}
+        return {
+            "Swin": [self.backbone],
+            "text encoder": [self.text],
+            "PWAM": [self.fusion],
+            "gates": [self.gates],
+            "norms": [self.norms],
+            "decoder": [self.decoder],
+        }
 
 # %% ../../nbs/18_lavt.ipynb #079
 LAVT_PRESETS: dict[str, LAVTConfig] = {
@@ -540,130 +729,218 @@ LAVT_PRESETS: dict[str, LAVTConfig] = {
     "tiny": LAVTConfig(backbone="swin-tiny", window=7),
     "small": LAVTConfig(backbone="swin-small", window=7),
     "large": LAVTConfig(backbone="swin-large"),
-    "refshapes": LAVTConfig(backbone="swin-refshapes", window=6, image_size=96, drop_path=0., text_layers=2, text_width=64,
-                            text_heads=2, text_dropout=0., text_weights="none", trained_layers=None, begin=True, max_words=25, decoder_width=24, factor=2,
-                            prior=.05),
+    "refshapes": LAVTConfig(
+        backbone="swin-refshapes",
+        window=6,
+        image_size=96,
+        drop_path=0.0,
+        text_layers=2,
+        text_width=64,
+        text_heads=2,
+        text_dropout=0.0,
+        text_weights="none",
+        trained_layers=None,
+        begin=True,
+        max_words=25,
+        decoder_width=24,
+        factor=2,
+        prior=0.05,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class LAVTRecipe:
     "How LAVT is trained and measured. Defaults are the released code's and its README's."
+
     batch_size: int = 32
     epochs: int = 40
-    lr: float = 5e-5                   # AdamW, the same for every group
-    weight_decay: float = 1e-2         # not for the picture encoder's norms and tables: see `parameter_groups`
-    schedule: str = "polynomial"       # each step, to 0, without warm-up
-    power: float = .9
-    class_weights: tuple[float, float] = (.9, 1.1)  # of background and referent, in `weighted_loss`
-    mask_size: int | None = 480        # pixels a side at which answer and mask are compared: the picture's; None: the logits' own
-    target: str = "hard"               # "hard": half of the pixel or more (published: the nearest pixel); "soft": the share of each cell that the mask covers
-    unit: str = "ref"                  # of an epoch. "ref": one random sentence of each; "sentence": all
-    sentence: str = "raw"              # as typed; "sent": cleaned
-    protocol: str = "lavt"             # of the evaluation (chapter 13c) and of the cut of long phrases (`WordPieces`)
+    lr: float = 5e-5  # AdamW, the same for every group
+    weight_decay: float = 1e-2  # not for the picture encoder's norms and tables: see `parameter_groups`
+    schedule: str = "polynomial"  # each step, to 0, without warm-up
+    power: float = 0.9
+    class_weights: tuple[float, float] = (0.9, 1.1)  # of background and referent, in `weighted_loss`
+    # pixels a side at which answer and mask are compared: the picture's; None: the logits' own
+    mask_size: int | None = 480
+    # "hard": half of the pixel or more (published: the nearest pixel); "soft": the share of each cell that
+    # the mask covers
+    target: str = "hard"
+    unit: str = "ref"  # of an epoch. "ref": one random sentence of each; "sentence": all
+    sentence: str = "raw"  # as typed; "sent": cleaned
+    protocol: str = "lavt"  # of the evaluation (chapter 13c) and of the cut of long phrases (`WordPieces`)
 
 
 LAVT_RECIPES: dict[str, LAVTRecipe] = {name: LAVTRecipe() for name in ("base", "tiny", "small", "large")} | {
-    "refshapes": LAVTRecipe(epochs=14, lr=1e-3, class_weights=(1., 1.), mask_size=None, target="soft", unit="sentence", sentence="sent", protocol="refseg")}
+    "refshapes": LAVTRecipe(
+        epochs=14,
+        lr=1e-3,
+        class_weights=(1.0, 1.0),
+        mask_size=None,
+        target="soft",
+        unit="sentence",
+        sentence="sent",
+        protocol="refseg",
+    )
+}
 
 
 def create_lavt(
-    preset: str = "refshapes",              # a key of `LAVT_PRESETS`
-    vocab_size: int | None = None,          # tokens, with PAD = 0; None: BERT's 30,522, where the preset reads with BERT
-    vectors: Tensor | None = None,          # [V, D] word vectors to start from
+    preset: str = "refshapes",  # a key of `LAVT_PRESETS`
+    # tokens, with PAD = 0; None: BERT's 30,522, where the preset reads with BERT
+    vocab_size: int | None = None,
+    vectors: Tensor | None = None,  # [V, D] word vectors to start from
     backbone: SwinBackbone | str | None = None,  # a module, or a key of `SWINS`; None: the preset's
-    **overrides,                            # fields of `LAVTConfig` to change
+    **overrides,  # fields of `LAVTConfig` to change
 ) -> LAVT:
     "LAVT by preset, with single fields changed."
-    if preset not in LAVT_PRESETS: raise ValueError(f"no preset called {preset!r}; there are {', '.join(LAVT_PRESETS)}")
-    if isinstance(backbone, str): overrides["backbone"], backbone = backbone, None
-    if vocab_size is None and vectors is not None: vocab_size = len(vectors)
-    if vocab_size is None and preset == "refshapes": raise ValueError("vocab_size is needed: how many words the vocabulary has")
-    return LAVT(LAVTConfig.from_dict(LAVT_PRESETS[preset].to_dict() | overrides), vocab_size or 30_522, vectors, backbone)
+    if preset not in LAVT_PRESETS:
+        raise ValueError(f"no preset called {preset!r}; there are {', '.join(LAVT_PRESETS)}")
+    if isinstance(backbone, str):
+        overrides["backbone"], backbone = backbone, None
+    if vocab_size is None and vectors is not None:
+        vocab_size = len(vectors)
+    if vocab_size is None and preset == "refshapes":
+        raise ValueError("vocab_size is needed: how many words the vocabulary has")
+    return LAVT(
+        LAVTConfig.from_dict(LAVT_PRESETS[preset].to_dict() | overrides),
+        vocab_size or 30_522,
+        vectors,
+        backbone,
+    )
 
 # %% ../../nbs/18_lavt.ipynb #085
 def count_flops(
-    config: LAVTConfig,       # any size
-    words: int = 20,          # T
-) -> dict[str, float]:        # part -> GFLOP (2 x multiply-adds) for one image and one phrase; the first part is done once an image
+    config: LAVTConfig,  # any size
+    words: int = 20,  # T
+) -> dict[
+    str, float
+]:  # part -> GFLOP (2 x multiply-adds) for one image and one phrase; the first part is done once an image
     "Floating-point operations by part, counted on a model without data."
     from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device("meta"):
         model = LAVT(replace(config, backbone_weights="none", text_weights="none")).eval()
-        image, phrase = torch.empty(1, 3, config.image_size, config.image_size), torch.ones(1, words, dtype=torch.long)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: model(image, phrase)
+        image, phrase = (
+            torch.empty(1, 3, config.image_size, config.image_size),
+            torch.ones(1, words, dtype=torch.long),
+        )
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image, phrase)
     of = {name: sum(flops.values()) / 1e9 for name, flops in counter.get_flop_counts().items()}
-    return {"stage 1": of["LAVT.backbone"], "stages 2-4": sum(of[f"LAVT.backbone.stages.{i}"] for i in (1, 2, 3)), "text encoder": of["LAVT.text"],
-            "PWAM": sum(of[f"LAVT.fusion.{i}"] for i in range(4)), "gates": sum(of[f"LAVT.gates.{i}"] for i in range(3)), "decoder": of["LAVT.decoder"]}
+    return {
+        "stage 1": of["LAVT.backbone"],
+        "stages 2-4": sum(of[f"LAVT.backbone.stages.{i}"] for i in (1, 2, 3)),
+        "text encoder": of["LAVT.text"],
+        "PWAM": sum(of[f"LAVT.fusion.{i}"] for i in range(4)),
+        "gates": sum(of[f"LAVT.gates.{i}"] for i in range(3)),
+        "decoder": of["LAVT.decoder"],
+    }
 
 # %% ../../nbs/18_lavt.ipynb #094
 def parameter_groups(
     model: LAVT,
-    weight_decay: float = 1e-2,   # of all but the picture encoder's norms and tables
-) -> list[dict]:                  # AdamW's groups: two, of trained parameters only
+    weight_decay: float = 1e-2,  # of all but the picture encoder's norms and tables
+) -> list[dict]:  # AdamW's groups: two, of trained parameters only
     "The published groups: no weight decay for what is called a norm or a table of relative positions in the picture encoder and its fusion."
-    groups = [{"params": [], "weight_decay": 0.}, {"params": [], "weight_decay": weight_decay}]
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
     for name, p in model.named_parameters():
-        spared = not name.startswith(("text.", "decoder.")) and ("norm" in name or "relative_position_bias_table" in name)
-        if p.requires_grad: groups[0 if spared else 1]["params"].append(p)
+        spared = not name.startswith(("text.", "decoder.")) and (
+            "norm" in name or "relative_position_bias_table" in name
+        )
+        if p.requires_grad:
+            groups[0 if spared else 1]["params"].append(p)
     return groups
 
 
-LAVT.parameter_groups = parameter_groups   # the learner asks the model
+LAVT.parameter_groups = parameter_groups  # the learner asks the model
 
 # %% ../../nbs/18_lavt.ipynb #098
-PUBLISHED_NAMES: dict[str, str] = {  # a published name -> ours, or after "!" why it is left out; the first row that matches holds
+# a published name -> ours, or after "!" why it is left out; the first row that matches holds
+PUBLISHED_NAMES: dict[str, str] = {
     r"backbone\.layers\.\d\.blocks\.\d+\.attn\.relative_position_index": "!follows from the size of the window",
     r"backbone\.layers\.3\.res_gate\..*": "!a gate after the last stage: nothing ever used it",
     r"text_encoder\.embeddings\.position_ids": "!counts from 0",
     r"backbone\.patch_embed\.(.*)": r"backbone.patch_embed.\1",
     r"backbone\.layers\.(\d)\.blocks\.(.*)": r"backbone.stages.\1.blocks.\2",
-    **{rf"backbone\.layers\.{i}\.downsample\.(.*)": rf"backbone.stages.{i + 1}.downsample.\1" for i in range(3)},
-    **{rf"backbone\.layers\.(\d)\.fusion\.{theirs}\.0\.(.*)": rf"fusion.\1.{ours}.\2" for theirs, ours in {
-        "vis_project": "visual", r"image_lang_att\.f_query": "query", r"image_lang_att\.f_key": "key", r"image_lang_att\.f_value": "value",
-        r"image_lang_att\.W": "out", "project_mm": "mix"}.items()},
+    **{
+        rf"backbone\.layers\.{i}\.downsample\.(.*)": rf"backbone.stages.{i + 1}.downsample.\1"
+        for i in range(3)
+    },
+    **{
+        rf"backbone\.layers\.(\d)\.fusion\.{theirs}\.0\.(.*)": rf"fusion.\1.{ours}.\2"
+        for theirs, ours in {
+            "vis_project": "visual",
+            r"image_lang_att\.f_query": "query",
+            r"image_lang_att\.f_key": "key",
+            r"image_lang_att\.f_value": "value",
+            r"image_lang_att\.W": "out",
+            "project_mm": "mix",
+        }.items()
+    },
     r"backbone\.layers\.(\d)\.res_gate\.(\d)\.weight": r"gates.\1.\2.weight",
     r"backbone\.norm(\d)\.(.*)": r"norms.\1.\2",
-    **{rf"classifier\.{layer}{half}_{level}\.(.*)": rf"decoder.blocks.{4 - level}.{3 * (half - 1) + place}.\1"
-       for level in (4, 3, 2) for half in (1, 2) for place, layer in enumerate(("conv", "bn"))},
+    **{
+        rf"classifier\.{layer}{half}_{level}\.(.*)": rf"decoder.blocks.{4 - level}.{3 * (half - 1) + place}.\1"
+        for level in (4, 3, 2)
+        for half in (1, 2)
+        for place, layer in enumerate(("conv", "bn"))
+    },
     r"classifier\.conv1_1\.(.*)": r"decoder.classify.\1",
     r"text_encoder\.(.*)": r"text.bert.\1",
 }
 
 
 def rename_published(
-    published: dict[str, Tensor],                      # name -> tensor, as in the file
-    names: dict[str, str],                             # as `PUBLISHED_NAMES`
-    expected: dict[str, Tensor],                       # the state of the model that shall take them; on the device `meta`, say
-    what: str,                                         # the model's name, for the error
-    given: dict[str, Tensor] | None = None,            # tensors under our names that a file may lack
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]:   # our state, and why published tensors were left out
+    published: dict[str, Tensor],  # name -> tensor, as in the file
+    names: dict[str, str],  # as `PUBLISHED_NAMES`
+    expected: dict[str, Tensor],  # the state of the model that shall take them; on the device `meta`, say
+    what: str,  # the model's name, for the error
+    given: dict[str, Tensor] | None = None,  # tensors under our names that a file may lack
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:  # our state, and why published tensors were left out
     "Published weights under our names: every tensor is used, left out for a reason that the report names, or an error that lists it."
     renamed, unknown, left_out = dict(given or {}), [], {}
     for key, value in published.items():
         key = key.removeprefix("module.")
         row = next(((old, new) for old, new in names.items() if re.fullmatch(old, key)), None)
-        if row is None: unknown.append(key)
-        elif row[1].startswith("!"): left_out.setdefault(row[1][1:], []).append(key)
+        if row is None:
+            unknown.append(key)
+        elif row[1].startswith("!"):
+            left_out.setdefault(row[1][1:], []).append(key)
         else:
             name = re.sub(*row, key)
-            renamed[name] = value[..., 0] if "fusion." in name and value.dim() == 3 else value  # a convolution of one place is a matrix
+            # a convolution of one place is a matrix
+            renamed[name] = value[..., 0] if "fusion." in name and value.dim() == 3 else value
     unknown += sorted(renamed.keys() - expected.keys())
     missing = sorted(expected.keys() - renamed.keys())
-    shapes = sorted(f"{k} {list(renamed[k].shape)} instead of {list(expected[k].shape)}" for k in expected.keys() & renamed.keys()
-                    if renamed[k].shape != expected[k].shape)
-    problems = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in (("unknown", unknown), ("missing", missing), ("of another shape", shapes)) if keys]
-    if problems: raise ValueError(f"not a published {what} of this size: {'; '.join(problems)}")
+    shapes = sorted(
+        f"{k} {list(renamed[k].shape)} instead of {list(expected[k].shape)}"
+        for k in expected.keys() & renamed.keys()
+        if renamed[k].shape != expected[k].shape
+    )
+    problems = [
+        f"{len(keys)} {kind}: {', '.join(keys)}"
+        for kind, keys in (("unknown", unknown), ("missing", missing), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"not a published {what} of this size: {'; '.join(problems)}")
     return renamed, left_out
 
 
 def load_published(
-    checkpoint: dict,                                  # what torch.load gives: a checkpoint of `lavt` or `lavt_one`, or its weights alone
-    config: LAVTConfig = LAVT_PRESETS["base"],         # of the model that shall take the weights
+    checkpoint: dict,  # what torch.load gives: a checkpoint of `lavt` or `lavt_one`, or its weights alone
+    config: LAVTConfig = LAVT_PRESETS["base"],  # of the model that shall take the weights
     vocab_size: int = 30_522,
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]:   # a state dict for `LAVT(config)`, and why published tensors were left out
+) -> tuple[
+    dict[str, Tensor], dict[str, list[str]]
+]:  # a state dict for `LAVT(config)`, and why published tensors were left out
     "Published weights under our names, by `rename_published`."
     state = dict(checkpoint.get("model", checkpoint))
-    state |= {f"text_encoder.{k.removeprefix('module.')}": v for k, v in checkpoint.get("bert_model", {}).items()}
-    with torch.device("meta"): expected = LAVT(replace(config, backbone_weights="none", text_weights="none"), vocab_size).state_dict()
+    state |= {
+        f"text_encoder.{k.removeprefix('module.')}": v for k, v in checkpoint.get("bert_model", {}).items()
+    }
+    with torch.device("meta"):
+        expected = LAVT(
+            replace(config, backbone_weights="none", text_weights="none"), vocab_size
+        ).state_dict()
     return rename_published(state, PUBLISHED_NAMES, expected, "LAVT")

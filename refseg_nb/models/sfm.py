@@ -17,93 +17,118 @@ from torch import Tensor, nn
 
 # %% ../../nbs/09_sfm.ipynb #009
 def sinusoid(
-    positions: Float[Tensor, " N"],   # where: any numbers
-    channels: int,                    # D, even
-    base: float = 10_000.,            # the slowest wave is about 2*pi*base long
-) -> Float[Tensor, "N D"]:            # sines in the even channels, cosines in the odd
+    positions: Float[Tensor, " N"],  # where: any numbers
+    channels: int,  # D, even
+    base: float = 10_000.0,  # the slowest wave is about 2*pi*base long
+) -> Float[Tensor, "N D"]:  # sines in the even channels, cosines in the odd
     "P[n, 2k] = sin(n / base^(2k/D)), P[n, 2k+1] = cos of the same (Vaswani et al., 2017)."
-    if channels % 2: raise ValueError(f"channels must be even, not {channels}")
+    if channels % 2:
+        raise ValueError(f"channels must be even, not {channels}")
     k = torch.arange(channels // 2, device=positions.device)
     angles = positions[:, None] / base ** (2 * k / channels)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 def word_positions(
-    length: int,            # T
-    channels: int,          # C
-    base: float = 10_000.,
+    length: int,  # T
+    channels: int,  # C
+    base: float = 10_000.0,
 ) -> Float[Tensor, "T C"]:
     "P_l: the sinusoids of the word numbers 0 ... T-1."
     return sinusoid(torch.arange(length, dtype=torch.float32), channels, base)
 
 
 def pixel_positions(
-    height: int,            # H
-    width: int,             # W
-    channels: int,          # C, a multiple of four
-    base: float = 10_000.,
-    extent: float | None = None,  # the picture is so many units long and high, whatever the grid; None: a unit a place
+    height: int,  # H
+    width: int,  # W
+    channels: int,  # C, a multiple of four
+    base: float = 10_000.0,
+    # the picture is so many units long and high, whatever the grid; None: a unit a place
+    extent: float | None = None,
 ) -> Float[Tensor, "HW C"]:  # row by row
     "P_v: half of the channels tell x, half tell y."
-    if channels % 4: raise ValueError(f"channels must be a multiple of 4, not {channels}")
-    centres = lambda n: (torch.arange(n, dtype=torch.float32) + .5) * ((extent or n) / n) - .5
+    if channels % 4:
+        raise ValueError(f"channels must be a multiple of 4, not {channels}")
+    centres = lambda n: (torch.arange(n, dtype=torch.float32) + 0.5) * ((extent or n) / n) - 0.5
     x, y = (sinusoid(centres(n), channels // 2, base) for n in (width, height))
     return torch.cat([x[None].expand(height, -1, -1), y[:, None].expand(-1, width, -1)], dim=-1).flatten(0, 1)
 
 # %% ../../nbs/09_sfm.ipynb #028
 class LayerAttention(NamedTuple):
     "The attention of one layer."
-    weights: Float[Tensor, "B heads N N"]   # queries x keys; rows sum to one, padded keys get 0
-    log_sums: Float[Tensor, "B heads N"]    # of each query: the log of the sum of exp(score) over the keys
-    lengths: Float[Tensor, "B heads N"]     # of each key: the length of its value behind the head's part of the output's matrix
+
+    weights: Float[Tensor, "B heads N N"]  # queries x keys; rows sum to one, padded keys get 0
+    log_sums: Float[Tensor, "B heads N"]  # of each query: the log of the sum of exp(score) over the keys
+    # of each key: the length of its value behind the head's part of the output's matrix
+    lengths: Float[Tensor, "B heads N"]
 
 
 class JointAttention(nn.Module):
     "Multi-head self-attention whose positions may enter the queries and keys only, or the values too."
+
     def __init__(
         self,
-        channels: int,             # C
-        heads: int = 8,            # each works on C / heads channels
-        dropout: float = 0.,       # of the attention weights
-        positions: str = "qkv",    # where positions are added: "qkv" (eq. 1), "qk" (released) or "none"
+        channels: int,  # C
+        heads: int = 8,  # each works on C / heads channels
+        dropout: float = 0.0,  # of the attention weights
+        positions: str = "qkv",  # where positions are added: "qkv" (eq. 1), "qk" (released) or "none"
     ):
         super().__init__()
-        if channels % heads: raise ValueError(f"{channels} channels cannot be shared by {heads} heads")
-        if positions not in ("qkv", "qk", "none"): raise ValueError(f"positions must be 'qkv', 'qk' or 'none', not {positions!r}")
+        if channels % heads:
+            raise ValueError(f"{channels} channels cannot be shared by {heads} heads")
+        if positions not in ("qkv", "qk", "none"):
+            raise ValueError(f"positions must be 'qkv', 'qk' or 'none', not {positions!r}")
         self.heads, self.dropout, self.positions = heads, dropout, positions
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
-        nn.init.xavier_uniform_(self.qkv.weight); nn.init.zeros_(self.qkv.bias); nn.init.zeros_(self.out.bias)
+        nn.init.xavier_uniform_(self.qkv.weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.out.bias)
 
     def forward(
         self,
-        x: Float[Tensor, "B N C"],                    # X, without positions
-        where: Float[Tensor, "N C"] | None,           # the positional embedding
-        mask: Bool[Tensor, "B N"] | None = None,      # keys that may be looked at; None: all
+        x: Float[Tensor, "B N C"],  # X, without positions
+        where: Float[Tensor, "N C"] | None,  # the positional embedding
+        mask: Bool[Tensor, "B N"] | None = None,  # keys that may be looked at; None: all
         return_attention: bool = False,
     ) -> tuple[Float[Tensor, "B N C"], LayerAttention | None]:  # the new X; the attention if asked
         "softmax(Q K^T / sqrt(d)) V for each head, and the output's matrix."
         b, n, c = x.shape
-        if where is None or self.positions == "none": qkv = self.qkv(x)
-        elif self.positions == "qkv": qkv = self.qkv(x + where)
-        else: qkv = self.qkv(x) + F.pad(F.linear(where, self.qkv.weight[:2 * c]), (0, c))
+        if where is None or self.positions == "none":
+            qkv = self.qkv(x)
+        elif self.positions == "qkv":
+            qkv = self.qkv(x + where)
+        else:
+            qkv = self.qkv(x) + F.pad(F.linear(where, self.qkv.weight[: 2 * c]), (0, c))
         q, k, v = qkv.view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.
-        if return_attention or q.device.type == "cpu" and q.dtype is torch.bfloat16:  # the fused kernel's backward is slow in bf16 on a CPU
-            bias = q.new_zeros(b, 1, n) if mask is None else q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)[:, None]
+        dropout = self.dropout if self.training else 0.0
+        # the fused kernel's backward is slow in bf16 on a CPU
+        if return_attention or q.device.type == "cpu" and q.dtype is torch.bfloat16:
+            bias = (
+                q.new_zeros(b, 1, n)
+                if mask is None
+                else q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)[:, None]
+            )
             bias = bias.repeat_interleave(self.heads, 0).expand(-1, n, n)
-            scores = torch.baddbmm(bias, q.flatten(0, 1) / math.sqrt(q.shape[-1]), k.flatten(0, 1).transpose(1, 2))
+            scores = torch.baddbmm(
+                bias, q.flatten(0, 1) / math.sqrt(q.shape[-1]), k.flatten(0, 1).transpose(1, 2)
+            )
             weights = scores.softmax(-1).view(b, self.heads, n, n)
             y = F.dropout(weights, dropout) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :], dropout_p=dropout)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=None if mask is None else mask[:, None, None, :], dropout_p=dropout
+            )
         y = self.out(y.transpose(1, 2).reshape(b, n, c))
-        if not return_attention: return y, None
-        with torch.no_grad(): log_sums, lengths = scores.logsumexp(-1).view(b, self.heads, n), self.lengths(v)
+        if not return_attention:
+            return y, None
+        with torch.no_grad():
+            log_sums, lengths = scores.logsumexp(-1).view(b, self.heads, n), self.lengths(v)
         return y, LayerAttention(weights, log_sums, lengths)
 
     def lengths(
-        self, v: Float[Tensor, "B heads N d"],   # values
+        self,
+        v: Float[Tensor, "B heads N d"],  # values
     ) -> Float[Tensor, "B heads N"]:
         "How long the values are behind the output's matrix, the norm of Kobayashi et al. (2020) without the weight."
         added = torch.einsum("bhnd,chd->bhnc", v, self.out.weight.unflatten(1, (self.heads, -1)))
@@ -112,81 +137,104 @@ class JointAttention(nn.Module):
 # %% ../../nbs/09_sfm.ipynb #035
 class SFMLayer(nn.Module):
     "One layer: LayerNorm and attention, and where asked a residual, and a feed-forward part."
+
     def __init__(
         self,
-        channels: int,              # C
+        channels: int,  # C
         heads: int = 8,
-        ffn: int = 0,               # width of the feed-forward part; 0: none (eq. 1)
-        dropout: float = 0.,        # after attention, inside and after the feed-forward part
+        ffn: int = 0,  # width of the feed-forward part; 0: none (eq. 1)
+        dropout: float = 0.0,  # after attention, inside and after the feed-forward part
         attention_dropout: float | None = None,  # of the attention weights; None: the same
-        norm: str = "pre",          # LayerNorm before ("pre": eq. 1 and released) or after ("post") each part
-        residual: bool = True,      # x + part(x) (released) or part(x) (eq. 1)
-        positions: str = "qkv",     # see `JointAttention`
+        norm: str = "pre",  # LayerNorm before ("pre": eq. 1 and released) or after ("post") each part
+        residual: bool = True,  # x + part(x) (released) or part(x) (eq. 1)
+        positions: str = "qkv",  # see `JointAttention`
     ):
         super().__init__()
-        if norm not in ("pre", "post"): raise ValueError(f"norm must be 'pre' or 'post', not {norm!r}")
+        if norm not in ("pre", "post"):
+            raise ValueError(f"norm must be 'pre' or 'post', not {norm!r}")
         self.norm, self.residual = norm, residual
-        self.attention = JointAttention(channels, heads, dropout if attention_dropout is None else attention_dropout, positions)
+        self.attention = JointAttention(
+            channels, heads, dropout if attention_dropout is None else attention_dropout, positions
+        )
         self.norm1, self.dropout = nn.LayerNorm(channels), nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(channels) if ffn else None
-        self.ffn = nn.Sequential(nn.Linear(channels, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, channels)) if ffn else None
+        self.ffn = (
+            nn.Sequential(nn.Linear(channels, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, channels))
+            if ffn
+            else None
+        )
 
     def forward(self, x, where, mask=None, return_attention=False):
         "The joined sequence after one layer, and its attention if asked."
         pre = self.norm == "pre"
         y, attention = self.attention(self.norm1(x) if pre else x, where, mask, return_attention)
         x = x + self.dropout(y) if self.residual else self.dropout(y)
-        if not pre: x = self.norm1(x)
+        if not pre:
+            x = self.norm1(x)
         if self.ffn is not None:
             y = self.dropout(self.ffn(self.norm2(x) if pre else x))
             x = x + y if self.residual else y
-            if not pre: x = self.norm2(x)
+            if not pre:
+                x = self.norm2(x)
         return x, attention
 
 # %% ../../nbs/09_sfm.ipynb #039
 class SFM(nn.Module):
     "Synchronous Multi-Modal Fusion (equation 1): attention over the joined sequence of H*W places and T words."
+
     def __init__(
         self,
-        channels: int,               # C
-        grid: int,                   # H = W
+        channels: int,  # C
+        grid: int,  # H = W
         layers: int = 1,
         heads: int = 8,
-        ffn: int = 0,                # feed-forward width, 0 = none
-        dropout: float = 0.,
+        ffn: int = 0,  # feed-forward width, 0 = none
+        dropout: float = 0.0,
         attention_dropout: float | None = None,  # None: as `dropout`
-        norm: str = "pre",           # "pre" or "post"
+        norm: str = "pre",  # "pre" or "post"
         residual: bool = False,
-        final_norm: bool = False,    # LayerNorm at the end (released)
-        positions: str = "qkv",      # where positions are added: "qkv", "qk" or "none" (Table 2, row 7)
+        final_norm: bool = False,  # LayerNorm at the end (released)
+        positions: str = "qkv",  # where positions are added: "qkv", "qk" or "none" (Table 2, row 7)
         embedding: str = "sinusoid",  # "sinusoid" (fixed) or "learned"
-        base: float = 10_000.,       # of the sinusoids
-        max_words: int = 64,         # longest expression that has positions
+        base: float = 10_000.0,  # of the sinusoids
+        max_words: int = 64,  # longest expression that has positions
         extent: float | None = None,  # see `pixel_positions`
     ):
         super().__init__()
-        if embedding not in ("sinusoid", "learned"): raise ValueError(f"embedding must be 'sinusoid' or 'learned', not {embedding!r}")
-        self.layers = nn.ModuleList(SFMLayer(channels, heads, ffn, dropout, attention_dropout, norm, residual, positions) for _ in range(layers))
+        if embedding not in ("sinusoid", "learned"):
+            raise ValueError(f"embedding must be 'sinusoid' or 'learned', not {embedding!r}")
+        self.layers = nn.ModuleList(
+            SFMLayer(channels, heads, ffn, dropout, attention_dropout, norm, residual, positions)
+            for _ in range(layers)
+        )
         self.final = nn.LayerNorm(channels) if final_norm else nn.Identity()
         self.max_words = max_words
-        p_v, p_l = pixel_positions(grid, grid, channels, base, extent), word_positions(max_words, channels, base)
+        p_v, p_l = (
+            pixel_positions(grid, grid, channels, base, extent),
+            word_positions(max_words, channels, base),
+        )
         if embedding == "learned" and positions != "none":
-            self.p_v, self.p_l = (nn.Parameter(.02 * torch.randn_like(p)) for p in (p_v, p_l))
+            self.p_v, self.p_l = (nn.Parameter(0.02 * torch.randn_like(p)) for p in (p_v, p_l))
         else:
-            self.register_buffer("p_v", p_v, persistent=False); self.register_buffer("p_l", p_l, persistent=False)
+            self.register_buffer("p_v", p_v, persistent=False)
+            self.register_buffer("p_l", p_l, persistent=False)
 
     def forward(
         self,
-        visual: Float[Tensor, "B C H W"],             # V, one map an expression
-        words: Float[Tensor, "B T C"],                # L
-        mask: Bool[Tensor, "B T"] | None = None,      # True at real words; padding is never looked at
+        visual: Float[Tensor, "B C H W"],  # V, one map an expression
+        words: Float[Tensor, "B T C"],  # L
+        mask: Bool[Tensor, "B T"] | None = None,  # True at real words; padding is never looked at
         return_attention: bool = False,
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B T C"], list[LayerAttention] | None]:
         "F = MultiHead(LayerNorm(V o L) + (P_v o P_l)): its visual part, its language part, and each layer's attention if asked."
         b, c, h, w = visual.shape
         t = words.shape[1]
-        if h * w != len(self.p_v): raise ValueError(f"the map is {h} x {w} but SFM was built for {len(self.p_v)} places")
-        if t > self.max_words: raise ValueError(f"an expression of {t} words, but SFM has positions for {self.max_words}: shorten it or raise max_words")
+        if h * w != len(self.p_v):
+            raise ValueError(f"the map is {h} x {w} but SFM was built for {len(self.p_v)} places")
+        if t > self.max_words:
+            raise ValueError(
+                f"an expression of {t} words, but SFM has positions for {self.max_words}: shorten it or raise max_words"
+            )
         x = torch.cat([visual.flatten(2).transpose(1, 2), words], dim=1)
         where = torch.cat([self.p_v, self.p_l[:t]])
         keys = None if mask is None else torch.cat([mask.new_ones(b, h * w), mask], dim=1)
@@ -195,31 +243,49 @@ class SFM(nn.Module):
             x, looked = layer(x, where, keys, return_attention)
             attention.append(looked)
         x = self.final(x)
-        return x[:, :h * w].transpose(1, 2).reshape(b, c, h, w), x[:, h * w:], attention if return_attention else None
+        return (
+            x[:, : h * w].transpose(1, 2).reshape(b, c, h, w),
+            x[:, h * w :],
+            attention if return_attention else None,
+        )
 
 # %% ../../nbs/09_sfm.ipynb #047
 @dataclass
 class SFMAttention:
     "The attention of one forward pass: `attention[level][layer]` is [B, heads, HW+T, HW+T], queries x keys."
-    levels: dict[int, list[Float[Tensor, "B heads N N"]]]  # level 2, 3, 4 -> one tensor a layer; rows sum to one, padded keys get 0
-    grid: tuple[int, int]                                  # H, W: the first H*W tokens are places, row by row
-    words: int                                             # T: the last T tokens are words, padding included
-    steps: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # as `levels`: `LayerAttention`'s `log_sums` and `lengths` [B, heads, N]
-    width: int = 0                                         # d: channels of a head; the scores were divided by its root
 
-    def __getitem__(self, level: int): return self.levels[level]
-    def __iter__(self): return iter(self.levels)
-    def __len__(self): return len(self.levels)
-    def keys(self): return self.levels.keys()
-    def items(self): return self.levels.items()
-    def values(self): return self.levels.values()
+    # level 2, 3, 4 -> one tensor a layer; rows sum to one, padded keys get 0
+    levels: dict[int, list[Float[Tensor, "B heads N N"]]]
+    grid: tuple[int, int]  # H, W: the first H*W tokens are places, row by row
+    words: int  # T: the last T tokens are words, padding included
+    # as `levels`: `LayerAttention`'s `log_sums` and `lengths` [B, heads, N]
+    steps: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    width: int = 0  # d: channels of a head; the scores were divided by its root
+
+    def __getitem__(self, level: int):
+        return self.levels[level]
+
+    def __iter__(self):
+        return iter(self.levels)
+
+    def __len__(self):
+        return len(self.levels)
+
+    def keys(self):
+        return self.levels.keys()
+
+    def items(self):
+        return self.levels.items()
+
+    def values(self):
+        return self.levels.values()
 
     def block(
         self,
-        level: int,      # 2, 3 or 4
-        layer: int,      # 0 ... layers-1 (or -1)
-        queries: str,    # "words" or "pixels": who looks
-        keys: str,       # "words" or "pixels": at what
+        level: int,  # 2, 3 or 4
+        layer: int,  # 0 ... layers-1 (or -1)
+        queries: str,  # "words" or "pixels": who looks
+        keys: str,  # "words" or "pixels": at what
     ) -> Float[Tensor, "B heads Q K"]:
         "One of the four blocks: word-word, word-pixel, pixel-word, pixel-pixel."
         n = self.grid[0] * self.grid[1]

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from .aggregation import AGGREGATIONS
 from .backbones import BACKBONES, Backbone, create_backbone
-from .decoder import ASPP, BaselineFusion, ConcatLevels, LevelAdapter, TextEncoder, UpsampleDecoder, pick
+from refseg_nb.models.decoder import (
+    ASPP,
+    BaselineFusion,
+    ConcatLevels,
+    LevelAdapter,
+    TextEncoder,
+    UpsampleDecoder,
+    pick,
+)
 from .hcam import HCAM, Conv3dLevels, average_words
 from .sfm import SFM, LayerAttention, SFMAttention
 
@@ -27,60 +35,71 @@ from .sfm import SFM, LayerAttention, SFMAttention
 @dataclass(frozen=True)
 class SHNetConfig:
     "What SHNet is made of. Defaults are the paper's; where the paper is silent, the comment says so."
+
     # pictures
-    backbone: str = "deeplabv3plus-resnet101"  # frozen; section 4.2. Also "resnet101" (Table 3); here "refshapes" and "refshapes-classifier"
-    backbone_weights: str | None = None        # None: the usual pre-trained ones; "none": random; or a file
-    output_stride: int | None = None           # of a ResNet; None: 16 for DeepLabv3+, 32 for ResNet-101
-    image_size: int = 320                      # 320 or 448; section 4.2
-    grid: int = 18                             # H = W: 18 in the paper at both sizes; 20 at 320 px in the released README
-    channels: int = 512                        # C; the LSTM's hidden size too
-    pool: int = 1                              # adapters pool to pool*H, then stride `pool`. Paper: "pooling and convolution" only; released: 2
-    adapter_norm: bool = False                 # BatchNorm + LeakyReLU in the adapters: the paper names neither; released: yes
+    # frozen; section 4.2. Also "resnet101" (Table 3); here "refshapes" and "refshapes-classifier"
+    backbone: str = "deeplabv3plus-resnet101"
+    backbone_weights: str | None = None  # None: the usual pre-trained ones; "none": random; or a file
+    output_stride: int | None = None  # of a ResNet; None: 16 for DeepLabv3+, 32 for ResNet-101
+    image_size: int = 320  # 320 or 448; section 4.2
+    grid: int = 18  # H = W: 18 in the paper at both sizes; 20 at 320 px in the released README
+    channels: int = 512  # C; the LSTM's hidden size too
+    # adapters pool to pool*H, then stride `pool`. Paper: "pooling and convolution" only; released: 2
+    pool: int = 1
+    # BatchNorm + LeakyReLU in the adapters: the paper names neither; released: yes
+    adapter_norm: bool = False
     # words
-    word_dim: int = 300                        # GloVe 840B-300d; section 4.2
-    train_words: bool = True                   # paper: GloVe "to initialize"; released: the table is frozen
-    one_hot: bool = False                      # Table 2, row 6: one-hot words in GloVe's place
-    max_words: int = 25                        # section 4.2; released: 30 (README), 20 by default
+    word_dim: int = 300  # GloVe 840B-300d; section 4.2
+    train_words: bool = True  # paper: GloVe "to initialize"; released: the table is frozen
+    one_hot: bool = False  # Table 2, row 6: one-hot words in GloVe's place
+    max_words: int = 25  # section 4.2; released: 30 (README), 20 by default
     # SFM, equation 1
-    use_sfm: bool = True                       # Table 2, rows 1 and 2: no
-    sfm_layers: int = 1                        # equation 1: one multi-head attention; released: 2 (README)
-    sfm_heads: int = 8                         # the paper gives no number; released: 8
-    sfm_ffn: int = 0                           # feed-forward width, 0 = none (equation 1); released: 512
-    sfm_norm: str = "pre"                      # LayerNorm before ("pre": both) or after ("post") each part
-    sfm_residual: bool = False                 # equation 1 has none; released: yes
-    sfm_final_norm: bool = False               # released: a last LayerNorm
-    sfm_dropout: float = 0.                    # not in the paper; released: 0.2
+    use_sfm: bool = True  # Table 2, rows 1 and 2: no
+    sfm_layers: int = 1  # equation 1: one multi-head attention; released: 2 (README)
+    sfm_heads: int = 8  # the paper gives no number; released: 8
+    sfm_ffn: int = 0  # feed-forward width, 0 = none (equation 1); released: 512
+    sfm_norm: str = "pre"  # LayerNorm before ("pre": both) or after ("post") each part
+    sfm_residual: bool = False  # equation 1 has none; released: yes
+    sfm_final_norm: bool = False  # released: a last LayerNorm
+    sfm_dropout: float = 0.0  # not in the paper; released: 0.2
     sfm_attention_dropout: float | None = None  # None: as sfm_dropout
-    sfm_shared: bool = True                    # one SFM for the three levels: the paper does not say; released: yes
-    sfm_positions: str = "qkv"                 # where P_v, P_l are added: "qkv" (equation 1), "qk" (released), "none" (Table 2, row 7)
-    sfm_embedding: str = "sinusoid"            # or "learned": the paper does not say; released: fixed sinusoids
-    sfm_base: float = 10_000.                  # of the sinusoids
-    sfm_extent: float | None = None            # length of the picture in units of the sinusoids; None: a unit a place, as published
+    sfm_shared: bool = True  # one SFM for the three levels: the paper does not say; released: yes
+    # where P_v, P_l are added: "qkv" (equation 1), "qk" (released), "none" (Table 2, row 7)
+    sfm_positions: str = "qkv"
+    sfm_embedding: str = "sinusoid"  # or "learned": the paper does not say; released: fixed sinusoids
+    sfm_base: float = 10_000.0  # of the sinusoids
+    # length of the picture in units of the sinusoids; None: a unit a place, as published
+    sfm_extent: float | None = None
     # HCAM, equations 2 and 3
-    use_hcam: bool = True                      # Table 2, rows 1 and 3: no
-    hcam_gates: str = "pair"                   # a convolution for each Lambda_ij ("pair"), for each level i ("level", released), or "one" for all
-    hcam_norm: bool = False                    # BatchNorm in the gates and after the Conv3d, then LeakyReLU: released
-    hcam_dropout: float = 0.                   # Dropout2d in the gates: released, its rate is not known to us
-    level_fusion: str = "concat"               # without HCAM: "concat" (1x1 convolution; the paper does not say), "convlstm", "conv3d" (Table 2, rows 4
-                                               # and 5), or "mgate", "tgfe", "gbfm" (Table 4)
+    use_hcam: bool = True  # Table 2, rows 1 and 3: no
+    # a convolution for each Lambda_ij ("pair"), for each level i ("level", released), or "one" for all
+    hcam_gates: str = "pair"
+    hcam_norm: bool = False  # BatchNorm in the gates and after the Conv3d, then LeakyReLU: released
+    hcam_dropout: float = 0.0  # Dropout2d in the gates: released, its rate is not known to us
+    # without HCAM: "concat" (1x1 convolution; the paper does not say), "convlstm", "conv3d" (Table 2, rows 4
+    level_fusion: str = "concat"
+    # and 5), or "mgate", "tgfe", "gbfm" (Table 4)
     # decoder, section 3.4: the paper names ASPP and up-sampling convolution; the numbers are the released code's
     aspp_rates: tuple[int, ...] = (6, 12, 24)
-    aspp_dropout: float = .25
+    aspp_dropout: float = 0.25
     decoder_widths: tuple[int, ...] = (512, 512, 512, 256)
-    decoder_doublings: int = 2                 # the logits have grid * 2**decoder_doublings pixels a side
-    decoder_dropout: float = .1                # Dropout2d; the rate is not known to us
-    prior: float | None = None                 # foreground share that the untrained decoder predicts; None: one half
+    decoder_doublings: int = 2  # the logits have grid * 2**decoder_doublings pixels a side
+    decoder_dropout: float = 0.1  # Dropout2d; the rate is not known to us
+    prior: float | None = None  # foreground share that the untrained decoder predicts; None: one half
 
     def __post_init__(self):
-        if self.backbone not in BACKBONES: raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(BACKBONES)}")
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(BACKBONES)}")
         fusions = ("concat", "conv3d", *AGGREGATIONS)
-        if self.level_fusion not in fusions: raise ValueError(f"level_fusion must be one of {', '.join(fusions)}, not {self.level_fusion!r}")
-        for name in ("aspp_rates", "decoder_widths"): object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.level_fusion not in fusions:
+            raise ValueError(f"level_fusion must be one of {', '.join(fusions)}, not {self.level_fusion!r}")
+        for name in ("aspp_rates", "decoder_widths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def output_size(self) -> int:
         "Pixels a side of the logits."
-        return self.grid * 2 ** self.decoder_doublings
+        return self.grid * 2**self.decoder_doublings
 
     def to_dict(self) -> dict:
         "Plain values, ready for JSON."
@@ -88,46 +107,98 @@ class SHNetConfig:
 
     @classmethod
     def from_dict(
-        cls, values: dict,   # as `to_dict` gave them, perhaps by way of JSON
+        cls,
+        values: dict,  # as `to_dict` gave them, perhaps by way of JSON
     ) -> "SHNetConfig":
         "The configuration again; unknown fields are an error."
         unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown: raise ValueError(f"SHNetConfig has no field {', '.join(sorted(unknown))}")
+        if unknown:
+            raise ValueError(f"SHNetConfig has no field {', '.join(sorted(unknown))}")
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class Recipe:
     "How a preset is trained and measured: what differs between paper and released code outside the model."
-    batch_size: int = 50               # expressions; section 4.2. Released: 32 (README)
-    epochs: int | None = None          # the paper does not say; released: 30 (README)
-    lr: float = 1.2e-4                 # AdamW; section 4.2 and released
-    weight_decay: float = 9e-5         # section 4.2 and released
-    schedule: str = "polynomial"       # section 4.2; released: "plateau" (ReduceLROnPlateau on the validation loss)
-    power: float = .7                  # of the polynomial decay; section 4.2
-    plateau_factor: float = .7         # released
-    plateau_patience: int = 2          # released
-    target: str = "soft"               # "soft": area-averaged mask (this course); "hard": its threshold at one half; "dilated": bilinear, then > 0 (released)
-    mask_size: int | None = None       # pixels a side of the target; None: the logits' own size. Released: 160 (README), 56 by default
-    threshold: float = .5              # of the probability; the paper does not say. Released: 0.40
-    evaluate_at: str = "original"      # resolution of the measurement: "original", or "mask" (released: at mask_size, against the dilated mask)
-    keep_digits: bool = True           # released: words with a digit are dropped
-    grayscale: float = 0.              # chance that a training image loses its colours: none in the paper; released: 0.3
+
+    batch_size: int = 50  # expressions; section 4.2. Released: 32 (README)
+    epochs: int | None = None  # the paper does not say; released: 30 (README)
+    lr: float = 1.2e-4  # AdamW; section 4.2 and released
+    weight_decay: float = 9e-5  # section 4.2 and released
+    # section 4.2; released: "plateau" (ReduceLROnPlateau on the validation loss)
+    schedule: str = "polynomial"
+    power: float = 0.7  # of the polynomial decay; section 4.2
+    plateau_factor: float = 0.7  # released
+    plateau_patience: int = 2  # released
+    # "soft": area-averaged mask (this course); "hard": its threshold at one half; "dilated": bilinear, then >
+    # 0 (released)
+    target: str = "soft"
+    # pixels a side of the target; None: the logits' own size. Released: 160 (README), 56 by default
+    mask_size: int | None = None
+    threshold: float = 0.5  # of the probability; the paper does not say. Released: 0.40
+    # resolution of the measurement: "original", or "mask" (released: at mask_size, against the dilated mask)
+    evaluate_at: str = "original"
+    keep_digits: bool = True  # released: words with a digit are dropped
+    grayscale: float = 0.0  # chance that a training image loses its colours: none in the paper; released: 0.3
 
 # %% ../../nbs/11_shnet.ipynb #007
 PRESETS: dict[str, SHNetConfig] = {
     "paper": SHNetConfig(),
-    "released": SHNetConfig(grid=20, pool=2, adapter_norm=True, train_words=False, max_words=30, sfm_layers=2, sfm_ffn=512, sfm_residual=True,
-                            sfm_final_norm=True, sfm_dropout=.2, sfm_positions="qk", hcam_gates="level", hcam_norm=True, hcam_dropout=.1),
-    "refshapes": SHNetConfig(backbone="refshapes", image_size=96, grid=12, channels=64, pool=2, adapter_norm=True, word_dim=64, sfm_layers=2, sfm_heads=2,
-                             sfm_ffn=128, sfm_residual=True, sfm_final_norm=True, sfm_dropout=0., sfm_attention_dropout=0., sfm_base=100., sfm_extent=8.,
-                             hcam_gates="level", hcam_norm=True, aspp_rates=(2, 4, 8), aspp_dropout=0., decoder_widths=(48, 32, 16), decoder_dropout=0.,
-                             prior=.05),
+    "released": SHNetConfig(
+        grid=20,
+        pool=2,
+        adapter_norm=True,
+        train_words=False,
+        max_words=30,
+        sfm_layers=2,
+        sfm_ffn=512,
+        sfm_residual=True,
+        sfm_final_norm=True,
+        sfm_dropout=0.2,
+        sfm_positions="qk",
+        hcam_gates="level",
+        hcam_norm=True,
+        hcam_dropout=0.1,
+    ),
+    "refshapes": SHNetConfig(
+        backbone="refshapes",
+        image_size=96,
+        grid=12,
+        channels=64,
+        pool=2,
+        adapter_norm=True,
+        word_dim=64,
+        sfm_layers=2,
+        sfm_heads=2,
+        sfm_ffn=128,
+        sfm_residual=True,
+        sfm_final_norm=True,
+        sfm_dropout=0.0,
+        sfm_attention_dropout=0.0,
+        sfm_base=100.0,
+        sfm_extent=8.0,
+        hcam_gates="level",
+        hcam_norm=True,
+        aspp_rates=(2, 4, 8),
+        aspp_dropout=0.0,
+        decoder_widths=(48, 32, 16),
+        decoder_dropout=0.0,
+        prior=0.05,
+    ),
 }
 RECIPES: dict[str, Recipe] = {
     "paper": Recipe(),
-    "released": Recipe(batch_size=32, epochs=30, schedule="plateau", target="dilated", mask_size=160, threshold=.4, evaluate_at="mask",
-                       keep_digits=False, grayscale=.3),
+    "released": Recipe(
+        batch_size=32,
+        epochs=30,
+        schedule="plateau",
+        target="dilated",
+        mask_size=160,
+        threshold=0.4,
+        evaluate_at="mask",
+        keep_digits=False,
+        grayscale=0.3,
+    ),
     "refshapes": Recipe(batch_size=32, epochs=14, lr=2e-3, weight_decay=1e-4),
 }
 ABLATIONS: dict[str, dict] = {  # Table 2, its rows by the paper's names -> the fields that a row changes
@@ -141,57 +212,95 @@ ABLATIONS: dict[str, dict] = {  # Table 2, its rows by the paper's names -> the 
     "SHNet": dict(use_sfm=True, use_hcam=True),
 }
 TABLE4: dict[str, dict] = {  # Table 4: other aggregations in HCAM's place, all with SFM
-    **{name: dict(use_sfm=True, use_hcam=False, level_fusion=name.lower()) for name in ("MGATE", "TGFE", "GBFM")},
+    **{
+        name: dict(use_sfm=True, use_hcam=False, level_fusion=name.lower())
+        for name in ("MGATE", "TGFE", "GBFM")
+    },
     "HCAM": dict(use_sfm=True, use_hcam=True),
 }
 
 
 def differences(
-    a: SHNetConfig | Recipe, b: SHNetConfig | Recipe,   # two of the same kind
-) -> dict[str, tuple]:                                  # field -> (value in a, value in b)
+    a: SHNetConfig | Recipe,
+    b: SHNetConfig | Recipe,  # two of the same kind
+) -> dict[str, tuple]:  # field -> (value in a, value in b)
     "The fields in which two configurations differ."
-    return {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)}
+    return {
+        f.name: (getattr(a, f.name), getattr(b, f.name))
+        for f in fields(a)
+        if getattr(a, f.name) != getattr(b, f.name)
+    }
 
 # %% ../../nbs/11_shnet.ipynb #017
 def training_target(
     masks: Float[Tensor, "B H0 W0"] | Bool[Tensor, "B H0 W0"],  # masks at their original resolution
-    size: int,                  # pixels a side of the target
-    policy: str = "soft",       # a recipe's `target`: "soft", "hard" or "dilated"
+    size: int,  # pixels a side of the target
+    policy: str = "soft",  # a recipe's `target`: "soft", "hard" or "dilated"
 ) -> Float[Tensor, "B size size"]:  # in [0, 1]
     "The mask that the loss compares with, by the recipe's policy."
     masks = masks.float()[:, None]
-    if policy == "dilated": return (F.interpolate(masks, (size, size), mode="bilinear", align_corners=False) > 0).float()[:, 0]
-    if policy not in ("soft", "hard"): raise ValueError(f"target must be 'soft', 'hard' or 'dilated', not {policy!r}")
+    if policy == "dilated":
+        return (F.interpolate(masks, (size, size), mode="bilinear", align_corners=False) > 0).float()[:, 0]
+    if policy not in ("soft", "hard"):
+        raise ValueError(f"target must be 'soft', 'hard' or 'dilated', not {policy!r}")
     soft = F.adaptive_avg_pool2d(masks, size)[:, 0]
-    return soft if policy == "soft" else (soft >= .5).float()
+    return soft if policy == "soft" else (soft >= 0.5).float()
 
 # %% ../../nbs/11_shnet.ipynb #022
 class SHNet(nn.Module):
     "SHNet (Figure 2), and with other configurations the other rows of Tables 2 and 4."
+
     def __init__(
         self,
-        config: SHNetConfig,               # what it is made of
-        vocab_size: int,                   # V, with PAD = 0
-        vectors: Tensor | None = None,     # [V, D] word vectors to start from; None: random
+        config: SHNetConfig,  # what it is made of
+        vocab_size: int,  # V, with PAD = 0
+        vectors: Tensor | None = None,  # [V, D] word vectors to start from; None: random
         backbone: Backbone | None = None,  # None: made by `config`
     ):
         super().__init__()
         c, self.config = config.channels, config
-        self.backbone = create_backbone(config.backbone, config.backbone_weights, config.output_stride) if backbone is None else backbone
-        self.adapters = nn.ModuleList(LevelAdapter(n, c, config.grid, config.pool, config.adapter_norm) for n in self.backbone.channels)
+        self.backbone = (
+            create_backbone(config.backbone, config.backbone_weights, config.output_stride)
+            if backbone is None
+            else backbone
+        )
+        self.adapters = nn.ModuleList(
+            LevelAdapter(n, c, config.grid, config.pool, config.adapter_norm) for n in self.backbone.channels
+        )
         self.text = TextEncoder(vocab_size, c, config.word_dim, vectors, config.train_words, config.one_hot)
         if config.use_sfm:
             self.sfm = nn.ModuleList(
-                SFM(c, config.grid, config.sfm_layers, config.sfm_heads, config.sfm_ffn, config.sfm_dropout, config.sfm_attention_dropout, config.sfm_norm,
-                    config.sfm_residual, config.sfm_final_norm, config.sfm_positions, config.sfm_embedding, config.sfm_base, config.max_words,
-                    config.sfm_extent)
-                for _ in range(1 if config.sfm_shared else 3))
-        else: self.fusion = BaselineFusion(c)
-        if config.use_hcam: self.hcam = HCAM(c, config.hcam_gates, config.hcam_norm, config.hcam_dropout)
-        elif config.level_fusion == "conv3d": self.levels = Conv3dLevels(c, config.hcam_norm)
-        else: self.levels = AGGREGATIONS.get(config.level_fusion, ConcatLevels)(c)
+                SFM(
+                    c,
+                    config.grid,
+                    config.sfm_layers,
+                    config.sfm_heads,
+                    config.sfm_ffn,
+                    config.sfm_dropout,
+                    config.sfm_attention_dropout,
+                    config.sfm_norm,
+                    config.sfm_residual,
+                    config.sfm_final_norm,
+                    config.sfm_positions,
+                    config.sfm_embedding,
+                    config.sfm_base,
+                    config.max_words,
+                    config.sfm_extent,
+                )
+                for _ in range(1 if config.sfm_shared else 3)
+            )
+        else:
+            self.fusion = BaselineFusion(c)
+        if config.use_hcam:
+            self.hcam = HCAM(c, config.hcam_gates, config.hcam_norm, config.hcam_dropout)
+        elif config.level_fusion == "conv3d":
+            self.levels = Conv3dLevels(c, config.hcam_norm)
+        else:
+            self.levels = AGGREGATIONS.get(config.level_fusion, ConcatLevels)(c)
         self.aspp = ASPP(c, config.aspp_rates, config.aspp_dropout)
-        self.decoder = UpsampleDecoder(c, config.decoder_widths, config.decoder_doublings, config.decoder_dropout, config.prior)
+        self.decoder = UpsampleDecoder(
+            c, config.decoder_widths, config.decoder_doublings, config.decoder_dropout, config.prior
+        )
 
     @property
     def output_size(self) -> int:
@@ -199,14 +308,16 @@ class SHNet(nn.Module):
         return self.config.output_size
 
     def adapt(
-        self, levels: list[Tensor],          # the backbone's raw levels
+        self,
+        levels: list[Tensor],  # the backbone's raw levels
     ) -> list[Float[Tensor, "K C H W"]]:
         "The three levels V2, V3, V4 at C x H x W."
         return [adapter(level) for adapter, level in zip(self.adapters, levels)]
 
     def encode(
-        self, images: UInt8[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
-    ) -> list[Float[Tensor, "K C H W"]]:         # what `segment` takes
+        self,
+        images: UInt8[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
+    ) -> list[Float[Tensor, "K C H W"]]:  # what `segment` takes
         "All that is done once an image, however many phrases ask about it."
         return self.adapt(self.backbone(images))
 
@@ -214,44 +325,76 @@ class SHNet(nn.Module):
         "Pictures meet words: maps [B, C, H, W] and language vectors [B, C], three of each, and the attention if asked."
         t = language.words.shape[1]
         if not self.config.use_sfm:
-            return self.fusion(features, language.sentence, image_index), [average_words(language.words, language.mask)] * 3, None
+            return (
+                self.fusion(features, language.sentence, image_index),
+                [average_words(language.words, language.mask)] * 3,
+                None,
+            )
         maps = [pick(f, image_index) for f in features]
         if self.config.sfm_shared:  # the three levels go through as one batch of 3B
-            v, l, a = self.sfm[0](torch.cat(maps), language.words.repeat(3, 1, 1), language.mask.repeat(3, 1), return_attention)
+            v, l, a = self.sfm[0](
+                torch.cat(maps), language.words.repeat(3, 1, 1), language.mask.repeat(3, 1), return_attention
+            )
             visual, words = v.chunk(3), l.chunk(3)
-            attention = [[LayerAttention(*(part.chunk(3)[i] for part in layer)) for layer in a] for i in range(3)] if return_attention else None
+            attention = (
+                [[LayerAttention(*(part.chunk(3)[i] for part in layer)) for layer in a] for i in range(3)]
+                if return_attention
+                else None
+            )
         else:
-            visual, words, attention = zip(*(sfm(m, language.words, language.mask, return_attention) for sfm, m in zip(self.sfm, maps)))
+            visual, words, attention = zip(
+                *(sfm(m, language.words, language.mask, return_attention) for sfm, m in zip(self.sfm, maps))
+            )
         if return_attention:
             levels = dict(zip((2, 3, 4), attention))
-            weights, steps = ({level: [layer[part] for layer in layers] for level, layers in levels.items()} for part in (0, slice(1, 3)))
-            attention = SFMAttention(weights, (self.config.grid, self.config.grid), t, steps, self.config.channels // self.config.sfm_heads)
-        return list(visual), [average_words(w, language.mask) for w in words], attention if return_attention else None
+            weights, steps = (
+                {level: [layer[part] for layer in layers] for level, layers in levels.items()}
+                for part in (0, slice(1, 3))
+            )
+            attention = SFMAttention(
+                weights,
+                (self.config.grid, self.config.grid),
+                t,
+                steps,
+                self.config.channels // self.config.sfm_heads,
+            )
+        return (
+            list(visual),
+            [average_words(w, language.mask) for w in words],
+            attention if return_attention else None,
+        )
 
     def segment(
         self,
-        features: list[Float[Tensor, "K C H W"]],        # from `encode` or `adapt`
-        words: Int[Tensor, "B T"],                       # word numbers, padded with 0
-        image_index: Int[Tensor, " B"] | None = None,    # the image of each expression; None: one each, or all about the only image
-        return_attention: bool = False,                  # also give SFM's attention (None for a model without SFM)
+        features: list[Float[Tensor, "K C H W"]],  # from `encode` or `adapt`
+        words: Int[Tensor, "B T"],  # word numbers, padded with 0
+        # the image of each expression; None: one each, or all about the only image
+        image_index: Int[Tensor, " B"] | None = None,
+        return_attention: bool = False,  # also give SFM's attention (None for a model without SFM)
     ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], SFMAttention | None]:
         "Logits for each expression, at the decoder's own resolution."
         k, b = len(features[0]), len(words)
         if image_index is None and k != b:
-            if k != 1: raise ValueError(f"{k} images and {b} expressions: image_index must say which image each expression is about")
+            if k != 1:
+                raise ValueError(
+                    f"{k} images and {b} expressions: image_index must say which image each expression is about"
+                )
             image_index = torch.zeros(b, dtype=torch.long, device=words.device)
         visual, language, attention = self.fuse(features, self.text(words), image_index, return_attention)
-        if self.config.use_hcam: g = self.hcam(visual, language)
-        elif self.config.level_fusion in AGGREGATIONS: g = self.levels(visual, language)
-        else: g = self.levels(visual)
+        if self.config.use_hcam:
+            g = self.hcam(visual, language)
+        elif self.config.level_fusion in AGGREGATIONS:
+            g = self.levels(visual, language)
+        else:
+            g = self.levels(visual)
         logits = self.decoder(self.aspp(g))
         return (logits, attention) if return_attention else logits
 
     def forward(
         self,
-        images: UInt8[Tensor, "K 3 S S"],                # bytes, or floats in [0, 1]
-        words: Int[Tensor, "B T"],                       # word numbers, padded with 0
-        image_index: Int[Tensor, " B"] | None = None,    # the image of each expression
+        images: UInt8[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
+        words: Int[Tensor, "B T"],  # word numbers, padded with 0
+        image_index: Int[Tensor, " B"] | None = None,  # the image of each expression
     ) -> Float[Tensor, "B h w"]:
         "Encode, then segment."
         return self.segment(self.encode(images), words, image_index)
@@ -265,85 +408,122 @@ class SHNet(nn.Module):
 
 
 def count_parameters(
-    model: SHNet,           # any row, any device ("meta" too)
-) -> dict[str, int]:        # part -> parameters; "total" is the head's, without backbone and word vectors
+    model: SHNet,  # any row, any device ("meta" too)
+) -> dict[str, int]:  # part -> parameters; "total" is the head's, without backbone and word vectors
     "Parameters by part."
-    counts = {part: sum(p.numel() for m in modules for p in m.parameters()) for part, modules in model.parts().items()}
+    counts = {
+        part: sum(p.numel() for m in modules for p in m.parameters())
+        for part, modules in model.parts().items()
+    }
     return counts | {"total": sum(counts.values())}
 
 # %% ../../nbs/11_shnet.ipynb #024
 def model_name(
-    row: str,   # a row of Table 2 or 4, such as "Only SFM"
-) -> str:       # such as "only-sfm"
+    row: str,  # a row of Table 2 or 4, such as "Only SFM"
+) -> str:  # such as "only-sfm"
     "The name in `MODELS` of a row in `ABLATIONS` or `TABLE4`."
     return row.lower().replace("w/o", "without").replace(".", "").replace(" ", "-").replace("+", "-")
 
 
-MODELS: dict[str, dict] = {"shnet": {}} | {model_name(row): changes for row, changes in (ABLATIONS | TABLE4).items()}
+MODELS: dict[str, dict] = {"shnet": {}} | {
+    model_name(row): changes for row, changes in (ABLATIONS | TABLE4).items()
+}
 
 
-FAMILY = {"cmpc": "CMPC", "lavt": "LAVT", "crossvlt": "CrossVLT"}   # the systems beside SHNet, chapters 17 to 19; the modules have the names in front
+# the systems beside SHNet, chapters 17 to 19; the modules have the names in front
+FAMILY = {"cmpc": "CMPC", "lavt": "LAVT", "crossvlt": "CrossVLT"}
 
 
 def family(
-    name: str,          # a key of `FAMILY`
-) -> SimpleNamespace:   # model and config (classes), presets and recipes (by name), create (as `create_model`)
+    name: str,  # a key of `FAMILY`
+) -> SimpleNamespace:  # model and config (classes), presets and recipes (by name), create (as `create_model`)
     "The parts of one of the systems beside SHNet, imported when they are asked for."
     module, cls = import_module(f"refseg_nb.models.{name}"), FAMILY[name]
-    return SimpleNamespace(model=getattr(module, cls), config=getattr(module, f"{cls}Config"), presets=getattr(module, f"{cls.upper()}_PRESETS"),
-                           recipes=getattr(module, f"{cls.upper()}_RECIPES"), create=getattr(module, f"create_{name}"))
+    return SimpleNamespace(
+        model=getattr(module, cls),
+        config=getattr(module, f"{cls}Config"),
+        presets=getattr(module, f"{cls.upper()}_PRESETS"),
+        recipes=getattr(module, f"{cls.upper()}_RECIPES"),
+        create=getattr(module, f"create_{name}"),
+    )
 
 
 def recipes_of(
-    name: str = "shnet",   # a key of `MODELS` or `FAMILY`
-) -> dict:                 # preset -> its recipe
+    name: str = "shnet",  # a key of `MODELS` or `FAMILY`
+) -> dict:  # preset -> its recipe
     "How a model is trained, by preset."
-    if name not in MODELS and name not in FAMILY: raise ValueError(f"no model called {name!r}; there are {', '.join([*MODELS, *FAMILY])}")
+    if name not in MODELS and name not in FAMILY:
+        raise ValueError(f"no model called {name!r}; there are {', '.join([*MODELS, *FAMILY])}")
     return family(name).recipes if name in FAMILY else RECIPES
 
 
 def create_from_config(
-    name: str,         # a key of `MODELS` or `FAMILY`
-    config: dict,      # the model's `config.to_dict()`
-    vocab_size: int,   # V, with PAD = 0
+    name: str,  # a key of `MODELS` or `FAMILY`
+    config: dict,  # the model's `config.to_dict()`
+    vocab_size: int,  # V, with PAD = 0
 ) -> nn.Module:
     "The model of a stored configuration."
-    if name not in FAMILY: return SHNet(SHNetConfig.from_dict(config), vocab_size)
+    if name not in FAMILY:
+        return SHNet(SHNetConfig.from_dict(config), vocab_size)
     return family(name).model(family(name).config.from_dict(config), vocab_size)
 
 
 def create_model(
-    name: str = "shnet",               # a key of `MODELS`: "shnet", "baseline", "only-sfm", "mgate", ...; or of `FAMILY`
-    preset: str = "refshapes",         # "paper", "released" or "refshapes"; those of `FAMILY` have their own
-    vocab_size: int | None = None,     # V, with PAD = 0; `vectors` may tell it too
-    vectors: Tensor | None = None,     # [V, D] word vectors to start from
-    backbone: Backbone | str | None = None,  # a module, or the name that `SHNetConfig` knows; None: the preset's
-    **overrides,                       # fields of `SHNetConfig` to change
+    name: str = "shnet",  # a key of `MODELS`: "shnet", "baseline", "only-sfm", "mgate", ...; or of `FAMILY`
+    preset: str = "refshapes",  # "paper", "released" or "refshapes"; those of `FAMILY` have their own
+    vocab_size: int | None = None,  # V, with PAD = 0; `vectors` may tell it too
+    vectors: Tensor | None = None,  # [V, D] word vectors to start from
+    # a module, or the name that `SHNetConfig` knows; None: the preset's
+    backbone: Backbone | str | None = None,
+    **overrides,  # fields of `SHNetConfig` to change
 ) -> SHNet:
     "A model by name and preset, with single fields changed."
-    if name in FAMILY: return family(name).create(preset, vocab_size, vectors, backbone, **overrides)
-    if name not in MODELS: raise ValueError(f"no model called {name!r}; there are {', '.join([*MODELS, *FAMILY])}")
-    if preset not in PRESETS: raise ValueError(f"no preset called {preset!r}; there are {', '.join(PRESETS)}")
-    if vocab_size is None and vectors is None: raise ValueError("vocab_size is needed: how many words the vocabulary has")
-    if isinstance(backbone, str): overrides["backbone"], backbone = backbone, None
+    if name in FAMILY:
+        return family(name).create(preset, vocab_size, vectors, backbone, **overrides)
+    if name not in MODELS:
+        raise ValueError(f"no model called {name!r}; there are {', '.join([*MODELS, *FAMILY])}")
+    if preset not in PRESETS:
+        raise ValueError(f"no preset called {preset!r}; there are {', '.join(PRESETS)}")
+    if vocab_size is None and vectors is None:
+        raise ValueError("vocab_size is needed: how many words the vocabulary has")
+    if isinstance(backbone, str):
+        overrides["backbone"], backbone = backbone, None
     config = SHNetConfig.from_dict(PRESETS[preset].to_dict() | MODELS[name] | overrides)
     return SHNet(config, len(vectors) if vocab_size is None else vocab_size, vectors, backbone)
 
 # %% ../../nbs/11_shnet.ipynb #034
 def count_flops(
     config: SHNetConfig,  # any row, any preset
-    words: int = 25,      # T
-) -> dict[str, float]:    # part -> GFLOP (2 x multiply-adds) for one image and one phrase
+    words: int = 25,  # T
+) -> dict[str, float]:  # part -> GFLOP (2 x multiply-adds) for one image and one phrase
     "Floating-point operations by part, counted on a model without data."
     from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device("meta"):
         model = SHNet(replace(config, backbone_weights="none"), vocab_size=2).eval()
-        image, phrase = torch.empty(1, 3, config.image_size, config.image_size), torch.ones(1, words, dtype=torch.long)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: model(image, phrase)
+        image, phrase = (
+            torch.empty(1, 3, config.image_size, config.image_size),
+            torch.ones(1, words, dtype=torch.long),
+        )
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image, phrase)
     of = {name: sum(flops.values()) / 1e9 for name, flops in counter.get_flop_counts().items()}
-    def part(name): return of.get(f"SHNet.{name}", 0.)
-    table = {"backbone": part("backbone"), "level adapters": sum(part(f"adapters.{i}") for i in range(3)), "text encoder": part("text")}
-    table |= {"SFM": sum(part(f"sfm.{i}") for i in range(3))} if config.use_sfm else {"concatenation": part("fusion")}
-    if config.use_hcam: table |= {"HCAM gates": part("hcam") - part("hcam.aggregate"), "HCAM Conv3d": part("hcam.aggregate")}
-    else: table |= {"level fusion": part("levels")}
+
+    def part(name):
+        return of.get(f"SHNet.{name}", 0.0)
+
+    table = {
+        "backbone": part("backbone"),
+        "level adapters": sum(part(f"adapters.{i}") for i in range(3)),
+        "text encoder": part("text"),
+    }
+    table |= (
+        {"SFM": sum(part(f"sfm.{i}") for i in range(3))}
+        if config.use_sfm
+        else {"concatenation": part("fusion")}
+    )
+    if config.use_hcam:
+        table |= {"HCAM gates": part("hcam") - part("hcam.aggregate"), "HCAM Conv3d": part("hcam.aggregate")}
+    else:
+        table |= {"level fusion": part("levels")}
     return table | {"ASPP": part("aspp"), "decoder": part("decoder")}

@@ -26,28 +26,48 @@ from .scenes import CATEGORIES, GENERATOR_VERSION, HELDOUT, render, sample_scene
 
 # %% ../../nbs/02b_dataset.ipynb #006
 SPLITS = ("train", "val", "testA", "testB", "heldout")
-SIZES = {   # images and expressions of each split, and pixels a side
+SIZES = {  # images and expressions of each split, and pixels a side
     "tiny": {"resolution": 96, "images": (80, 24, 12, 12, 12), "expressions": (400, 120, 60, 60, 60)},
-    "quick": {"resolution": 96, "images": (3000, 1000, 300, 300, 300), "expressions": (15000, 5000, 1500, 1500, 1500)},
+    "quick": {
+        "resolution": 96,
+        "images": (3000, 1000, 300, 300, 300),
+        "expressions": (15000, 5000, 1500, 1500, 1500),
+    },
     # the shipped model's: quick with more to learn from
-    "large": {"resolution": 96, "images": (8000, 1000, 300, 300, 300), "expressions": (64000, 5000, 1500, 1500, 1500)},
-    "full": {"resolution": 320, "images": (16994, 1500, 750, 750, 750),
-             "expressions": (120624, 10834, 5657, 5095, 5000),     # RefCOCO's, split by UNC
-             "expressions+": (120191, 10758, 5726, 4889, 5000),    # RefCOCO+'s
-             "expressions-g": (80512, 4896, 4801, 4801, 0),        # RefCOCOg's, split by UMD
-             "images-stuff": (8995, 1000, 4997, 4997, 0), "expressions-stuff": (54134, 5842, 30053, 30052, 0)},   # ReferIt's
+    "large": {
+        "resolution": 96,
+        "images": (8000, 1000, 300, 300, 300),
+        "expressions": (64000, 5000, 1500, 1500, 1500),
+    },
+    "full": {
+        "resolution": 320,
+        "images": (16994, 1500, 750, 750, 750),
+        "expressions": (120624, 10834, 5657, 5095, 5000),  # RefCOCO's, split by UNC
+        "expressions+": (120191, 10758, 5726, 4889, 5000),  # RefCOCO+'s
+        "expressions-g": (80512, 4896, 4801, 4801, 0),  # RefCOCOg's, split by UMD
+        # ReferIt's
+        "images-stuff": (8995, 1000, 4997, 4997, 0),
+        "expressions-stuff": (54134, 5842, 30053, 30052, 0),
+    },
 }
-VERSIONS = {"refshapes-g": 1, "refshapes-stuff": 1}   # raised whenever their expressions or landscapes change; the first two go with the scenes' version
-_ONE_TEST = {"train": "train", "val": "val", "testA": "test", "testB": "test"}   # the splits of the last two, by the scenes they take
-_APART = 10_000_000   # between the splits' scene indices
+# raised whenever their expressions or landscapes change; the first two go with the scenes' version
+VERSIONS = {"refshapes-g": 1, "refshapes-stuff": 1}
+# the splits of the last two, by the scenes they take
+_ONE_TEST = {"train": "train", "val": "val", "testA": "test", "testB": "test"}
+_APART = 10_000_000  # between the splits' scene indices
 CATEGORY_IDS = {name: i for i, name in enumerate(CATEGORIES, 1)}
 
 # %% ../../nbs/02b_dataset.ipynb #008
 def _scene_of(split: str, i: int, seed: int):
     "The i-th scene of a split, and the things in it that the split's expressions may mean."
-    scene = sample_scene(seed, SPLITS.index(split) * _APART + i, people=split == "testA", heldout=split == "heldout")
-    keep = {"testA": lambda t: CATEGORIES[t.category] == "person", "testB": lambda t: CATEGORIES[t.category] != "person",
-            "heldout": lambda t: HELDOUT[t.category] == t.color}.get(split, lambda t: True)
+    scene = sample_scene(
+        seed, SPLITS.index(split) * _APART + i, people=split == "testA", heldout=split == "heldout"
+    )
+    keep = {
+        "testA": lambda t: CATEGORIES[t.category] == "person",
+        "testB": lambda t: CATEGORIES[t.category] != "person",
+        "heldout": lambda t: HELDOUT[t.category] == t.color,
+    }.get(split, lambda t: True)
     return scene, [i for i, t in enumerate(scene.things) if keep(t)]
 
 # %% ../../nbs/02b_dataset.ipynb #012
@@ -63,38 +83,87 @@ def _draw(job: dict) -> list[dict]:
     "Draw a run of one split's images into a folder; returns their records. It runs in a worker process."
     out, long = [], job["name"] == "refshapes-g"
     for i, count in zip(range(*job["range"]), job["counts"]):
-        scene, referents = _scene_of(job["scenes"], i, job["seed"]); drawn = render(scene, job["resolution"])
-        image_id = scene.index + 1; file = f"RefShapes_{image_id:012d}.png"
-        if job["images"]: Image.fromarray(drawn.image).save(Path(job["images"]) / file, compress_level=4)
-        anns = [{"id": image_id * 10 + k, "image_id": image_id, "category_id": CATEGORY_IDS[t.category], "segmentation": rle, "area": area,
-                 "bbox": box, "iscrowd": 0, "attributes": {"color": t.color, "texture": t.texture}, "size": round(t.size, 4)}
-                for k, (t, rle, area, box) in enumerate(zip(scene.things, *_encode(drawn.masks)))]
+        scene, referents = _scene_of(job["scenes"], i, job["seed"])
+        drawn = render(scene, job["resolution"])
+        image_id = scene.index + 1
+        file = f"RefShapes_{image_id:012d}.png"
+        if job["images"]:
+            Image.fromarray(drawn.image).save(Path(job["images"]) / file, compress_level=4)
+        anns = [
+            {
+                "id": image_id * 10 + k,
+                "image_id": image_id,
+                "category_id": CATEGORY_IDS[t.category],
+                "segmentation": rle,
+                "area": area,
+                "bbox": box,
+                "iscrowd": 0,
+                "attributes": {"color": t.color, "texture": t.texture},
+                "size": round(t.size, 4),
+            }
+            for k, (t, rle, area, box) in enumerate(zip(scene.things, *_encode(drawn.masks)))
+        ]
         rng = random.Random(f"expressions {GENERATOR_VERSION} {job['name']} {job['seed']} {scene.index}")
-        if long: from refseg_nb.refshapes.flavours import sample_long
-        if not count or not referents: said = []
-        else: said = sample_long(scene, rng, count) if long else sample_expressions(scene, rng, job["name"], count, referents)
-        info = {"license": 0, "file_name": f"{job['tag']}/{file}", "coco_url": "", "height": job["resolution"], "width": job["resolution"],
-                "date_captured": "", "flickr_url": "", "id": image_id, "background": scene.background, "horizon": round(scene.horizon, 4)}
-        out.append({"image": info, "annotations": anns, "split": job["split"], "said": [vars(e) for e in said]})
+        if long:
+            from refseg_nb.refshapes.flavours import sample_long
+        if not count or not referents:
+            said = []
+        else:
+            said = (
+                sample_long(scene, rng, count)
+                if long
+                else sample_expressions(scene, rng, job["name"], count, referents)
+            )
+        info = {
+            "license": 0,
+            "file_name": f"{job['tag']}/{file}",
+            "coco_url": "",
+            "height": job["resolution"],
+            "width": job["resolution"],
+            "date_captured": "",
+            "flickr_url": "",
+            "id": image_id,
+            "background": scene.background,
+            "horizon": round(scene.horizon, 4),
+        }
+        out.append(
+            {"image": info, "annotations": anns, "split": job["split"], "said": [vars(e) for e in said]}
+        )
     return out
 
 # %% ../../nbs/02b_dataset.ipynb #020
 def _jobs(name, size, seed, resolution, tag, folder, step=25):
-    spec, more = SIZES[size], name.removeprefix("refshapes"); regions = name == "refshapes-stuff"
-    for scenes, n, total in zip(SPLITS, spec.get("images" + more, spec["images"]), spec.get("expressions" + more, spec["expressions"])):
+    spec, more = SIZES[size], name.removeprefix("refshapes")
+    regions = name == "refshapes-stuff"
+    for scenes, n, total in zip(
+        SPLITS, spec.get("images" + more, spec["images"]), spec.get("expressions" + more, spec["expressions"])
+    ):
         split = scenes if name in FLAVOURS else _ONE_TEST.get(scenes)
-        if split is None and (regions or not folder): continue
+        if split is None and (regions or not folder):
+            continue
         for a in range(0, n, step):
             b = min(a + step, n)
-            yield {"name": name, "seed": seed, "resolution": resolution, "tag": tag, "images": folder, "scenes": scenes, "split": split, "range": (a, b),
-                   "counts": [total * (i + 1) // n - total * i // n if split else 0 for i in range(a, b)]}
+            yield {
+                "name": name,
+                "seed": seed,
+                "resolution": resolution,
+                "tag": tag,
+                "images": folder,
+                "scenes": scenes,
+                "split": split,
+                "range": (a, b),
+                "counts": [total * (i + 1) // n - total * i // n if split else 0 for i in range(a, b)],
+            }
 
 # %% ../../nbs/02b_dataset.ipynb #024
 def _run_job(job: dict) -> list[dict]:
     "Draw the images of one job, in this process."
-    if job["name"] != "refshapes-stuff": return _draw(job)
+    if job["name"] != "refshapes-stuff":
+        return _draw(job)
     from refseg_nb.refshapes.flavours import draw_landscapes
+
     return draw_landscapes(job, SPLITS.index(job["scenes"]) * _APART)
+
 
 def _run_jobs(jobs, workers, progress):
     "Results of `_run_job` in the order of the jobs."
@@ -102,15 +171,22 @@ def _run_jobs(jobs, workers, progress):
     columns = (TextColumn("drawing RefShapes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task("", total=sum(len(j["counts"]) for j in jobs))
-        def finish(k, result): done[k] = result; bar.advance(task, len(result))
+
+        def finish(k, result):
+            done[k] = result
+            bar.advance(task, len(result))
+
         if workers > 1:
             try:
                 with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
                     futures = {pool.submit(_run_job, j): k for k, j in enumerate(jobs)}
-                    for f in as_completed(futures): finish(futures[f], f.result())
-            except BrokenProcessPool: pass   # a script without `if __name__ == "__main__"` cannot start workers: go on alone
+                    for f in as_completed(futures):
+                        finish(futures[f], f.result())
+            except BrokenProcessPool:
+                pass  # a script without `if __name__ == "__main__"` cannot start workers: go on alone
         for k, j in enumerate(jobs):
-            if done[k] is None: finish(k, _run_job(j))
+            if done[k] is None:
+                finish(k, _run_job(j))
     return done
 
 # %% ../../nbs/02b_dataset.ipynb #028
@@ -120,22 +196,48 @@ def _assemble(results):
     for record in (r for run in results for r in run if r["split"]):
         image_id, split = record["image"]["id"], record["split"]
         counts.setdefault(split, {"images": 0, "refs": 0, "expressions": 0})["images"] += 1
-        images.append(record["image"]); annotations += record["annotations"]
+        images.append(record["image"])
+        annotations += record["annotations"]
         by_thing = {}
-        for e in record["said"]: by_thing.setdefault(e["referent"], []).append(e)
+        for e in record["said"]:
+            by_thing.setdefault(e["referent"], []).append(e)
         for k, said in sorted(by_thing.items()):
-            ann = record["annotations"][k]; sentences = []
+            ann = record["annotations"][k]
+            sentences = []
             for e in said:
-                sentence = {"tokens": e["text"].split(), "raw": e["text"], "sent_id": sent_id, "sent": e["text"], "kind": e["kind"],
-                            "program": e["program"]}
-                if e["group"]: sentence["group"] = f"{image_id}-{e['group']}"
-                sentences.append(sentence); sent_id += 1
-            refs.append({"sent_ids": [s["sent_id"] for s in sentences], "file_name": f"RefShapes_{image_id:012d}_{ann['id']}.png", "ann_id": ann["id"],
-                         "ref_id": len(refs), "image_id": image_id, "split": split, "sentences": sentences, "category_id": ann["category_id"]})
-            counts[split]["refs"] += 1; counts[split]["expressions"] += len(sentences)
-    instances = {"info": {"description": "RefShapes", "version": str(GENERATOR_VERSION)}, "licenses": [{"id": 0, "name": "MIT", "url": ""}],
-                 "images": images, "annotations": annotations,
-                 "categories": [{"supercategory": CATEGORIES[c], "id": i, "name": c} for c, i in CATEGORY_IDS.items()]}
+                sentence = {
+                    "tokens": e["text"].split(),
+                    "raw": e["text"],
+                    "sent_id": sent_id,
+                    "sent": e["text"],
+                    "kind": e["kind"],
+                    "program": e["program"],
+                }
+                if e["group"]:
+                    sentence["group"] = f"{image_id}-{e['group']}"
+                sentences.append(sentence)
+                sent_id += 1
+            refs.append(
+                {
+                    "sent_ids": [s["sent_id"] for s in sentences],
+                    "file_name": f"RefShapes_{image_id:012d}_{ann['id']}.png",
+                    "ann_id": ann["id"],
+                    "ref_id": len(refs),
+                    "image_id": image_id,
+                    "split": split,
+                    "sentences": sentences,
+                    "category_id": ann["category_id"],
+                }
+            )
+            counts[split]["refs"] += 1
+            counts[split]["expressions"] += len(sentences)
+    instances = {
+        "info": {"description": "RefShapes", "version": str(GENERATOR_VERSION)},
+        "licenses": [{"id": 0, "name": "MIT", "url": ""}],
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"supercategory": CATEGORIES[c], "id": i, "name": c} for c, i in CATEGORY_IDS.items()],
+    }
     return refs, instances, counts
 
 # %% ../../nbs/02b_dataset.ipynb #032
@@ -143,73 +245,132 @@ def _drop_leftovers(folder: Path):
     "Remove temporary folders of processes that are gone."
     for old in folder.glob(".*.tmp"):
         pid = old.name.split(".")[-2]
-        if pid.isdigit() and not _alive(int(pid)): shutil.rmtree(old, ignore_errors=True)
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+
 
 def _alive(pid):
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except OSError: return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
     return True
 
 # %% ../../nbs/02b_dataset.ipynb #034
 def _move_in(new: Path, place: Path):
     "Rename a finished folder to its place; what was there goes."
     if place.exists():
-        old = place.with_name(f".{place.name}.old.{os.getpid()}.tmp"); place.rename(old); new.rename(place); shutil.rmtree(old)
-    else: new.rename(place)
+        old = place.with_name(f".{place.name}.old.{os.getpid()}.tmp")
+        place.rename(old)
+        new.rename(place)
+        shutil.rmtree(old)
+    else:
+        new.rename(place)
 
 # %% ../../nbs/02b_dataset.ipynb #038
 def _write_refs(folder: Path, name: str, results: list) -> dict:
     "Write the records as REFER's two files; returns the counts."
     refs, instances, counts = _assemble(results)
-    with open(folder / f"refs({'umd' if name == 'refshapes-g' else 'unc'}).p", "wb") as f: pickle.dump(refs, f, protocol=2)
+    with open(folder / f"refs({'umd' if name == 'refshapes-g' else 'unc'}).p", "wb") as f:
+        pickle.dump(refs, f, protocol=2)
     (folder / "instances.json").write_text(json.dumps(instances, separators=(",", ":")))
     return counts
 
 # %% ../../nbs/02b_dataset.ipynb #042
 def make_refshapes(
-    root: str | Path,            # the data folder; `<root>/<name>` is written, and the shared pictures in `<root>/images/refshapes`
-    name: str = "refshapes",     # or "refshapes+" (no words for places), "refshapes-g" (long sentences), "refshapes-stuff" (regions, in ReferIt's layout)
-    size: str = "quick",         # "tiny", "quick", "large" or "full"
+    # the data folder; `<root>/<name>` is written, and the shared pictures in `<root>/images/refshapes`
+    root: str | Path,
+    # or "refshapes+" (no words for places), "refshapes-g" (long sentences), "refshapes-stuff" (regions, in
+    # ReferIt's layout)
+    name: str = "refshapes",
+    size: str = "quick",  # "tiny", "quick", "large" or "full"
     *,
     seed: int = 0,
     resolution: int | None = None,  # pixels a side; by default what `SIZES` says
     workers: int | None = None,  # processes; by default as many as there are cores
-    progress: bool = True,       # show a bar
-    overwrite: bool = False,     # replace a data set that was made with other parameters
-) -> Path:                       # `<root>/<name>`
+    progress: bool = True,  # show a bar
+    overwrite: bool = False,  # replace a data set that was made with other parameters
+) -> Path:  # `<root>/<name>`
     "Draw a RefShapes data set in the layout of its model; a second call with the same parameters does nothing."
     names, regions = (*FLAVOURS, *VERSIONS), name == "refshapes-stuff"
-    if name not in names: raise ValueError(f"name is {name!r}: it must be one of {', '.join(names)}")
-    if size not in SIZES: raise ValueError(f"size is {size!r}: it must be one of {', '.join(SIZES)}")
-    resolution = resolution or SIZES[size]["resolution"]; root = Path(root).expanduser(); home = root / name; store = root / "images" / "refshapes"
-    tag = f"{size}-{seed}-{resolution}"; wanted = {"name": name, "size": size, "seed": seed, "resolution": resolution, "generator": GENERATOR_VERSION}
-    if name in VERSIONS: wanted["expressions"] = VERSIONS[name]
+    if name not in names:
+        raise ValueError(f"name is {name!r}: it must be one of {', '.join(names)}")
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}: it must be one of {', '.join(SIZES)}")
+    resolution = resolution or SIZES[size]["resolution"]
+    root = Path(root).expanduser()
+    home = root / name
+    store = root / "images" / "refshapes"
+    tag = f"{size}-{seed}-{resolution}"
+    wanted = {
+        "name": name,
+        "size": size,
+        "seed": seed,
+        "resolution": resolution,
+        "generator": GENERATOR_VERSION,
+    }
+    if name in VERSIONS:
+        wanted["expressions"] = VERSIONS[name]
+
     def same(file, keys):
-        if not file.exists(): return None
-        found = json.loads(file.read_text()); return all(found.get(k) == wanted[k] for k in keys)
-    data, drawn = same(home / "refshapes.json", list(wanted)), regions or same(store / tag / "refshapes.json", ["seed", "generator"])
-    if data and drawn: return home
+        if not file.exists():
+            return None
+        found = json.loads(file.read_text())
+        return all(found.get(k) == wanted[k] for k in keys)
+
+    data, drawn = (
+        same(home / "refshapes.json", list(wanted)),
+        regions or same(store / tag / "refshapes.json", ["seed", "generator"]),
+    )
+    if data and drawn:
+        return home
     if not overwrite and (data is False or data is None and home.exists()):
-        raise ValueError(f"{home} holds another data set (see its refshapes.json): choose another root, or pass overwrite=True to replace it")
-    for folder in (root,) if regions else (root, store): folder.mkdir(parents=True, exist_ok=True); _drop_leftovers(folder)
-    temporary, new_images = root / f".{name}.{os.getpid()}.tmp", store / f".{tag}.{os.getpid()}.tmp"; new_home, stage = temporary / name, temporary / "drawn"
+        raise ValueError(
+            f"{home} holds another data set (see its refshapes.json): choose another root, or pass overwrite=True to replace it"
+        )
+    for folder in (root,) if regions else (root, store):
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_leftovers(folder)
+    temporary, new_images = root / f".{name}.{os.getpid()}.tmp", store / f".{tag}.{os.getpid()}.tmp"
+    new_home, stage = temporary / name, temporary / "drawn"
     try:
         (stage if regions else new_home).mkdir(parents=True)
-        if not drawn: new_images.mkdir()
-        jobs = list(_jobs(name, size, seed, resolution, tag, str(stage) if regions else None if drawn else str(new_images)))
+        if not drawn:
+            new_images.mkdir()
+        jobs = list(
+            _jobs(
+                name,
+                size,
+                seed,
+                resolution,
+                tag,
+                str(stage) if regions else None if drawn else str(new_images),
+            )
+        )
         results = _run_jobs(jobs, (workers or os.cpu_count() or 1) if len(jobs) > 12 else 1, progress)
         if regions:
             from refseg_nb.refshapes.flavours import write_landscapes
+
             counts = write_landscapes(new_home, results, stage)
-        else: counts = _write_refs(new_home, name, results)
+        else:
+            counts = _write_refs(new_home, name, results)
         images = f"{name}/images" if regions else f"images/refshapes/{tag}"
-        (new_home / "refshapes.json").write_text(json.dumps({**wanted, "images": images, "counts": counts}, indent=1))
+        (new_home / "refshapes.json").write_text(
+            json.dumps({**wanted, "images": images, "counts": counts}, indent=1)
+        )
         if not drawn:
-            (new_images / "refshapes.json").write_text(json.dumps({"seed": seed, "generator": GENERATOR_VERSION}))
-            if same(store / tag / "refshapes.json", ["seed", "generator"]): shutil.rmtree(new_images)   # another process was faster
-            else: _move_in(new_images, store / tag)
+            (new_images / "refshapes.json").write_text(
+                json.dumps({"seed": seed, "generator": GENERATOR_VERSION})
+            )
+            # another process was faster
+            if same(store / tag / "refshapes.json", ["seed", "generator"]):
+                shutil.rmtree(new_images)
+            else:
+                _move_in(new_images, store / tag)
         _move_in(new_home, home)
     finally:
-        for left in (temporary, new_images): shutil.rmtree(left, ignore_errors=True)
+        for left in (temporary, new_images):
+            shutil.rmtree(left, ignore_errors=True)
     return home

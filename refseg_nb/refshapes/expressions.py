@@ -20,126 +20,189 @@ from .scenes import CATEGORIES, COLORS, HELDOUT, Rendering, Scene, render
 
 # %% ../../nbs/02_expressions.ipynb #015
 KINDS = ("attribute", "superlative", "relation", "composition")
-FLAVOURS = ("refshapes", "refshapes+")   # with words for places, as RefCOCO; without, as RefCOCO+
-GAP = .06            # of position, between the thing meant and the next, as a share of the side
+FLAVOURS = ("refshapes", "refshapes+")  # with words for places, as RefCOCO; without, as RefCOCO+
+GAP = 0.06  # of position, between the thing meant and the next, as a share of the side
 DISTANCE_RATIO = 1.35
-SIZE_RATIO = 1.25    # of `Thing.size`; 1.56 in area
-BIG, NOT_BIG, SMALL, NOT_SMALL = .25, .205, .145, .18   # sizes between them are neither: phrases that need to know are rejected
+SIZE_RATIO = 1.25  # of `Thing.size`; 1.56 in area
+# sizes between them are neither: phrases that need to know are rejected
+BIG, NOT_BIG, SMALL, NOT_SMALL = 0.25, 0.205, 0.145, 0.18
 _SIDES = ("left", "right", "top", "bottom", "biggest", "smallest")
 
 # %% ../../nbs/02_expressions.ipynb #017
 @dataclass(frozen=True)
 class Noun:
     "A set of things: of a category (or kind of category, or any thing), and of a colour, a texture, a size where they are given."
-    noun: str = "any"   # a category, "person", "animal", "thing" (not a person), or "any"
+
+    noun: str = "any"  # a category, "person", "animal", "thing" (not a person), or "any"
     color: str = ""
     texture: str = ""
     size: str = ""
 
-    def __str__(self): return ".".join([self.noun] + [a for a in (self.size, self.texture, self.color) if a])
+    def __str__(self):
+        return ".".join([self.noun] + [a for a in (self.size, self.texture, self.color) if a])
+
     @property
-    def attributes(self) -> tuple[str, ...]: return tuple(k for k in ("color", "texture", "size") if getattr(self, k))
-    def without(self, slot) -> "Noun": return Noun(**{**self.__dict__, slot: "any" if slot == "noun" else ""})
+    def attributes(self) -> tuple[str, ...]:
+        return tuple(k for k in ("color", "texture", "size") if getattr(self, k))
+
+    def without(self, slot) -> "Noun":
+        return Noun(**{**self.__dict__, slot: "any" if slot == "noun" else ""})
 
 # %% ../../nbs/02_expressions.ipynb #021
 @dataclass(frozen=True)
 class Program:
     "An operation and its arguments: `Noun`s, words, numbers and other programs."
+
     op: str
     args: tuple
 
-    def __str__(self): return f"{self.op}({', '.join(map(str, self.args))})"
+    def __str__(self):
+        return f"{self.op}({', '.join(map(str, self.args))})"
+
 
 @dataclass(frozen=True)
 class Expression:
     "A phrase, the thing that it means, and why."
+
     text: str
-    referent: int       # index into `Scene.things`
-    kind: str           # one of `KINDS`
-    program: str        # what the phrase means, as text: `parse_program` reads it
-    group: str = ""     # expressions of one image with the same group differ in one slot and in their referent
+    referent: int  # index into `Scene.things`
+    kind: str  # one of `KINDS`
+    program: str  # what the phrase means, as text: `parse_program` reads it
+    group: str = ""  # expressions of one image with the same group differ in one slot and in their referent
 
 # %% ../../nbs/02_expressions.ipynb #023
 _ATOM = re.compile(r"\s*([(),]|[^(),\s]+)")
 
+
 def parse_program(
-    text: str,    # such as "nearest(ball.red, the(house))"
+    text: str,  # such as "nearest(ball.red, the(house))"
 ) -> Program:
     "Read a program back from its text."
-    tokens = _ATOM.findall(text); at = 0
+    tokens = _ATOM.findall(text)
+    at = 0
+
     def value():
         nonlocal at
-        if at >= len(tokens): raise ValueError(f"the program {text!r} ends too early")
-        head = tokens[at]; at += 1
+        if at >= len(tokens):
+            raise ValueError(f"the program {text!r} ends too early")
+        head = tokens[at]
+        at += 1
         if at < len(tokens) and tokens[at] == "(":
-            at += 1; args = [value()]
-            while at < len(tokens) and tokens[at] == ",": at += 1; args.append(value())
-            if at >= len(tokens) or tokens[at] != ")": raise ValueError(f"the program {text!r} lacks a closing bracket")
+            at += 1
+            args = [value()]
+            while at < len(tokens) and tokens[at] == ",":
+                at += 1
+                args.append(value())
+            if at >= len(tokens) or tokens[at] != ")":
+                raise ValueError(f"the program {text!r} lacks a closing bracket")
             at += 1
             return Program(head, tuple(args))
-        if head.isdigit(): return int(head)
-        if head in _SIDES: return head
-        noun, *rest = head.split("."); slots = {}
-        for a in rest: slots["color" if a in COLORS else "size" if a in ("big", "small") else "texture"] = a
+        if head.isdigit():
+            return int(head)
+        if head in _SIDES:
+            return head
+        noun, *rest = head.split(".")
+        slots = {}
+        for a in rest:
+            slots["color" if a in COLORS else "size" if a in ("big", "small") else "texture"] = a
         return Noun(noun, **slots)
+
     program = value()
-    if not isinstance(program, Program): raise ValueError(f"{text!r} is not a program: it has no operation")
+    if not isinstance(program, Program):
+        raise ValueError(f"{text!r} is not a program: it has no operation")
     return program
 
 # %% ../../nbs/02_expressions.ipynb #029
 class Sets:
     "Sets of a scene's things as bits of an int, and the words that name them."
+
     def __init__(self, scene: Scene):
-        self.things = scene.things; self.n = n = len(scene.things); self.all = (1 << n) - 1; self.memo = {}
+        self.things = scene.things
+        self.n = n = len(scene.things)
+        self.all = (1 << n) - 1
+        self.memo = {}
         bits = lambda test: sum(1 << i for i, t in enumerate(self.things) if test(t))
-        self.words = {"any": self.all, "thing": bits(lambda t: CATEGORIES[t.category] != "person"), "": self.all}
+        self.words = {
+            "any": self.all,
+            "thing": bits(lambda t: CATEGORIES[t.category] != "person"),
+            "": self.all,
+        }
         for t in self.things:
             for w in (t.category, CATEGORIES[t.category], t.color, t.texture):
-                if w not in self.words: self.words[w] = bits(lambda u: w in (u.category, CATEGORIES[u.category], u.color, u.texture))  # noqa: B023 - used at once
-        self.words["big"], self.words["small"] = bits(lambda t: t.size >= BIG), bits(lambda t: t.size <= SMALL)
-        self.unsure = {"": 0, "big": bits(lambda t: NOT_BIG < t.size < BIG), "small": bits(lambda t: SMALL < t.size < NOT_SMALL)}
+                if w not in self.words:
+                    self.words[w] = bits(
+                        lambda u: w in (u.category, CATEGORIES[u.category], u.color, u.texture)
+                    )  # noqa: B023 - used at once
+        self.words["big"], self.words["small"] = (
+            bits(lambda t: t.size >= BIG),
+            bits(lambda t: t.size <= SMALL),
+        )
+        self.unsure = {
+            "": 0,
+            "big": bits(lambda t: NOT_BIG < t.size < BIG),
+            "small": bits(lambda t: SMALL < t.size < NOT_SMALL),
+        }
 
-    def members(self, bits: int) -> list[int]: return [i for i in range(self.n) if bits >> i & 1]
+    def members(self, bits: int) -> list[int]:
+        return [i for i in range(self.n) if bits >> i & 1]
 
-    def one(self, bits): return bits.bit_length() - 1 if bits and not bits & (bits - 1) else None
+    def one(self, bits):
+        return bits.bit_length() - 1 if bits and not bits & (bits - 1) else None
 
     def set_of(self, noun: Noun) -> int | None:
         w = self.words
         bits = w.get(noun.noun, 0) & w.get(noun.color, 0) & w.get(noun.texture, 0)
-        if bits & self.unsure[noun.size]: return None
+        if bits & self.unsure[noun.size]:
+            return None
         return bits & w[noun.size] if noun.size else bits
 
 # %% ../../nbs/02_expressions.ipynb #033
 class Orders(Sets):
     "Superlatives: the first, or the second, of a set from one side."
+
     def __init__(self, scene: Scene):
         super().__init__(scene)
-        self.key = {"left": [t.x for t in self.things], "top": [t.y for t in self.things], "smallest": [math.log(t.size) for t in self.things]}
-        for side, other in (("right", "left"), ("bottom", "top"), ("biggest", "smallest")): self.key[side] = [-v for v in self.key[other]]
+        self.key = {
+            "left": [t.x for t in self.things],
+            "top": [t.y for t in self.things],
+            "smallest": [math.log(t.size) for t in self.things],
+        }
+        for side, other in (("right", "left"), ("bottom", "top"), ("biggest", "smallest")):
+            self.key[side] = [-v for v in self.key[other]]
         self.gap = dict.fromkeys(_SIDES[:4], GAP) | dict.fromkeys(_SIDES[4:], math.log(SIZE_RATIO))
 
     def most(self, side: str, rank: int, bits: int) -> int | None:
         "The `rank`-th of a set from one side, if its neighbours in that order keep their distance."
         key = ("most", side, rank, bits)
         if key not in self.memo:
-            order = sorted((self.key[side][i], i) for i in self.members(bits)); found = None
+            order = sorted((self.key[side][i], i) for i in self.members(bits))
+            found = None
             around = [k for k in (rank - 2, rank - 1) if k >= 0]
-            if len(order) > rank and all(order[k + 1][0] - order[k][0] >= self.gap[side] for k in around): found = order[rank - 1][1]
+            if len(order) > rank and all(order[k + 1][0] - order[k][0] >= self.gap[side] for k in around):
+                found = order[rank - 1][1]
             self.memo[key] = found
         return self.memo[key]
 
     def middle(self, bits: int) -> int | None:
         "Of exactly three, the one between the other two in the horizontal."
         order = sorted((self.key["left"][i], i) for i in self.members(bits))
-        return order[1][1] if len(order) == 3 and min(order[1][0] - order[0][0], order[2][0] - order[1][0]) >= GAP else None
+        return (
+            order[1][1]
+            if len(order) == 3 and min(order[1][0] - order[0][0], order[2][0] - order[1][0]) >= GAP
+            else None
+        )
 
 # %% ../../nbs/02_expressions.ipynb #037
 def _gap(a, b):
     "Distance between the boxes of two things."
-    return math.hypot(max(a.box[0] - b.box[2], b.box[0] - a.box[2], 0), max(a.box[1] - b.box[3], b.box[1] - a.box[3], 0))
+    return math.hypot(
+        max(a.box[0] - b.box[2], b.box[0] - a.box[2], 0), max(a.box[1] - b.box[3], b.box[1] - a.box[3], 0)
+    )
+
 
 class Distances(Orders):
     "Closest to and farthest from one anchor, or a set of them."
+
     def __init__(self, scene: Scene):
         super().__init__(scene)
         self.centre = [[math.hypot(a.x - b.x, a.y - b.y) for b in self.things] for a in self.things]
@@ -148,69 +211,100 @@ class Distances(Orders):
     def near(self, bits: int, anchors: int, far: bool = False) -> int | None:
         "The thing of a set that is closest to (farthest from) the nearest of the anchors, by centres and by edges alike."
         key = ("far" if far else "near", bits, anchors)
-        if key in self.memo: return self.memo[key]
+        if key in self.memo:
+            return self.memo[key]
         found, a = None, self.members(anchors)
-        if len(a) == 1: bits &= ~anchors
+        if len(a) == 1:
+            bits &= ~anchors
         cands = []
         for i in self.members(bits):
             rest = [j for j in a if j != i]
-            if not rest: cands = []; break
+            if not rest:
+                cands = []
+                break
             cands.append((min(self.centre[i][j] for j in rest), min(self.clear[i][j] for j in rest), i))
         if len(cands) > 1:
-            cands.sort(reverse=far); (d, e, i), (d2, _, _) = cands[:2]
-            if far: found = i if d >= DISTANCE_RATIO * d2 and all(e >= c[1] + .03 for c in cands[1:]) else None
-            else: found = i if d * DISTANCE_RATIO <= d2 and all(e + .03 <= c[1] for c in cands[1:]) else None
+            cands.sort(reverse=far)
+            (d, e, i), (d2, _, _) = cands[:2]
+            if far:
+                found = i if d >= DISTANCE_RATIO * d2 and all(e >= c[1] + 0.03 for c in cands[1:]) else None
+            else:
+                found = i if d * DISTANCE_RATIO <= d2 and all(e + 0.03 <= c[1] for c in cands[1:]) else None
         self.memo[key] = found
         return found
 
 # %% ../../nbs/02_expressions.ipynb #039
 class Relations(Distances):
     "Relations with one side of an anchor, and with two anchors."
+
     def beside(self, side: str, bits: int, anchor: int) -> int | None:
         "The nearest of those of a set that lie to one side of the anchor; there must be two of them, so that this is not the outermost one in disguise."
-        bits &= ~(1 << anchor); key = self.key[side]; here = []
+        bits &= ~(1 << anchor)
+        key = self.key[side]
+        here = []
         for i in self.members(bits):
             step = key[anchor] - key[i]
-            if abs(step) < GAP: return None
-            if step > 0: here.append((self.centre[i][anchor], i))
+            if abs(step) < GAP:
+                return None
+            if step > 0:
+                here.append((self.centre[i][anchor], i))
         here.sort()
-        if len(here) < 2 or here[0][0] * DISTANCE_RATIO > here[1][0]: return None
-        i = here[0][1]; dx, dy = abs(self.key["left"][i] - self.key["left"][anchor]), abs(self.key["top"][i] - self.key["top"][anchor])
-        return i if (dy < .7 * dx if side in ("left", "right") else dx < .7 * dy) else None
+        if len(here) < 2 or here[0][0] * DISTANCE_RATIO > here[1][0]:
+            return None
+        i = here[0][1]
+        dx, dy = (
+            abs(self.key["left"][i] - self.key["left"][anchor]),
+            abs(self.key["top"][i] - self.key["top"][anchor]),
+        )
+        return i if (dy < 0.7 * dx if side in ("left", "right") else dx < 0.7 * dy) else None
 
     def between(self, bits: int, a: int, b: int) -> int | None:
         "The only one of a set near the middle of the line from one anchor to the other, the rest clearly elsewhere."
         key = ("between", min(a, b), max(a, b))
         if key not in self.memo:
             ax, ay, bx, by = self.things[a].x, self.things[a].y, self.things[b].x, self.things[b].y
-            L = math.hypot(bx - ax, by - ay); inside = unsure = 0
+            L = math.hypot(bx - ax, by - ay)
+            inside = unsure = 0
             for i, t in enumerate(self.things):
-                if i in (a, b): continue
-                along = ((t.x - ax) * (bx - ax) + (t.y - ay) * (by - ay)) / L ** 2
-                off = abs((t.x - ax) * (by - ay) - (t.y - ay) * (bx - ax)) / L ** 2
-                if .2 < along < .8 and off < .25: inside |= 1 << i
-                elif 0 < along < 1 and off < .38: unsure |= 1 << i
+                if i in (a, b):
+                    continue
+                along = ((t.x - ax) * (bx - ax) + (t.y - ay) * (by - ay)) / L**2
+                off = abs((t.x - ax) * (by - ay) - (t.y - ay) * (bx - ax)) / L**2
+                if 0.2 < along < 0.8 and off < 0.25:
+                    inside |= 1 << i
+                elif 0 < along < 1 and off < 0.38:
+                    unsure |= 1 << i
             self.memo[key] = (inside, unsure, L)
-        inside, unsure, L = self.memo[key]; bits &= ~(1 << a | 1 << b)
-        return self.one(inside & bits) if L >= .28 and not unsure & bits and bits & (bits - 1) else None
+        inside, unsure, L = self.memo[key]
+        bits &= ~(1 << a | 1 << b)
+        return self.one(inside & bits) if L >= 0.28 and not unsure & bits and bits & (bits - 1) else None
 
 # %% ../../nbs/02_expressions.ipynb #043
 class World(Relations):
     "What is true in a scene, with margins. None means: nothing, several, or too close to call."
+
     def run(self, program: Program) -> int | None:
         "Execute a program."
         op, args = program.op, program.args
-        if op == "most": bits = self.set_of(args[2]); return None if bits is None else self.most(args[0], args[1], bits)
+        if op == "most":
+            bits = self.set_of(args[2])
+            return None if bits is None else self.most(args[0], args[1], bits)
         if op == "beside":
             bits, anchor = self.set_of(args[1]), self.run(args[2])
             return None if bits is None or anchor is None else self.beside(args[0], bits, anchor)
         bits = self.set_of(args[0])
-        if bits is None: return None
-        if op == "the": return self.one(bits)
-        if op == "middle": return self.middle(bits)
+        if bits is None:
+            return None
+        if op == "the":
+            return self.one(bits)
+        if op == "middle":
+            return self.middle(bits)
         if op in ("nearest", "farthest"):
-            if args[1].op == "a": anchors = self.set_of(args[1].args[0])
-            else: i = self.run(args[1]); anchors = None if i is None else 1 << i
+            if args[1].op == "a":
+                anchors = self.set_of(args[1].args[0])
+            else:
+                i = self.run(args[1])
+                anchors = None if i is None else 1 << i
             return None if not anchors else self.near(bits, anchors, op == "farthest")
         if op == "between":
             a, b = self.run(args[1]), self.run(args[2])
@@ -220,13 +314,15 @@ class World(Relations):
 # %% ../../nbs/02_expressions.ipynb #045
 def world(scene: Scene) -> World:
     "The scene's `World`, made once."
-    if "_world" not in scene.__dict__: scene.__dict__["_world"] = World(scene)
+    if "_world" not in scene.__dict__:
+        scene.__dict__["_world"] = World(scene)
     return scene.__dict__["_world"]
 
+
 def execute(
-    program: Program | str,   # what to find
+    program: Program | str,  # what to find
     scene: Scene,
-) -> int | None:              # index into `scene.things`; None if nothing, several things or no clear one is meant
+) -> int | None:  # index into `scene.things`; None if nothing, several things or no clear one is meant
     "Run a program on a scene."
     return world(scene).run(parse_program(program) if isinstance(program, str) else program)
 
@@ -235,25 +331,35 @@ def _slots(noun: Noun) -> tuple[str, ...]:
     "The content words of a noun phrase."
     return noun.attributes + ("noun",) * (noun.noun not in ("thing", "any"))
 
+
 def _nouns_in(part) -> list:
-    if isinstance(part, Noun): return [part]
+    if isinstance(part, Noun):
+        return [part]
     return [n for a in part.args for n in _nouns_in(a)] if isinstance(part, Program) else []
+
 
 def shorter(
     program: Program,
-) -> list[Program]:   # every program with one content word less
+) -> list[Program]:  # every program with one content word less
     "Leave out each content word in turn: an attribute, a noun (it becomes any thing), a superlative, a rank, a relation with its anchor."
+
     def of(part):
-        if isinstance(part, Noun): return [part.without(s) for s in _slots(part)]
+        if isinstance(part, Noun):
+            return [part.without(s) for s in _slots(part)]
         out = []
         if part.op == "most":
             out.append(Program("the", part.args[2:]))
-            if part.args[1] > 1: out.append(Program("most", (part.args[0], 1, part.args[2])))
-        if part.op in ("nearest", "farthest", "between", "middle"): out.append(Program("the", part.args[:1]))
-        if part.op == "beside": out += [Program("the", part.args[1:2]), Program("nearest", part.args[1:])]
+            if part.args[1] > 1:
+                out.append(Program("most", (part.args[0], 1, part.args[2])))
+        if part.op in ("nearest", "farthest", "between", "middle"):
+            out.append(Program("the", part.args[:1]))
+        if part.op == "beside":
+            out += [Program("the", part.args[1:2]), Program("nearest", part.args[1:])]
         for k, a in enumerate(part.args):
-            if isinstance(a, (Noun, Program)): out += [Program(part.op, part.args[:k] + (b,) + part.args[k + 1:]) for b in of(a)]
+            if isinstance(a, (Noun, Program)):
+                out += [Program(part.op, part.args[:k] + (b,) + part.args[k + 1 :]) for b in of(a)]
         return out
+
     return of(program)
 
 # %% ../../nbs/02_expressions.ipynb #055
@@ -262,17 +368,28 @@ def is_minimal(
     scene: Scene,
 ) -> bool:
     "Whether the program has a referent and every content word is needed for it."
-    w = world(scene); r = w.run(program)
+    w = world(scene)
+    r = w.run(program)
     return r is not None and all(w.run(p) != r for p in shorter(program))
 
 # %% ../../nbs/02_expressions.ipynb #059
 def kind_of(program: Program) -> str:
     "Attribute, superlative, relation, or composition: a relation with a superlative, another relation, or attributes on both sides."
-    if program.op == "the": return "attribute"
-    if program.op in ("most", "middle"): return "superlative"
-    nouns, anchors = [a for a in program.args if isinstance(a, Noun)], [a for a in program.args if isinstance(a, Program)]
-    if any(a.op not in ("the", "a") for a in anchors): return "composition"
-    return "composition" if nouns[0].attributes and any(n.attributes for a in anchors for n in _nouns_in(a)) else "relation"
+    if program.op == "the":
+        return "attribute"
+    if program.op in ("most", "middle"):
+        return "superlative"
+    nouns, anchors = (
+        [a for a in program.args if isinstance(a, Noun)],
+        [a for a in program.args if isinstance(a, Program)],
+    )
+    if any(a.op not in ("the", "a") for a in anchors):
+        return "composition"
+    return (
+        "composition"
+        if nouns[0].attributes and any(n.attributes for a in anchors for n in _nouns_in(a))
+        else "relation"
+    )
 
 # %% ../../nbs/02_expressions.ipynb #063
 def _noun_phrases(w: World):
@@ -280,223 +397,376 @@ def _noun_phrases(w: World):
     out = {}
     for t in w.things:
         big = "big" if t.size >= BIG else "small" if t.size <= SMALL else ""
-        supers = [s for s in (CATEGORIES[t.category],) if s in ("person", "animal") and w.words[s] != w.words[t.category]]
+        supers = [
+            s
+            for s in (CATEGORIES[t.category],)
+            if s in ("person", "animal") and w.words[s] != w.words[t.category]
+        ]
         for noun in [t.category] + supers + ["thing"] * (CATEGORIES[t.category] != "person"):
             for color in ("", t.color):
                 for texture in ("", t.texture) if t.texture != "plain" else ("",):
                     for size in ("", big) if big else ("",):
-                        if bool(color) + bool(texture) + bool(size) > 2: continue
+                        if bool(color) + bool(texture) + bool(size) > 2:
+                            continue
                         phrase = Noun(noun, color, texture, size)
-                        if phrase in out or noun == "thing" and (size or not (color or texture)): continue
+                        if phrase in out or noun == "thing" and (size or not (color or texture)):
+                            continue
                         bits = w.set_of(phrase)
-                        if bits and all(w.set_of(phrase.without(s)) != bits for s in _slots(phrase)): out[phrase] = bits
+                        if bits and all(w.set_of(phrase.without(s)) != bits for s in _slots(phrase)):
+                            out[phrase] = bits
     return list(out.items())
 
 # %% ../../nbs/02_expressions.ipynb #067
 def _compositions(w, several, drops, supers, keep, out):
     "Relations whose anchor is found by a superlative or by another relation."
-    nested = [(p, r) for p, r, name in out if name == "nearest" and not p.args[0].attributes and len(p.args[1].args[0].attributes) < 2]
+    nested = [
+        (p, r)
+        for p, r, name in out
+        if name == "nearest" and not p.args[0].attributes and len(p.args[1].args[0].attributes) < 2
+    ]
     for p, b in several:
-        if len(p.attributes) > 1: continue
+        if len(p.attributes) > 1:
+            continue
         ds = [d for d in drops[p] if d]
         for program, a in supers:
             side, _, q = program.args
             r = w.near(b, 1 << a)
-            if r is None or r == a: continue
+            if r is None or r == a:
+                continue
             tests = [w.near(d, 1 << a) for d in ds]
             for s in _slots(q):
-                d = w.set_of(q.without(s)); a2 = None if d is None else w.most(side, 1, d)
+                d = w.set_of(q.without(s))
+                a2 = None if d is None else w.most(side, 1, d)
                 tests.append(None if a2 is None else w.near(b, 1 << a2))
-            keep(Program("nearest", (p, program)), r, "nearest " + ("size" if side in _SIDES[4:] else "place"), tests)
-        if p.attributes: continue
+            keep(
+                Program("nearest", (p, program)),
+                r,
+                "nearest " + ("size" if side in _SIDES[4:] else "place"),
+                tests,
+            )
+        if p.attributes:
+            continue
         for program, a in nested:
-            if program.args[0] == p: continue
+            if program.args[0] == p:
+                continue
             r = w.near(b, 1 << a)
-            if r is None or r == a: continue
+            if r is None or r == a:
+                continue
             c = w.run(program.args[1])
             a2 = w.near(w.all, 1 << c)
             tests = [w.near(d, 1 << a) for d in ds] + [None if a2 is None else w.near(b, 1 << a2)]
-            if c != r: keep(Program("nearest", (p, program)), r, "nested", tests)
+            if c != r:
+                keep(Program("nearest", (p, program)), r, "nested", tests)
 
 # %% ../../nbs/02_expressions.ipynb #069
 def enumerate_programs(
     scene: Scene,
-    flavour: str = "refshapes",   # "refshapes+" has no words for places
-) -> list[tuple[Program, int, str]]:   # program, referent, and a name of the construction
+    flavour: str = "refshapes",  # "refshapes+" has no words for places
+) -> list[tuple[Program, int, str]]:  # program, referent, and a name of the construction
     "Every minimal program of the grammar that has a referent in this scene."
-    if flavour not in FLAVOURS: raise ValueError(f"flavour is {flavour!r}: it must be one of {FLAVOURS}")
-    w = world(scene); places = flavour == "refshapes"; sides = _SIDES if places else _SIDES[4:]
-    phrases = _noun_phrases(w); out = []
+    if flavour not in FLAVOURS:
+        raise ValueError(f"flavour is {flavour!r}: it must be one of {FLAVOURS}")
+    w = world(scene)
+    places = flavour == "refshapes"
+    sides = _SIDES if places else _SIDES[4:]
+    phrases = _noun_phrases(w)
+    out = []
+
     def keep(program, r, name, tests):
-        if r is not None and all(t != r for t in tests): out.append((program, r, name))
+        if r is not None and all(t != r for t in tests):
+            out.append((program, r, name))
+
     drops = {p: [w.set_of(p.without(s)) for s in _slots(p)] for p, _ in phrases}
-    unique = [(p, w.one(b)) for p, b in phrases if w.one(b) is not None and all(d is None or w.one(d) is None for d in drops[p])]
+    unique = [
+        (p, w.one(b))
+        for p, b in phrases
+        if w.one(b) is not None and all(d is None or w.one(d) is None for d in drops[p])
+    ]
     several = [(p, b) for p, b in phrases if b & (b - 1)]
-    for p, r in unique: out.append((Program("the", (p,)), r, "noun" if not p.attributes else "attribute"))
+    for p, r in unique:
+        out.append((Program("the", (p,)), r, "noun" if not p.attributes else "attribute"))
     supers = []
     for p, b in several:
         ds = [d for d in drops[p] if d]
         for side in sides:
             for rank in (1, 2):
-                if rank == 2 and side == "top": continue
+                if rank == 2 and side == "top":
+                    continue
                 r = w.most(side, rank, b)
-                if r is None: continue
-                program = Program("most", (side, rank, p)); tests = [w.most(side, rank, d) for d in ds] + ([w.most(side, 1, b)] if rank > 1 else [])
+                if r is None:
+                    continue
+                program = Program("most", (side, rank, p))
+                tests = [w.most(side, rank, d) for d in ds] + ([w.most(side, 1, b)] if rank > 1 else [])
                 n0 = len(out)
                 keep(program, r, "size" if side in _SIDES[4:] else "place" if rank == 1 else "rank", tests)
-                if len(out) > n0 and rank == 1: supers.append((program, r))
-        if places: keep(Program("middle", (p,)), w.middle(b), "middle", [w.middle(d) for d in ds])
+                if len(out) > n0 and rank == 1:
+                    supers.append((program, r))
+        if places:
+            keep(Program("middle", (p,)), w.middle(b), "middle", [w.middle(d) for d in ds])
         for far in (False, True):
             op = "farthest" if far else "nearest"
             for q, a in unique:
                 r = w.near(b, 1 << a, far)
                 program = Program(op, (p, Program("the", (q,))))
-                if r is not None and r != a: keep(program, r, op, [w.near(d, 1 << a, far) for d in ds])
+                if r is not None and r != a:
+                    keep(program, r, op, [w.near(d, 1 << a, far) for d in ds])
         for q, a in several:
-            if a & b: continue
+            if a & b:
+                continue
             r = w.near(b, a)
-            tests = [w.near(d, a) for d in ds] + [w.near(b, d) for d in drops[q] if d] if r is not None else []
-            if r is not None: keep(Program("nearest", (p, Program("a", (q,)))), r, "nearest a", tests)
+            tests = (
+                [w.near(d, a) for d in ds] + [w.near(b, d) for d in drops[q] if d] if r is not None else []
+            )
+            if r is not None:
+                keep(Program("nearest", (p, Program("a", (q,)))), r, "nearest a", tests)
         for i, (q, a) in enumerate(unique):
-            for q2, a2 in unique[i + 1:]:
-                if a == a2: continue
+            for q2, a2 in unique[i + 1 :]:
+                if a == a2:
+                    continue
                 r = w.between(b, a, a2)
                 program = Program("between", (p, Program("the", (q,)), Program("the", (q2,))))
-                if r is not None: keep(program, r, "between", [w.between(d, a, a2) for d in ds])
+                if r is not None:
+                    keep(program, r, "between", [w.between(d, a, a2) for d in ds])
             if places:
                 for side in _SIDES[:4]:
                     r = w.beside(side, b, a)
                     program = Program("beside", (side, p, Program("the", (q,))))
-                    if r is not None: keep(program, r, "beside", [w.beside(side, d, a) for d in ds] + [w.near(b, 1 << a)])
+                    if r is not None:
+                        keep(program, r, "beside", [w.beside(side, d, a) for d in ds] + [w.near(b, 1 << a)])
     _compositions(w, several, drops, supers, keep, out)
     return out
 
 # %% ../../nbs/02_expressions.ipynb #077
-_NOUNS = {"man": ("man", "man", "guy"), "woman": ("woman", "woman", "lady"), "child": ("child", "kid"), "plane": ("plane", "plane", "airplane"),
-          "thing": ("thing", "object")}
-_TEXTURE = {"striped": ("striped", "with stripes"), "dotted": ("dotted", "spotted", "with dots"), "checked": ("checked", "checkered")}
+_NOUNS = {
+    "man": ("man", "man", "guy"),
+    "woman": ("woman", "woman", "lady"),
+    "child": ("child", "kid"),
+    "plane": ("plane", "plane", "airplane"),
+    "thing": ("thing", "object"),
+}
+_TEXTURE = {
+    "striped": ("striped", "with stripes"),
+    "dotted": ("dotted", "spotted", "with dots"),
+    "checked": ("checked", "checkered"),
+}
 _SIZE = {"big": ("big", "large"), "small": ("small", "little")}
 _SUPER = {"biggest": ("biggest", "largest"), "smallest": ("smallest", "tiniest")}
+
 
 def _noun_text(noun: Noun, rng, terse: bool) -> tuple[str, str]:
     "The words before and from the noun on, without determiner."
     pick = lambda xs: xs[int(rng.random() * len(xs))]
-    word = pick(_NOUNS.get(noun.noun, (noun.noun,))); size = pick(_SIZE[noun.size]) if noun.size else ""
-    texture = pick(_TEXTURE[noun.texture]) if noun.texture else ""; tail = ""
+    word = pick(_NOUNS.get(noun.noun, (noun.noun,)))
+    size = pick(_SIZE[noun.size]) if noun.size else ""
+    texture = pick(_TEXTURE[noun.texture]) if noun.texture else ""
+    tail = ""
     if noun.noun in CATEGORIES and CATEGORIES[noun.noun] == "person" or noun.noun == "person":
-        worn = " ".join(x for x in (texture if not texture.startswith("with") else noun.texture, noun.color) if x)
+        worn = " ".join(
+            x for x in (texture if not texture.startswith("with") else noun.texture, noun.color) if x
+        )
         garment = "dress" if noun.noun == "woman" else "shirt" if noun.noun != "person" else "clothes"
         if worn:
-            u = rng.random(); article = "" if garment == "clothes" else "the " if not terse or rng.random() < .5 else ""
-            if noun.texture: tail = f"in {article}{worn} {garment}" if u < .6 else f"wearing {'' if garment == 'clothes' else 'a '}{worn} {garment}"
-            elif u < .55: tail = f"in {worn}"
-            elif u < .8: tail = f"in {article}{worn} {garment}"
-            elif u < .9 or garment == "clothes": tail = f"wearing {worn}"
-            elif terse: return size, f"{worn} {garment} {word}"
-            else: tail = f"with {article}{worn} {garment}"
+            u = rng.random()
+            article = "" if garment == "clothes" else "the " if not terse or rng.random() < 0.5 else ""
+            if noun.texture:
+                tail = (
+                    f"in {article}{worn} {garment}"
+                    if u < 0.6
+                    else f"wearing {'' if garment == 'clothes' else 'a '}{worn} {garment}"
+                )
+            elif u < 0.55:
+                tail = f"in {worn}"
+            elif u < 0.8:
+                tail = f"in {article}{worn} {garment}"
+            elif u < 0.9 or garment == "clothes":
+                tail = f"wearing {worn}"
+            elif terse:
+                return size, f"{worn} {garment} {word}"
+            else:
+                tail = f"with {article}{worn} {garment}"
         return size, f"{word} {tail}".strip()
     front = [size]
-    front += [noun.color] if texture.startswith("with") else [texture, noun.color] if rng.random() < .85 else [noun.color, texture]
+    front += (
+        [noun.color]
+        if texture.startswith("with")
+        else [texture, noun.color]
+        if rng.random() < 0.85
+        else [noun.color, texture]
+    )
     return " ".join(x for x in front if x), word + (f" {texture}" if texture.startswith("with") else "")
 
 # %% ../../nbs/02_expressions.ipynb #081
-def _join(*words): return " ".join(x for x in words if x)
+def _join(*words):
+    return " ".join(x for x in words if x)
+
 
 def realise(
     program: Program,
     scene: Scene,
     rng: random.Random,
-    terse: bool | None = None,   # as a note, without articles; by default every other time
-) -> str:            # lower case, no punctuation
+    terse: bool | None = None,  # as a note, without articles; by default every other time
+) -> str:  # lower case, no punctuation
     "Put a program into words; of several ways to say it, one."
-    w = world(scene); pick = lambda xs: xs[int(rng.random() * len(xs))]; u = rng.random()
-    if terse is None: terse = u < .5
+    w = world(scene)
+    pick = lambda xs: xs[int(rng.random() * len(xs))]
+    u = rng.random()
+    if terse is None:
+        terse = u < 0.5
     the = "" if terse else "the"
-    def noun(n): return _join(*_noun_text(n, rng, terse))
+
+    def noun(n):
+        return _join(*_noun_text(n, rng, terse))
+
     def anchor(p):
         if p.op == "a":
-            text = noun(p.args[0]); return _join("an" if text[0] in "aeiou" else "a", text)
+            text = noun(p.args[0])
+            return _join("an" if text[0] in "aeiou" else "a", text)
         return _join(the, phrase(p))
+
     def place(p, side, n, text):
-        bits = w.set_of(n); r = w.run(p); key = w.key[side]; centre = .5 if side in ("left", "top") else -.5
-        halves = key[r] < centre - .04 and all(key[i] > centre + .04 for i in w.members(bits) if i != r)
+        bits = w.set_of(n)
+        r = w.run(p)
+        key = w.key[side]
+        centre = 0.5 if side in ("left", "top") else -0.5
+        halves = key[r] < centre - 0.04 and all(key[i] > centre + 0.04 for i in w.members(bits) if i != r)
         u = rng.random()
         if side in ("left", "right"):
-            if halves and u < .5: return _join(text, "on the", side) if u < .3 else _join(side, text)
-            return _join(f"{side}most", text) if u < .75 else _join(text, "on the far", side) if u < .9 else _join(side, text)
-        if halves and u < .4: return _join(text, "at the", side)
-        return _join(side, text) if u < .7 else _join({"top": "highest", "bottom": "lowest"}[side], text)
+            if halves and u < 0.5:
+                return _join(text, "on the", side) if u < 0.3 else _join(side, text)
+            return (
+                _join(f"{side}most", text)
+                if u < 0.75
+                else _join(text, "on the far", side)
+                if u < 0.9
+                else _join(side, text)
+            )
+        if halves and u < 0.4:
+            return _join(text, "at the", side)
+        return _join(side, text) if u < 0.7 else _join({"top": "highest", "bottom": "lowest"}[side], text)
+
     def touching(p):
-        r = w.run(p); anchors = w.set_of(p.args[1].args[0]) if p.args[1].op == "a" else 1 << w.run(p.args[1]); bits = w.set_of(p.args[0])
+        r = w.run(p)
+        anchors = w.set_of(p.args[1].args[0]) if p.args[1].op == "a" else 1 << w.run(p.args[1])
+        bits = w.set_of(p.args[0])
         reach = lambda i: min(w.clear[i][j] for j in w.members(anchors) if j != i)
-        return reach(r) < .12 and all(reach(i) > .2 for i in w.members(bits & ~anchors) if i != r)
+        return reach(r) < 0.12 and all(reach(i) > 0.2 for i in w.members(bits & ~anchors) if i != r)
+
     def phrase(p):
-        if p.op in ("the", "a"): return noun(p.args[0])
+        if p.op in ("the", "a"):
+            return noun(p.args[0])
         if p.op == "middle":
-            n = noun(p.args[0]); return _join("middle", n) if rng.random() < .6 else _join(n, "in the middle")
+            n = noun(p.args[0])
+            return _join("middle", n) if rng.random() < 0.6 else _join(n, "in the middle")
         if p.op == "most":
-            side, rank, n = p.args; text = noun(n)
-            if side in _SUPER: return _join("second" if rank == 2 else "", _SUPER[side][0] if rank == 2 else pick(_SUPER[side]), text)
-            if rank == 2: return _join("second", text, "from", the if side != "bottom" else "the", side)
+            side, rank, n = p.args
+            text = noun(n)
+            if side in _SUPER:
+                return _join(
+                    "second" if rank == 2 else "", _SUPER[side][0] if rank == 2 else pick(_SUPER[side]), text
+                )
+            if rank == 2:
+                return _join("second", text, "from", the if side != "bottom" else "the", side)
             return place(p, side, n, text)
         if p.op == "beside":
             way = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[p.args[0]]
             return _join(noun(p.args[1]), "just", way, anchor(p.args[2]))
         head = noun(p.args[0])
-        if p.op == "farthest": return _join(head, pick(("farthest from", "furthest from", "farthest away from")), anchor(p.args[1]))
+        if p.op == "farthest":
+            return _join(
+                head, pick(("farthest from", "furthest from", "farthest away from")), anchor(p.args[1])
+            )
         if p.op == "between":
             a = [anchor(q) for q in p.args[1:]]
-            return _join(head, "between", *((a[0], "and", a[1]) if rng.random() < .5 else (a[1], "and", a[0])))
-        return _join(head, pick(("closest to", "closest to", "nearest to", "nearest") + ("next to", "next to", "by") * touching(p)), anchor(p.args[1]))
+            return _join(
+                head, "between", *((a[0], "and", a[1]) if rng.random() < 0.5 else (a[1], "and", a[0]))
+            )
+        return _join(
+            head,
+            pick(
+                ("closest to", "closest to", "nearest to", "nearest")
+                + ("next to", "next to", "by") * touching(p)
+            ),
+            anchor(p.args[1]),
+        )
+
     text = phrase(program)
     return text if terse else _join("the", text)
 
 # %% ../../nbs/02_expressions.ipynb #085
 # what is drawn; contrast sets, and what a scene allows, shift it
-MIX = {"attribute": .15, "superlative": .11, "relation": .56, "composition": .18}
-_WEIGHTS = {"noun": .25, "attribute": 1., "size": 1., "place": 1., "rank": .45, "middle": .4, "nearest": 1., "nearest a": .45, "farthest": .13,
-            "between": 1., "beside": .5,
-            "nearest size": .5, "nearest place": .4, "nested": .35}
+MIX = {"attribute": 0.15, "superlative": 0.11, "relation": 0.56, "composition": 0.18}
+_WEIGHTS = {
+    "noun": 0.25,
+    "attribute": 1.0,
+    "size": 1.0,
+    "place": 1.0,
+    "rank": 0.45,
+    "middle": 0.4,
+    "nearest": 1.0,
+    "nearest a": 0.45,
+    "farthest": 0.13,
+    "between": 1.0,
+    "beside": 0.5,
+    "nearest size": 0.5,
+    "nearest place": 0.4,
+    "nested": 0.35,
+}
 
 # %% ../../nbs/02_expressions.ipynb #087
 def _frames(program: Program) -> list[str]:
     "The program with one slot left open, in every way: two programs that share a frame differ in that slot only."
     out = []
+
     def walk(part, build):
         if isinstance(part, Noun):
-            for s in part.attributes: out.append(build(str(part.without(s)) + f"[{s}]"))
+            for s in part.attributes:
+                out.append(build(str(part.without(s)) + f"[{s}]"))
             return
-        if part.op == "most": out.append(build(f"most(*, {part.args[1]}, {part.args[2]})"))
-        if part.op == "beside": out.append(build(f"beside(*, {part.args[1]}, {part.args[2]})"))
-        if part.op in ("nearest", "farthest"): out.append(build(f"*({part.args[0]}, {part.args[1]})"))
+        if part.op == "most":
+            out.append(build(f"most(*, {part.args[1]}, {part.args[2]})"))
+        if part.op == "beside":
+            out.append(build(f"beside(*, {part.args[1]}, {part.args[2]})"))
+        if part.op in ("nearest", "farthest"):
+            out.append(build(f"*({part.args[0]}, {part.args[1]})"))
         for k, a in enumerate(part.args):
             if isinstance(a, (Noun, Program)):
-                wrap = lambda inner, k=k: build(f"{part.op}({', '.join(inner if j == k else str(b) for j, b in enumerate(part.args))})")
-                if k > 0 and isinstance(a, Program): out.append(wrap("<anchor>"))
+                wrap = lambda inner, k=k: build(
+                    f"{part.op}({', '.join(inner if j == k else str(b) for j, b in enumerate(part.args))})"
+                )
+                if k > 0 and isinstance(a, Program):
+                    out.append(wrap("<anchor>"))
                 walk(a, wrap)
+
     walk(program, lambda s: s)
-    if program.op == "nearest" and program.args[1].op == "a": out.append("swap:" + "|".join(sorted((str(program.args[0]), str(program.args[1].args[0])))))
+    if program.op == "nearest" and program.args[1].op == "a":
+        out.append("swap:" + "|".join(sorted((str(program.args[0]), str(program.args[1].args[0])))))
     return out
 
 # %% ../../nbs/02_expressions.ipynb #091
 def flip_share(
     program: Program,
     scene: Scene,
-) -> float | None:       # None if no other anchor gives a clear answer
+) -> float | None:  # None if no other anchor gives a clear answer
     "How often another anchor gives another referent: over all other things that could be the anchor and for which the answer is clear."
-    w = world(scene); r = w.run(program); op = program.op
+    w = world(scene)
+    r = w.run(program)
+    op = program.op
     if op == "between":
-        b, (a, c) = w.set_of(program.args[0]), (w.run(p) for p in program.args[1:]); key = ("flip", op, b, a, c)
+        b, (a, c) = w.set_of(program.args[0]), (w.run(p) for p in program.args[1:])
+        key = ("flip", op, b, a, c)
     else:
         b, last = w.set_of(program.args[-2]), program.args[-1]
         anchors = w.set_of(last.args[0]) if last.op == "a" else 1 << w.run(last)
         key = ("flip", op, program.args[0], b, anchors) if op == "beside" else ("flip", op, b, anchors)
     if key not in w.memo:
-        if op == "between": swaps = [w.between(b, i, k) for k in (a, c) for i in range(w.n) if i not in (a, c, r)]
+        if op == "between":
+            swaps = [w.between(b, i, k) for k in (a, c) for i in range(w.n) if i not in (a, c, r)]
         else:
             others = [i for i in range(w.n) if i != r and not anchors >> i & 1]
-            if op == "beside": swaps = [w.beside(program.args[0], b, i) for i in others]
-            else: swaps = [w.near(b, 1 << i, op == "farthest") for i in others]
+            if op == "beside":
+                swaps = [w.beside(program.args[0], b, i) for i in others]
+            else:
+                swaps = [w.near(b, 1 << i, op == "farthest") for i in others]
         swaps = [i for i in swaps if i is not None]
         w.memo[key] = sum(i != r for i in swaps) / len(swaps) if swaps else None
     return w.memo[key]
@@ -504,174 +774,317 @@ def flip_share(
 # %% ../../nbs/02_expressions.ipynb #094
 def _weight(program, name, kind, scene) -> float:
     "How much we like a program: contentful nouns, many rivals of the head, an anchor that matters."
-    w = world(scene); weight = _WEIGHTS.get(name, .5); r = w.run(program)
+    w = world(scene)
+    weight = _WEIGHTS.get(name, 0.5)
+    r = w.run(program)
     for q in _nouns_in(program):
-        weight *= (.4 if q.size else 1) * (2.5 if q.texture else 1) * (1.5 if q.color else 1) * (.12 if q.noun == "thing" else 1)
+        weight *= (
+            (0.4 if q.size else 1)
+            * (2.5 if q.texture else 1)
+            * (1.5 if q.color else 1)
+            * (0.12 if q.noun == "thing" else 1)
+        )
     if kind in ("relation", "composition"):
-        head = w.set_of(program.args[1] if program.op == "beside" else program.args[0]); weight *= (.2, .2, .2, 1., 1.4)[min(bin(head).count("1"), 4)]
-        share = flip_share(program, scene); weight *= .1 if share is None else 1e-3 if share < .4 else share ** 2
+        head = w.set_of(program.args[1] if program.op == "beside" else program.args[0])
+        weight *= (0.2, 0.2, 0.2, 1.0, 1.4)[min(bin(head).count("1"), 4)]
+        share = flip_share(program, scene)
+        weight *= 0.1 if share is None else 1e-3 if share < 0.4 else share**2
     color = scene.things[r].color
-    if color == HELDOUT[scene.things[r].category] and not any(n.color == color for n in _nouns_in(program)[:1]): weight *= .1
+    if color == HELDOUT[scene.things[r].category] and not any(
+        n.color == color for n in _nouns_in(program)[:1]
+    ):
+        weight *= 0.1
     return weight
+
 
 def _draw(rng, items):
     "One of (item, weight), by weight."
     u = rng.random() * sum(x for _, x in items)
     for item, x in items:
         u -= x
-        if u <= 0: return item
+        if u <= 0:
+            return item
     return items[-1][0]
 
 # %% ../../nbs/02_expressions.ipynb #096
 def sample_expressions(
     scene: Scene,
-    rng: random.Random,          # only `rng.random()` is called
+    rng: random.Random,  # only `rng.random()` is called
     flavour: str = "refshapes",
-    count: int = 5,              # how many
+    count: int = 5,  # how many
     referents: list[int] | None = None,  # the things that may be meant; all by default
     *,
     programs: list | None = None,  # what there is to say; by default all of `enumerate_programs`
-    wording=realise,             # (program, scene, rng) -> text
+    wording=realise,  # (program, scene, rng) -> text
     mix: dict[str, float] = MIX,
 ) -> list[Expression]:
     "Expressions of one image: referents drawn evenly, kinds drawn from `mix`, and contrast sets wherever two of them can share a frame."
-    if count < 1: raise ValueError(f"count is {count}: ask for at least one expression")
+    if count < 1:
+        raise ValueError(f"count is {count}: ask for at least one expression")
     allowed = list(range(len(scene.things))) if referents is None else list(referents)
     pools, frames = {}, {}
     for p, r, name in programs or enumerate_programs(scene, flavour):
-        if r not in allowed: continue
-        kind = kind_of(p); weight = _weight(p, name, kind, scene)
+        if r not in allowed:
+            continue
+        kind = kind_of(p)
+        weight = _weight(p, name, kind, scene)
         pools.setdefault((kind, r), {}).setdefault(name, []).append((p, weight))
-        for f in _frames(p): frames.setdefault(f, []).append((p, r, weight))
+        for f in _frames(p):
+            frames.setdefault(f, []).append((p, r, weight))
     turn = []
-    while allowed and len(turn) < count: turn += [i for _, i in sorted((rng.random(), i) for i in allowed)]
+    while allowed and len(turn) < count:
+        turn += [i for _, i in sorted((rng.random(), i) for i in allowed)]
     waiting, out, used, sets = turn[:count], [], set(), 0
+
     def say(p, r, group=""):
-        used.add(str(p)); out.append(Expression(wording(p, scene, rng), r, kind_of(p), str(p), group))
+        used.add(str(p))
+        out.append(Expression(wording(p, scene, rng), r, kind_of(p), str(p), group))
+
     while waiting:
-        r = waiting.pop(0); kinds = {}
-        fresh = {k: {name: left for name, items in pools.get((k, r), {}).items() if (left := [x for x in items if str(x[0]) not in used])} for k in KINDS}
+        r = waiting.pop(0)
+        kinds = {}
+        fresh = {
+            k: {
+                name: left
+                for name, items in pools.get((k, r), {}).items()
+                if (left := [x for x in items if str(x[0]) not in used])
+            }
+            for k in KINDS
+        }
         for k, v in mix.items():
             best = max((x for items in fresh[k].values() for _, x in items), default=0)
-            if best: kinds[k] = v * min(1., best / .03) if k in ("relation", "composition") else v
-        if not kinds: continue
+            if best:
+                kinds[k] = v * min(1.0, best / 0.03) if k in ("relation", "composition") else v
+        if not kinds:
+            continue
         fresh = fresh[_draw(rng, list(kinds.items()))]
-        program = _draw(rng, fresh[_draw(rng, [(name, _WEIGHTS.get(name, .5) * max(x for _, x in items)) for name, items in fresh.items()])])
-        partners = [((q, r2), x * (4 if f.startswith("swap:") else 1)) for f in _frames(program) for q, r2, x in frames[f]
-                    if r2 != r and r2 in waiting and str(q) not in used]
-        if partners and rng.random() < .8:
-            q, r2 = _draw(rng, partners); waiting.remove(r2); sets += 1
-            say(program, r, f"{sets}"); say(q, r2, f"{sets}")
-        else: say(program, r)
+        program = _draw(
+            rng,
+            fresh[
+                _draw(
+                    rng,
+                    [
+                        (name, _WEIGHTS.get(name, 0.5) * max(x for _, x in items))
+                        for name, items in fresh.items()
+                    ],
+                )
+            ],
+        )
+        partners = [
+            ((q, r2), x * (4 if f.startswith("swap:") else 1))
+            for f in _frames(program)
+            for q, r2, x in frames[f]
+            if r2 != r and r2 in waiting and str(q) not in used
+        ]
+        if partners and rng.random() < 0.8:
+            q, r2 = _draw(rng, partners)
+            waiting.remove(r2)
+            sets += 1
+            say(program, r, f"{sets}")
+            say(q, r2, f"{sets}")
+        else:
+            say(program, r)
     return out
 
 # %% ../../nbs/02_expressions.ipynb #106
-_SAYS = {"guy": "man", "lady": "woman", "kid": "child", "airplane": "plane", "object": "thing", "large": "big", "little": "small", "stripes": "striped",
-         "spotted": "dotted", "dots": "dotted", "checkered": "checked"}
-_CUES = [(r"^(.*?)\bbetween\b(.*)\band\b(.*)$", "between"),
-         (r"^(.*?)\b(?:closest to|nearest to|nearest|next to|by)\b(.*)$", "near"),
-         (r"^(.*?)\b(?:farthest|furthest)(?: away)? from\b(.*)$", "far"),
-         (r"^(.*?)\bjust (?:to the )?(left of|right of|above|below)\b(.*)$", "just")]
+_SAYS = {
+    "guy": "man",
+    "lady": "woman",
+    "kid": "child",
+    "airplane": "plane",
+    "object": "thing",
+    "large": "big",
+    "little": "small",
+    "stripes": "striped",
+    "spotted": "dotted",
+    "dots": "dotted",
+    "checkered": "checked",
+}
+_CUES = [
+    (r"^(.*?)\bbetween\b(.*)\band\b(.*)$", "between"),
+    (r"^(.*?)\b(?:closest to|nearest to|nearest|next to|by)\b(.*)$", "near"),
+    (r"^(.*?)\b(?:farthest|furthest)(?: away)? from\b(.*)$", "far"),
+    (r"^(.*?)\bjust (?:to the )?(left of|right of|above|below)\b(.*)$", "just"),
+]
 
 # %% ../../nbs/02_expressions.ipynb #107
 class _Measured:
     "Centres and sizes of a scene's things, as measured on their silhouettes; and plain noun phrases."
+
     def __init__(self, scene, rendering):
-        self.things = scene.things; side = rendering.image.shape[0]
-        boxes = [(xs.min() / side, ys.min() / side, (xs.max() + 1) / side, (ys.max() + 1) / side) for ys, xs in map(np.nonzero, rendering.full)]
+        self.things = scene.things
+        side = rendering.image.shape[0]
+        boxes = [
+            (xs.min() / side, ys.min() / side, (xs.max() + 1) / side, (ys.max() + 1) / side)
+            for ys, xs in map(np.nonzero, rendering.full)
+        ]
         left, top, right, bottom = np.array(boxes).T
-        self.cx, self.cy, self.size = (left + right) / 2, (top + bottom) / 2, np.sqrt((right - left) * (bottom - top))
+        self.cx, self.cy, self.size = (
+            (left + right) / 2,
+            (top + bottom) / 2,
+            np.sqrt((right - left) * (bottom - top)),
+        )
 
     def called(self, text) -> list[int]:
         "Indices of the things that a plain noun phrase can mean."
         words, out = {_SAYS.get(v, v) for v in text.split()}, []
-        nouns, colors, textures = words & ({"person", "animal", "thing"} | set(CATEGORIES)), words & set(COLORS), words & {"striped", "dotted", "checked"}
+        nouns, colors, textures = (
+            words & ({"person", "animal", "thing"} | set(CATEGORIES)),
+            words & set(COLORS),
+            words & {"striped", "dotted", "checked"},
+        )
         for i, t in enumerate(self.things):
-            names = {t.category, CATEGORIES[t.category]} | ({"thing"} if CATEGORIES[t.category] != "person" else set())
-            wrong_size = "big" in words and self.size[i] < .243 or "small" in words and self.size[i] > .177
-            if nouns <= names and colors <= {t.color} and textures <= {t.texture} and not wrong_size: out.append(i)
+            names = {t.category, CATEGORIES[t.category]} | (
+                {"thing"} if CATEGORIES[t.category] != "person" else set()
+            )
+            wrong_size = "big" in words and self.size[i] < 0.243 or "small" in words and self.size[i] > 0.177
+            if nouns <= names and colors <= {t.color} and textures <= {t.texture} and not wrong_size:
+                out.append(i)
         return out
 
-def _first(indices, value, ratio=0.):
+
+def _first(indices, value, ratio=0.0):
     "The index with the smallest value, unless the next is about as small."
     order = sorted(indices, key=lambda i: value[i])
-    if len(order) > 1 and value[order[1]] - value[order[0]] <= ratio * abs(value[order[1]]) + 1e-9: return None
+    if len(order) > 1 and value[order[1]] - value[order[0]] <= ratio * abs(value[order[1]]) + 1e-9:
+        return None
     return order[0] if order else None
 
 # %% ../../nbs/02_expressions.ipynb #109
 def _superlative(m: _Measured, text: str) -> int | None:
     "Read a noun phrase that may hold a superlative."
     words, cx, cy, size = f" {text} ", m.cx, m.cy, m.size
-    axis = {"left": cx, "right": -cx, "top": cy, "bottom": -cy, "highest": cy, "lowest": -cy, "biggest": -size, "largest": -size,
-            "smallest": size, "tiniest": size}
+    axis = {
+        "left": cx,
+        "right": -cx,
+        "top": cy,
+        "bottom": -cy,
+        "highest": cy,
+        "lowest": -cy,
+        "biggest": -size,
+        "largest": -size,
+        "smallest": size,
+        "tiniest": size,
+    }
+
     def take(pattern):
         nonlocal words
         found = re.search(pattern, words)
-        if found: words = words.replace(found[0], " ")
+        if found:
+            words = words.replace(found[0], " ")
         return found
-    def second(by): return sorted(m.called(words), key=lambda i: by[i])[1]
-    if take(r" in the middle ") or take(r" middle "): return second(cx)
-    if f := take(r" from (?:the )?(left|right|bottom) "): return take(" second ") and second(axis[f[1]])
-    if f := take(r" second (biggest|smallest) "): return second(axis[f[1]])
+
+    def second(by):
+        return sorted(m.called(words), key=lambda i: by[i])[1]
+
+    if take(r" in the middle ") or take(r" middle "):
+        return second(cx)
+    if f := take(r" from (?:the )?(left|right|bottom) "):
+        return take(" second ") and second(axis[f[1]])
+    if f := take(r" second (biggest|smallest) "):
+        return second(axis[f[1]])
     if f := take(r" (?:on|at) the (left|right|top|bottom) "):
-        half = [i for i in m.called(words) if axis[f[1]][i] < (.5 if f[1] in ("left", "top") else -.5)]
+        half = [i for i in m.called(words) if axis[f[1]][i] < (0.5 if f[1] in ("left", "top") else -0.5)]
         return half[0] if len(half) == 1 else None
-    f = take(r" on the far (left|right) ") or take(r" (left|right)(?:most)? ") or take(r" (top|bottom|highest|lowest|biggest|largest|smallest|tiniest) ")
-    if f: return _first(m.called(words), axis[f[1]])
+    f = (
+        take(r" on the far (left|right) ")
+        or take(r" (left|right)(?:most)? ")
+        or take(r" (top|bottom|highest|lowest|biggest|largest|smallest|tiniest) ")
+    )
+    if f:
+        return _first(m.called(words), axis[f[1]])
     found = m.called(words)
     return found[0] if len(found) == 1 else None
 
 # %% ../../nbs/02_expressions.ipynb #111
 def reference_execute(
-    text: str,        # the phrase itself, not its program
-    scene: Scene,     # for the names of things and colours
+    text: str,  # the phrase itself, not its program
+    scene: Scene,  # for the names of things and colours
     rendering: Rendering | None = None,  # for places and sizes: they are measured on the masks
-) -> int | None:      # index into `scene.things`
+) -> int | None:  # index into `scene.things`
     "Find what a phrase means by reading its words and measuring the drawn silhouettes; shares nothing with `execute`."
-    m = _Measured(scene, rendering or render(scene)); cx, cy = m.cx, m.cy
+    m = _Measured(scene, rendering or render(scene))
+    cx, cy = m.cx, m.cy
+
     def anchors(words):
         words = words.strip()
-        if re.match(r"an? ", words): return m.called(words)
-        found = meaning(words); return [] if found is None else [found]
+        if re.match(r"an? ", words):
+            return m.called(words)
+        found = meaning(words)
+        return [] if found is None else [found]
+
     def between(head, a, b):
-        def opening(i):   # cosine of the angle under which the thing sees the two anchors: -1 in the middle of the line
+        # cosine of the angle under which the thing sees the two anchors: -1 in the middle of the line
+        def opening(i):
             u, v = np.array([cx[a] - cx[i], cy[a] - cy[i]]), np.array([cx[b] - cx[i], cy[b] - cy[i]])
             return u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+
         return min((i for i in m.called(head) if i not in (a, b)), key=opening, default=None)
+
     def meaning(words):
         cues = [(f, name) for pattern, name in _CUES if (f := re.match(pattern, words))]
-        if not cues: return _superlative(m, words)
-        f, name = min(cues, key=lambda c: len(c[0][1]))   # what comes first is the relation; what follows it is about the anchor
+        if not cues:
+            return _superlative(m, words)
+        # what comes first is the relation; what follows it is about the anchor
+        f, name = min(cues, key=lambda c: len(c[0][1]))
         if name == "between":
             a, b = anchors(f[2]), anchors(f[3])
             return between(f[1], a[0], b[0]) if len(a) == len(b) == 1 else None
-        around = anchors(f[f.lastindex]); heads = [i for i in m.called(f[1]) if i not in around]
-        if not around or len(heads) < 2: return None
+        around = anchors(f[f.lastindex])
+        heads = [i for i in m.called(f[1]) if i not in around]
+        if not around or len(heads) < 2:
+            return None
         if name == "just":
-            a = around[0]; ahead = {"left of": cx[a] - cx, "right of": cx - cx[a], "above": cy[a] - cy, "below": cy - cy[a]}[f[2]]
+            a = around[0]
+            ahead = {"left of": cx[a] - cx, "right of": cx - cx[a], "above": cy[a] - cy, "below": cy - cy[a]}[
+                f[2]
+            ]
             heads = [i for i in heads if ahead[i] > 0]
-        distance = {i: min(math.hypot(cx[i] - cx[j], cy[i] - cy[j]) for j in around) * (-1 if name == "far" else 1) for i in heads}
-        return _first(heads, distance, .05)
+        distance = {
+            i: min(math.hypot(cx[i] - cx[j], cy[i] - cy[j]) for j in around) * (-1 if name == "far" else 1)
+            for i in heads
+        }
+        return _first(heads, distance, 0.05)
+
     return meaning(text)
 
 # %% ../../nbs/02_expressions.ipynb #119
 def blind_readers(
     expression: Expression,
     scene: Scene,
-) -> dict[str, float]:   # reader -> the weight that it gives to the referent, 0..1; the anchor-blind ones only where there is an anchor
+) -> dict[
+    str, float
+]:  # reader -> the weight that it gives to the referent, 0..1; the anchor-blind ones only where there is an anchor
     "How well readers do that lack something."
-    w = world(scene); p = parse_program(expression.program); r = expression.referent; everything = range(w.n)
-    def share(indices): indices = list(indices); return (r in indices) / len(indices) if indices else 1 / w.n
-    def best(score): top = max(map(score, everything)); return share(i for i in everything if score(i) == top)
-    nouns = _nouns_in(p); head = next(a for a in p.args if isinstance(a, Noun)); true = [v for n in nouns for v in (n.noun, n.color, n.texture, n.size) if v]
-    out = {"no text: any": 1 / w.n, "no text: largest": best(lambda i: w.things[i].size),
-           "no text: central": best(lambda i: -math.hypot(w.things[i].x - .5, w.things[i].y - .5)),
-           "head noun only": share(w.members(w.words[head.noun])),
-           "bag of words": best(lambda i: sum(w.words.get(v, 0) >> i & 1 for v in true)),
-           "true program": float(w.run(p) == r)}
+    w = world(scene)
+    p = parse_program(expression.program)
+    r = expression.referent
+    everything = range(w.n)
+
+    def share(indices):
+        indices = list(indices)
+        return (r in indices) / len(indices) if indices else 1 / w.n
+
+    def best(score):
+        top = max(map(score, everything))
+        return share(i for i in everything if score(i) == top)
+
+    nouns = _nouns_in(p)
+    head = next(a for a in p.args if isinstance(a, Noun))
+    true = [v for n in nouns for v in (n.noun, n.color, n.texture, n.size) if v]
+    out = {
+        "no text: any": 1 / w.n,
+        "no text: largest": best(lambda i: w.things[i].size),
+        "no text: central": best(lambda i: -math.hypot(w.things[i].x - 0.5, w.things[i].y - 0.5)),
+        "head noun only": share(w.members(w.words[head.noun])),
+        "bag of words": best(lambda i: sum(w.words.get(v, 0) >> i & 1 for v in true)),
+        "true program": float(w.run(p) == r),
+    }
     if kind_of(p) in ("relation", "composition"):
-        candidates = w.set_of(head); out["anchor-blind: any"] = share(w.members(candidates))
+        candidates = w.set_of(head)
+        out["anchor-blind: any"] = share(w.members(candidates))
         votes = [w.near(candidates, 1 << i, p.op == "farthest") for i in everything]
-        count = {i: votes.count(i) for i in w.members(candidates)}; top = max(count.values())
+        count = {i: votes.count(i) for i in w.members(candidates)}
+        top = max(count.values())
         out["anchor-blind: usual"] = share(i for i, n in count.items() if n == top)
     return out

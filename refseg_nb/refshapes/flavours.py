@@ -67,132 +67,229 @@ from refseg_nb.refshapes.scenes import (
 )
 
 # %% ../../nbs/02c_flavours.ipynb #009
-LONG_MIX = {"attribute": .04, "superlative": .05, "relation": .60, "composition": .31}   # what is drawn; contrast sets, and what a scene allows, shift it
+# what is drawn; contrast sets, and what a scene allows, shift it
+LONG_MIX = {"attribute": 0.04, "superlative": 0.05, "relation": 0.60, "composition": 0.31}
+
 
 def enumerate_long(
     scene: Scene,
-) -> list[tuple[Program, int, str]]:   # program, referent, and a name of the construction
+) -> list[tuple[Program, int, str]]:  # program, referent, and a name of the construction
     "The programs of `enumerate_programs`, and relations whose anchor takes a step of its own; every one minimal."
-    w = world(scene); out = enumerate_programs(scene); known = {str(p) for p, _, _ in out}
+    w = world(scene)
+    out = enumerate_programs(scene)
+    known = {str(p) for p, _, _ in out}
     several = [(p, b) for p, b in _noun_phrases(w) if b & (b - 1)]
     unique = [(p, r) for p, r, _ in out if p.op == "the" and len(p.args[0].attributes) < 2]
-    anchors = [(p, a, name) for p, a, name in out if p.op not in ("the", "farthest") and kind_of(p) != "composition"
-               and sum(len(_slots(n)) for n in _nouns_in(p)) < 4]
+    anchors = [
+        (p, a, name)
+        for p, a, name in out
+        if p.op not in ("the", "farthest")
+        and kind_of(p) != "composition"
+        and sum(len(_slots(n)) for n in _nouns_in(p)) < 4
+    ]
+
     def keep(program, r, name):
-        if r is None or str(program) in known or sum(len(_slots(n)) for n in _nouns_in(program)) > 6: return
-        if is_minimal(program, scene): out.append((program, r, name))
+        if r is None or str(program) in known or sum(len(_slots(n)) for n in _nouns_in(program)) > 6:
+            return
+        if is_minimal(program, scene):
+            out.append((program, r, name))
+
     for p, b in several:
         for q, a, name in anchors:
             r = w.near(b, 1 << a)
-            if r != a: keep(Program("nearest", (p, q)), r, f"nearest {name}")
+            if r != a:
+                keep(Program("nearest", (p, q)), r, f"nearest {name}")
             for u, c in unique:
-                if c != a: keep(Program("between", (p, u, q)), w.between(b, a, c), f"between {name}")
-            for side in _SIDES[:4] if len(p.attributes) < 2 else (): keep(Program("beside", (side, p, q)), w.beside(side, b, a), f"beside {name}")
+                if c != a:
+                    keep(Program("between", (p, u, q)), w.between(b, a, c), f"between {name}")
+            for side in _SIDES[:4] if len(p.attributes) < 2 else ():
+                keep(Program("beside", (side, p, q)), w.beside(side, b, a), f"beside {name}")
     return out
 
 # %% ../../nbs/02c_flavours.ipynb #013
-_LINKS = {"nearest": ("that is closest to", "which is closest to", "that is nearest to", "located closest to", "closest to", "nearest to"),
-          "farthest": ("that is farthest away from", "that is farthest from", "located farthest from", "which is the furthest from"),
-          "between": ("that is between", "that is in between", "located between", "between"),
-          "beside": ("that is just", "located just", "which is just")}
-_WAYS = {"left": ("to the left of", "left of"), "right": ("to the right of", "right of"), "top": ("above",), "bottom": ("below",)}
+_LINKS = {
+    "nearest": (
+        "that is closest to",
+        "which is closest to",
+        "that is nearest to",
+        "located closest to",
+        "closest to",
+        "nearest to",
+    ),
+    "farthest": (
+        "that is farthest away from",
+        "that is farthest from",
+        "located farthest from",
+        "which is the furthest from",
+    ),
+    "between": ("that is between", "that is in between", "located between", "between"),
+    "beside": ("that is just", "located just", "which is just"),
+}
+_WAYS = {
+    "left": ("to the left of", "left of"),
+    "right": ("to the right of", "right of"),
+    "top": ("above",),
+    "bottom": ("below",),
+}
 _TAILS = ("in the picture", "in the image", "in the scene", "in the photo")
 
+
 def _long_noun(noun: Noun, rng) -> tuple[str, bool]:
-    "A noun phrase, and whether it ends in a clause: \"ball that is red\", \"man who is wearing a striped shirt\"."
+    'A noun phrase, and whether it ends in a clause: "ball that is red", "man who is wearing a striped shirt".'
     front, word = _noun_text(noun, rng, terse=False)
-    if rng.random() < .45:
-        if worn := re.match(r"(\w+) ((?:in|wearing) .*)", word): return _join(front, worn[1], "who is", worn[2]), True
+    if rng.random() < 0.45:
+        if worn := re.match(r"(\w+) ((?:in|wearing) .*)", word):
+            return _join(front, worn[1], "who is", worn[2]), True
         *size, look = front.split() or [""]
         if look and look not in (*_SIZE["big"], *_SIZE["small"]):
-            return _join(*size, word, _pick(rng, ("that is", "which is")), look, "in color" if look in COLORS and rng.random() < .4 else ""), True
+            return _join(
+                *size,
+                word,
+                _pick(rng, ("that is", "which is")),
+                look,
+                "in color" if look in COLORS and rng.random() < 0.4 else "",
+            ), True
     return _join(front, word), False
 
 # %% ../../nbs/02c_flavours.ipynb #017
 def _long_superlative(program, scene, rng):
-    text = realise(program, scene, rng, terse=False); first, rest = text.removeprefix("the ").split(" ", 1); that = _pick(rng, ("that is", "which is"))
-    if rng.random() < .5: return text
-    if first in ("leftmost", "rightmost"): return _join("the", rest, that, "farthest to the", first.removesuffix("most"))
-    if first not in ("biggest", "largest", "smallest", "tiniest", "highest", "lowest"): return text
+    text = realise(program, scene, rng, terse=False)
+    first, rest = text.removeprefix("the ").split(" ", 1)
+    that = _pick(rng, ("that is", "which is"))
+    if rng.random() < 0.5:
+        return text
+    if first in ("leftmost", "rightmost"):
+        return _join("the", rest, that, "farthest to the", first.removesuffix("most"))
+    if first not in ("biggest", "largest", "smallest", "tiniest", "highest", "lowest"):
+        return text
     return _join("the", rest, that, "the", first, _pick(rng, ("one", "of all", "of them all")))
+
 
 def _sentence(program, scene, rng):
     def anchor(p):
-        if p.op == "a": text = _join(*_noun_text(p.args[0], rng, False)); return _join("an" if text[0] in "aeiou" else "a", text)
-        if p.op == "the": return _join("the", *_noun_text(p.args[0], rng, False))
-        if p.op in ("most", "middle"): return realise(p, scene, rng, terse=False)
+        if p.op == "a":
+            text = _join(*_noun_text(p.args[0], rng, False))
+            return _join("an" if text[0] in "aeiou" else "a", text)
+        if p.op == "the":
+            return _join("the", *_noun_text(p.args[0], rng, False))
+        if p.op in ("most", "middle"):
+            return realise(p, scene, rng, terse=False)
         return relation(p, _join(*_noun_text(p.args[p.op == "beside"], rng, False)), False)
+
     def relation(p, head, clause):
-        noun = p.args[p.op == "beside"].noun; link = _pick(rng, _LINKS[p.op]); anchors = [anchor(q) for q in p.args if isinstance(q, Program)]
-        if "person" in (noun, CATEGORIES.get(noun)): link = re.sub("^(that|which)", "who", link)
-        if clause: link = "and " + re.sub("^(that|which|who) ", "", link)
-        if p.op == "beside": link = f"{link} {_pick(rng, _WAYS[p.args[0]])}"
-        if p.op == "between" and p.args[2].op == "the" and rng.random() < .5: anchors.reverse()
+        noun = p.args[p.op == "beside"].noun
+        link = _pick(rng, _LINKS[p.op])
+        anchors = [anchor(q) for q in p.args if isinstance(q, Program)]
+        if "person" in (noun, CATEGORIES.get(noun)):
+            link = re.sub("^(that|which)", "who", link)
+        if clause:
+            link = "and " + re.sub("^(that|which|who) ", "", link)
+        if p.op == "beside":
+            link = f"{link} {_pick(rng, _WAYS[p.args[0]])}"
+        if p.op == "between" and p.args[2].op == "the" and rng.random() < 0.5:
+            anchors.reverse()
         return _join("the", head, link, " and ".join(anchors))
-    if program.op in ("most", "middle"): text = _long_superlative(program, scene, rng)
+
+    if program.op in ("most", "middle"):
+        text = _long_superlative(program, scene, rng)
     else:
         head, clause = _long_noun(program.args[program.op == "beside"], rng)
         text = relation(program, head, clause) if program.op != "the" else _join("the", head)
-        if rng.random() < .25: text = re.sub("^the", "an" if head[0] in "aeiou" else "a", text)
-    return _join(text, _pick(rng, _TAILS)) if program.op in ("the", "most", "middle") and rng.random() < .4 else text
+        if rng.random() < 0.25:
+            text = re.sub("^the", "an" if head[0] in "aeiou" else "a", text)
+    return (
+        _join(text, _pick(rng, _TAILS))
+        if program.op in ("the", "most", "middle") and rng.random() < 0.4
+        else text
+    )
+
 
 def realise_long(
     program: Program,
     scene: Scene,
     rng: random.Random,
-) -> str:            # lower case, no punctuation, fewer than 25 words
+) -> str:  # lower case, no punctuation, fewer than 25 words
     "Put a program into a whole sentence."
-    while len((text := _sentence(program, scene, rng)).split()) > 24: pass   # every program can be said shorter
+    # every program can be said shorter
+    while len((text := _sentence(program, scene, rng)).split()) > 24:
+        pass
     return text
 
 # %% ../../nbs/02c_flavours.ipynb #021
 def sample_long(
     scene: Scene,
-    rng: random.Random,   # only `rng.random()` is called
-    count: int = 5,       # how many
+    rng: random.Random,  # only `rng.random()` is called
+    count: int = 5,  # how many
 ) -> list[Expression]:
     "Long expressions of one image: referents drawn evenly, kinds drawn from `LONG_MIX`, contrast sets where there are any."
-    return sample_expressions(scene, rng, count=count, programs=enumerate_long(scene), wording=realise_long, mix=LONG_MIX)
+    return sample_expressions(
+        scene, rng, count=count, programs=enumerate_long(scene), wording=realise_long, mix=LONG_MIX
+    )
 
 # %% ../../nbs/02c_flavours.ipynb #034
 LAND = ("grass", "sand", "water")
 
+
 @dataclass
 class Landscape(Scene):
     "A scene whose background is a patchwork."
-    patches: list[tuple] = field(default_factory=list)   # (background, polygon), painted in this order
 
-def _line(rng, low, high, bend=.05):
+    patches: list[tuple] = field(default_factory=list)  # (background, polygon), painted in this order
+
+
+def _line(rng, low, high, bend=0.05):
     "A wavy line across the picture, from left to right."
-    x = np.linspace(-.05, 1.05, 24); a, b = (low + (high - low) * rng.random() for _ in "ab"); often, start = 3 + 5 * rng.random(), 6.28 * rng.random()
+    x = np.linspace(-0.05, 1.05, 24)
+    a, b = (low + (high - low) * rng.random() for _ in "ab")
+    often, start = 3 + 5 * rng.random(), 6.28 * rng.random()
     return np.stack([x, a + (b - a) * x + bend * np.sin(often * x + start)], 1)
 
-def _beyond(line, y): return np.concatenate([line, [(1.05, y), (-.05, y)]])
+
+def _beyond(line, y):
+    return np.concatenate([line, [(1.05, y), (-0.05, y)]])
+
 
 def _pond(rng):
-    angle = np.linspace(0, 6.283, 40, endpoint=False); r, long, turn = .12 + .12 * rng.random(), 1 + .6 * rng.random(), 3.14 * rng.random()
-    wobble = r * (1 + sum(.36 / k * (rng.random() - .5) * np.cos(k * angle + 6.283 * rng.random()) for k in (2, 3, 4)))
-    x, y = long * wobble * np.cos(angle), wobble * np.sin(angle); c, s = math.cos(turn), math.sin(turn)
-    return np.stack([.1 + .8 * rng.random() + x * c - y * s, .1 + .8 * rng.random() + x * s + y * c], 1)
+    angle = np.linspace(0, 6.283, 40, endpoint=False)
+    r, long, turn = 0.12 + 0.12 * rng.random(), 1 + 0.6 * rng.random(), 3.14 * rng.random()
+    wobble = r * (
+        1 + sum(0.36 / k * (rng.random() - 0.5) * np.cos(k * angle + 6.283 * rng.random()) for k in (2, 3, 4))
+    )
+    x, y = long * wobble * np.cos(angle), wobble * np.sin(angle)
+    c, s = math.cos(turn), math.sin(turn)
+    return np.stack([0.1 + 0.8 * rng.random() + x * c - y * s, 0.1 + 0.8 * rng.random() + x * s + y * c], 1)
 
 # %% ../../nbs/02c_flavours.ipynb #036
 def _patch(rng):
     shape = _pick(rng, ("pond", "pond", "shore", "river"))
-    if shape == "pond": return _pond(rng)
-    line, width = _line(rng, .2, .8), .06 + .06 * rng.random()
-    polygon = _beyond(line, _pick(rng, (-.05, 1.05))) if shape == "shore" else np.concatenate([line - (0, width), line[::-1] + (0, width)])
-    return polygon[:, ::-1] if rng.random() < .6 else polygon
+    if shape == "pond":
+        return _pond(rng)
+    line, width = _line(rng, 0.2, 0.8), 0.06 + 0.06 * rng.random()
+    polygon = (
+        _beyond(line, _pick(rng, (-0.05, 1.05)))
+        if shape == "shore"
+        else np.concatenate([line - (0, width), line[::-1] + (0, width)])
+    )
+    return polygon[:, ::-1] if rng.random() < 0.6 else polygon
+
 
 def _patchwork(rng, ground, things):
     "Patches, as (background, polygon)."
-    kinds = _shuffled(rng, [k for k in LAND if k != ground]); out = []
+    kinds = _shuffled(rng, [k for k in LAND if k != ground])
+    out = []
     if ground == "sky":
-        out = [(k, _beyond(_line(rng, low, high, .03), 1.05)) for k, low, high, often in zip(kinds, (.3, .6), (.9, .95), (.9, .5)) if rng.random() < often]
+        out = [
+            (k, _beyond(_line(rng, low, high, 0.03), 1.05))
+            for k, low, high, often in zip(kinds, (0.3, 0.6), (0.9, 0.95), (0.9, 0.5))
+            if rng.random() < often
+        ]
     else:
         out = [(_pick(rng, kinds), _patch(rng)) for _ in range(1 + int(3 * rng.random()))]
-        feet = [(t.x, t.box[3]) for t in things if t.category not in FLYERS]; lines = [_line(rng, .05, .6, .03) for _ in range(12)]
-        clear = [line for line in lines if all(y > np.interp(x, *line.T) + .05 for x, y in feet)]
-        if clear and rng.random() < .6: out.append(("sky", _beyond(clear[0], -.05)))
+        feet = [(t.x, t.box[3]) for t in things if t.category not in FLYERS]
+        lines = [_line(rng, 0.05, 0.6, 0.03) for _ in range(12)]
+        clear = [line for line in lines if all(y > np.interp(x, *line.T) + 0.05 for x, y in feet)]
+        if clear and rng.random() < 0.6:
+            out.append(("sky", _beyond(clear[0], -0.05)))
     return [(kind, [(round(float(x), 4), round(float(y), 4)) for x, y in polygon]) for kind, polygon in out]
 
 # %% ../../nbs/02c_flavours.ipynb #038
@@ -200,17 +297,29 @@ def patch_kinds(scene: Landscape) -> list[str]:
     "What each patch is made of; the background is the first."
     return [scene.background] + [kind for kind, _ in scene.patches]
 
+
 def patch_labels(
     scene: Landscape,
-    size: int = 96,    # pixels a side
-) -> np.ndarray:       # [H, W] uint8: number of the patch behind the things
+    size: int = 96,  # pixels a side
+) -> np.ndarray:  # [H, W] uint8: number of the patch behind the things
     "Which patch lies where."
     labels = np.zeros((size, size), np.uint8)
-    for number, (_, polygon) in enumerate(scene.patches, 1): labels[cover(polygon, size) > .5] = number
+    for number, (_, polygon) in enumerate(scene.patches, 1):
+        labels[cover(polygon, size) > 0.5] = number
     return labels
 
+
 def _as_patchwork(base, patches):
-    return Landscape(base.seed, base.index, base.background, float(base.background == "sky"), base.things, [], base.shade, patches)
+    return Landscape(
+        base.seed,
+        base.index,
+        base.background,
+        float(base.background == "sky"),
+        base.things,
+        [],
+        base.shade,
+        patches,
+    )
 
 # %% ../../nbs/02c_flavours.ipynb #042
 def _standing(scene, labels) -> list[int | None]:
@@ -218,142 +327,233 @@ def _standing(scene, labels) -> list[int | None]:
     size, kinds, out = len(labels), patch_kinds(scene), []
     for t in scene.things:
         left, top, right, bottom = t.box
-        feet = [(t.x + step * t.width + dx, bottom - .01 + dy) for step in (-.35, 0, .35) for dx in (-.02, .02) for dy in (-.02, .02)]
+        feet = [
+            (t.x + step * t.width + dx, bottom - 0.01 + dy)
+            for step in (-0.35, 0, 0.35)
+            for dx in (-0.02, 0.02)
+            for dy in (-0.02, 0.02)
+        ]
         around = [(x, y) for x in (left, right) for y in (top, bottom)] if t.category in FLYERS else feet
-        found = {int(labels[min(max(int(y * size), 0), size - 1), min(max(int(x * size), 0), size - 1)]) for x, y in around}
-        number = found.pop(); out.append(None if found or t.category in FLYERS and kinds[number] != "sky" else number)
+        found = {
+            int(labels[min(max(int(y * size), 0), size - 1), min(max(int(x * size), 0), size - 1)])
+            for x, y in around
+        }
+        number = found.pop()
+        out.append(None if found or t.category in FLYERS and kinds[number] != "sky" else number)
     return out
+
 
 def _in_order(scene, labels, free) -> bool:
     "Whether every patch can be seen, is in one piece, and keeps away from others of its kind."
-    kinds = patch_kinds(scene); pieces = lambda mask: ndimage.label(mask)[1]
-    if np.bincount(labels[free], minlength=len(kinds)).min() < .03 * labels.size: return False
-    if any(pieces(labels == number) != 1 for number in range(1, len(kinds))): return False
-    wider = {kind: ndimage.binary_dilation(np.isin(labels, [n for n, k in enumerate(kinds) if k == kind]), iterations=3) for kind in kinds[1:]}
+    kinds = patch_kinds(scene)
+    pieces = lambda mask: ndimage.label(mask)[1]
+    if np.bincount(labels[free], minlength=len(kinds)).min() < 0.03 * labels.size:
+        return False
+    if any(pieces(labels == number) != 1 for number in range(1, len(kinds))):
+        return False
+    wider = {
+        kind: ndimage.binary_dilation(
+            np.isin(labels, [n for n, k in enumerate(kinds) if k == kind]), iterations=3
+        )
+        for kind in kinds[1:]
+    }
     return all(pieces(mask) == kinds.count(kind) for kind, mask in wider.items())
 
 # %% ../../nbs/02c_flavours.ipynb #044
 _CLUTTER_ON = {"sky": "cloud", "grass": "tuft", "sand": "pebble", "water": "wave"}
 
+
 def sample_landscape(
-    seed: int,     # the world
-    index: int,    # which of its landscapes
+    seed: int,  # the world
+    index: int,  # which of its landscapes
 ) -> Landscape:
     "Draw a landscape's description: the things of `sample_scene`, on another ground."
-    base = sample_scene(seed, index); free = ~silhouettes(base).any(0); found = []
+    base = sample_scene(seed, index)
+    free = ~silhouettes(base).any(0)
+    found = []
     rng = random.Random(f"landscape {GENERATOR_VERSION} {seed} {index}")
     while len(found) < 3:
-        scene = _as_patchwork(base, _patchwork(rng, base.background, base.things)); labels = patch_labels(scene); kinds = patch_kinds(scene)
-        if not _in_order(scene, labels, free): continue
-        stand = [(t.category, kinds[k]) for t, k in zip(scene.things, _standing(scene, labels)) if k is not None]
+        scene = _as_patchwork(base, _patchwork(rng, base.background, base.things))
+        labels = patch_labels(scene)
+        kinds = patch_kinds(scene)
+        if not _in_order(scene, labels, free):
+            continue
+        stand = [
+            (t.category, kinds[k]) for t, k in zip(scene.things, _standing(scene, labels)) if k is not None
+        ]
         found.append((sum(a == b and j != k for a, j in stand for b, k in stand), len(found), scene, labels))
-    _, _, scene, labels = max(found, key=lambda f: f[:2]); kinds = patch_kinds(scene)
+    _, _, scene, labels = max(found, key=lambda f: f[:2])
+    kinds = patch_kinds(scene)
     for _ in range(30):
-        x, y, scale = rng.random(), rng.random(), .008 + .012 * rng.random(); i, j = int(y * 96), int(x * 96)
-        if np.ptp(labels[max(i - 5, 0):i + 6, max(j - 5, 0):j + 6]) == 0: scene.clutter.append((_CLUTTER_ON[kinds[labels[i, j]]], x, y, scale))
+        x, y, scale = rng.random(), rng.random(), 0.008 + 0.012 * rng.random()
+        i, j = int(y * 96), int(x * 96)
+        if np.ptp(labels[max(i - 5, 0) : i + 6, max(j - 5, 0) : j + 6]) == 0:
+            scene.clutter.append((_CLUTTER_ON[kinds[labels[i, j]]], x, y, scale))
     return scene
 
 # %% ../../nbs/02c_flavours.ipynb #050
 def atoms(
     scene: Landscape,
-    size: int = 96,    # pixels a side
-) -> np.ndarray:       # [H, W] uint8: number of the thing that is seen here, or number of things + number of the patch
+    size: int = 96,  # pixels a side
+) -> (
+    np.ndarray
+):  # [H, W] uint8: number of the thing that is seen here, or number of things + number of the patch
     "The landscape cut into disjoint pieces."
     out = patch_labels(scene, size) + np.uint8(len(scene.things))
-    for number, mask in enumerate(silhouettes(scene, size)): out[mask] = number
+    for number, mask in enumerate(silhouettes(scene, size)):
+        out[mask] = number
     return out
 
-def _single(bits): return bool(bits) and not bits & (bits - 1)
+
+def _single(bits):
+    return bool(bits) and not bits & (bits - 1)
+
 
 class Atoms:
     "The atoms of a landscape, their areas, and sets of them as bits of an int."
+
     def __init__(self, scene: Landscape):
         self.scene, self.kinds, self.map, self.n = scene, patch_kinds(scene), atoms(scene), len(scene.things)
-        self.count = self.n + len(self.kinds); self.things, self.all = (1 << self.n) - 1, (1 << self.count) - 1
+        self.count = self.n + len(self.kinds)
+        self.things, self.all = (1 << self.n) - 1, (1 << self.count) - 1
         self.area = (np.bincount(self.map.ravel(), minlength=self.count) / self.map.size).tolist()
 
-    def members(self, bits: int) -> list[int]: return [i for i in range(self.count) if bits >> i & 1]
-    def size(self, bits: int) -> float: return sum(self.area[i] for i in self.members(bits))
-    def iou(self, a: int, b: int) -> float: return self.size(a & b) / self.size(a | b)
-    def mask(self, bits: int) -> np.ndarray: return np.isin(self.map, self.members(bits))
+    def members(self, bits: int) -> list[int]:
+        return [i for i in range(self.count) if bits >> i & 1]
+
+    def size(self, bits: int) -> float:
+        return sum(self.area[i] for i in self.members(bits))
+
+    def iou(self, a: int, b: int) -> float:
+        return self.size(a & b) / self.size(a | b)
+
+    def mask(self, bits: int) -> np.ndarray:
+        return np.isin(self.map, self.members(bits))
 
 # %% ../../nbs/02c_flavours.ipynb #054
 class Grounds(Atoms):
     "What is true about things and the ground."
-    def __init__(self, scene: Landscape):
-        super().__init__(scene); self.world = world(scene); ys, xs = np.indices(self.map.shape) / len(self.map)
-        self.stuff = {kind: sum(1 << self.n + j for j, k in enumerate(self.kinds) if k == kind) for kind in BACKGROUNDS}
-        self.base = [None if k is None else self.n + k for k in _standing(scene, patch_labels(scene))]
-        self.centre = {i: (xs[self.map == i].mean(), ys[self.map == i].mean()) for i in range(self.n, self.count)}
 
-    def set_of(self, noun: Noun) -> int | None: return self.stuff[noun.noun] if noun.noun in self.stuff else self.world.set_of(noun)
+    def __init__(self, scene: Landscape):
+        super().__init__(scene)
+        self.world = world(scene)
+        ys, xs = np.indices(self.map.shape) / len(self.map)
+        self.stuff = {
+            kind: sum(1 << self.n + j for j, k in enumerate(self.kinds) if k == kind) for kind in BACKGROUNDS
+        }
+        self.base = [None if k is None else self.n + k for k in _standing(scene, patch_labels(scene))]
+        self.centre = {
+            i: (xs[self.map == i].mean(), ys[self.map == i].mean()) for i in range(self.n, self.count)
+        }
+
+    def set_of(self, noun: Noun) -> int | None:
+        return self.stuff[noun.noun] if noun.noun in self.stuff else self.world.set_of(noun)
 
     def on(self, bits, ground):
-        if not bits or not ground or any(self.base[i] is None for i in self.members(bits)): return None
+        if not bits or not ground or any(self.base[i] is None for i in self.members(bits)):
+            return None
         return sum(1 << i for i in self.members(bits) if ground >> self.base[i] & 1)
 
-    def under(self, thing): return None if thing is None or self.base[thing] is None else 1 << self.base[thing]
+    def under(self, thing):
+        return None if thing is None or self.base[thing] is None else 1 << self.base[thing]
 
     def beyond(self, side, bits, thing):
-        if not bits or thing is None: return None
-        key = self.world.key[side]; step = {i: key[thing] - key[i] for i in self.members(bits & ~(1 << thing))}
-        return None if any(abs(d) < GAP for d in step.values()) else sum(1 << i for i, d in step.items() if d > 0)
+        if not bits or thing is None:
+            return None
+        key = self.world.key[side]
+        step = {i: key[thing] - key[i] for i in self.members(bits & ~(1 << thing))}
+        return (
+            None
+            if any(abs(d) < GAP for d in step.values())
+            else sum(1 << i for i, d in step.items() if d > 0)
+        )
 
     def extreme(self, side, bits):
-        if not bits or _single(bits): return None
+        if not bits or _single(bits):
+            return None
         axis, sign = _SIDES.index(side) // 2, -1 if side in ("right", "bottom", "biggest") else 1
-        value = {i: sign * (math.log(self.area[i]) / 2 if axis == 2 else self.centre[i][axis]) for i in self.members(bits)}
+        value = {
+            i: sign * (math.log(self.area[i]) / 2 if axis == 2 else self.centre[i][axis])
+            for i in self.members(bits)
+        }
         first, second = sorted(value, key=value.get)[:2]
-        return 1 << first if value[second] - value[first] >= (math.log(SIZE_RATIO) if axis == 2 else .2) else None
+        return (
+            1 << first
+            if value[second] - value[first] >= (math.log(SIZE_RATIO) if axis == 2 else 0.2)
+            else None
+        )
 
 # %% ../../nbs/02c_flavours.ipynb #058
 class Meanings(Grounds):
     "Executes programs whose answer is a region: a set of atoms."
-    def __init__(self, scene: Landscape): super().__init__(scene); self.memo = {}
+
+    def __init__(self, scene: Landscape):
+        super().__init__(scene)
+        self.memo = {}
 
     def run(self, program: Program) -> int | None:
         "The region that a program means, as bits; None if it is empty or not clear."
         key = str(program)
-        if key not in self.memo: self.memo[key] = self._run(program.op, program.args, program) or None
+        if key not in self.memo:
+            self.memo[key] = self._run(program.op, program.args, program) or None
         return self.memo[key]
 
     def thing(self, program):
         "Index of the one thing that a program means."
-        bits = self.run(program); return bits.bit_length() - 1 if _single(bits) and bits <= self.things else None
+        bits = self.run(program)
+        return bits.bit_length() - 1 if _single(bits) and bits <= self.things else None
 
     def _run(self, op, args, program):
         if op in ("not", "but", "or"):
             first, *second = map(self.run, args)
-            if first is None or None in second: return None
-            if op == "or": return None if first & second[0] else first | second[0]
+            if first is None or None in second:
+                return None
+            if op == "or":
+                return None if first & second[0] else first | second[0]
             return (self.all if op == "not" else self.things) & ~first
         if op in ("all", "one"):
             bits = self.run(args[0]) if isinstance(args[0], Program) else self.set_of(args[0])
             return bits if bits and _single(bits) == (op == "one") else None
-        if op == "on": return self.on(*map(self.set_of, args))
-        if op == "under": return self.under(self.thing(args[0]))
-        if op == "side": return self.beyond(args[0], self.set_of(args[1]), self.thing(args[2]))
+        if op == "on":
+            return self.on(*map(self.set_of, args))
+        if op == "under":
+            return self.under(self.thing(args[0]))
+        if op == "side":
+            return self.beyond(args[0], self.set_of(args[1]), self.thing(args[2]))
         if isinstance(args[-1], Noun) and args[-1].noun in self.stuff:
-            bits = self.set_of(args[-1]); return self.extreme(args[0], bits) if op == "most" else bits if _single(bits) else None
-        thing = self.world.run(program); return None if thing is None else 1 << thing
+            bits = self.set_of(args[-1])
+            return self.extreme(args[0], bits) if op == "most" else bits if _single(bits) else None
+        thing = self.world.run(program)
+        return None if thing is None else 1 << thing
 
 # %% ../../nbs/02c_flavours.ipynb #062
-SAME = .75   # two regions with a larger IoU are taken for the same
+SAME = 0.75  # two regions with a larger IoU are taken for the same
+
 
 def shorter_region(
     program: Program,
-) -> list[Program]:   # every program with one content word less
+) -> list[Program]:  # every program with one content word less
     "What `shorter` does, for the operations on regions too."
     op, args = program.op, program.args
-    if op not in ("not", "but", "or", "all", "one", "on", "side", "under"): return shorter(program)
+    if op not in ("not", "but", "or", "all", "one", "on", "side", "under"):
+        return shorter(program)
     out = list(args) if op in ("not", "but", "or") else []
-    if op in ("not", "but"): out.append(Program("all", (Noun(),)))
-    if op in ("all", "one") and isinstance(args[0], Program):   # without its relation
-        head = args[0].args[args[0].op == "side"]; out += [Program("all", (head,)), Program("the", (head,))]
+    if op in ("not", "but"):
+        out.append(Program("all", (Noun(),)))
+    if op in ("all", "one") and isinstance(args[0], Program):  # without its relation
+        head = args[0].args[args[0].op == "side"]
+        out += [Program("all", (head,)), Program("the", (head,))]
     for k, a in enumerate(args):
-        less = [a.without(s) for s in _slots(a)] if isinstance(a, Noun) else shorter_region(a) if isinstance(a, Program) else []
-        out += [Program(op, args[:k] + (b,) + args[k + 1:]) for b in less]
+        less = (
+            [a.without(s) for s in _slots(a)]
+            if isinstance(a, Noun)
+            else shorter_region(a)
+            if isinstance(a, Program)
+            else []
+        )
+        out += [Program(op, args[:k] + (b,) + args[k + 1 :]) for b in less]
     return out
+
 
 def is_minimal_region(
     program: Program,
@@ -361,67 +561,106 @@ def is_minimal_region(
 ) -> bool:
     "Whether the program means a region, no shorter one means about the same, and it is not about the whole picture."
     r = regions.run(program)
-    if r is None or regions.size(r) > SAME: return False
+    if r is None or regions.size(r) > SAME:
+        return False
     return all(s is None or regions.iou(r, s) <= SAME for s in map(regions.run, shorter_region(program)))
 
 # %% ../../nbs/02c_flavours.ipynb #066
 REGION_KINDS = ("attribute", "superlative", "relation", "stuff", "group", "complement")
 
+
 def region_kind(program: Program) -> str:
     "Which of `REGION_KINDS` a program is."
     op, args = program.op, program.args
-    if op in ("not", "but"): return "complement"
-    if op == "under" or op in ("all", "one") and isinstance(args[0], Program): return "relation"
-    if op in ("all", "or"): return "group"
+    if op in ("not", "but"):
+        return "complement"
+    if op == "under" or op in ("all", "one") and isinstance(args[0], Program):
+        return "relation"
+    if op in ("all", "or"):
+        return "group"
     return "stuff" if isinstance(args[-1], Noun) and args[-1].noun in BACKGROUNDS else kind_of(program)
 
 # %% ../../nbs/02c_flavours.ipynb #069
 def enumerate_regions(
     regions: Meanings,
-) -> list[tuple[Program, int, str]]:   # program, region, and a name of the construction
+) -> list[tuple[Program, int, str]]:  # program, region, and a name of the construction
     "Every program for a region in this landscape that has no idle word."
     w, out, P = regions.world, [], lambda op, *args: Program(op, args)
+
     def keep(name, *programs):
-        kept = [(p, regions.run(p), name) for p in programs if is_minimal_region(p, regions)]; out.extend(kept); return [p for p, _, _ in kept]
+        kept = [(p, regions.run(p), name) for p in programs if is_minimal_region(p, regions)]
+        out.extend(kept)
+        return [p for p, _, _ in kept]
+
     plain = ("noun", "attribute", "size", "place", "middle", "nearest", "nearest a")
     out += [(p, 1 << r, name) for p, r, name in enumerate_programs(regions.scene) if name in plain]
-    nouns = [p for p, _ in _noun_phrases(w) if len(p.attributes) < 2]; bare = [n for n in nouns if not n.attributes]; anything = Noun()
+    nouns = [p for p, _ in _noun_phrases(w) if len(p.attributes) < 2]
+    bare = [n for n in nouns if not n.attributes]
+    anything = Noun()
     unique = [p for p, _, name in out if name in ("noun", "attribute") and len(p.args[0].attributes) < 2]
-    looks = [n for n in [Noun(color=c) for c in COLORS] + [Noun(texture=t) for t in TEXTURES[1:]] if not w.set_of(n) & ~w.words["thing"]]
+    looks = [
+        n
+        for n in [Noun(color=c) for c in COLORS] + [Noun(texture=t) for t in TEXTURES[1:]]
+        if not w.set_of(n) & ~w.words["thing"]
+    ]
     grounds = [Noun(kind) for kind in BACKGROUNDS if regions.stuff[kind]]
     groups = keep("all", *(P("all", n) for n in nouns)) + keep("look", *(P("all", n) for n in looks))
-    stuff = keep("stuff", *(P("the", g) for g in grounds)) + keep("stuff all", *(P("all", g) for g in grounds))
+    stuff = keep("stuff", *(P("the", g) for g in grounds)) + keep(
+        "stuff all", *(P("all", g) for g in grounds)
+    )
     keep("stuff place", *(P("most", side, 1, g) for g in grounds for side in _SIDES))
     named = [p for p in groups if p.args[0].noun not in ("any", "thing") and not p.args[0].attributes]
-    for name, some in (("or", named), ("stuff or", stuff)): keep(name, *(P("or", q, p) for i, p in enumerate(some) for q in some[:i]))
+    for name, some in (("or", named), ("stuff or", stuff)):
+        keep(name, *(P("or", q, p) for i, p in enumerate(some) for q in some[:i]))
     keep("under", *(P("under", p) for p in unique))
-    keep("side", *(P("all", P("side", side, n, p)) for p in unique for side in _SIDES[:4] for n in (anything, *bare)))
+    keep(
+        "side",
+        *(P("all", P("side", side, n, p)) for p in unique for side in _SIDES[:4] for n in (anything, *bare)),
+    )
     keep("on", *(P("one", P("on", n, g)) for g in grounds for n in nouns))
     keep("all on", *(P("all", P("on", n, g)) for g in grounds for n in (anything, *nouns)))
-    keep("not on", *(P("not", p) for p in groups + unique)); keep("not", *(P("not", p) for p in stuff)); keep("but", *(P("but", p) for p in groups + unique))
+    keep("not on", *(P("not", p) for p in groups + unique))
+    keep("not", *(P("not", p) for p in stuff))
+    keep("but", *(P("but", p) for p in groups + unique))
     return out
 
 # %% ../../nbs/02c_flavours.ipynb #073
-_MANY = {"man": "men", "woman": "women", "lady": "ladies", "child": "children", "person": "people", "fish": "fish"}
+_MANY = {
+    "man": "men",
+    "woman": "women",
+    "lady": "ladies",
+    "child": "children",
+    "person": "people",
+    "fish": "fish",
+}
 _WHERE = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
+
 
 class _Words:
     "Words for one program."
-    def __init__(self, regions, rng): self.regions, self.rng, self.the = regions, rng, "the" if rng.random() < .35 else ""
 
-    def pick(self, *choices): return _pick(self.rng, choices)
+    def __init__(self, regions, rng):
+        self.regions, self.rng, self.the = regions, rng, "the" if rng.random() < 0.35 else ""
 
-    def one(self, program): return realise(program, self.regions.scene, self.rng, terse=True)
+    def pick(self, *choices):
+        return _pick(self.rng, choices)
+
+    def one(self, program):
+        return realise(program, self.regions.scene, self.rng, terse=True)
 
     def many(self, noun):
         look = self.pick(*_SIZE[noun.size]) if noun.size else noun.texture or noun.color
-        if noun.noun == "any": return f"{look} ones"
-        word = self.pick(*_NOUNS.get(noun.noun, (noun.noun,))); word = _MANY.get(word, word + "s")
-        if noun.size or not look or "person" not in (noun.noun, CATEGORIES.get(noun.noun)): return _join(look, word)
+        if noun.noun == "any":
+            return f"{look} ones"
+        word = self.pick(*_NOUNS.get(noun.noun, (noun.noun,)))
+        word = _MANY.get(word, word + "s")
+        if noun.size or not look or "person" not in (noun.noun, CATEGORIES.get(noun.noun)):
+            return _join(look, word)
         return _join(word, "in", look, "clothes" if noun.texture else "")
 
     def anchor(self, p):
-        noun = p.args[-1]; ground = isinstance(noun, Noun) and noun.noun in BACKGROUNDS
+        noun = p.args[-1]
+        ground = isinstance(noun, Noun) and noun.noun in BACKGROUNDS
         return _join(self.the, noun.noun if ground else self.many(noun) if p.op == "all" else self.one(p))
 
 # %% ../../nbs/02c_flavours.ipynb #077
@@ -429,50 +668,92 @@ def _relation_text(say, p):
     regions, rel = say.regions, p.args[0]
     if p.op == "under":
         water = regions.kinds[regions.run(p).bit_length() - 1 - regions.n] == "water"
-        return say.pick(f"what {say.anchor(rel)} is on", f"{'surface' if water else 'ground'} under {say.anchor(rel)}")
-    noun = rel.args[rel.op == "side"]; both = bin(regions.run(p)).count("1") == 2
-    if p.op == "one": head = say.one(Program("the", (noun,)))
-    else: head = "everything" if noun == Noun() else _join(say.pick("all", "both" if both else "all"), say.many(noun))
-    if rel.op == "side": return _join(head, _WHERE[rel.args[0]], say.anchor(rel.args[2]))
+        return say.pick(
+            f"what {say.anchor(rel)} is on", f"{'surface' if water else 'ground'} under {say.anchor(rel)}"
+        )
+    noun = rel.args[rel.op == "side"]
+    both = bin(regions.run(p)).count("1") == 2
+    if p.op == "one":
+        head = say.one(Program("the", (noun,)))
+    else:
+        head = (
+            "everything"
+            if noun == Noun()
+            else _join(say.pick("all", "both" if both else "all"), say.many(noun))
+        )
+    if rel.op == "side":
+        return _join(head, _WHERE[rel.args[0]], say.anchor(rel.args[2]))
     return _join(head, "in" if rel.args[1].noun in ("sky", "water") else "on", say.the, rel.args[1].noun)
 
+
 def _group_text(say, p):
-    noun = p.args[0]; both = bin(say.regions.run(p)).count("1") == 2
-    if noun.noun == "any": return _join(say.pick("everything", "anything"), noun.texture or noun.color)
-    if say.rng.random() < .3: return _join("any", say.one(Program("the", (noun,))))
+    noun = p.args[0]
+    both = bin(say.regions.run(p)).count("1") == 2
+    if noun.noun == "any":
+        return _join(say.pick("everything", "anything"), noun.texture or noun.color)
+    if say.rng.random() < 0.3:
+        return _join("any", say.one(Program("the", (noun,))))
     return _join(say.pick("all", "the", "both" if both else "all"), say.many(noun))
+
 
 def realise_region(
     program: Program,
     regions: Meanings,
     rng: random.Random,
-) -> str:            # lower case, no punctuation
+) -> str:  # lower case, no punctuation
     "Put a program for a region into a few words."
-    say = _Words(regions, rng); op, args = program.op, program.args; noun = args[-1]
+    say = _Words(regions, rng)
+    op, args = program.op, program.args
+    noun = args[-1]
     ground = isinstance(noun, Noun) and noun.noun in BACKGROUNDS
-    if op == "not": return _join(say.pick("anywhere not on", "anywhere but", "not", "anywhere except"), say.anchor(args[0]))
-    if op == "but": return _join(say.pick("everything but", "anything but", "everything except"), say.anchor(args[0]))
+    if op == "not":
+        return _join(
+            say.pick("anywhere not on", "anywhere but", "not", "anywhere except"), say.anchor(args[0])
+        )
+    if op == "but":
+        return _join(say.pick("everything but", "anything but", "everything except"), say.anchor(args[0]))
     if op == "or":
-        nouns = [a.args[0] for a in args]; stuff = nouns[0].noun in BACKGROUNDS
-        return _join("" if stuff else say.pick("", "", "all"), say.pick(" and ", " or ").join(n.noun if stuff else say.many(n) for n in nouns))
-    if ground: return _join({"all": "all", "most": args[0]}.get(op, ""), say.pick("", "patch of", "area of") if op == "most" else say.the, noun.noun)
-    if op == "all" and isinstance(noun, Noun): return _group_text(say, program)
+        nouns = [a.args[0] for a in args]
+        stuff = nouns[0].noun in BACKGROUNDS
+        return _join(
+            "" if stuff else say.pick("", "", "all"),
+            say.pick(" and ", " or ").join(n.noun if stuff else say.many(n) for n in nouns),
+        )
+    if ground:
+        return _join(
+            {"all": "all", "most": args[0]}.get(op, ""),
+            say.pick("", "patch of", "area of") if op == "most" else say.the,
+            noun.noun,
+        )
+    if op == "all" and isinstance(noun, Noun):
+        return _group_text(say, program)
     return _relation_text(say, program) if op in ("all", "one", "under") else say.one(program)
 
 # %% ../../nbs/02c_flavours.ipynb #081
 class Regions(Meanings):
     "What programs mean in a landscape, and how much their anchors matter."
+
     def answers(self, program: Program) -> list[int]:
         "The regions that a relation would mean with each other anchor, where they are clear."
-        op, args = program.op, program.args; others = lambda i: [j for j in range(self.n) if j != i]
-        if op == "under": found = [self.under(j) for j in others(self.thing(args[0]))]
+        op, args = program.op, program.args
+        others = lambda i: [j for j in range(self.n) if j != i]
+        if op == "under":
+            found = [self.under(j) for j in others(self.thing(args[0]))]
         elif op == "nearest":
-            anchors = self.set_of(args[1].args[0]) if args[1].op == "a" else self.run(args[1]); r = self.thing(program)
-            near = [self.world.near(self.set_of(args[0]), 1 << j) for j in others(r) if not anchors >> j & 1]; found = [1 << i for i in near if i is not None]
+            anchors = self.set_of(args[1].args[0]) if args[1].op == "a" else self.run(args[1])
+            r = self.thing(program)
+            near = [self.world.near(self.set_of(args[0]), 1 << j) for j in others(r) if not anchors >> j & 1]
+            found = [1 << i for i in near if i is not None]
         elif args[0].op == "on":
-            noun, ground = args[0].args; found = [self.run(Program(op, (Program("on", (noun, Noun(k))),))) for k in BACKGROUNDS if k != ground.noun]
+            noun, ground = args[0].args
+            found = [
+                self.run(Program(op, (Program("on", (noun, Noun(k))),)))
+                for k in BACKGROUNDS
+                if k != ground.noun
+            ]
         else:
-            side, noun, anchor = args[0].args; sets = [self.beyond(side, self.set_of(noun), j) for j in others(self.thing(anchor))]
+            side, noun, anchor = args[0].args
+            sets = [self.beyond(side, self.set_of(noun), j) for j in others(self.thing(anchor))]
             found = [bits for bits in sets if bits and not _single(bits)]
         return [bits for bits in found if bits]
 
@@ -483,159 +764,293 @@ class Regions(Meanings):
 
 # %% ../../nbs/02c_flavours.ipynb #085
 def frames(
-    program: str,     # as text
-) -> list[str]:       # as many as it has words
+    program: str,  # as text
+) -> list[str]:  # as many as it has words
     "The program with each of its words left open in turn."
-    return [program[:m.start()] + "*" + program[m.end():] for m in re.finditer(r"[^(),.\s]+", program)]
+    return [program[: m.start()] + "*" + program[m.end() :] for m in re.finditer(r"[^(),.\s]+", program)]
 
 # %% ../../nbs/02c_flavours.ipynb #088
-REGION_MIX = {"attribute": .18, "superlative": .17, "relation": .45, "stuff": .09, "group": .07, "complement": .04}   # what is drawn; contrast sets shift it
-_REGION_WEIGHTS = {"noun": .25, "middle": .4, "nearest": .5, "nearest a": .1, "on": 2., "side": .1, "under": .15, "or": .35, "stuff all": .5,
-                   "stuff place": 2., "stuff or": .4, "not": .5, "but": .12}   # 1 for all others
+# what is drawn; contrast sets shift it
+REGION_MIX = {
+    "attribute": 0.18,
+    "superlative": 0.17,
+    "relation": 0.45,
+    "stuff": 0.09,
+    "group": 0.07,
+    "complement": 0.04,
+}
+_REGION_WEIGHTS = {
+    "noun": 0.25,
+    "middle": 0.4,
+    "nearest": 0.5,
+    "nearest a": 0.1,
+    "on": 2.0,
+    "side": 0.1,
+    "under": 0.15,
+    "or": 0.35,
+    "stuff all": 0.5,
+    "stuff place": 2.0,
+    "stuff or": 0.4,
+    "not": 0.5,
+    "but": 0.12,
+}  # 1 for all others
+
 
 def _region_weight(regions, program, r, kind) -> float:
-    weight = 1. if _single(r) else (1 - max(regions.iou(r, regions.things), regions.size(r))) ** 2   # what is mostly everything is easily guessed
-    if kind == "relation": f = regions.flip(program); weight *= .05 if f is None else 1e-3 if f < .4 else f ** 2
-    for q in _nouns_in(program): weight *= (.4 if q.size else 1) * (1.5 if q.texture else 1) * (.12 if q.noun == "thing" else 1)
+    # what is mostly everything is easily guessed
+    weight = 1.0 if _single(r) else (1 - max(regions.iou(r, regions.things), regions.size(r))) ** 2
+    if kind == "relation":
+        f = regions.flip(program)
+        weight *= 0.05 if f is None else 1e-3 if f < 0.4 else f**2
+    for q in _nouns_in(program):
+        weight *= (0.4 if q.size else 1) * (1.5 if q.texture else 1) * (0.12 if q.noun == "thing" else 1)
     return weight
+
 
 def sample_regions(
     regions: Regions,
-    rng: random.Random,     # only `rng.random()` is called
-    count: int = 5,         # how many
-) -> list[Expression]:      # whose `referent` is a set of atoms, as bits
+    rng: random.Random,  # only `rng.random()` is called
+    count: int = 5,  # how many
+) -> list[Expression]:  # whose `referent` is a set of atoms, as bits
     "Expressions about regions of one landscape: kinds drawn from `REGION_MIX`, regions evenly, contrast sets where there are any."
-    if count < 1: raise ValueError(f"count is {count}: ask for at least one expression")
+    if count < 1:
+        raise ValueError(f"count is {count}: ask for at least one expression")
     pools, framed, used, times, out, sets = {}, {}, set(), Counter(), [], 0
     for p, r, name in enumerate_regions(regions):
-        item = (p, r, kind := region_kind(p), _region_weight(regions, p, r, kind)); pools.setdefault(kind, {}).setdefault(name, []).append(item)
-        for f in frames(str(p)): framed.setdefault(f, []).append(item)
-    like = lambda item: item[3] * .15 ** times[item[1]]
+        item = (p, r, kind := region_kind(p), _region_weight(regions, p, r, kind))
+        pools.setdefault(kind, {}).setdefault(name, []).append(item)
+        for f in frames(str(p)):
+            framed.setdefault(f, []).append(item)
+    like = lambda item: item[3] * 0.15 ** times[item[1]]
+
     def say(item, group):
-        p, r, kind, _ = item; used.add(p); times[r] += 1; out.append(Expression(realise_region(p, regions, rng), r, kind, str(p), group))
+        p, r, kind, _ = item
+        used.add(p)
+        times[r] += 1
+        out.append(Expression(realise_region(p, regions, rng), r, kind, str(p), group))
+
     while len(out) < count:
-        fresh = {kind: {name: left for name, items in pool.items() if (left := [x for x in items if x[0] not in used])} for kind, pool in pools.items()}
+        fresh = {
+            kind: {
+                name: left for name, items in pool.items() if (left := [x for x in items if x[0] not in used])
+            }
+            for kind, pool in pools.items()
+        }
         kinds = [(kind, share) for kind, share in REGION_MIX.items() if fresh.get(kind)]
-        if not kinds: break
+        if not kinds:
+            break
         pool, of = fresh[_draw(rng, kinds)], {}
-        name = _draw(rng, [(name, _REGION_WEIGHTS.get(name, 1.) * max(map(like, items))) for name, items in pool.items()])
-        for x in pool[name]: of.setdefault(x[1], []).append(x)
-        item = _draw(rng, [(x, like(x)) for x in of[_draw(rng, [(r, max(map(like, items))) for r, items in of.items()])]])
-        partners = [(x, like(x)) for f in frames(str(item[0])) for x in framed[f] if x[0] not in used and x[2] == item[2] and regions.iou(x[1], item[1]) <= .5]
-        pair = bool(partners) and len(out) + 2 <= count and rng.random() < .6; sets += pair
+        name = _draw(
+            rng,
+            [(name, _REGION_WEIGHTS.get(name, 1.0) * max(map(like, items))) for name, items in pool.items()],
+        )
+        for x in pool[name]:
+            of.setdefault(x[1], []).append(x)
+        item = _draw(
+            rng,
+            [(x, like(x)) for x in of[_draw(rng, [(r, max(map(like, items))) for r, items in of.items()])]],
+        )
+        partners = [
+            (x, like(x))
+            for f in frames(str(item[0]))
+            for x in framed[f]
+            if x[0] not in used and x[2] == item[2] and regions.iou(x[1], item[1]) <= 0.5
+        ]
+        pair = bool(partners) and len(out) + 2 <= count and rng.random() < 0.6
+        sets += pair
         say(item, str(sets) if pair else "")
-        if pair: say(_draw(rng, partners), str(sets))
+        if pair:
+            say(_draw(rng, partners), str(sets))
     return out
 
 # %% ../../nbs/02c_flavours.ipynb #092
-_ONE = {many: one for one, many in _MANY.items()} | {f"{w}s": w for w in [*CATEGORIES, "guy", "kid", "airplane", "thing", "object", "animal"]}
-_COMPLEMENT = (r"(?:anywhere not on|anywhere but|anywhere except|not) (.*)", r"(?:everything|anything) (?:but|except) (.*)")
+_ONE = {many: one for one, many in _MANY.items()} | {
+    f"{w}s": w for w in [*CATEGORIES, "guy", "kid", "airplane", "thing", "object", "animal"]
+}
+_COMPLEMENT = (
+    r"(?:anywhere not on|anywhere but|anywhere except|not) (.*)",
+    r"(?:everything|anything) (?:but|except) (.*)",
+)
+
 
 class _Seen(_Measured):
     "What can be measured in a picture: things and where they stand, patches of ground."
-    def __init__(self, scene, drawn): super().__init__(scene, drawn); self.scene, self.drawn, self.free = scene, drawn, ~drawn.masks.any(0)
 
-    def whole(self, kind): return self.drawn.ground == BACKGROUNDS.index(kind)
+    def __init__(self, scene, drawn):
+        super().__init__(scene, drawn)
+        self.scene, self.drawn, self.free = scene, drawn, ~drawn.masks.any(0)
+
+    def whole(self, kind):
+        return self.drawn.ground == BACKGROUNDS.index(kind)
 
     def patches(self, kind):
-        if kind == self.scene.background: return [self.whole(kind)]
-        found, n = ndimage.label(self.whole(kind)); return [found == i for i in range(1, n + 1)]
+        if kind == self.scene.background:
+            return [self.whole(kind)]
+        found, n = ndimage.label(self.whole(kind))
+        return [found == i for i in range(1, n + 1)]
 
     def feet(self, i):
-        mask = self.drawn.full[i].copy(); rows = np.flatnonzero(mask.any(1))
-        if self.things[i].category not in FLYERS: mask[:int(rows[-1] - .1 * len(rows))] = False
+        mask = self.drawn.full[i].copy()
+        rows = np.flatnonzero(mask.any(1))
+        if self.things[i].category not in FLYERS:
+            mask[: int(rows[-1] - 0.1 * len(rows))] = False
         return mask
 
-    def ground_of(self, i): return BACKGROUNDS[np.bincount(self.drawn.ground[self.feet(i)]).argmax()]
+    def ground_of(self, i):
+        return BACKGROUNDS[np.bincount(self.drawn.ground[self.feet(i)]).argmax()]
 
-    def all_called(self, text): return self.called(" ".join(_ONE.get(v, v) for v in text.split()))
+    def all_called(self, text):
+        return self.called(" ".join(_ONE.get(v, v) for v in text.split()))
 
-    def one_called(self, text): r = reference_execute(text, self.scene, self.drawn); return [] if r is None else [r]
+    def one_called(self, text):
+        r = reference_execute(text, self.scene, self.drawn)
+        return [] if r is None else [r]
 
 # %% ../../nbs/02c_flavours.ipynb #094
 def _stuff_mask(m, kind, words):
-    side = next((s for s in _SIDES if s in words), None); patches = [p & m.free for p in m.patches(kind)]
-    if side is None: return m.whole(kind) & m.free
-    measure = {"left": lambda p: np.nonzero(p)[1].mean(), "right": lambda p: -np.nonzero(p)[1].mean(), "top": lambda p: np.nonzero(p)[0].mean(),
-               "bottom": lambda p: -np.nonzero(p)[0].mean(), "smallest": np.sum, "biggest": lambda p: -p.sum()}
+    side = next((s for s in _SIDES if s in words), None)
+    patches = [p & m.free for p in m.patches(kind)]
+    if side is None:
+        return m.whole(kind) & m.free
+    measure = {
+        "left": lambda p: np.nonzero(p)[1].mean(),
+        "right": lambda p: -np.nonzero(p)[1].mean(),
+        "top": lambda p: np.nonzero(p)[0].mean(),
+        "bottom": lambda p: -np.nonzero(p)[0].mean(),
+        "smallest": np.sum,
+        "biggest": lambda p: -p.sum(),
+    }
     return min(patches, key=measure[side])
 
+
 def read_region(
-    text: str,             # the phrase itself, not its program
-    scene: Landscape,      # for the names of things and colours
-    drawn: Rendering,      # for places, sizes and the ground
-) -> np.ndarray:           # [H, W] bool
+    text: str,  # the phrase itself, not its program
+    scene: Landscape,  # for the names of things and colours
+    drawn: Rendering,  # for places, sizes and the ground
+) -> np.ndarray:  # [H, W] bool
     "Find the region that a phrase means by reading its words and measuring the picture; shares nothing with `Meanings`."
-    m = _Seen(scene, drawn); things = lambda found: drawn.masks[found].any(0)
+    m = _Seen(scene, drawn)
+    things = lambda found: drawn.masks[found].any(0)
+
     def meaning(words):
-        words = words.removeprefix("the "); kind = next((k for k in BACKGROUNDS if k in words.split()), None)
-        if f := re.match(_COMPLEMENT[0], words): return ~meaning(f[1])
-        if f := re.match(_COMPLEMENT[1], words): return ~m.free & ~meaning(f[1])
+        words = words.removeprefix("the ")
+        kind = next((k for k in BACKGROUNDS if k in words.split()), None)
+        if f := re.match(_COMPLEMENT[0], words):
+            return ~meaning(f[1])
+        if f := re.match(_COMPLEMENT[1], words):
+            return ~m.free & ~meaning(f[1])
         if f := re.match(r"(?:ground|surface) under (.*)|what (.*) is on$", words):
-            (i,) = m.one_called(f[1] or f[2]); return m.free & max(m.patches(m.ground_of(i)), key=lambda p: (p & m.feet(i)).sum())
+            (i,) = m.one_called(f[1] or f[2])
+            return m.free & max(m.patches(m.ground_of(i)), key=lambda p: (p & m.feet(i)).sum())
         if f := re.match(r"(.*) (left of|right of|above|below) (.*)", words):
-            (a,) = m.one_called(f[3]); ahead = {"left of": m.cx[a] - m.cx, "right of": m.cx - m.cx[a], "above": m.cy[a] - m.cy, "below": m.cy - m.cy[a]}[f[2]]
+            (a,) = m.one_called(f[3])
+            ahead = {
+                "left of": m.cx[a] - m.cx,
+                "right of": m.cx - m.cx[a],
+                "above": m.cy[a] - m.cy,
+                "below": m.cy - m.cy[a],
+            }[f[2]]
             return things([i for i in m.all_called(f[1]) if ahead[i] > 0])
         if f := re.match(rf"(.*) (?:on|in) (?:the )?({'|'.join(BACKGROUNDS)})$", words):
             return things([i for i in m.all_called(f[1]) if m.ground_of(i) == f[2]])
-        if f := re.match(r"(.*) (?:and|or) (.*)", words): return meaning(f"all {f[1]}") | meaning(f"all {f[2]}")
-        if kind: return _stuff_mask(m, kind, words.split())
-        several = re.match(r"(?:all|both|any|everything|anything)\b", words) or set(words.split()) & (_ONE.keys() - {"fish"} | {"ones"})
-        if several: return things(m.all_called(words))
-        return things(m.one_called(words) or m.all_called(words))   # "the fish" may be one or several
+        if f := re.match(r"(.*) (?:and|or) (.*)", words):
+            return meaning(f"all {f[1]}") | meaning(f"all {f[2]}")
+        if kind:
+            return _stuff_mask(m, kind, words.split())
+        several = re.match(r"(?:all|both|any|everything|anything)\b", words) or set(words.split()) & (
+            _ONE.keys() - {"fish"} | {"ones"}
+        )
+        if several:
+            return things(m.all_called(words))
+        return things(m.one_called(words) or m.all_called(words))  # "the fish" may be one or several
+
     return meaning(text)
 
 # %% ../../nbs/02c_flavours.ipynb #098
 def region_readers(
     expression: Expression,
     regions: Regions,
-) -> dict[str, float]:   # reader -> IoU of its answer, 0..1; the anchor-blind ones only for relations
+) -> dict[str, float]:  # reader -> IoU of its answer, 0..1; the anchor-blind ones only for relations
     "How well readers do that lack something."
-    p, n = parse_program(expression.program), regions.n; largest = lambda start, stop: 1 << max(range(start, stop), key=lambda i: regions.area[i])
-    answers = {"no text: every thing": [regions.things], "no text: largest thing": [largest(0, n)], "no text: background": [regions.all & ~regions.things],
-               "no text: largest patch": [largest(n, regions.count)], "no text: whole picture": [regions.all],
-               "head noun only": [regions.set_of(Noun(_nouns_in(p)[0].noun)) or regions.things], "true program": [regions.run(p)]}
+    p, n = parse_program(expression.program), regions.n
+    largest = lambda start, stop: 1 << max(range(start, stop), key=lambda i: regions.area[i])
+    answers = {
+        "no text: every thing": [regions.things],
+        "no text: largest thing": [largest(0, n)],
+        "no text: background": [regions.all & ~regions.things],
+        "no text: largest patch": [largest(n, regions.count)],
+        "no text: whole picture": [regions.all],
+        "head noun only": [regions.set_of(Noun(_nouns_in(p)[0].noun)) or regions.things],
+        "true program": [regions.run(p)],
+    }
     if expression.kind == "relation":
-        given = Counter([expression.referent, *regions.answers(p)]); top = max(given.values())
-        answers |= {"anchor-blind: any": list(given), "anchor-blind: usual": [r for r, times in given.items() if times == top]}
-    return {name: float(np.mean([regions.iou(r, expression.referent) for r in some])) for name, some in answers.items()}
+        given = Counter([expression.referent, *regions.answers(p)])
+        top = max(given.values())
+        answers |= {
+            "anchor-blind: any": list(given),
+            "anchor-blind: usual": [r for r, times in given.items() if times == top],
+        }
+    return {
+        name: float(np.mean([regions.iou(r, expression.referent) for r in some]))
+        for name, some in answers.items()
+    }
 
 # %% ../../nbs/02c_flavours.ipynb #108
 def draw_landscapes(
-    job: dict,     # of `refseg_nb.refshapes.dataset`: "seed", "split", "range", "counts", "resolution", and "images", the folder to draw into
-    first: int,    # index of the split's first landscape
-) -> list[dict]:   # one record an image: its id, split, and expressions
+    # of `refseg_nb.refshapes.dataset`: "seed", "split", "range", "counts", "resolution", and "images", the
+    # folder to draw into
+    job: dict,
+    first: int,  # index of the split's first landscape
+) -> list[dict]:  # one record an image: its id, split, and expressions
     "Draw a run of landscapes and the maps of their atoms, and write expressions for them."
     out = []
     for i, count in zip(range(*job["range"]), job["counts"]):
-        scene = sample_landscape(job["seed"], first + i); number = scene.index + 1
+        scene = sample_landscape(job["seed"], first + i)
+        number = scene.index + 1
         rng = random.Random(f"expressions {GENERATOR_VERSION} refshapes-stuff {job['seed']} {scene.index}")
         said = sample_regions(Regions(scene), rng, count)
-        Image.fromarray(render(scene, job["resolution"]).image).save(Path(job["images"]) / f"{number}.png", compress_level=1)
-        Image.fromarray(atoms(scene, job["resolution"])).save(Path(job["images"]) / f"{number}.atoms.png", compress_level=1)
+        Image.fromarray(render(scene, job["resolution"]).image).save(
+            Path(job["images"]) / f"{number}.png", compress_level=1
+        )
+        Image.fromarray(atoms(scene, job["resolution"])).save(
+            Path(job["images"]) / f"{number}.atoms.png", compress_level=1
+        )
         out.append({"image_id": number, "split": job["split"], "said": [vars(e) for e in said]})
     return out
 
 # %% ../../nbs/02c_flavours.ipynb #111
 def write_landscapes(
-    folder: Path,      # `<root>/refshapes-stuff`; must not exist
-    results: list,     # what the jobs returned
-    drawn: Path,       # the folder they drew into
-) -> dict:             # split -> counts of images, refs and expressions
+    folder: Path,  # `<root>/refshapes-stuff`; must not exist
+    results: list,  # what the jobs returned
+    drawn: Path,  # the folder they drew into
+) -> dict:  # split -> counts of images, refs and expressions
     "Write landscapes and their expressions in ReferIt's layout."
     queries, extra, members = {}, {}, {}
     for record in (r for run in results for r in run):
         numbers = {}
         for e in record["said"]:
             key = f"{record['image_id']}_{numbers.setdefault(e['referent'], len(numbers) + 1)}"
-            queries.setdefault(record["split"], {}).setdefault(key, []).append(e["text"]); members[key] = e["referent"]
+            queries.setdefault(record["split"], {}).setdefault(key, []).append(e["text"])
+            members[key] = e["referent"]
             group = {"group": f"{record['image_id']}-{e['group']}"} if e["group"] else {}
             extra.setdefault(key, []).append({"kind": e["kind"], "program": e["program"], **group})
+
     @lru_cache(maxsize=1)
-    def labels(image_id): return np.asarray(Image.open(drawn / f"{image_id}.atoms.png"))
-    def mask(key): return (members[key] >> labels(key.split("_")[0]).astype(np.int64) & 1).astype(bool)
+    def labels(image_id):
+        return np.asarray(Image.open(drawn / f"{image_id}.atoms.png"))
+
+    def mask(key):
+        return (members[key] >> labels(key.split("_")[0]).astype(np.int64) & 1).astype(bool)
+
     write_referit(folder, queries, lambda image_id: Image.open(drawn / f"{image_id}.png"), mask)
     (folder / "kinds.json").write_text(json.dumps(extra), encoding="utf-8")
-    if {"train", "val"} <= queries.keys(): queries["trainval"] = queries["train"] | queries["val"]
-    return {split: {"images": len({key.split("_")[0] for key in entries}), "refs": len(entries), "expressions": sum(map(len, entries.values()))}
-            for split, entries in queries.items()}
+    if {"train", "val"} <= queries.keys():
+        queries["trainval"] = queries["train"] | queries["val"]
+    return {
+        split: {
+            "images": len({key.split("_")[0] for key in entries}),
+            "refs": len(entries),
+            "expressions": sum(map(len, entries.values())),
+        }
+        for split, entries in queries.items()
+    }

@@ -19,13 +19,39 @@ from matplotlib.path import Path as Outline
 from matplotlib.transforms import Affine2D, TransformedPath
 
 # %% ../../nbs/01_scenes.ipynb #005
-GENERATOR_VERSION = 1   # part of every scene's seed: raise it whenever the same (seed, index) would give another scene or other expressions
+# part of every scene's seed: raise it whenever the same (seed, index) would give another scene or other
+# expressions
+GENERATOR_VERSION = 1
 
-CATEGORIES = {"man": "person", "woman": "person", "child": "person", "dog": "animal", "cat": "animal", "bird": "animal", "fish": "animal",
-              "car": "vehicle", "boat": "vehicle", "plane": "vehicle", "house": "building", "tree": "plant", "flower": "plant",
-              "ball": "toy", "balloon": "toy", "umbrella": "toy"}
-COLORS = {"red": (2, .84, .86), "orange": (27, .92, .97), "yellow": (52, .85, .98), "green": (138, .72, .58), "blue": (217, .78, .85),
-          "purple": (281, .58, .68), "white": (0, 0, .97), "black": (0, 0, .17)}   # hue in degrees, saturation, value
+CATEGORIES = {
+    "man": "person",
+    "woman": "person",
+    "child": "person",
+    "dog": "animal",
+    "cat": "animal",
+    "bird": "animal",
+    "fish": "animal",
+    "car": "vehicle",
+    "boat": "vehicle",
+    "plane": "vehicle",
+    "house": "building",
+    "tree": "plant",
+    "flower": "plant",
+    "ball": "toy",
+    "balloon": "toy",
+    "umbrella": "toy",
+}
+COLORS = {
+    "red": (2, 0.84, 0.86),
+    "orange": (27, 0.92, 0.97),
+    "yellow": (52, 0.85, 0.98),
+    "green": (138, 0.72, 0.58),
+    "blue": (217, 0.78, 0.85),
+    # hue in degrees, saturation, value
+    "purple": (281, 0.58, 0.68),
+    "white": (0, 0, 0.97),
+    "black": (0, 0, 0.17),
+}
 TEXTURES = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = ("sky", "grass", "sand", "water")
 
@@ -33,46 +59,63 @@ BACKGROUNDS = ("sky", "grass", "sand", "water")
 @dataclass
 class Thing:
     "One thing of a scene. Lengths are shares of the picture's side; y grows downwards."
-    category: str    # a key of `CATEGORIES`
-    color: str       # a key of `COLORS`; of a person, the colour of the clothes
-    texture: str     # one of `TEXTURES`
-    size: float      # square root of width times height
-    aspect: float    # width over height
-    x: float = 0.    # centre
-    y: float = 0.
-    angle: float = 0.     # degrees, counter-clockwise
+
+    category: str  # a key of `CATEGORIES`
+    color: str  # a key of `COLORS`; of a person, the colour of the clothes
+    texture: str  # one of `TEXTURES`
+    size: float  # square root of width times height
+    aspect: float  # width over height
+    x: float = 0.0  # centre
+    y: float = 0.0
+    angle: float = 0.0  # degrees, counter-clockwise
     mirror: bool = False  # facing left instead of right
-    rgb: tuple = (0., 0., 0.)  # the colour itself, jittered around its name
-    variant: int = 0      # skin, hair and the direction of stripes
+    rgb: tuple = (0.0, 0.0, 0.0)  # the colour itself, jittered around its name
+    variant: int = 0  # skin, hair and the direction of stripes
 
     @property
-    def width(self) -> float: return self.size * math.sqrt(self.aspect)
+    def width(self) -> float:
+        return self.size * math.sqrt(self.aspect)
+
     @property
-    def height(self) -> float: return self.size / math.sqrt(self.aspect)
+    def height(self) -> float:
+        return self.size / math.sqrt(self.aspect)
+
     @property
     def box(self) -> tuple[float, float, float, float]:
         "Left, top, right, bottom, before the slight rotation."
-        return self.x - self.width / 2, self.y - self.height / 2, self.x + self.width / 2, self.y + self.height / 2
+        return (
+            self.x - self.width / 2,
+            self.y - self.height / 2,
+            self.x + self.width / 2,
+            self.y + self.height / 2,
+        )
 
 # %% ../../nbs/01_scenes.ipynb #013
 @dataclass
 class Scene:
     "Everything that is needed to draw a picture, at any size, and to know what is true in it."
+
     seed: int
     index: int
-    background: str      # one of `BACKGROUNDS`: what the ground is
-    horizon: float       # share of the picture that is sky, from the top
+    background: str  # one of `BACKGROUNDS`: what the ground is
+    horizon: float  # share of the picture that is sky, from the top
     things: list[Thing]  # from back to front
-    clutter: list[tuple]  # (kind, x, y, scale): clouds, tufts, pebbles, waves; nothing that an expression can mean
-    shade: float = 0.    # lightness of the background, -1..1
-    patches = ()         # ponds, hills and shores, as (background, polygon); only the landscapes of chapter 02c have any
+    # (kind, x, y, scale): clouds, tufts, pebbles, waves; nothing that an expression can mean
+    clutter: list[tuple]
+    shade: float = 0.0  # lightness of the background, -1..1
+    # ponds, hills and shores, as (background, polygon); only the landscapes of chapter 02c have any
+    patches = ()
 
     def to_dict(self) -> dict:
         "Plain numbers and strings, rounded, for hashing and for JSON."
+
         def tidy(v):
-            if isinstance(v, float): return round(v, 5)
-            if isinstance(v, (list, tuple)): return [tidy(u) for u in v]
+            if isinstance(v, float):
+                return round(v, 5)
+            if isinstance(v, (list, tuple)):
+                return [tidy(u) for u in v]
             return {k: tidy(u) for k, u in v.items()} if isinstance(v, dict) else v
+
         return tidy(asdict(self))
 
 # %% ../../nbs/01_scenes.ipynb #025
@@ -80,16 +123,23 @@ def _oval(cx, cy, rx, ry, a0=0, a1=360, n=30):
     a = np.radians(np.linspace(a0, a1, n, endpoint=a1 - a0 < 360))
     return np.stack([cx + rx * np.cos(a), cy + ry * np.sin(a)], 1)
 
-def _rect(x0, y0, x1, y1, r=0.):
-    if not r: return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], float)
+
+def _rect(x0, y0, x1, y1, r=0.0):
+    if not r:
+        return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], float)
     corners = [(x1 - r, y1 - r, 0), (x0 + r, y1 - r, 90), (x0 + r, y0 + r, 180), (x1 - r, y0 + r, 270)]
     return np.concatenate([_oval(cx, cy, r, r, a, a + 90, 7) for cx, cy, a in corners])
 
-def _poly(*points): return np.array(points, float)
+
+def _poly(*points):
+    return np.array(points, float)
+
 
 def _tube(points, r):
     "A thick line through `points` as one polygon."
-    p = np.array(points, float); d = np.gradient(p, axis=0); d /= np.linalg.norm(d, axis=1, keepdims=True)
+    p = np.array(points, float)
+    d = np.gradient(p, axis=0)
+    d /= np.linalg.norm(d, axis=1, keepdims=True)
     side = np.stack([-d[:, 1], d[:, 0]], 1) * r
     return np.concatenate([p + side, (p - side)[::-1]])
 
@@ -99,131 +149,329 @@ def _compound(polygons) -> Outline:
     vertices, codes = [], []
     for p in polygons:
         x, y = p[:, 0], p[:, 1]
-        if x @ np.append(y[1:], y[0]) < y @ np.append(x[1:], x[0]): p = p[::-1]
-        vertices += [p, p[:1]]; codes += [[Outline.MOVETO] + [Outline.LINETO] * (len(p) - 1) + [Outline.CLOSEPOLY]]
+        if x @ np.append(y[1:], y[0]) < y @ np.append(x[1:], x[0]):
+            p = p[::-1]
+        vertices += [p, p[:1]]
+        codes += [[Outline.MOVETO] + [Outline.LINETO] * (len(p) - 1) + [Outline.CLOSEPOLY]]
     return Outline(np.concatenate(vertices), np.concatenate(codes).astype(Outline.code_type))
 
 # %% ../../nbs/01_scenes.ipynb #031
 _T = np.linspace(0, 1, 12)
-SPRITES = {   # category -> layers from back to front: (colour role or fixed colour, polygons); the role "body" takes the thing's colour and texture
-    "man": [("skin", [_oval(-2.0, 6.1, .5, .5), _oval(2.0, 6.1, .5, .5), _rect(-.5, 2, .5, 3)]), ("#4d5875", [_rect(-1.5, 5.4, -.12, 10),
-        _rect(.12, 5.4, 1.5, 10)]),
-            ("#3a2f2a", [_rect(-1.75, 9.5, -.12, 10.2, .2), _rect(.12, 9.5, 1.75, 10.2, .2)]),
-            ("body", [_rect(-1.7, 2.6, 1.7, 6.2, .5), _poly((-1.2, 2.7), (-2.6, 5.5), (-1.6, 6.0), (-.4, 3.6)), _poly((1.2, 2.7), (2.6, 5.5),
-        (1.6, 6.0), (.4, 3.6))]),
-            ("skin", [_oval(0, 1.3, 1.25, 1.35)]), ("hair", [_oval(0, 1.0, 1.35, 1.2, 180, 360)]), ("#222222", [_oval(-.45, 1.5, .17, .2),
-        _oval(.45, 1.5, .17, .2)])],
-    "woman": [("hair", [_oval(0, 1.5, 1.7, 1.6), _rect(-1.7, 1.5, 1.7, 3.6, .5)]), ("skin", [_rect(-1.0, 7.4, -.3, 10), _rect(.3, 7.4, 1.0, 10),
-        _rect(-.4, 2, .4, 3.2),
-              _poly((-1.0, 3.0), (-2.5, 5.6), (-1.9, 6.0), (-.6, 4.2)), _poly((1.0, 3.0), (2.5, 5.6), (1.9, 6.0), (.6, 4.2))]),
-              ("body", [_poly((-1.1, 2.9), (1.1, 2.9), (1.15, 4.6), (2.7, 8.2), (-2.7, 8.2), (-1.15, 4.6))]), ("skin", [_oval(0, 1.5, 1.15, 1.3)]),
-              ("hair", [_oval(0, 1.0, 1.3, .95, 180, 360)]), ("#222222", [_oval(-.42, 1.6, .17, .2), _oval(.42, 1.6, .17, .2)]),
-        ("#5b3a3a", [_rect(-1.15, 9.6, -.2, 10.1, .2), _rect(.2, 9.6, 1.15, 10.1, .2)])],
-    "child": [("skin", [_oval(-2.7, 2.3, .5, .5), _oval(2.7, 2.3, .5, .5), _rect(-1.1, 6.6, -.3, 8.6), _rect(.3, 6.6, 1.1, 8.6)]),
-        ("#6b5b4a", [_rect(-1.4, 6.0, -.1, 7.4), _rect(.1, 6.0, 1.4, 7.4)]),
-              ("body", [_rect(-1.5, 3.7, 1.5, 6.6, .5), _poly((-1.4, 5.2), (-3.0, 2.8), (-2.3, 2.2), (-.6, 4.0)), _poly((1.4, 5.2), (3.0, 2.8),
-        (2.3, 2.2), (.6, 4.0))]),
-              ("skin", [_oval(0, 2.0, 1.75, 1.8)]), ("hair", [_oval(0, 1.3, 1.75, 1.3, 180, 360), _oval(0, .1, .35, .4)]),
-        ("#222222", [_oval(-.6, 2.1, .22, .26), _oval(.6, 2.1, .22, .26)]),
-              ("#a8453f", [_oval(0, 2.75, .6, .35, 0, 180)]), ("#ffffff", [_rect(-1.3, 8.3, -.2, 8.9, .25), _rect(.2, 8.3, 1.3, 8.9, .25)])]
+# category -> layers from back to front: (colour role or fixed colour, polygons); the role "body" takes the
+# thing's colour and texture
+SPRITES = {
+    "man": [
+        ("skin", [_oval(-2.0, 6.1, 0.5, 0.5), _oval(2.0, 6.1, 0.5, 0.5), _rect(-0.5, 2, 0.5, 3)]),
+        ("#4d5875", [_rect(-1.5, 5.4, -0.12, 10), _rect(0.12, 5.4, 1.5, 10)]),
+        ("#3a2f2a", [_rect(-1.75, 9.5, -0.12, 10.2, 0.2), _rect(0.12, 9.5, 1.75, 10.2, 0.2)]),
+        (
+            "body",
+            [
+                _rect(-1.7, 2.6, 1.7, 6.2, 0.5),
+                _poly((-1.2, 2.7), (-2.6, 5.5), (-1.6, 6.0), (-0.4, 3.6)),
+                _poly((1.2, 2.7), (2.6, 5.5), (1.6, 6.0), (0.4, 3.6)),
+            ],
+        ),
+        ("skin", [_oval(0, 1.3, 1.25, 1.35)]),
+        ("hair", [_oval(0, 1.0, 1.35, 1.2, 180, 360)]),
+        ("#222222", [_oval(-0.45, 1.5, 0.17, 0.2), _oval(0.45, 1.5, 0.17, 0.2)]),
+    ],
+    "woman": [
+        ("hair", [_oval(0, 1.5, 1.7, 1.6), _rect(-1.7, 1.5, 1.7, 3.6, 0.5)]),
+        (
+            "skin",
+            [
+                _rect(-1.0, 7.4, -0.3, 10),
+                _rect(0.3, 7.4, 1.0, 10),
+                _rect(-0.4, 2, 0.4, 3.2),
+                _poly((-1.0, 3.0), (-2.5, 5.6), (-1.9, 6.0), (-0.6, 4.2)),
+                _poly((1.0, 3.0), (2.5, 5.6), (1.9, 6.0), (0.6, 4.2)),
+            ],
+        ),
+        ("body", [_poly((-1.1, 2.9), (1.1, 2.9), (1.15, 4.6), (2.7, 8.2), (-2.7, 8.2), (-1.15, 4.6))]),
+        ("skin", [_oval(0, 1.5, 1.15, 1.3)]),
+        ("hair", [_oval(0, 1.0, 1.3, 0.95, 180, 360)]),
+        ("#222222", [_oval(-0.42, 1.6, 0.17, 0.2), _oval(0.42, 1.6, 0.17, 0.2)]),
+        ("#5b3a3a", [_rect(-1.15, 9.6, -0.2, 10.1, 0.2), _rect(0.2, 9.6, 1.15, 10.1, 0.2)]),
+    ],
+    "child": [
+        (
+            "skin",
+            [
+                _oval(-2.7, 2.3, 0.5, 0.5),
+                _oval(2.7, 2.3, 0.5, 0.5),
+                _rect(-1.1, 6.6, -0.3, 8.6),
+                _rect(0.3, 6.6, 1.1, 8.6),
+            ],
+        ),
+        ("#6b5b4a", [_rect(-1.4, 6.0, -0.1, 7.4), _rect(0.1, 6.0, 1.4, 7.4)]),
+        (
+            "body",
+            [
+                _rect(-1.5, 3.7, 1.5, 6.6, 0.5),
+                _poly((-1.4, 5.2), (-3.0, 2.8), (-2.3, 2.2), (-0.6, 4.0)),
+                _poly((1.4, 5.2), (3.0, 2.8), (2.3, 2.2), (0.6, 4.0)),
+            ],
+        ),
+        ("skin", [_oval(0, 2.0, 1.75, 1.8)]),
+        ("hair", [_oval(0, 1.3, 1.75, 1.3, 180, 360), _oval(0, 0.1, 0.35, 0.4)]),
+        ("#222222", [_oval(-0.6, 2.1, 0.22, 0.26), _oval(0.6, 2.1, 0.22, 0.26)]),
+        ("#a8453f", [_oval(0, 2.75, 0.6, 0.35, 0, 180)]),
+        ("#ffffff", [_rect(-1.3, 8.3, -0.2, 8.9, 0.25), _rect(0.2, 8.3, 1.3, 8.9, 0.25)]),
+    ],
 }
 
 # %% ../../nbs/01_scenes.ipynb #032
 SPRITES |= {
-    "dog": [("dark", [_rect(1.3, 5, 2.3, 7.9, .3), _rect(4.1, 5, 5.1, 7.9, .3)]), ("body", [_tube([(0.6, 4.0), (-.5, 3.0), (-1.2, 1.7)], .42),
-        _rect(0, 3, 6.2, 6.1, 1.2), _rect(.2, 5, 1.3, 8.1, .3),
-            _rect(5.0, 5, 6.1, 8.1, .3), _oval(6.5, 2.5, 1.7, 1.55), _rect(6.6, 2.2, 9.2, 3.9, .6), _poly((4.4, 3.4), (6.2, 2.2), (6.8, 4), (6, 5))]),
-            ("dark", [_oval(5.7, 2.7, .75, 1.5)]), ("#222222", [_oval(9.0, 2.6, .45, .4), _oval(7.1, 2.1, .3, .32)])],
-    "cat": [("body", [_tube(np.stack([2 + 1.9 * np.sin(_T * 2.6), 8.6 - 4.6 * _T], 1), .42), _oval(0, 6.2, 2.4, 3), _oval(0, 2.5, 2.25, 1.9),
-        _poly((-2.15, 2.2), (-2.1, -.7), (-.3, .9)), _poly((2.15, 2.2), (2.1, -.7), (.3, .9)),
-            _rect(-1.8, 7.6, -.2, 9.3, .5), _rect(.2, 7.6, 1.8, 9.3, .5)]), ("light", [_oval(0, 6.6, 1.2, 1.7)]),
-        ("#f4f4e8", [_oval(-.85, 2.3, .5, .55), _oval(.85, 2.3, .5, .55)]),
-            ("#222222", [_oval(-.85, 2.35, .24, .45), _oval(.85, 2.35, .24, .45)]), ("#e58a94", [_poly((-.4, 3.1), (.4, 3.1), (0, 3.6))])],
-    "bird": [("#e8963c", [_poly((7.0, 1.6), (8.8, 2.2), (7.0, 2.9)), _rect(3.0, 5.4, 3.35, 7.1), _rect(4.1, 5.4, 4.45, 7.1)]),
-             ("body", [_oval(3.4, 3.8, 2.7, 2.0), _oval(5.9, 2.1, 1.6, 1.5), _poly((1.4, 3.2), (-1.6, 2.0), (-1.3, 3.4), (-1.9, 4.4), (1.8, 4.9))]),
-             ("dark", [_poly((4.6, 3.2), (3.4, 5.2), (.6, 5.0), (1.8, 3.3))]), ("#ffffff", [_oval(6.3, 1.8, .5, .5)]),
-        ("#222222", [_oval(6.4, 1.85, .28, .28)])],
-    "fish": [("dark", [_poly((2.6, .9), (5.2, -.5), (5.6, 1.2)), _poly((3.4, 4.8), (4.6, 6.1), (5.2, 4.4))]), ("body", [_oval(4.4, 2.9, 3.8, 2.25),
-        _poly((1.6, 2.9), (-1.6, .6), (-.8, 2.9), (-1.6, 5.2))]),
-             ("light", [_oval(6.9, 3.6, .9, .55)]), ("dark", [_poly((4.2, 2.6), (2.6, 3.4), (4.2, 4.0))]), ("#ffffff", [_oval(6.5, 2.2, .65, .65)]),
-        ("#222222", [_oval(6.65, 2.25, .34, .34)])],
+    "dog": [
+        ("dark", [_rect(1.3, 5, 2.3, 7.9, 0.3), _rect(4.1, 5, 5.1, 7.9, 0.3)]),
+        (
+            "body",
+            [
+                _tube([(0.6, 4.0), (-0.5, 3.0), (-1.2, 1.7)], 0.42),
+                _rect(0, 3, 6.2, 6.1, 1.2),
+                _rect(0.2, 5, 1.3, 8.1, 0.3),
+                _rect(5.0, 5, 6.1, 8.1, 0.3),
+                _oval(6.5, 2.5, 1.7, 1.55),
+                _rect(6.6, 2.2, 9.2, 3.9, 0.6),
+                _poly((4.4, 3.4), (6.2, 2.2), (6.8, 4), (6, 5)),
+            ],
+        ),
+        ("dark", [_oval(5.7, 2.7, 0.75, 1.5)]),
+        ("#222222", [_oval(9.0, 2.6, 0.45, 0.4), _oval(7.1, 2.1, 0.3, 0.32)]),
+    ],
+    "cat": [
+        (
+            "body",
+            [
+                _tube(np.stack([2 + 1.9 * np.sin(_T * 2.6), 8.6 - 4.6 * _T], 1), 0.42),
+                _oval(0, 6.2, 2.4, 3),
+                _oval(0, 2.5, 2.25, 1.9),
+                _poly((-2.15, 2.2), (-2.1, -0.7), (-0.3, 0.9)),
+                _poly((2.15, 2.2), (2.1, -0.7), (0.3, 0.9)),
+                _rect(-1.8, 7.6, -0.2, 9.3, 0.5),
+                _rect(0.2, 7.6, 1.8, 9.3, 0.5),
+            ],
+        ),
+        ("light", [_oval(0, 6.6, 1.2, 1.7)]),
+        ("#f4f4e8", [_oval(-0.85, 2.3, 0.5, 0.55), _oval(0.85, 2.3, 0.5, 0.55)]),
+        ("#222222", [_oval(-0.85, 2.35, 0.24, 0.45), _oval(0.85, 2.35, 0.24, 0.45)]),
+        ("#e58a94", [_poly((-0.4, 3.1), (0.4, 3.1), (0, 3.6))]),
+    ],
+    "bird": [
+        (
+            "#e8963c",
+            [
+                _poly((7.0, 1.6), (8.8, 2.2), (7.0, 2.9)),
+                _rect(3.0, 5.4, 3.35, 7.1),
+                _rect(4.1, 5.4, 4.45, 7.1),
+            ],
+        ),
+        (
+            "body",
+            [
+                _oval(3.4, 3.8, 2.7, 2.0),
+                _oval(5.9, 2.1, 1.6, 1.5),
+                _poly((1.4, 3.2), (-1.6, 2.0), (-1.3, 3.4), (-1.9, 4.4), (1.8, 4.9)),
+            ],
+        ),
+        ("dark", [_poly((4.6, 3.2), (3.4, 5.2), (0.6, 5.0), (1.8, 3.3))]),
+        ("#ffffff", [_oval(6.3, 1.8, 0.5, 0.5)]),
+        ("#222222", [_oval(6.4, 1.85, 0.28, 0.28)]),
+    ],
+    "fish": [
+        ("dark", [_poly((2.6, 0.9), (5.2, -0.5), (5.6, 1.2)), _poly((3.4, 4.8), (4.6, 6.1), (5.2, 4.4))]),
+        ("body", [_oval(4.4, 2.9, 3.8, 2.25), _poly((1.6, 2.9), (-1.6, 0.6), (-0.8, 2.9), (-1.6, 5.2))]),
+        ("light", [_oval(6.9, 3.6, 0.9, 0.55)]),
+        ("dark", [_poly((4.2, 2.6), (2.6, 3.4), (4.2, 4.0))]),
+        ("#ffffff", [_oval(6.5, 2.2, 0.65, 0.65)]),
+        ("#222222", [_oval(6.65, 2.25, 0.34, 0.34)]),
+    ],
 }
 
 # %% ../../nbs/01_scenes.ipynb #034
 SPRITES |= {
-    "car": [("body", [_rect(0, 2.6, 10, 5.3, .9), _poly((1.6, 3), (2.8, .6), (6.6, .6), (8.2, 3))]), ("#cfe6f2", [_poly((2.3, 2.7), (3.2, 1.1),
-        (4.6, 1.1), (4.6, 2.7)), _poly((5.1, 2.7), (5.1, 1.1), (6.3, 1.1), (7.3, 2.7))]),
-            ("#fff3b0", [_oval(9.6, 3.6, .38, .45)]), ("#2b2b30", [_oval(2.5, 5.3, 1.25, 1.25), _oval(7.5, 5.3, 1.25, 1.25)]),
-        ("#b9bcc4", [_oval(2.5, 5.3, .55, .55), _oval(7.5, 5.3, .55, .55)])],
-    "boat": [("#8a6a4a", [_rect(3.75, -.4, 4.15, 6.3)]), ("body", [_poly((-.4, 6.0), (8.6, 6.0), (7.2, 8.6), (1.0, 8.6)), _poly((4.5, 0), (8.0, 5.3),
-        (4.5, 5.3))]), ("light", [_poly((3.45, .8), (3.45, 5.3), (.7, 5.3))]),
-             ("dark", [_poly((-.4, 6.0), (8.6, 6.0), (8.3, 6.6), (-.05, 6.6))])],
-    "plane": [("dark", [_poly((3.2, 2.4), (5.6, 2.4), (4.2, -.3), (3.2, -.3))]), ("body", [_oval(5, 2.9, 5, 1.25), _poly((.2, 2.8), (-.6, .2),
-        (.7, .2), (2.4, 2.2))]), ("dark", [_poly((3.4, 3.1), (6.0, 3.1), (3.6, 6.2), (2.4, 6.2))]),
-              ("#cfe6f2", [_oval(8.5, 2.5, .6, .42), _oval(6.9, 2.5, .32, .34), _oval(5.8, 2.5, .32, .34), _oval(4.7, 2.5, .32, .34)])],
+    "car": [
+        ("body", [_rect(0, 2.6, 10, 5.3, 0.9), _poly((1.6, 3), (2.8, 0.6), (6.6, 0.6), (8.2, 3))]),
+        (
+            "#cfe6f2",
+            [
+                _poly((2.3, 2.7), (3.2, 1.1), (4.6, 1.1), (4.6, 2.7)),
+                _poly((5.1, 2.7), (5.1, 1.1), (6.3, 1.1), (7.3, 2.7)),
+            ],
+        ),
+        ("#fff3b0", [_oval(9.6, 3.6, 0.38, 0.45)]),
+        ("#2b2b30", [_oval(2.5, 5.3, 1.25, 1.25), _oval(7.5, 5.3, 1.25, 1.25)]),
+        ("#b9bcc4", [_oval(2.5, 5.3, 0.55, 0.55), _oval(7.5, 5.3, 0.55, 0.55)]),
+    ],
+    "boat": [
+        ("#8a6a4a", [_rect(3.75, -0.4, 4.15, 6.3)]),
+        (
+            "body",
+            [_poly((-0.4, 6.0), (8.6, 6.0), (7.2, 8.6), (1.0, 8.6)), _poly((4.5, 0), (8.0, 5.3), (4.5, 5.3))],
+        ),
+        ("light", [_poly((3.45, 0.8), (3.45, 5.3), (0.7, 5.3))]),
+        ("dark", [_poly((-0.4, 6.0), (8.6, 6.0), (8.3, 6.6), (-0.05, 6.6))]),
+    ],
+    "plane": [
+        ("dark", [_poly((3.2, 2.4), (5.6, 2.4), (4.2, -0.3), (3.2, -0.3))]),
+        ("body", [_oval(5, 2.9, 5, 1.25), _poly((0.2, 2.8), (-0.6, 0.2), (0.7, 0.2), (2.4, 2.2))]),
+        ("dark", [_poly((3.4, 3.1), (6.0, 3.1), (3.6, 6.2), (2.4, 6.2))]),
+        (
+            "#cfe6f2",
+            [
+                _oval(8.5, 2.5, 0.6, 0.42),
+                _oval(6.9, 2.5, 0.32, 0.34),
+                _oval(5.8, 2.5, 0.32, 0.34),
+                _oval(4.7, 2.5, 0.32, 0.34),
+            ],
+        ),
+    ],
 }
 
 # %% ../../nbs/01_scenes.ipynb #036
 SPRITES |= {
-    "house": [("#9c5a48", [_rect(5.8, -.2, 7.0, 2.6)]), ("body", [_rect(.6, 3.4, 8.4, 9)]), ("#74574a", [_poly((-.4, 3.9), (4.5, -.2), (9.4, 3.9))]),
-        ("#5a4336", [_rect(1.7, 5.9, 3.5, 9)]), ("#d9eef7", [_rect(5.0, 5.1, 7.2, 7.2)]), ("#5a4336", [_rect(5.98, 5.1, 6.22, 7.2),
-        _rect(5.0, 6.03, 7.2, 6.27)])],
-    "tree": [("#7b5a3c", [_poly((2.9, 5.5), (4.1, 5.5), (4.5, 9.6), (2.5, 9.6))]), ("body", [_oval(1.7, 4.4, 1.9, 1.8), _oval(5.3, 4.4, 1.9, 1.8),
-        _oval(3.5, 2.3, 2.3, 2.2), _oval(3.5, 4.6, 2, 1.9)])],
-    "flower": [("#4f8a4c", [_rect(-.22, 2, .22, 8.6), _poly((0, 7.6), (-2.1, 5.6), (-.2, 6.2)), _poly((0, 7.9), (2.1, 6.1), (.2, 6.6))]),
-               ("body", [_oval(1.75 * math.cos(a), 2 + 1.75 * math.sin(a), 1.15, 1.15) for a in np.radians(range(0, 360, 60))]),
-        ("center", [_oval(0, 2, 1.0, 1.0)])],
-    "ball": [("body", [_oval(0, 0, 1, 1, n=44)]), ("light", [_oval(-.36, -.42, .26, .18)])],
-    "balloon": [("#8b8b8b", [_tube(np.stack([.35 * np.sin(_T * 7), 4.0 + 3.6 * _T], 1), .13)]), ("body", [_oval(0, 0, 3.1, 3.7, n=40),
-        _poly((0, 3.3), (-.7, 4.4), (.7, 4.4))]), ("light", [_oval(-1.2, -1.4, .55, .9)])],
-    "umbrella": [("#6b5a4e", [_rect(-.2, -4.7, .2, 3.9), _tube(np.stack([.8 - 1.0 * np.cos(_T * 3.14), 3.9 + .9 * np.sin(_T * 3.14)], 1), .24)]),
- 
-        ("body", [np.concatenate([_oval(0, 0, 4.6, 4.2, 180, 360, 30)] + [_oval(x, 0, 1.15, .75, 0, -180, 8) for x in (3.45, 1.15, -1.15, -3.45)])])],
+    "house": [
+        ("#9c5a48", [_rect(5.8, -0.2, 7.0, 2.6)]),
+        ("body", [_rect(0.6, 3.4, 8.4, 9)]),
+        ("#74574a", [_poly((-0.4, 3.9), (4.5, -0.2), (9.4, 3.9))]),
+        ("#5a4336", [_rect(1.7, 5.9, 3.5, 9)]),
+        ("#d9eef7", [_rect(5.0, 5.1, 7.2, 7.2)]),
+        ("#5a4336", [_rect(5.98, 5.1, 6.22, 7.2), _rect(5.0, 6.03, 7.2, 6.27)]),
+    ],
+    "tree": [
+        ("#7b5a3c", [_poly((2.9, 5.5), (4.1, 5.5), (4.5, 9.6), (2.5, 9.6))]),
+        (
+            "body",
+            [
+                _oval(1.7, 4.4, 1.9, 1.8),
+                _oval(5.3, 4.4, 1.9, 1.8),
+                _oval(3.5, 2.3, 2.3, 2.2),
+                _oval(3.5, 4.6, 2, 1.9),
+            ],
+        ),
+    ],
+    "flower": [
+        (
+            "#4f8a4c",
+            [
+                _rect(-0.22, 2, 0.22, 8.6),
+                _poly((0, 7.6), (-2.1, 5.6), (-0.2, 6.2)),
+                _poly((0, 7.9), (2.1, 6.1), (0.2, 6.6)),
+            ],
+        ),
+        (
+            "body",
+            [
+                _oval(1.75 * math.cos(a), 2 + 1.75 * math.sin(a), 1.15, 1.15)
+                for a in np.radians(range(0, 360, 60))
+            ],
+        ),
+        ("center", [_oval(0, 2, 1.0, 1.0)]),
+    ],
+    "ball": [("body", [_oval(0, 0, 1, 1, n=44)]), ("light", [_oval(-0.36, -0.42, 0.26, 0.18)])],
+    "balloon": [
+        ("#8b8b8b", [_tube(np.stack([0.35 * np.sin(_T * 7), 4.0 + 3.6 * _T], 1), 0.13)]),
+        ("body", [_oval(0, 0, 3.1, 3.7, n=40), _poly((0, 3.3), (-0.7, 4.4), (0.7, 4.4))]),
+        ("light", [_oval(-1.2, -1.4, 0.55, 0.9)]),
+    ],
+    "umbrella": [
+        (
+            "#6b5a4e",
+            [
+                _rect(-0.2, -4.7, 0.2, 3.9),
+                _tube(np.stack([0.8 - 1.0 * np.cos(_T * 3.14), 3.9 + 0.9 * np.sin(_T * 3.14)], 1), 0.24),
+            ],
+        ),
+        (
+            "body",
+            [
+                np.concatenate(
+                    [_oval(0, 0, 4.6, 4.2, 180, 360, 30)]
+                    + [_oval(x, 0, 1.15, 0.75, 0, -180, 8) for x in (3.45, 1.15, -1.15, -3.45)]
+                )
+            ],
+        ),
+    ],
 }
 
 # %% ../../nbs/01_scenes.ipynb #038
 def _normalise(layers):
-    lo = np.min([p.min(0) for _, ps in layers for p in ps], axis=0); hi = np.max([p.max(0) for _, ps in layers for p in ps], axis=0)
-    layers = [(role, [(p - lo) / (hi - lo) - .5 for p in ps]) for role, ps in layers]
+    lo = np.min([p.min(0) for _, ps in layers for p in ps], axis=0)
+    hi = np.max([p.max(0) for _, ps in layers for p in ps], axis=0)
+    layers = [(role, [(p - lo) / (hi - lo) - 0.5 for p in ps]) for role, ps in layers]
     whole = _compound([p for _, ps in layers for p in ps])
     return [(role, _compound(ps)) for role, ps in layers], whole, float((hi - lo)[0] / (hi - lo)[1])
+
+
 _SHAPES = {c: _normalise(layers) for c, layers in SPRITES.items()}
 ASPECTS = {c: shape[2] for c, shape in _SHAPES.items()}
 
 # %% ../../nbs/01_scenes.ipynb #042
-_SKIN = ((.96, .80, .69), (.87, .67, .53), (.66, .46, .33), (.47, .32, .24))
-_HAIR = ((.35, .22, .14), (.15, .12, .12), (.62, .43, .20), (.55, .25, .15))
+_SKIN = ((0.96, 0.80, 0.69), (0.87, 0.67, 0.53), (0.66, 0.46, 0.33), (0.47, 0.32, 0.24))
+_HAIR = ((0.35, 0.22, 0.14), (0.15, 0.12, 0.12), (0.62, 0.43, 0.20), (0.55, 0.25, 0.15))
 
-def _mix(rgb, other, t): return tuple(a + (b - a) * t for a, b in zip(rgb, other))
-def _luma(rgb): return .3 * rgb[0] + .59 * rgb[1] + .11 * rgb[2]
+
+def _mix(rgb, other, t):
+    return tuple(a + (b - a) * t for a, b in zip(rgb, other))
+
+
+def _luma(rgb):
+    return 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2]
+
 
 def _fill(role, thing):
     "The colour of one layer of a sprite."
-    if role == "body": return thing.rgb
-    if role == "dark": return _mix(thing.rgb, (0, 0, 0), .32) if _luma(thing.rgb) > .25 else _mix(thing.rgb, (1, 1, 1), .22)
-    if role == "light": return _mix(thing.rgb, (1, 1, 1), .45)
-    if role == "skin": return _SKIN[thing.variant % 4]
-    if role == "hair": return _HAIR[thing.variant // 4 % 4]
-    if role == "center": return (.99, .86, .35) if thing.color not in ("yellow", "orange", "white") else (.45, .28, .16)
-    return tuple(int(role[i:i + 2], 16) / 255 for i in (1, 3, 5))
+    if role == "body":
+        return thing.rgb
+    if role == "dark":
+        return (
+            _mix(thing.rgb, (0, 0, 0), 0.32) if _luma(thing.rgb) > 0.25 else _mix(thing.rgb, (1, 1, 1), 0.22)
+        )
+    if role == "light":
+        return _mix(thing.rgb, (1, 1, 1), 0.45)
+    if role == "skin":
+        return _SKIN[thing.variant % 4]
+    if role == "hair":
+        return _HAIR[thing.variant // 4 % 4]
+    if role == "center":
+        return (0.99, 0.86, 0.35) if thing.color not in ("yellow", "orange", "white") else (0.45, 0.28, 0.16)
+    return tuple(int(role[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
 # %% ../../nbs/01_scenes.ipynb #046
-INK = {"white": .42, "black": .45}   # softer contrast, so that black with white stripes is not white with black stripes
-PERIOD = .05   # of stripes, dots and squares, as a share of the side, whatever the thing's size: 5 pixels of 96
+# softer contrast, so that black with white stripes is not white with black stripes
+INK = {"white": 0.42, "black": 0.45}
+# of stripes, dots and squares, as a share of the side, whatever the thing's size: 5 pixels of 96
+PERIOD = 0.05
+
 
 def _tiled(polygon, offsets) -> Outline:
     "One path with a copy of a polygon at every offset."
     vertices = np.concatenate([polygon, polygon[:1]])[None] + np.asarray(offsets)[:, None]
-    codes = np.array([Outline.MOVETO] + [Outline.LINETO] * (len(polygon) - 1) + [Outline.CLOSEPOLY], Outline.code_type)
+    codes = np.array(
+        [Outline.MOVETO] + [Outline.LINETO] * (len(polygon) - 1) + [Outline.CLOSEPOLY], Outline.code_type
+    )
     return Outline(vertices.reshape(-1, 2), np.tile(codes, len(vertices)))
+
 
 def _pattern(thing) -> Outline:
     "Stripes, dots or squares that cover the thing's box, in picture coordinates."
-    p, r = PERIOD, .75 * max(thing.width, thing.height); n = int(r / p) + 1; steps = np.arange(-n, n + 1)
-    if thing.texture == "striped": polygon, offsets = _rect(0, -r, p * .48, r), [(s * p, 0) for s in steps]
-    elif thing.texture == "dotted": polygon, offsets = _oval(0, 0, p * .27, p * .27, n=8), [((s + j % 2 / 2) * p, j * p * .87) for s in steps for j in steps]
-    else: polygon, offsets = _rect(0, 0, p * .55, p * .55), [((2 * s + (t + n) % 2) * p * .55, t * p * .55) for s in steps for t in steps]
-    turn = math.radians((0, 90, 45, 135)[thing.variant % 4]) if thing.texture == "striped" else 0.
+    p, r = PERIOD, 0.75 * max(thing.width, thing.height)
+    n = int(r / p) + 1
+    steps = np.arange(-n, n + 1)
+    if thing.texture == "striped":
+        polygon, offsets = _rect(0, -r, p * 0.48, r), [(s * p, 0) for s in steps]
+    elif thing.texture == "dotted":
+        polygon, offsets = (
+            _oval(0, 0, p * 0.27, p * 0.27, n=8),
+            [((s + j % 2 / 2) * p, j * p * 0.87) for s in steps for j in steps],
+        )
+    else:
+        polygon, offsets = (
+            _rect(0, 0, p * 0.55, p * 0.55),
+            [((2 * s + (t + n) % 2) * p * 0.55, t * p * 0.55) for s in steps for t in steps],
+        )
+    turn = math.radians((0, 90, 45, 135)[thing.variant % 4]) if thing.texture == "striped" else 0.0
     rotation = np.array([(math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))])
     return _tiled(polygon @ rotation, np.array(offsets) @ rotation + (thing.x, thing.y))
 
@@ -231,160 +479,284 @@ def _pattern(thing) -> Outline:
 @dataclass
 class Rendering:
     "A drawn scene."
-    image: np.ndarray    # [H, W, 3] uint8
-    masks: np.ndarray    # [n, H, W] bool: the pixels of each thing that can be seen
-    full: np.ndarray     # [n, H, W] bool: its whole silhouette, as if nothing stood in front
+
+    image: np.ndarray  # [H, W, 3] uint8
+    masks: np.ndarray  # [n, H, W] bool: the pixels of each thing that can be seen
+    full: np.ndarray  # [n, H, W] bool: its whole silhouette, as if nothing stood in front
     visible: np.ndarray  # [n] float: share of the silhouette that can be seen
-    ground: np.ndarray   # [H, W] uint8: index into `BACKGROUNDS` of what lies behind the things
+    ground: np.ndarray  # [H, W] uint8: index into `BACKGROUNDS` of what lies behind the things
 
 # %% ../../nbs/01_scenes.ipynb #052
 def _placement(thing, size):
     "From a sprite's unit square (y down) to Agg's pixels (y up)."
     across = thing.width * (-1 if thing.mirror else 1)
-    return Affine2D().scale(across * size, -thing.height * size).rotate_deg(thing.angle).translate(thing.x * size, (1 - thing.y) * size)
+    return (
+        Affine2D()
+        .scale(across * size, -thing.height * size)
+        .rotate_deg(thing.angle)
+        .translate(thing.x * size, (1 - thing.y) * size)
+    )
 
-def _unit(size): return Affine2D.from_values(size, 0, 0, -size, 0, size)
+
+def _unit(size):
+    return Affine2D.from_values(size, 0, 0, -size, 0, size)
 
 # %% ../../nbs/01_scenes.ipynb #056
 def _clutter_shape(kind, x, y, s, base):
     "Polygons, colour and opacity of a cloud, a tuft of grass, a pebble or a wave."
     if kind == "cloud":
-        puffs = [(0, 0, 2.2, .7), (-.7, -.5, 1.0, .8), (.7, -.4, .9, .7)]
-        return [_oval(x + dx * s, y + dy * s, rx * s, ry * s, n=20) for dx, dy, rx, ry in puffs], (1, 1, 1), .55
+        puffs = [(0, 0, 2.2, 0.7), (-0.7, -0.5, 1.0, 0.8), (0.7, -0.4, 0.9, 0.7)]
+        return (
+            [_oval(x + dx * s, y + dy * s, rx * s, ry * s, n=20) for dx, dy, rx, ry in puffs],
+            (1, 1, 1),
+            0.55,
+        )
     if kind == "tuft":
-        blades = [((-1, 0), (-.6, -1.6), (-.2, 0)), ((-.3, 0), (.1, -2.1), (.4, 0)), ((.3, 0), (1, -1.5), (.9, 0))]
-        return [np.array(b) * s + (x, y) for b in blades], _mix(base, (.2, .4, .1), .3), .8
-    if kind == "pebble": return [_oval(x, y, s, .65 * s, n=12)], _mix(base, (.5, .4, .3), .35), .8
-    return [_tube(np.stack([x + s * (4 * _T - 2), y + .35 * s * np.sin(_T * 12.5)], 1), .22 * s)], _mix(base, (1, 1, 1), .45), .8
+        blades = [
+            ((-1, 0), (-0.6, -1.6), (-0.2, 0)),
+            ((-0.3, 0), (0.1, -2.1), (0.4, 0)),
+            ((0.3, 0), (1, -1.5), (0.9, 0)),
+        ]
+        return [np.array(b) * s + (x, y) for b in blades], _mix(base, (0.2, 0.4, 0.1), 0.3), 0.8
+    if kind == "pebble":
+        return [_oval(x, y, s, 0.65 * s, n=12)], _mix(base, (0.5, 0.4, 0.3), 0.35), 0.8
+    return (
+        [_tube(np.stack([x + s * (4 * _T - 2), y + 0.35 * s * np.sin(_T * 12.5)], 1), 0.22 * s)],
+        _mix(base, (1, 1, 1), 0.45),
+        0.8,
+    )
 
 # %% ../../nbs/01_scenes.ipynb #058
 def cover(
-    polygon,     # [n, 2], in shares of the picture's side, y down
-    size: int,   # pixels a side
+    polygon,  # [n, 2], in shares of the picture's side, y down
+    size: int,  # pixels a side
 ) -> np.ndarray:  # [H, W] float, 0..1
     "The share of each pixel that a polygon covers."
-    renderer = RendererAgg(size, size, 72); gc = renderer.new_gc(); gc.set_snap(False); gc.set_linewidth(0)
+    renderer = RendererAgg(size, size, 72)
+    gc = renderer.new_gc()
+    gc.set_snap(False)
+    gc.set_linewidth(0)
     renderer.draw_path(gc, _compound([np.asarray(polygon)]), _unit(size), (1, 1, 1))
     return np.asarray(renderer.buffer_rgba())[..., 3] / 255
 
 # %% ../../nbs/01_scenes.ipynb #062
-_SKY = ((.62, .80, .95), (.86, .93, .98))
-_GROUND = {"sky": _SKY, "grass": ((.72, .83, .58), (.60, .75, .45)), "sand": ((.95, .89, .73), (.90, .81, .61)),
-           "water": ((.58, .80, .84), (.43, .69, .77))}
-_CLUTTER = {"cloud": "sky", "tuft": "grass", "pebble": "sand", "wave": "water"}   # where each kind of clutter lies
+_SKY = ((0.62, 0.80, 0.95), (0.86, 0.93, 0.98))
+_GROUND = {
+    "sky": _SKY,
+    "grass": ((0.72, 0.83, 0.58), (0.60, 0.75, 0.45)),
+    "sand": ((0.95, 0.89, 0.73), (0.90, 0.81, 0.61)),
+    "water": ((0.58, 0.80, 0.84), (0.43, 0.69, 0.77)),
+}
+# where each kind of clutter lies
+_CLUTTER = {"cloud": "sky", "tuft": "grass", "pebble": "sand", "wave": "water"}
+
 
 def _paint_background(renderer, gc, scene, size):
     pixels = np.asarray(renderer.buffer_rgba())
-    edge = round(scene.horizon * size); ground = np.full((size, size), BACKGROUNDS.index(scene.background), np.uint8); ground[:edge] = 0
+    edge = round(scene.horizon * size)
+    ground = np.full((size, size), BACKGROUNDS.index(scene.background), np.uint8)
+    ground[:edge] = 0
     for (top, bottom), a, b in ((_SKY, 0, edge), (_GROUND[scene.background], edge, size)):
-        if b <= a: continue
+        if b <= a:
+            continue
         t = np.linspace(0, 1, b - a)[:, None]
-        rows = np.array(top) * (1 - t) + np.array(bottom) * t + .03 * scene.shade
+        rows = np.array(top) * (1 - t) + np.array(bottom) * t + 0.03 * scene.shade
         pixels[a:b, :, :3] = (rows.clip(0, 1) * 255).round().astype(np.uint8)[:, None]
     for kind, polygon in scene.patches:
-        share, t = cover(polygon, size), np.linspace(0, 1, size)[:, None]; top, bottom = map(np.array, _GROUND[kind])
-        rows = (top * (1 - t) + bottom * t + .03 * scene.shade).clip(0, 1)[:, None] * 255
-        pixels[..., :3] = (pixels[..., :3] * (1 - share[..., None]) + rows * share[..., None]).round(); ground[share > .5] = BACKGROUNDS.index(kind)
+        share, t = cover(polygon, size), np.linspace(0, 1, size)[:, None]
+        top, bottom = map(np.array, _GROUND[kind])
+        rows = (top * (1 - t) + bottom * t + 0.03 * scene.shade).clip(0, 1)[:, None] * 255
+        pixels[..., :3] = (pixels[..., :3] * (1 - share[..., None]) + rows * share[..., None]).round()
+        ground[share > 0.5] = BACKGROUNDS.index(kind)
     pixels[..., 3] = 255
-    unit = _unit(size); gc.set_linewidth(0)
+    unit = _unit(size)
+    gc.set_linewidth(0)
     for kind, x, y, s in scene.clutter:
-        polygons, rgb, alpha = _clutter_shape(kind, x, y, s, _mix(*_GROUND[_CLUTTER[kind]], .5))
-        gc.set_alpha(alpha); renderer.draw_path(gc, _compound(polygons), unit, rgb)
-    gc.set_alpha(1.)
+        polygons, rgb, alpha = _clutter_shape(kind, x, y, s, _mix(*_GROUND[_CLUTTER[kind]], 0.5))
+        gc.set_alpha(alpha)
+        renderer.draw_path(gc, _compound(polygons), unit, rgb)
+    gc.set_alpha(1.0)
     return ground
 
 # %% ../../nbs/01_scenes.ipynb #066
-OUTLINE = .009   # width of the line around a thing, as a share of the side
+OUTLINE = 0.009  # width of the line around a thing, as a share of the side
+
 
 def _paint_thing(renderer, gc, thing, size):
-    layers, whole, _ = _SHAPES[thing.category]; place = _placement(thing, size)
-    edge = _mix(thing.rgb, (.12, .1, .12), .62)
-    gc.set_linewidth(OUTLINE * size); gc.set_foreground(edge); renderer.draw_path(gc, whole, place, edge)
+    layers, whole, _ = _SHAPES[thing.category]
+    place = _placement(thing, size)
+    edge = _mix(thing.rgb, (0.12, 0.1, 0.12), 0.62)
+    gc.set_linewidth(OUTLINE * size)
+    gc.set_foreground(edge)
+    renderer.draw_path(gc, whole, place, edge)
     gc.set_linewidth(0)
     for role, path in layers:
         renderer.draw_path(gc, path, place, _fill(role, thing))
         if role == "body" and thing.texture != "plain":
-            ink = _mix(thing.rgb, *(((1, 1, 1), INK.get(thing.color, .8)) if _luma(thing.rgb) < .58 else ((.1, .1, .2), INK.get(thing.color, .68))))
-            gc.set_clip_path(TransformedPath(path, place)); renderer.draw_path(gc, _pattern(thing), _unit(size), ink)
+            ink = _mix(
+                thing.rgb,
+                *(
+                    ((1, 1, 1), INK.get(thing.color, 0.8))
+                    if _luma(thing.rgb) < 0.58
+                    else ((0.1, 0.1, 0.2), INK.get(thing.color, 0.68))
+                ),
+            )
+            gc.set_clip_path(TransformedPath(path, place))
+            renderer.draw_path(gc, _pattern(thing), _unit(size), ink)
             gc.set_clip_path(None)
 
 # %% ../../nbs/01_scenes.ipynb #074
 def occlude(
-    full: np.ndarray,   # [n, H, W] bool silhouettes, from back to front
-) -> np.ndarray:        # [n, H, W] bool
+    full: np.ndarray,  # [n, H, W] bool silhouettes, from back to front
+) -> np.ndarray:  # [n, H, W] bool
     "What can be seen of each silhouette once the later ones are painted over it."
-    in_front = np.zeros_like(full); in_front[:-1] = np.logical_or.accumulate(full[:0:-1], axis=0)[::-1]
+    in_front = np.zeros_like(full)
+    in_front[:-1] = np.logical_or.accumulate(full[:0:-1], axis=0)[::-1]
     return full & ~in_front
 
 # %% ../../nbs/01_scenes.ipynb #078
 def _silhouette(renderer, gc, thing, size):
     "[H, W] bool: pixels that the thing covers by more than half."
-    renderer.clear(); gc.set_linewidth(OUTLINE * size); gc.set_foreground((1, 1, 1))
+    renderer.clear()
+    gc.set_linewidth(OUTLINE * size)
+    gc.set_foreground((1, 1, 1))
     renderer.draw_path(gc, _SHAPES[thing.category][1], _placement(thing, size), (1, 1, 1))
     return np.asarray(renderer.buffer_rgba())[..., 3] > 127
 
 # %% ../../nbs/01_scenes.ipynb #080
 def silhouettes(
     scene: Scene,
-    size: int = 96,   # pixels a side
-) -> np.ndarray:      # [n, H, W] bool
+    size: int = 96,  # pixels a side
+) -> np.ndarray:  # [n, H, W] bool
     "The whole silhouette of every thing: pixels that it covers by more than half."
-    renderer = RendererAgg(size, size, 72); gc = renderer.new_gc(); gc.set_snap(False)
+    renderer = RendererAgg(size, size, 72)
+    gc = renderer.new_gc()
+    gc.set_snap(False)
     return np.stack([_silhouette(renderer, gc, t, size) for t in scene.things])
 
 # %% ../../nbs/01_scenes.ipynb #082
-FLYERS = ("bird", "plane", "balloon")   # they cast no shadow, and may be in the sky
+FLYERS = ("bird", "plane", "balloon")  # they cast no shadow, and may be in the sky
+
 
 def render(
     scene: Scene,
-    size: int = 96,   # pixels a side; the scene is the same at every size
+    size: int = 96,  # pixels a side; the scene is the same at every size
 ) -> Rendering:
     "Draw a scene and the mask of each of its things."
-    if not 16 <= size <= 4096: raise ValueError(f"size is {size}: a scene can be drawn at 16 to 4096 pixels a side")
-    renderer = RendererAgg(size, size, 72); gc = renderer.new_gc(); gc.set_snap(False)
+    if not 16 <= size <= 4096:
+        raise ValueError(f"size is {size}: a scene can be drawn at 16 to 4096 pixels a side")
+    renderer = RendererAgg(size, size, 72)
+    gc = renderer.new_gc()
+    gc.set_snap(False)
     ground = _paint_background(renderer, gc, scene, size)
-    gc.set_alpha(.16); unit = _unit(size)
+    gc.set_alpha(0.16)
+    unit = _unit(size)
     for t in scene.things:
-        if t.category in FLYERS or scene.background == "sky": continue
-        shadow = _oval(t.x + .03 * t.width, t.box[3] - .02 * t.height, .5 * t.width, .07 * t.height + .006, n=20)
-        renderer.draw_path(gc, _compound([shadow]), unit, (.1, .1, .15))
-    gc.set_alpha(1.)
-    for t in scene.things: _paint_thing(renderer, gc, t, size)
+        if t.category in FLYERS or scene.background == "sky":
+            continue
+        shadow = _oval(
+            t.x + 0.03 * t.width, t.box[3] - 0.02 * t.height, 0.5 * t.width, 0.07 * t.height + 0.006, n=20
+        )
+        renderer.draw_path(gc, _compound([shadow]), unit, (0.1, 0.1, 0.15))
+    gc.set_alpha(1.0)
+    for t in scene.things:
+        _paint_thing(renderer, gc, t, size)
     image = np.asarray(renderer.buffer_rgba())[..., :3].copy()
-    full = np.stack([_silhouette(renderer, gc, t, size) for t in scene.things]); masks = occlude(full)
+    full = np.stack([_silhouette(renderer, gc, t, size) for t in scene.things])
+    masks = occlude(full)
     return Rendering(image, masks, full, masks.sum((1, 2)) / np.maximum(full.sum((1, 2)), 1), ground)
 
 # %% ../../nbs/01_scenes.ipynb #098
-LIVES_ON = {"sky": ("bird", "plane", "balloon", "umbrella", "ball"), "water": ("boat", "fish", "bird", "ball", "umbrella", "balloon"),
-            "grass": ("man", "woman", "child", "dog", "cat", "bird", "car", "house", "tree", "flower", "ball", "balloon", "umbrella", "plane"),
-            "sand": ("man", "woman", "child", "dog", "cat", "bird", "car", "boat", "house", "tree", "ball", "balloon", "umbrella", "plane")}
-HELDOUT = {"man": "green", "woman": "yellow", "child": "purple", "dog": "blue", "cat": "red", "bird": "orange", "fish": "black", "car": "orange",
-           "boat": "purple", "plane": "green", "house": "black", "tree": "white", "flower": "blue", "ball": "red", "balloon": "white",
-           "umbrella": "yellow"}   # combinations that no split but `heldout` contains
-SMALLEST, LARGEST = .10, .34   # of `Thing.size`
-TEXTURED_FROM = .165           # smaller things are always plain: their texture could not be seen
-MIN_VISIBLE = .6               # of every silhouette
+LIVES_ON = {
+    "sky": ("bird", "plane", "balloon", "umbrella", "ball"),
+    "water": ("boat", "fish", "bird", "ball", "umbrella", "balloon"),
+    "grass": (
+        "man",
+        "woman",
+        "child",
+        "dog",
+        "cat",
+        "bird",
+        "car",
+        "house",
+        "tree",
+        "flower",
+        "ball",
+        "balloon",
+        "umbrella",
+        "plane",
+    ),
+    "sand": (
+        "man",
+        "woman",
+        "child",
+        "dog",
+        "cat",
+        "bird",
+        "car",
+        "boat",
+        "house",
+        "tree",
+        "ball",
+        "balloon",
+        "umbrella",
+        "plane",
+    ),
+}
+HELDOUT = {
+    "man": "green",
+    "woman": "yellow",
+    "child": "purple",
+    "dog": "blue",
+    "cat": "red",
+    "bird": "orange",
+    "fish": "black",
+    "car": "orange",
+    "boat": "purple",
+    "plane": "green",
+    "house": "black",
+    "tree": "white",
+    "flower": "blue",
+    "ball": "red",
+    "balloon": "white",
+    "umbrella": "yellow",
+}  # combinations that no split but `heldout` contains
+SMALLEST, LARGEST = 0.10, 0.34  # of `Thing.size`
+TEXTURED_FROM = 0.165  # smaller things are always plain: their texture could not be seen
+MIN_VISIBLE = 0.6  # of every silhouette
 
 # %% ../../nbs/01_scenes.ipynb #102
-_GROUPS = {5: ((3, 2), (4, 1), (3, 1, 1), (2, 2, 1)), 6: ((3, 3), (4, 2), (3, 2, 1), (3, 2, 1), (2, 2, 2)),
-           7: ((3, 3, 1), (4, 3), (4, 2, 1), (3, 2, 2), (3, 2, 1, 1)), 8: ((4, 4), (3, 3, 2), (4, 3, 1), (4, 2, 2), (3, 2, 2, 1))}
+_GROUPS = {
+    5: ((3, 2), (4, 1), (3, 1, 1), (2, 2, 1)),
+    6: ((3, 3), (4, 2), (3, 2, 1), (3, 2, 1), (2, 2, 2)),
+    7: ((3, 3, 1), (4, 3), (4, 2, 1), (3, 2, 2), (3, 2, 1, 1)),
+    8: ((4, 4), (3, 3, 2), (4, 3, 1), (4, 2, 2), (3, 2, 2, 1)),
+}
+
 
 def _shuffled(rng, items):
     "A new order that depends on `rng.random()` only, which Python promises to keep."
     return [items[i] for _, i in sorted((rng.random(), i) for i in range(len(items)))]
 
-def _pick(rng, items): return items[int(rng.random() * len(items))]
+
+def _pick(rng, items):
+    return items[int(rng.random() * len(items))]
+
 
 def _cast(rng, background, people, heldout):
     "Categories, colours, textures and sizes of a scene's things; distractors come in groups."
-    n = 5 + int(rng.random() * 4); groups = _pick(rng, _GROUPS[n]); allowed = LIVES_ON[background]
+    n = 5 + int(rng.random() * 4)
+    groups = _pick(rng, _GROUPS[n])
+    allowed = LIVES_ON[background]
     kinds = _shuffled(rng, allowed)
     if people:
         persons = _shuffled(rng, ("man", "woman", "child"))
-        kinds = persons[:1 + (rng.random() < .6)] + [k for k in kinds if k not in persons] + persons
-    kinds = list(dict.fromkeys(kinds))[:len(groups)]
-    palette = _shuffled(rng, list(COLORS))[:3 + (rng.random() < .5)]; textures = _shuffled(rng, TEXTURES[1:])[:2]
-    if heldout: palette = list(dict.fromkeys([HELDOUT[kinds[0]]] + palette))[:4]
+        kinds = persons[: 1 + (rng.random() < 0.6)] + [k for k in kinds if k not in persons] + persons
+    kinds = list(dict.fromkeys(kinds))[: len(groups)]
+    palette = _shuffled(rng, list(COLORS))[: 3 + (rng.random() < 0.5)]
+    textures = _shuffled(rng, TEXTURES[1:])[:2]
+    if heldout:
+        palette = list(dict.fromkeys([HELDOUT[kinds[0]]] + palette))[:4]
     spread = math.log(LARGEST / SMALLEST)
     things = []
     for kind, count in zip(kinds, groups):
@@ -392,10 +764,13 @@ def _cast(rng, background, people, heldout):
         shades = [c for c in palette if c != banned]
         offset = rng.random()
         for i in range(count):
-            size = SMALLEST * math.exp(spread * ((offset + (i + .55 * rng.random()) / count) % 1))   # stratified: the sizes of a group differ
+            # stratified: the sizes of a group differ
+            size = SMALLEST * math.exp(spread * ((offset + (i + 0.55 * rng.random()) / count) % 1))
             color = HELDOUT[kind] if heldout and kind == kinds[0] and i == 0 else _pick(rng, shades)
-            texture = _pick(rng, textures) if size > TEXTURED_FROM and rng.random() < .55 else "plain"
-            things.append(Thing(kind, color, texture, size, ASPECTS[kind] * math.exp(.16 * (rng.random() - .5))))
+            texture = _pick(rng, textures) if size > TEXTURED_FROM and rng.random() < 0.55 else "plain"
+            things.append(
+                Thing(kind, color, texture, size, ASPECTS[kind] * math.exp(0.16 * (rng.random() - 0.5)))
+            )
     return things
 
 # %% ../../nbs/01_scenes.ipynb #106
@@ -405,68 +780,106 @@ def _overlap(a, b):
     w, h = min(ar, br) - max(al, bl), min(ab, bb) - max(at, bt)
     return max(w, 0) * max(h, 0) / min(a.width * a.height, b.width * b.height)
 
+
 def _place(rng, things, scene_horizon):
     "Put the things down, large ones first; False if there is no room."
     placed = []
     for t in sorted(things, key=lambda t: -t.size):
         for _ in range(60):
-            t.x = t.width / 2 + .015 + rng.random() * (.97 - t.width)
-            top = t.height / 2 + .015 if t.category in FLYERS else max(t.height / 2 + .015, scene_horizon + .05 - t.height / 2)
-            t.y = top + rng.random() * (.985 - t.height / 2 - top)
-            if all(_overlap(t, o) < .28 and math.hypot(t.x - o.x, t.y - o.y) > .11 for o in placed): break
-        else: return False
+            t.x = t.width / 2 + 0.015 + rng.random() * (0.97 - t.width)
+            top = (
+                t.height / 2 + 0.015
+                if t.category in FLYERS
+                else max(t.height / 2 + 0.015, scene_horizon + 0.05 - t.height / 2)
+            )
+            t.y = top + rng.random() * (0.985 - t.height / 2 - top)
+            if all(_overlap(t, o) < 0.28 and math.hypot(t.x - o.x, t.y - o.y) > 0.11 for o in placed):
+                break
+        else:
+            return False
         placed.append(t)
     return True
 
 # %% ../../nbs/01_scenes.ipynb #108
 def _anchored(things) -> int:
-    "How many things are clearly the closest of their category to some other thing: what \"the dog closest to the tree\" needs."
+    'How many things are clearly the closest of their category to some other thing: what "the dog closest to the tree" needs.'
     found = set()
     for a in things:
         for kind in {t.category for t in things}:
-            near = sorted((math.hypot(t.x - a.x, t.y - a.y), i) for i, t in enumerate(things) if t.category == kind and t is not a)
-            if len(near) > 1 and near[0][0] * 1.35 < near[1][0]: found.add(near[0][1])
+            near = sorted(
+                (math.hypot(t.x - a.x, t.y - a.y), i)
+                for i, t in enumerate(things)
+                if t.category == kind and t is not a
+            )
+            if len(near) > 1 and near[0][0] * 1.35 < near[1][0]:
+                found.add(near[0][1])
     return len(found)
 
 # %% ../../nbs/01_scenes.ipynb #110
 def _vary(rng, t):
     "Give a thing its own shade, tilt, direction and details."
     hue, sat, val = COLORS[t.color]
-    t.rgb = colorsys.hsv_to_rgb((hue + 8 * (rng.random() - .5)) / 360 % 1, sat * (.9 + .1 * rng.random()), min(1., val * (.93 + .12 * rng.random())))
-    t.angle = 12 * (rng.random() - .5); t.mirror = rng.random() < .5; t.variant = int(rng.random() * 16)
+    t.rgb = colorsys.hsv_to_rgb(
+        (hue + 8 * (rng.random() - 0.5)) / 360 % 1,
+        sat * (0.9 + 0.1 * rng.random()),
+        min(1.0, val * (0.93 + 0.12 * rng.random())),
+    )
+    t.angle = 12 * (rng.random() - 0.5)
+    t.mirror = rng.random() < 0.5
+    t.variant = int(rng.random() * 16)
+
 
 def _strew(rng, background, horizon):
     "Clouds above the horizon; tufts, pebbles or waves under it."
     clutter = []
     for _ in range(int(2 + 3 * rng.random())):
-        if horizon > .05: clutter.append(("cloud", rng.random(), horizon * (.15 + .6 * rng.random()), .03 + .03 * rng.random()))
+        if horizon > 0.05:
+            clutter.append(
+                ("cloud", rng.random(), horizon * (0.15 + 0.6 * rng.random()), 0.03 + 0.03 * rng.random())
+            )
     kind = {"grass": "tuft", "sand": "pebble", "water": "wave"}.get(background)
     for _ in range(int(8 + 10 * rng.random())):
-        if kind: clutter.append((kind, rng.random(), horizon + .03 + (.96 - horizon) * rng.random(), .008 + .012 * rng.random()))
+        if kind:
+            clutter.append(
+                (
+                    kind,
+                    rng.random(),
+                    horizon + 0.03 + (0.96 - horizon) * rng.random(),
+                    0.008 + 0.012 * rng.random(),
+                )
+            )
     return clutter
 
 # %% ../../nbs/01_scenes.ipynb #112
 def sample_scene(
-    seed: int,              # the world
-    index: int,             # which of its scenes
-    people: bool = False,   # at least two people (for a testA split)
+    seed: int,  # the world
+    index: int,  # which of its scenes
+    people: bool = False,  # at least two people (for a testA split)
     heldout: bool = False,  # with a combination from `HELDOUT`; otherwise none of them occurs
 ) -> Scene:
     "Draw a scene's description; the same arguments give the same scene."
     rng = random.Random(f"refshapes {GENERATOR_VERSION} {seed} {index} {people:d} {heldout:d}")
     while True:
-        u = rng.random(); background = "grass" if u < .46 else "sand" if u < .76 else "water" if u < .9 else "sky"
-        if people and background in ("water", "sky"): background = "grass"
-        horizon = 1. if background == "sky" else 0. if rng.random() < .25 else .1 + .2 * rng.random()
+        u = rng.random()
+        background = "grass" if u < 0.46 else "sand" if u < 0.76 else "water" if u < 0.9 else "sky"
+        if people and background in ("water", "sky"):
+            background = "grass"
+        horizon = 1.0 if background == "sky" else 0.0 if rng.random() < 0.25 else 0.1 + 0.2 * rng.random()
         things = _cast(rng, background, people, heldout)
         layouts = []
-        for k in range(6):   # of six ways to put them down, the one that anchors most of them
-            if _place(rng, things, horizon % 1): layouts.append((_anchored(things), k, [(t.x, t.y) for t in things]))
-        if not layouts: continue
-        for t, (x, y) in zip(things, max(layouts)[2]): t.x, t.y = x, y
-        for t in things: _vary(rng, t)
-        things = sorted(things, key=lambda t: t.box[3])   # who stands lower stands in front
+        for k in range(6):  # of six ways to put them down, the one that anchors most of them
+            if _place(rng, things, horizon % 1):
+                layouts.append((_anchored(things), k, [(t.x, t.y) for t in things]))
+        if not layouts:
+            continue
+        for t, (x, y) in zip(things, max(layouts)[2]):
+            t.x, t.y = x, y
+        for t in things:
+            _vary(rng, t)
+        things = sorted(things, key=lambda t: t.box[3])  # who stands lower stands in front
         clutter = _strew(rng, background, horizon)
         scene = Scene(seed, index, background, horizon, things, clutter, 2 * rng.random() - 1)
-        full = silhouettes(scene); seen = occlude(full).sum((1, 2))
-        if (seen >= MIN_VISIBLE * full.sum((1, 2))).all(): return scene
+        full = silhouettes(scene)
+        seen = occlude(full).sum((1, 2))
+        if (seen >= MIN_VISIBLE * full.sum((1, 2))).all():
+            return scene

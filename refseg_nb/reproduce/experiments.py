@@ -28,7 +28,16 @@ TABLE2_COLUMNS = ("prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9", "O
 
 PAPER = {
     "table1": {  # overall IoU by method and split; DeepLabv3+ backbone; no DenseCRF for the rows with *
-        "columns": ("UNC val", "UNC testA", "UNC testB", "UNC+ val", "UNC+ testA", "UNC+ testB", "G-Ref val", "Referit test"),
+        "columns": (
+            "UNC val",
+            "UNC testA",
+            "UNC testB",
+            "UNC+ val",
+            "UNC+ testA",
+            "UNC+ testB",
+            "G-Ref val",
+            "Referit test",
+        ),
         "rows": {
             "RRN": (55.33, 57.26, 53.95, 39.75, 42.15, 36.11, 36.45, 63.63),
             "CMSA": (58.32, 60.61, 55.09, 43.76, 47.60, 37.89, 39.98, 63.80),
@@ -40,7 +49,8 @@ PAPER = {
             "EFN*": (62.76, 65.69, 59.67, 51.50, 55.24, 43.01, 51.93, 66.70),
             "SHNet* (320x320)": (63.98, 67.51, 60.48, 51.79, 56.49, 43.83, 48.95, 68.38),
             "SHNet* (448x448)": (65.32, 68.56, 62.04, 52.75, 58.46, 44.12, 49.90, 69.19),
-        }},
+        },
+    },
     "table2": {  # ablations on UNC val, 320x320, DeepLabv3+ backbone
         "columns": TABLE2_COLUMNS,
         "rows": {
@@ -52,72 +62,125 @@ PAPER = {
             "SHNet w/o Glove": (74.23, 68.42, 59.77, 42.47, 13.66, 62.19),
             "SHNet w/o P.E": (74.0, 68.36, 59.71, 43.15, 13.36, 63.07),
             "SHNet": (75.18, 69.36, 61.21, 46.16, 16.23, 63.98),
-        }},
+        },
+    },
     "table3": {  # overall IoU on UNC by backbone and resolution
         "columns": ("val", "testA", "testB"),
         "rows": {
-            "Resnet101 320x320": (63.76, 67.05, 60.15), "Resnet101 448x448": (64.88, 68.08, 60.82),
-            "DeepLabv3+ 320x320": (63.98, 67.51, 60.48), "DeepLabv3+ 448x448": (65.29, 68.56, 62.04),
-        }},
+            "Resnet101 320x320": (63.76, 67.05, 60.15),
+            "Resnet101 448x448": (64.88, 68.08, 60.82),
+            "DeepLabv3+ 320x320": (63.98, 67.51, 60.48),
+            "DeepLabv3+ 448x448": (65.29, 68.56, 62.04),
+        },
+    },
     "table4": {  # overall IoU on UNC val by aggregation module
         "columns": ("320x320", "448x448"),
-        "rows": {"MGATE": (62.59, 63.35), "TGFE": (62.94, 63.72), "GBFM": (62.72, 63.83), "HCAM": (63.98, 65.32)}},
+        "rows": {
+            "MGATE": (62.59, 63.35),
+            "TGFE": (62.94, 63.72),
+            "GBFM": (62.72, 63.83),
+            "HCAM": (63.98, 65.32),
+        },
+    },
 }
 
 # %% ../../nbs/20_experiments.ipynb #011
-WORLDS = {   # --data -> the paper's name of a data set -> folder, partition
-    "refshapes": {"UNC": ("refshapes", None), "UNC+": ("refshapes+", None), "G-Ref": ("refshapes-g", None), "Referit": ("refshapes-stuff", None)},
-    "real": {"UNC": ("refcoco", "unc"), "UNC+": ("refcoco+", "unc"), "G-Ref": ("refcocog", "google"), "Referit": ("refclef", "berkeley")},
+WORLDS = {  # --data -> the paper's name of a data set -> folder, partition
+    "refshapes": {
+        "UNC": ("refshapes", None),
+        "UNC+": ("refshapes+", None),
+        "G-Ref": ("refshapes-g", None),
+        "Referit": ("refshapes-stuff", None),
+    },
+    "real": {
+        "UNC": ("refcoco", "unc"),
+        "UNC+": ("refcoco+", "unc"),
+        "G-Ref": ("refcocog", "google"),
+        "Referit": ("refclef", "berkeley"),
+    },
 }
 
 # %% ../../nbs/20_experiments.ipynb #013
-_PAPER_SCALE = {"low": {"image_size": 320}, "high": {"image_size": 448},
-                "segmentation": {"backbone": "deeplabv3plus-resnet101"}, "classification": {"backbone": "resnet101"}}
-SCALES = {   # --preset -> what the paper's resolutions and backbones are, as fields of the model's configuration
-    "refshapes": {"low": {"image_size": 96}, "high": {"image_size": 128}, "segmentation": {"backbone": "refshapes"},
-                  "classification": {"backbone": "refshapes-classifier"}},
-    "paper": _PAPER_SCALE, "released": _PAPER_SCALE,
+_PAPER_SCALE = {
+    "low": {"image_size": 320},
+    "high": {"image_size": 448},
+    "segmentation": {"backbone": "deeplabv3plus-resnet101"},
+    "classification": {"backbone": "resnet101"},
+}
+# --preset -> what the paper's resolutions and backbones are, as fields of the model's configuration
+SCALES = {
+    "refshapes": {
+        "low": {"image_size": 96},
+        "high": {"image_size": 128},
+        "segmentation": {"backbone": "refshapes"},
+        "classification": {"backbone": "refshapes-classifier"},
+    },
+    "paper": _PAPER_SCALE,
+    "released": _PAPER_SCALE,
 }
 
 # %% ../../nbs/20_experiments.ipynb #016
 @dataclass(frozen=True)
 class Experiment:
     "One training; any number of cells of the tables may read its records."
-    name: str                          # of its records, such as "only-sfm"
-    label: str                         # in print
-    model: str = "shnet"               # a key of `refseg_nb.models.shnet.MODELS`
-    dataset: str = "UNC"               # as the paper names it, see `WORLDS`
-    pixels: str = "low"                # "low": 320 in the paper; "high": 448
-    backbone: str = "segmentation"     # "segmentation": DeepLabv3+ in the paper; "classification": ResNet-101
+
+    name: str  # of its records, such as "only-sfm"
+    label: str  # in print
+    model: str = "shnet"  # a key of `refseg_nb.models.shnet.MODELS`
+    dataset: str = "UNC"  # as the paper names it, see `WORLDS`
+    pixels: str = "low"  # "low": 320 in the paper; "high": 448
+    backbone: str = "segmentation"  # "segmentation": DeepLabv3+ in the paper; "classification": ResNet-101
     overrides: dict = field(default_factory=dict)  # further fields of the model's configuration
-    training: dict = field(default_factory=dict)   # fields of `TrainConfig`
-    share: float = 1.                  # of the budget's steps
+    training: dict = field(default_factory=dict)  # fields of `TrainConfig`
+    share: float = 1.0  # of the budget's steps
 
 # %% ../../nbs/20_experiments.ipynb #018
-ROWS = ("Baseline", "Only HCAM", "Only SFM", "SHNet")  # the rows of Table 2 that carry the argument; trained if nothing else is asked
+# the rows of Table 2 that carry the argument; trained if nothing else is asked
+ROWS = ("Baseline", "Only HCAM", "Only SFM", "SHNet")
 TAGS = {"UNC": "", "UNC+": "-uncplus", "G-Ref": "-gref", "Referit": "-referit"}
+
 
 def _of_the_tables() -> list[Experiment]:
     from refseg_nb.models.shnet import model_name
-    others = [row for row in PAPER["table4"]["rows"] if row != "HCAM"]   # HCAM's row is SHNet
+
+    others = [row for row in PAPER["table4"]["rows"] if row != "HCAM"]  # HCAM's row is SHNet
     found = [Experiment(model_name(row), row, model_name(row)) for row in (*PAPER["table2"]["rows"], *others)]
-    found += [Experiment(f"{model_name(row)}-high", f"{row}, high resolution", model_name(row), pixels="high") for row in others]
-    found += [Experiment(f"shnet{tag}{'-high' * high}", f"SHNet, {dataset}{', high resolution' * high}", dataset=dataset, pixels="high" if high else "low")
-              for dataset, tag in TAGS.items() for high in (False, True) if tag or high]
-    return found + [Experiment(f"shnet-resnet{'-high' * high}", f"SHNet, classifier as backbone{', high resolution' * high}", backbone="classification",
-                               pixels="high" if high else "low") for high in (False, True)]
+    found += [
+        Experiment(f"{model_name(row)}-high", f"{row}, high resolution", model_name(row), pixels="high")
+        for row in others
+    ]
+    found += [
+        Experiment(
+            f"shnet{tag}{'-high' * high}",
+            f"SHNet, {dataset}{', high resolution' * high}",
+            dataset=dataset,
+            pixels="high" if high else "low",
+        )
+        for dataset, tag in TAGS.items()
+        for high in (False, True)
+        if tag or high
+    ]
+    return found + [
+        Experiment(
+            f"shnet-resnet{'-high' * high}",
+            f"SHNet, classifier as backbone{', high resolution' * high}",
+            backbone="classification",
+            pixels="high" if high else "low",
+        )
+        for high in (False, True)
+    ]
 
 # %% ../../nbs/20_experiments.ipynb #020
-THIRD = 1 / 3                 # of the budget's steps
+THIRD = 1 / 3  # of the budget's steps
 FAMILY_DATA = ("UNC", "UNC+")  # where the family is compared (below)
-_SMALL = {"grid": {18: 8, 20: 9}, "sfm_ffn": {0: 0, 512: 128}}   # the presets' sizes on RefShapes
-_IN_TRAINING = {   # fields of the recipe -> fields of `TrainConfig`, (paper, released)
-    "batch_size": ({"images_per_batch": 3}, {"images_per_batch": 2}),   # 50 and 32 expressions; here 24 and 16
+_SMALL = {"grid": {18: 8, 20: 9}, "sfm_ffn": {0: 0, 512: 128}}  # the presets' sizes on RefShapes
+_IN_TRAINING = {  # fields of the recipe -> fields of `TrainConfig`, (paper, released)
+    "batch_size": ({"images_per_batch": 3}, {"images_per_batch": 2}),  # 50 and 32 expressions; here 24 and 16
     "schedule": ({"schedule": "polynomial"}, {"schedule": "plateau", "val_split": "val", "eval_limit": 200}),
     "target": ({"targets": "soft"}, {"targets": "dilated"}),
-    "grayscale": ({"grayscale": 0.}, {"grayscale": .3}),
+    "grayscale": ({"grayscale": 0.0}, {"grayscale": 0.3}),
 }
-NOT_TRAINED = {   # the other differences, and why they are no training of their own
+NOT_TRAINED = {  # the other differences, and why they are no training of their own
     "max_words": "no phrase of RefShapes is cut by either length",
     "keep_digits": "no phrase of RefShapes has a digit",
     "epochs": "the paper gives none; the budget decides",
@@ -129,35 +192,72 @@ NOT_TRAINED = {   # the other differences, and why they are no training of their
 # %% ../../nbs/20_experiments.ipynb #022
 def _of_the_presets() -> list[Experiment]:
     from refseg_nb.models.shnet import PRESETS, RECIPES, differences
+
     mine = PRESETS["refshapes"].to_dict() | RECIPE["overrides"]
-    found = [Experiment(f"shnet-third{TAGS[dataset]}", f"SHNet, {dataset}, a third of the steps", dataset=dataset, share=THIRD) for dataset in FAMILY_DATA]
+    found = [
+        Experiment(
+            f"shnet-third{TAGS[dataset]}",
+            f"SHNet, {dataset}, a third of the steps",
+            dataset=dataset,
+            share=THIRD,
+        )
+        for dataset in FAMILY_DATA
+    ]
     say = lambda v: {True: "yes", False: "no"}.get(v, v) if isinstance(v, bool) else v
-    for name, sides in (differences(PRESETS["paper"], PRESETS["released"]) | differences(RECIPES["paper"], RECIPES["released"])).items():
-        if name in NOT_TRAINED: continue
-        if name in _IN_TRAINING: other, changes = 1, {"training": _IN_TRAINING[name][1]}
+    for name, sides in (
+        differences(PRESETS["paper"], PRESETS["released"])
+        | differences(RECIPES["paper"], RECIPES["released"])
+    ).items():
+        if name in NOT_TRAINED:
+            continue
+        if name in _IN_TRAINING:
+            other, changes = 1, {"training": _IN_TRAINING[name][1]}
         else:
             small = [_SMALL.get(name, {}).get(side, side) for side in sides]
-            other = small.index(next(v for v in small if v != mine[name])); changes = {"overrides": {name: small[other]}}
+            other = small.index(next(v for v in small if v != mine[name]))
+            changes = {"overrides": {name: small[other]}}
         label = f"{name}: {say(sides[1 - other])} → {say(sides[other])} ({('paper', 'released')[other]})"
         found.append(Experiment(f"preset-{name.replace('_', '-')}", label, share=THIRD, **changes))
     return found
 
 # %% ../../nbs/20_experiments.ipynb #024
-FAMILY_LR = {"cmpc": 2e-3, "lavt": 1e-3, "crossvlt": 2e-3}   # at the small size
-FAMILY_PRESETS = {"cmpc": "published", "lavt": "base", "crossvlt": "base"}   # at the paper's size
+FAMILY_LR = {"cmpc": 2e-3, "lavt": 1e-3, "crossvlt": 2e-3}  # at the small size
+FAMILY_PRESETS = {"cmpc": "published", "lavt": "base", "crossvlt": "base"}  # at the paper's size
+
 
 def _of_the_family() -> list[Experiment]:
     from refseg_nb.models.shnet import FAMILY
-    return [Experiment(f"{name}{TAGS[dataset]}", f"{label}, {dataset}", name, dataset, training={"lr": FAMILY_LR[name]}, share=THIRD)
-            for dataset in FAMILY_DATA for name, label in FAMILY.items()]
+
+    return [
+        Experiment(
+            f"{name}{TAGS[dataset]}",
+            f"{label}, {dataset}",
+            name,
+            dataset,
+            training={"lr": FAMILY_LR[name]},
+            share=THIRD,
+        )
+        for dataset in FAMILY_DATA
+        for name, label in FAMILY.items()
+    ]
 
 # %% ../../nbs/20_experiments.ipynb #026
 def _of_the_savings() -> list[Experiment]:
-    return [Experiment("savings-wide-decoder", "decoder as wide as published", overrides={"decoder_widths": [64, 64, 64, 32]}),   # C, C, C, C/2
-            Experiment("savings-narrow-decoder", "decoder of 32, 16, 8", overrides={"decoder_widths": [32, 16, 8]}),
-            Experiment("savings-one-layer", "one layer of SFM", overrides={"sfm_layers": 1}),
-            Experiment("savings-small-grid", "grid of 6", overrides={"grid": 6}),
-            Experiment("savings-one-gate", "one gate for all pairs", overrides={"hcam_gates": "one"})]
+    # C, C, C, C/2
+    return [
+        Experiment(
+            "savings-wide-decoder",
+            "decoder as wide as published",
+            overrides={"decoder_widths": [64, 64, 64, 32]},
+        ),
+        Experiment(
+            "savings-narrow-decoder", "decoder of 32, 16, 8", overrides={"decoder_widths": [32, 16, 8]}
+        ),
+        Experiment("savings-one-layer", "one layer of SFM", overrides={"sfm_layers": 1}),
+        Experiment("savings-small-grid", "grid of 6", overrides={"grid": 6}),
+        Experiment("savings-one-gate", "one gate for all pairs", overrides={"hcam_gates": "one"}),
+    ]
+
 
 @cache
 def experiments() -> dict[str, Experiment]:  # name -> experiment
@@ -168,96 +268,209 @@ def experiments() -> dict[str, Experiment]:  # name -> experiment
 @dataclass(frozen=True)
 class Budget:
     "How much is spent on one experiment."
-    size: str                  # the RefShapes size, see `refseg_nb.refshapes.dataset.SIZES`
-    steps: int                 # optimiser steps
-    what: str                  # said before it starts
-    minutes: float             # of one training on one core, measured
-    data_minutes: float = 1.   # to draw one data set on two cores, measured
+
+    size: str  # the RefShapes size, see `refseg_nb.refshapes.dataset.SIZES`
+    steps: int  # optimiser steps
+    what: str  # said before it starts
+    minutes: float  # of one training on one core, measured
+    data_minutes: float = 1.0  # to draw one data set on two cores, measured
     recipe: dict = field(default_factory=dict)  # of the small model: fields of `TrainConfig`
 
-RECIPE = {"images_per_batch": 3, "loss": "bce+dice", "dice_weight": .1, "lr": 1e-3, "power": .9, "warmup": 100, "clip": 1., "checkpoint_every": 250,
-          "cache_dtype": "bfloat16", "overrides": {"grid": 8, "aspp_rates": [1, 2, 4]}}
-PAPER_RECIPE = {"images_per_batch": 7, "checkpoint_every": 250, "cache_dtype": "bfloat16", "overrides": {}}   # RefCOCO has 7.1 phrases an image: 50 a batch
+
+RECIPE = {
+    "images_per_batch": 3,
+    "loss": "bce+dice",
+    "dice_weight": 0.1,
+    "lr": 1e-3,
+    "power": 0.9,
+    "warmup": 100,
+    "clip": 1.0,
+    "checkpoint_every": 250,
+    "cache_dtype": "bfloat16",
+    "overrides": {"grid": 8, "aspp_rates": [1, 2, 4]},
+}
+# RefCOCO has 7.1 phrases an image: 50 a batch
+PAPER_RECIPE = {"images_per_batch": 7, "checkpoint_every": 250, "cache_dtype": "bfloat16", "overrides": {}}
 
 BUDGETS = {
-    "tiny": Budget("tiny", 6, "a few steps on a few dozen scenes; for tests, the numbers mean nothing", .2, .1,
-                   RECIPE | {"images_per_batch": 4, "expressions_per_image": 2, "checkpoint_every": 2}),
-    "quick": Budget("large", 6000, "8,000 scenes of 96 px, a little more than two passes over their phrases: the order of the rows, not their last point",
-                    6., 1.5, RECIPE),
-    "full": Budget("full", 72_000, "as many scenes and expressions as the paper's data sets, 30 passes at the paper's batch: for a GPU", 600., 60., RECIPE),
+    "tiny": Budget(
+        "tiny",
+        6,
+        "a few steps on a few dozen scenes; for tests, the numbers mean nothing",
+        0.2,
+        0.1,
+        RECIPE | {"images_per_batch": 4, "expressions_per_image": 2, "checkpoint_every": 2},
+    ),
+    "quick": Budget(
+        "large",
+        6000,
+        "8,000 scenes of 96 px, a little more than two passes over their phrases: the order of the rows, not their last point",
+        6.0,
+        1.5,
+        RECIPE,
+    ),
+    "full": Budget(
+        "full",
+        72_000,
+        "as many scenes and expressions as the paper's data sets, 30 passes at the paper's batch: for a GPU",
+        600.0,
+        60.0,
+        RECIPE,
+    ),
 }
 
 # %% ../../nbs/20_experiments.ipynb #034
 @dataclass(frozen=True)
 class Cell:
     "Where a number of a table comes from, and what the paper has there."
-    experiment: str                # a key of `experiments()`
+
+    experiment: str  # a key of `experiments()`
     split: str = "val"
-    column: str = "Overall IoU"    # as in `TABLE2_COLUMNS`
-    paper: float | None = None     # per cent
+    column: str = "Overall IoU"  # as in `TABLE2_COLUMNS`
+    paper: float | None = None  # per cent
+
 
 @dataclass(frozen=True)
 class Table:
     "One table of the report."
+
     title: str
     columns: tuple[str, ...]
     rows: dict[str, tuple[Cell, ...]]
-    key: int = 0                                 # the column that differences between rows are taken in
-    pairs: tuple[tuple[str, str], ...] = ()      # rows whose difference the table is about
+    key: int = 0  # the column that differences between rows are taken in
+    pairs: tuple[tuple[str, str], ...] = ()  # rows whose difference the table is about
     cited: dict[str, tuple] = field(default_factory=dict)  # rows of other methods: the paper's numbers alone
 
 # %% ../../nbs/20_experiments.ipynb #036
 def _table1() -> Table:
-    t = PAPER["table1"]; own = {"SHNet* (320x320)": "", "SHNet* (448x448)": "-high"}
+    t = PAPER["table1"]
+    own = {"SHNet* (320x320)": "", "SHNet* (448x448)": "-high"}
     where = [(TAGS[dataset], split) for dataset, split in (c.rsplit(" ", 1) for c in t["columns"])]
-    rows = {row: tuple(Cell(f"shnet{tag}{high}", split, paper=p) for (tag, split), p in zip(where, t["rows"][row])) for row, high in own.items()}
-    return Table("Overall IoU on four data sets", t["columns"], rows, pairs=(tuple(own)[::-1],), cited={r: v for r, v in t["rows"].items() if r not in own})
+    rows = {
+        row: tuple(
+            Cell(f"shnet{tag}{high}", split, paper=p) for (tag, split), p in zip(where, t["rows"][row])
+        )
+        for row, high in own.items()
+    }
+    return Table(
+        "Overall IoU on four data sets",
+        t["columns"],
+        rows,
+        pairs=(tuple(own)[::-1],),
+        cited={r: v for r, v in t["rows"].items() if r not in own},
+    )
+
 
 def _table2() -> Table:
     from refseg_nb.models.shnet import model_name
-    rows = {row: tuple(Cell(model_name(row), column=c, paper=p) for c, p in zip(TABLE2_COLUMNS, values)) for row, values in PAPER["table2"]["rows"].items()}
-    pairs = (("SHNet", "Only SFM"), ("SHNet", "Only HCAM"), ("Only SFM", "Baseline"), ("Only HCAM", "Baseline"),
-             ("SHNet", "SFM+Conv3D"), ("SHNet", "SFM+ConvLSTM"), ("SHNet", "SHNet w/o Glove"), ("SHNet", "SHNet w/o P.E"))
+
+    rows = {
+        row: tuple(Cell(model_name(row), column=c, paper=p) for c, p in zip(TABLE2_COLUMNS, values))
+        for row, values in PAPER["table2"]["rows"].items()
+    }
+    pairs = (
+        ("SHNet", "Only SFM"),
+        ("SHNet", "Only HCAM"),
+        ("Only SFM", "Baseline"),
+        ("Only HCAM", "Baseline"),
+        ("SHNet", "SFM+Conv3D"),
+        ("SHNet", "SFM+ConvLSTM"),
+        ("SHNet", "SHNet w/o Glove"),
+        ("SHNet", "SHNet w/o P.E"),
+    )
     return Table("Ablations on UNC val", TABLE2_COLUMNS, rows, TABLE2_COLUMNS.index("Overall IoU"), pairs)
 
 # %% ../../nbs/20_experiments.ipynb #038
 def _table3() -> Table:
-    t = PAPER["table3"]; names = dict(zip(t["rows"], ("shnet-resnet", "shnet-resnet-high", "shnet", "shnet-high")))
-    rows = {row: tuple(Cell(names[row], split, paper=p) for split, p in zip(t["columns"], values)) for row, values in t["rows"].items()}
+    t = PAPER["table3"]
+    names = dict(zip(t["rows"], ("shnet-resnet", "shnet-resnet-high", "shnet", "shnet-high")))
+    rows = {
+        row: tuple(Cell(names[row], split, paper=p) for split, p in zip(t["columns"], values))
+        for row, values in t["rows"].items()
+    }
     r_low, r_high, d_low, d_high = rows
-    return Table("Backbones and resolutions on UNC", t["columns"], rows, pairs=((d_low, r_low), (d_high, r_high), (r_high, r_low), (d_high, d_low)))
+    return Table(
+        "Backbones and resolutions on UNC",
+        t["columns"],
+        rows,
+        pairs=((d_low, r_low), (d_high, r_high), (r_high, r_low), (d_high, d_low)),
+    )
+
 
 def _table4() -> Table:
-    t = PAPER["table4"]; slug = lambda row: "shnet" if row == "HCAM" else row.lower()
-    rows = {row: tuple(Cell(slug(row) + high, paper=p) for high, p in zip(("", "-high"), values)) for row, values in t["rows"].items()}
-    return Table("Aggregation modules on UNC val", t["columns"], rows, pairs=tuple(("HCAM", row) for row in rows if row != "HCAM"))
+    t = PAPER["table4"]
+    slug = lambda row: "shnet" if row == "HCAM" else row.lower()
+    rows = {
+        row: tuple(Cell(slug(row) + high, paper=p) for high, p in zip(("", "-high"), values))
+        for row, values in t["rows"].items()
+    }
+    return Table(
+        "Aggregation modules on UNC val",
+        t["columns"],
+        rows,
+        pairs=tuple(("HCAM", row) for row in rows if row != "HCAM"),
+    )
+
 
 def _presets() -> Table:
     own = {e.label: e.name for e in experiments().values() if e.name.startswith("preset-")}
     rows = {label: (Cell(name),) for label, name in {"SHNet as trained here": "shnet-third", **own}.items()}
     pairs = tuple((label, "SHNet as trained here") for label in own)
-    return Table("Paper or released code, one difference at a time, in a third of the steps", ("Overall IoU",), rows, pairs=pairs)
+    return Table(
+        "Paper or released code, one difference at a time, in a third of the steps",
+        ("Overall IoU",),
+        rows,
+        pairs=pairs,
+    )
+
 
 def _family(dataset: str) -> Table:
     from refseg_nb.models.shnet import FAMILY
-    splits, names = ("val", "testA", "testB"), {"SHNet": "shnet-third", **{label: name for name, label in FAMILY.items()}}
-    rows = {label: tuple(Cell(name + TAGS[dataset], split) for split in splits) for label, name in names.items()}
-    return Table(f"Four systems in a third of the steps on {dataset}", splits, rows, pairs=tuple((label, "SHNet") for label in FAMILY.values()))
+
+    splits, names = (
+        ("val", "testA", "testB"),
+        {"SHNet": "shnet-third", **{label: name for name, label in FAMILY.items()}},
+    )
+    rows = {
+        label: tuple(Cell(name + TAGS[dataset], split) for split in splits) for label, name in names.items()
+    }
+    return Table(
+        f"Four systems in a third of the steps on {dataset}",
+        splits,
+        rows,
+        pairs=tuple((label, "SHNet") for label in FAMILY.values()),
+    )
+
 
 def _savings() -> Table:
     rows = {"SHNet as trained here": (Cell("shnet"),)} | {e.label: (Cell(e.name),) for e in _of_the_savings()}
-    return Table("What a cheaper model costs", ("Overall IoU",), rows, pairs=tuple((row, "SHNet as trained here") for row in list(rows)[1:]))
+    return Table(
+        "What a cheaper model costs",
+        ("Overall IoU",),
+        rows,
+        pairs=tuple((row, "SHNet as trained here") for row in list(rows)[1:]),
+    )
+
 
 @cache
 def tables() -> dict[str, Table]:
     "The four tables of the paper, the presets' differences, the family on two data sets, and the inexact savings."
-    return {"table1": _table1(), "table2": _table2(), "table3": _table3(), "table4": _table4(), "presets": _presets(),
-            "family": _family("UNC"), "family+": _family("UNC+"), "savings": _savings()}
+    return {
+        "table1": _table1(),
+        "table2": _table2(),
+        "table3": _table3(),
+        "table4": _table4(),
+        "presets": _presets(),
+        "family": _family("UNC"),
+        "family+": _family("UNC+"),
+        "savings": _savings(),
+    }
 
 # %% ../../nbs/20_experiments.ipynb #042
 def default_root() -> Path:
     "Where data sets are kept: `$REFSEG_DATA`, or `data/` here."
     return Path(os.environ.get("REFSEG_DATA") or "data")
+
 
 def write_whole(path: Path, text: str | bytes):
     "Write a file whole or not at all."
@@ -266,92 +479,160 @@ def write_whole(path: Path, text: str | bytes):
     part.write_bytes(text if isinstance(text, bytes) else text.encode())
     os.replace(part, path)
 
+
 def _precision() -> str:
     "bf16 where this machine computes in it: on such a CPU a step takes half the time; elsewhere it would be emulated, and slow."
     import torch
+
     return "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "no"
 
 # %% ../../nbs/20_experiments.ipynb #044
-TARGETS = ("core", "table1", "table2", "table3", "table4", "presets", "family", "savings", "all")   # what can be asked for; core: `ROWS` of Table 2
-CONTROLS = {"no-text": {"text_control": "none"}, "no-image": {"image_control": "none"}, "shuffled": {"text_control": "shuffled"},
-            "other": {"text_control": "other"}}
+# what can be asked for; core: `ROWS` of Table 2
+TARGETS = ("core", "table1", "table2", "table3", "table4", "presets", "family", "savings", "all")
+CONTROLS = {
+    "no-text": {"text_control": "none"},
+    "no-image": {"image_control": "none"},
+    "shuffled": {"text_control": "shuffled"},
+    "other": {"text_control": "other"},
+}
+
 
 def wanted(
-    target: str = "core",                # one of `TARGETS`
-    rows: tuple[str, ...] | None = None, # only these rows of it
-) -> dict[str, list[str]]:               # experiment -> splits that are read
+    target: str = "core",  # one of `TARGETS`
+    rows: tuple[str, ...] | None = None,  # only these rows of it
+) -> dict[str, list[str]]:  # experiment -> splits that are read
     "The experiments behind a table."
-    if target not in TARGETS: raise ValueError(f"there is no target {target!r}: choose one of {', '.join(TARGETS)}")
-    chosen = list(tables()) if target == "all" else {"core": ["table2"], "family": ["family", "family+"]}.get(target, [target])
-    if rows is None and target == "core": rows = ROWS
+    if target not in TARGETS:
+        raise ValueError(f"there is no target {target!r}: choose one of {', '.join(TARGETS)}")
+    chosen = (
+        list(tables())
+        if target == "all"
+        else {"core": ["table2"], "family": ["family", "family+"]}.get(target, [target])
+    )
+    if rows is None and target == "core":
+        rows = ROWS
     there = [row for name in chosen for row in tables()[name].rows]
     if unknown := [row for row in rows or () if row not in there]:
         raise ValueError(f"there is no row {unknown[0]!r} in {target}: choose from {', '.join(there)}")
     found = {}
-    asked = [cells for name in chosen for row, cells in tables()[name].rows.items() if rows is None or row in rows]
+    asked = [
+        cells for name in chosen for row, cells in tables()[name].rows.items() if rows is None or row in rows
+    ]
     for cell in (cell for cells in asked for cell in cells):
         splits = found.setdefault(cell.experiment, [])
-        if cell.split not in splits: splits.append(cell.split)
+        if cell.split not in splits:
+            splits.append(cell.split)
     return found
 
 # %% ../../nbs/20_experiments.ipynb #047
 def _folder(b: Budget, pixels: str, preset: str) -> tuple[str, int | None]:
     "The folder of drawn data, and the side at which they are drawn where it is not the size's own."
-    if pixels == "low" or b.size == "full": return b.size, None   # the full ones are 320 px: larger than either
+    # the full ones are 320 px: larger than either
+    if pixels == "low" or b.size == "full":
+        return b.size, None
     side = SCALES[preset]["high"]["image_size"]
     return f"{b.size}-{side}", side
 
+
 def plan(
-    out: Path,                      # the folder of the whole run
-    target: str = "core",           # one of `TARGETS`
-    budget: str = "quick",          # a key of `BUDGETS`
+    out: Path,  # the folder of the whole run
+    target: str = "core",  # one of `TARGETS`
+    budget: str = "quick",  # a key of `BUDGETS`
     seeds: tuple[int, ...] = (0,),  # one training an experiment and seed
     rows: tuple[str, ...] | None = None,  # only these rows of the table
-    data: str = "refshapes",        # a key of `WORLDS`
-    split_by: str | None = None,    # another partition than the paper's, for every data set
+    data: str = "refshapes",  # a key of `WORLDS`
+    split_by: str | None = None,  # another partition than the paper's, for every data set
     data_root: Path | None = None,  # where the data is, or will be drawn
-    steps: int | None = None,       # instead of the budget's
-    preset: str = "refshapes",      # size of the model, see `refseg_nb.models.shnet.PRESETS`
-) -> list[dict]:                    # one job an experiment and seed, the longest first
+    steps: int | None = None,  # instead of the budget's
+    preset: str = "refshapes",  # size of the model, see `refseg_nb.models.shnet.PRESETS`
+) -> list[dict]:  # one job an experiment and seed, the longest first
     "What will be trained: everything that a job needs, as plain values."
     from refseg_nb.models.shnet import FAMILY, PRESETS
-    for kind, name, there in (("budget", budget, BUDGETS), ("data", data, WORLDS), ("preset", preset, SCALES)):
-        if name not in there: raise ValueError(f"there is no {kind} {name!r}: choose one of {', '.join(there)}")
-    b, out, root, jobs = BUDGETS[budget], Path(out).absolute(), Path(data_root or default_root()).absolute(), []
+
+    for kind, name, there in (
+        ("budget", budget, BUDGETS),
+        ("data", data, WORLDS),
+        ("preset", preset, SCALES),
+    ):
+        if name not in there:
+            raise ValueError(f"there is no {kind} {name!r}: choose one of {', '.join(there)}")
+    b, out, root, jobs = (
+        BUDGETS[budget],
+        Path(out).absolute(),
+        Path(data_root or default_root()).absolute(),
+        [],
+    )
     asked = wanted(target, rows)
     for seed in seeds:
         for name in sorted(asked, key=list(experiments()).index, reverse=True):
-            e = experiments()[name]; folder, partition = WORLDS[data][e.dataset]
-            if data == "real" and not (root / folder).is_dir(): continue
+            e = experiments()[name]
+            folder, partition = WORLDS[data][e.dataset]
+            if data == "real" and not (root / folder).is_dir():
+                continue
             drawn = _folder(b, e.pixels, preset) if data == "refshapes" else None
             recipe, own, training = b.recipe if preset == "refshapes" else PAPER_RECIPE, preset, e.training
-            overrides = recipe["overrides"] | SCALES[preset][e.pixels] | SCALES[preset][e.backbone] | e.overrides
-            overrides = {k: v for k, v in overrides.items() if v != PRESETS[preset].to_dict()[k]}   # what the preset says anyway is not said again
-            if e.model in FAMILY:   # grid, rates and backbone are SHNet's; at the paper's size all else is their own recipe's
+            overrides = (
+                recipe["overrides"] | SCALES[preset][e.pixels] | SCALES[preset][e.backbone] | e.overrides
+            )
+            # what the preset says anyway is not said again
+            overrides = {k: v for k, v in overrides.items() if v != PRESETS[preset].to_dict()[k]}
+            # grid, rates and backbone are SHNet's; at the paper's size all else is their own recipe's
+            if e.model in FAMILY:
                 overrides = e.overrides
-                if preset != "refshapes": own, recipe, training = FAMILY_PRESETS[e.model], {"checkpoint_every": 250}, {}
-            config = {"data": folder, "root": str(root / drawn[0] if drawn else root), "split_by": split_by or partition, "epochs": 10**6,
-                      "val_split": "val" if preset == "released" else None,   # its learning rate follows the validation loss
-                      "max_steps": max(1, round((steps or b.steps) * e.share)), "preset": own, "mixed_precision": _precision(),
-                      **recipe, **training, "overrides": overrides, "model": e.model, "seed": seed}
+                if preset != "refshapes":
+                    own, recipe, training = FAMILY_PRESETS[e.model], {"checkpoint_every": 250}, {}
+            config = {
+                "data": folder,
+                "root": str(root / drawn[0] if drawn else root),
+                "split_by": split_by or partition,
+                "epochs": 10**6,
+                # its learning rate follows the validation loss
+                "val_split": "val" if preset == "released" else None,
+                "max_steps": max(1, round((steps or b.steps) * e.share)),
+                "preset": own,
+                "mixed_precision": _precision(),
+                **recipe,
+                **training,
+                "overrides": overrides,
+                "model": e.model,
+                "seed": seed,
+            }
             slug = f"{name}-seed{seed}"
-            jobs.append({"experiment": name, "label": e.label, "seed": seed, "budget": budget, "splits": asked[name],
-                         "controls": name in {f"shnet{tag}" for tag in TAGS.values()} and target in ("table1", "all"),
-                         "draw": {"size": b.size, "resolution": drawn[1]} if drawn else None,
-                         "folder": str(out / slug), "record": str(out / "records" / slug), "config": config})
+            jobs.append(
+                {
+                    "experiment": name,
+                    "label": e.label,
+                    "seed": seed,
+                    "budget": budget,
+                    "splits": asked[name],
+                    "controls": name in {f"shnet{tag}" for tag in TAGS.values()}
+                    and target in ("table1", "all"),
+                    "draw": {"size": b.size, "resolution": drawn[1]} if drawn else None,
+                    "folder": str(out / slug),
+                    "record": str(out / "records" / slug),
+                    "config": config,
+                }
+            )
     if not jobs:
         folders = sorted({WORLDS[data][experiments()[name].dataset][0] for name in asked})
-        raise FileNotFoundError(f"{data_root or default_root()} holds none of {', '.join(folders)}: name the data's folder with --root")
+        raise FileNotFoundError(
+            f"{data_root or default_root()} holds none of {', '.join(folders)}: name the data's folder with --root"
+        )
     return jobs
 
 # %% ../../nbs/20_experiments.ipynb #053
 def records_of(
-    job: dict,      # from `plan`
+    job: dict,  # from `plan`
 ) -> dict[str, tuple[str, dict]]:  # the record's file -> (split, arguments of `evaluate`)
     "The records that a job leaves."
     found = {f"{job['record']}-{split}.json": (split, {}) for split in job["splits"]}
-    if job["controls"]: found |= {f"{job['record']}-{job['splits'][0]}.{name}.json": (job["splits"][0], how) for name, how in CONTROLS.items()}
+    if job["controls"]:
+        found |= {
+            f"{job['record']}-{job['splits'][0]}.{name}.json": (job["splits"][0], how)
+            for name, how in CONTROLS.items()
+        }
     return found
+
 
 def is_done(job: dict) -> bool:
     "Whether all records of a job are there."
@@ -362,15 +643,18 @@ def cores() -> int:
     "CPU cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+
 def estimate(
-    jobs: list[dict],          # from `plan`, those that are still to be done
-    n_jobs: int | None = None, # processes side by side
-) -> dict:                     # processes side by side, and minutes
+    jobs: list[dict],  # from `plan`, those that are still to be done
+    n_jobs: int | None = None,  # processes side by side
+) -> dict:  # processes side by side, and minutes
     "What a run will cost on this machine, from the measured minutes of a training."
-    if not jobs: return {"side by side": 0, "minutes": 0.}
-    b = BUDGETS[jobs[0]["budget"]]; n = max(1, min(n_jobs or cores(), len(jobs)))
+    if not jobs:
+        return {"side by side": 0, "minutes": 0.0}
+    b = BUDGETS[jobs[0]["budget"]]
+    n = max(1, min(n_jobs or cores(), len(jobs)))
     sets = {(j["config"]["data"], j["config"]["root"]) for j in jobs if j["draw"]}
-    steps = sum(j["config"]["max_steps"] for j in jobs) / len(jobs)   # of one training
+    steps = sum(j["config"]["max_steps"] for j in jobs) / len(jobs)  # of one training
     training = math.ceil(len(jobs) / n) * b.minutes * steps / b.steps * max(1, n / cores())
     return {"side by side": n, "minutes": training + len(sets) * b.data_minutes * 2 / min(cores(), 8)}
 
@@ -381,97 +665,162 @@ def _gflop(name: str, preset: str) -> tuple[float, float]:
     from dataclasses import replace
 
     from refseg_nb.models.shnet import MODELS, PRESETS, SHNetConfig, count_flops
+
     e = experiments()[name]
-    config = SHNetConfig.from_dict(PRESETS[preset].to_dict() | MODELS[e.model] | SCALES[preset][e.pixels] | SCALES[preset][e.backbone] | e.overrides)
+    config = SHNetConfig.from_dict(
+        PRESETS[preset].to_dict()
+        | MODELS[e.model]
+        | SCALES[preset][e.pixels]
+        | SCALES[preset][e.backbone]
+        | e.overrides
+    )
     parts = count_flops(replace(config, backbone_weights="none"))
     image = parts.pop("backbone") + parts.pop("level adapters")
     return image, sum(parts.values())
 
-REAL_SIZES = {   # images and phrases of the train split, images and objects in all (chapter 03)
-    "UNC": (16_994, 120_624, 19_994, 50_000), "UNC+": (16_992, 120_191, 19_992, 49_856),
-    "G-Ref": (24_698, 85_474, 25_799, 49_822), "Referit": (8_995, 54_134, 19_894, 96_654)}
+
+REAL_SIZES = {  # images and phrases of the train split, images and objects in all (chapter 03)
+    "UNC": (16_994, 120_624, 19_994, 50_000),
+    "UNC+": (16_992, 120_191, 19_992, 49_856),
+    "G-Ref": (24_698, 85_474, 25_799, 49_822),
+    "Referit": (8_995, 54_134, 19_894, 96_654),
+}
+
 
 def full_cost(
     preset: str = "paper",
-    passes: int = 30,             # the released recipe
-    tflops: float = 100.,         # that the machine really reaches, in bf16: an assumption
-) -> list[dict]:                  # one line an experiment of Tables 1 to 4: exaFLOP, hours, gigabytes of its image store
+    passes: int = 30,  # the released recipe
+    tflops: float = 100.0,  # that the machine really reaches, in bf16: an assumption
+) -> list[dict]:  # one line an experiment of Tables 1 to 4: exaFLOP, hours, gigabytes of its image store
     "The cost of the reproduction on real data at the paper's size, by arithmetic."
     from refseg_nb.data.store import store_size
+
     lines = []
     for e in _of_the_tables():
-        images, phrases, *whole = REAL_SIZES[e.dataset]; image, phrase = _gflop(e.name, preset)
+        images, phrases, *whole = REAL_SIZES[e.dataset]
+        image, phrase = _gflop(e.name, preset)
         exaflop = passes * (images * image + 3 * phrases * phrase) / 1e9
         store = sum(store_size(*whole, SCALES[preset][e.pixels]["image_size"], 72).values()) / 1e9
-        lines.append({"experiment": e.name, "store": (e.dataset, e.pixels), "exaFLOP": exaflop, "hours": exaflop * 1e6 / tflops / 3600, "GB": store})
+        lines.append(
+            {
+                "experiment": e.name,
+                "store": (e.dataset, e.pixels),
+                "exaFLOP": exaflop,
+                "hours": exaflop * 1e6 / tflops / 3600,
+                "GB": store,
+            }
+        )
     return lines
 
 # %% ../../nbs/20_experiments.ipynb #064
 def model_config(
-    training: dict,   # fields of `TrainConfig`: "model", "preset", "overrides"; as a job's "config", or a record's config["training"]
-) -> dict:            # fields of the model's configuration
+    # fields of `TrainConfig`: "model", "preset", "overrides"; as a job's "config", or a record's
+    # config["training"]
+    training: dict,
+) -> dict:  # fields of the model's configuration
     "What a training's model is made of."
     from refseg_nb.models.shnet import FAMILY, MODELS, PRESETS, family
+
     name, preset = training["model"], training["preset"]
-    base = family(name).presets[preset].to_dict() if name in FAMILY else PRESETS[preset].to_dict() | MODELS[name]
+    base = (
+        family(name).presets[preset].to_dict() if name in FAMILY else PRESETS[preset].to_dict() | MODELS[name]
+    )
     return base | training["overrides"]
 
+
 def model_cost(
-    name: str,         # a model, such as "lavt"
-    config: dict,      # of `model_config`
-    words: int = 10,   # of a phrase
-) -> dict[str, float]: # parameters without the table of words (all, trained); GFLOP that an image costs once, and each phrase about it
+    name: str,  # a model, such as "lavt"
+    config: dict,  # of `model_config`
+    words: int = 10,  # of a phrase
+) -> dict[
+    str, float
+]:  # parameters without the table of words (all, trained); GFLOP that an image costs once, and each phrase about it
     "Size and operations, counted without memory: the second phrase about an image costs what cannot be shared."
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from refseg_nb.models.shnet import create_from_config
-    table = 7919   # words: a number that no other table has
+
+    table = 7919  # words: a number that no other table has
     with torch.device("meta"):
-        model = create_from_config(name, config | {k: "none" for k in ("backbone_weights", "text_weights") if k in config}, table).eval()
-        image, phrases = torch.empty(1, 3, config["image_size"], config["image_size"]), torch.ones(2, words, dtype=torch.long)
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings in (table, table + 1)}   # one more with [CLS]
+        model = create_from_config(
+            name, config | {k: "none" for k in ("backbone_weights", "text_weights") if k in config}, table
+        ).eval()
+        image, phrases = (
+            torch.empty(1, 3, config["image_size"], config["image_size"]),
+            torch.ones(2, words, dtype=torch.long),
+        )
+    # one more with [CLS]
+    embedded = {
+        id(m.weight)
+        for m in model.modules()
+        if isinstance(m, torch.nn.Embedding) and m.num_embeddings in (table, table + 1)
+    }
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters() if id(p) not in embedded]
     gflop = []
     for n in (1, 2):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.segment(model.encode(image), phrases[:n], torch.zeros(n, dtype=torch.long, device="meta"))
         gflop.append(counter.get_total_flops() / 1e9)
-    return {"all parameters": sum(n for n, _ in sizes), "trained parameters": sum(n for n, trained in sizes if trained),
-            "GFLOP an image": round(2 * gflop[0] - gflop[1], 4), "GFLOP a phrase": round(gflop[1] - gflop[0], 4)}
+    return {
+        "all parameters": sum(n for n, _ in sizes),
+        "trained parameters": sum(n for n, trained in sizes if trained),
+        "GFLOP an image": round(2 * gflop[0] - gflop[1], 4),
+        "GFLOP a phrase": round(gflop[1] - gflop[0], 4),
+    }
 
 # %% ../../nbs/20_experiments.ipynb #068
 def model_seconds(
-    model,              # a trained model
-    words: int = 10,    # of a phrase
-    more: int = 10,     # phrases beyond the first
+    model,  # a trained model
+    words: int = 10,  # of a phrase
+    more: int = 10,  # phrases beyond the first
     tries: int = 5,
 ) -> dict[str, float]:  # seconds of processor time, on one core: an image once, and each phrase about it
     "What an answer costs on this machine."
     import torch
+
     device, side, threads = next(model.parameters()).device, model.config.image_size, torch.get_num_threads()
     image = torch.arange(3 * side**2).remainder(251).to(torch.uint8).view(1, 3, side, side).to(device)
+
     def seconds(n):
         start = time.process_time()
-        phrases, about = (f(size, dtype=torch.long, device=device) for f, size in ((torch.ones, (n, words)), (torch.zeros, (n,))))
-        with torch.no_grad(): model.segment(model.encode(image), phrases, about)
-        if device.type == "cuda": torch.cuda.synchronize()
+        phrases, about = (
+            f(size, dtype=torch.long, device=device)
+            for f, size in ((torch.ones, (n, words)), (torch.zeros, (n,)))
+        )
+        with torch.no_grad():
+            model.segment(model.encode(image), phrases, about)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return time.process_time() - start
+
     was, _ = model.training, model.eval()
     try:
         torch.set_num_threads(1)
         one, many = (min(t) for t in zip(*((seconds(1), seconds(1 + more)) for _ in range(tries))))
-    finally: torch.set_num_threads(threads); model.train(was)
-    phrase = max(0., many - one) / more
-    return {"seconds an image": round(max(0., one - phrase), 5), "seconds a phrase": round(phrase, 5)}
+    finally:
+        torch.set_num_threads(threads)
+        model.train(was)
+    phrase = max(0.0, many - one) / more
+    return {"seconds an image": round(max(0.0, one - phrase), 5), "seconds a phrase": round(phrase, 5)}
+
 
 def _training_cost(folder: Path) -> dict:
     "Seconds, memory and size of a training, from what it left; then what its model costs to ask."
     from refseg_nb.training.checkpoint import load_model
-    model, _, meta = load_model(folder / "model"); result = json.loads((folder / "result.json").read_text())
+
+    model, _, meta = load_model(folder / "model")
+    result = json.loads((folder / "result.json").read_text())
     cost = model_cost(meta["model"], model.config.to_dict())
-    return {"seconds": result["seconds"], "peak memory": result["peak_memory"], "parameters": cost["trained parameters"],
-            "GFLOP": round(cost["GFLOP an image"] + cost["GFLOP a phrase"], 3), **cost, **model_seconds(model)}
+    return {
+        "seconds": result["seconds"],
+        "peak memory": result["peak_memory"],
+        "parameters": cost["trained parameters"],
+        "GFLOP": round(cost["GFLOP an image"] + cost["GFLOP a phrase"], 3),
+        **cost,
+        **model_seconds(model),
+    }
+
 
 def thin_curve(
     losses: list[dict],  # lines of losses.jsonl: "step" and "loss"
@@ -479,40 +828,62 @@ def thin_curve(
 ) -> list[list[float]]:  # [step, mean loss since the point before]
     "A curve of the loss that is small enough to be kept."
     size = max(1, math.ceil(len(losses) / points))
-    parts = [losses[i:i + size] for i in range(0, len(losses), size)]
+    parts = [losses[i : i + size] for i in range(0, len(losses), size)]
     return [[part[-1]["step"], round(sum(x["loss"] for x in part) / len(part), 5)] for part in parts]
 
 # %% ../../nbs/20_experiments.ipynb #072
 def run_job(
-    job: dict,        # one entry of `plan`
-) -> list[Path]:      # the records' files
+    job: dict,  # one entry of `plan`
+) -> list[Path]:  # the records' files
     "Train one experiment, resuming where it was stopped, and evaluate it; nothing is done twice."
     from refseg_nb.data.batches import RISDataset
     from refseg_nb.data.referit import open_data
     from refseg_nb.training.checkpoint import load_model
     from refseg_nb.training.evaluation import evaluate, save_record
     from refseg_nb.training.learner import TrainConfig, read_history, train
+
     folder, config = Path(job["folder"]), TrainConfig(**job["config"], out=job["folder"], quiet=True)
-    if not (folder / "result.json").exists(): train(config)
+    if not (folder / "result.json").exists():
+        train(config)
     model, vocabulary, meta = load_model(folder / "model")
     refer = open_data(config.root, config.data, config.split_by)
-    about = {"experiment": job["experiment"], "budget": job["budget"], "training": {k: v for k, v in job["config"].items() if k != "root"},
-             "cost": _training_cost(folder), "curve": thin_curve(read_history(folder / "losses.jsonl"))}
+    about = {
+        "experiment": job["experiment"],
+        "budget": job["budget"],
+        "training": {k: v for k, v in job["config"].items() if k != "root"},
+        "cost": _training_cost(folder),
+        "curve": thin_curve(read_history(folder / "losses.jsonl")),
+    }
     for file, (split, how) in records_of(job).items():
-        if Path(file).exists(): continue
-        if split not in refer.splits: raise ValueError(f"{config.data} ({refer.split_by}) has no split {split!r}; it has {', '.join(refer.splits)}")
+        if Path(file).exists():
+            continue
+        if split not in refer.splits:
+            raise ValueError(
+                f"{config.data} ({refer.split_by}) has no split {split!r}; it has {', '.join(refer.splits)}"
+            )
         dataset = RISDataset(refer, split, vocabulary, model.config.image_size, None, model.config.max_words)
-        record = evaluate(model.to(_device(config.device)), dataset, meta["threshold"], name=job["label"], seeds={"training": job["seed"]}, **how)
+        record = evaluate(
+            model.to(_device(config.device)),
+            dataset,
+            meta["threshold"],
+            name=job["label"],
+            seeds={"training": job["seed"]},
+            **how,
+        )
         record.config |= about
         save_record(record, Path(file))
     return [Path(file) for file in records_of(job)]
 
+
 def _device(name: str) -> str:
     import torch
+
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 # %% ../../nbs/20_experiments.ipynb #074
-JOB = "import json, sys; from refseg_nb.reproduce.experiments import run_job; run_job(json.load(open(sys.argv[1])))"  # what a job's process runs
+# what a job's process runs
+JOB = "import json, sys; from refseg_nb.reproduce.experiments import run_job; run_job(json.load(open(sys.argv[1])))"
+
 
 def check_jobs(
     jobs: list[dict],  # from `plan`
@@ -521,91 +892,137 @@ def check_jobs(
     for job in jobs:
         file = Path(job["folder"]) / "job.json"
         if file.exists() and json.loads(file.read_text())["config"] != job["config"]:
-            raise ValueError(f"{file.parent} holds a run with other settings: give another output folder, or delete this one")
+            raise ValueError(
+                f"{file.parent} holds a run with other settings: give another output folder, or delete this one"
+            )
 
 # %% ../../nbs/20_experiments.ipynb #078
 @contextmanager
 def as_ctrl_c():
     "SIGTERM and SIGHUP end what runs inside as Ctrl-C does."
-    def stop(*_): raise KeyboardInterrupt
-    inside = threading.current_thread() is threading.main_thread()   # only there may handlers be set
-    mine = [s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s and inside and signal.getsignal(s) is signal.SIG_DFL]
-    for s in mine: signal.signal(s, stop)
-    try: yield
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    inside = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    mine = [
+        s
+        for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None))
+        if s and inside and signal.getsignal(s) is signal.SIG_DFL
+    ]
+    for s in mine:
+        signal.signal(s, stop)
+    try:
+        yield
     finally:
-        for s in mine: signal.signal(s, signal.SIG_DFL)
+        for s in mine:
+            signal.signal(s, signal.SIG_DFL)
+
 
 @as_ctrl_c()
 def run_jobs(
-    jobs: list[dict],            # from `plan`
-    n_jobs: int | None = None,   # processes side by side; default: one a core
-    say=print,                   # where lines go
-    every: float = 30.,          # seconds between two progress lines
-) -> dict[str, float]:           # seconds each job took in this call
+    jobs: list[dict],  # from `plan`
+    n_jobs: int | None = None,  # processes side by side; default: one a core
+    say=print,  # where lines go
+    every: float = 30.0,  # seconds between two progress lines
+) -> dict[str, float]:  # seconds each job took in this call
     "Run the jobs as processes side by side. Stopped at any moment, a second call goes on where they were."
     n_jobs = max(1, min(n_jobs or cores(), len(jobs)))
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // n_jobs)), "PYTHONUNBUFFERED": "1", "TERM": "dumb"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(max(1, cores() // n_jobs)),
+        "PYTHONUNBUFFERED": "1",
+        "TERM": "dumb",
+    }
     waiting, running, seconds, shown = list(jobs), [], {}, time.time()
     check_jobs(jobs)
-    for job in jobs: write_whole(Path(job["folder"]) / "job.json", json.dumps(job, indent=1))
+    for job in jobs:
+        write_whole(Path(job["folder"]) / "job.json", json.dumps(job, indent=1))
     name = lambda job: f"{job['label']} (seed {job['seed']})"
     try:
         while waiting or running:
             while waiting and len(running) < n_jobs:
-                job = waiting.pop(0); folder = Path(job["folder"])
+                job = waiting.pop(0)
+                folder = Path(job["folder"])
                 with open(folder / "log.txt", "ab") as log:
-                    process = subprocess.Popen([sys.executable, "-c", JOB, str(folder / "job.json")], stdout=log, stderr=subprocess.STDOUT,
-                                               stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+                    process = subprocess.Popen(
+                        [sys.executable, "-c", JOB, str(folder / "job.json")],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                        env=env,
+                        start_new_session=True,
+                    )
                 running.append((job, process, time.time()))
-            time.sleep(.2)
+            time.sleep(0.2)
             for entry in list(running):
                 job, process, start = entry
-                if process.poll() is None: continue
-                running.remove(entry); seconds[Path(job["folder"]).name] = time.time() - start
+                if process.poll() is None:
+                    continue
+                running.remove(entry)
+                seconds[Path(job["folder"]).name] = time.time() - start
                 if process.returncode:
                     log = Path(job["folder"]) / "log.txt"
-                    last = ([line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"])[-1]
-                    raise ChildProcessError(f"{name(job)} stopped with code {process.returncode}: {last.strip()} (see {log})")
+                    last = (
+                        [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                        or ["no output"]
+                    )[-1]
+                    raise ChildProcessError(
+                        f"{name(job)} stopped with code {process.returncode}: {last.strip()} (see {log})"
+                    )
                 say(f"{name(job)}: done in {(time.time() - start) / 60:.1f} min")
             if running and time.time() - shown > every:
-                shown = time.time(); say(" · ".join(f"{name(j)} {_progress(j)}" for j, _, _ in running))
+                shown = time.time()
+                say(" · ".join(f"{name(j)} {_progress(j)}" for j, _, _ in running))
     finally:
-        for _, process, _ in running: process.terminate()
         for _, process, _ in running:
-            try: process.wait(10)
-            except subprocess.TimeoutExpired: process.kill()
+            process.terminate()
+        for _, process, _ in running:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
     return seconds
 
 # %% ../../nbs/20_experiments.ipynb #080
 def _progress(job: dict) -> str:
     "How far a job is, read from its log of losses."
     from refseg_nb.training.learner import read_history
+
     done = read_history(Path(job["folder"]) / "losses.jsonl")
     return f"{done[-1]['step']}/{job['config']['max_steps']}" if done else "starting"
 
 # %% ../../nbs/20_experiments.ipynb #083
 def draw_data(
-    jobs: list[dict],      # from `plan`
-    say=print,             # where lines go
+    jobs: list[dict],  # from `plan`
+    say=print,  # where lines go
 ):
     "Draw the RefShapes data sets that the jobs read."
     from refseg_nb.refshapes.dataset import make_refshapes
+
     for root, name in dict.fromkeys((j["config"]["root"], j["config"]["data"]) for j in jobs if j["draw"]):
         how = next(j["draw"] for j in jobs if (j["config"]["root"], j["config"]["data"]) == (root, name))
-        if not (Path(root) / name).is_dir(): say(f"Drawing {name} ({Path(root).name}).")
+        if not (Path(root) / name).is_dir():
+            say(f"Drawing {name} ({Path(root).name}).")
         make_refshapes(root, name, how["size"], resolution=how["resolution"])
 
 # %% ../../nbs/20_experiments.ipynb #085
 def leave_out(
-    jobs: list[dict],   # from `plan`; splits that their data do not have are taken out
-) -> list[str]:         # what was left out, as "refcoco+ testA"
+    jobs: list[dict],  # from `plan`; splits that their data do not have are taken out
+) -> list[str]:  # what was left out, as "refcoco+ testA"
     "Keep to the splits that real data have."
     from refseg_nb.data.referit import open_data
+
     where = lambda job: tuple(job["config"][k] for k in ("root", "data", "split_by"))
     there = {key: open_data(*key).splits for key in {where(job) for job in jobs if not job["draw"]}}
     missing = []
     for job in (job for job in jobs if not job["draw"]):
-        missing += [f"{job['config']['data']} {split}" for split in job["splits"] if split not in there[where(job)]]
+        missing += [
+            f"{job['config']['data']} {split}" for split in job["splits"] if split not in there[where(job)]
+        ]
         job["splits"] = [split for split in job["splits"] if split in there[where(job)]]
-        if not job["splits"]: raise ValueError(f"{job['config']['data']} has none of the splits of {job['label']}; it has {', '.join(there[where(job)])}")
+        if not job["splits"]:
+            raise ValueError(
+                f"{job['config']['data']} has none of the splits of {job['label']}; it has {', '.join(there[where(job)])}"
+            )
     return list(dict.fromkeys(missing))

@@ -30,32 +30,60 @@ from ..training.evaluation import RIGHT_FROM, WRONG_BELOW, Record, sample_groups
 from ..training.metrics import iou, iou_of_counts
 
 # %% ../../nbs/20c_figures.ipynb #005
-COLORS = {"Baseline": "#b5bcc2", "Only HCAM": "#D55E00", "Only SFM": "#009E73", "SHNet": "#0072B2",
-          "SFM+ConvLSTM": "#DDCC77", "SFM+Conv3D": "#882255", "SHNet w/o Glove": "#56B4E9", "SHNet w/o P.E": "#F0E442"}
-SPARE = ("#882255", "#56B4E9", "#F0E442", "#DDCC77", "#CC79A7", "#E69F00", "#000000", "#999933", "#D55E00", "#009E73")  # for labels that are not listed
+COLORS = {
+    "Baseline": "#b5bcc2",
+    "Only HCAM": "#D55E00",
+    "Only SFM": "#009E73",
+    "SHNet": "#0072B2",
+    "SFM+ConvLSTM": "#DDCC77",
+    "SFM+Conv3D": "#882255",
+    "SHNet w/o Glove": "#56B4E9",
+    "SHNet w/o P.E": "#F0E442",
+}
+# for labels that are not listed
+SPARE = (
+    "#882255",
+    "#56B4E9",
+    "#F0E442",
+    "#DDCC77",
+    "#CC79A7",
+    "#E69F00",
+    "#000000",
+    "#999933",
+    "#D55E00",
+    "#009E73",
+)
+
 
 def colors_of(
-    labels,            # of one figure
-) -> dict[str, str]:   # label -> colour
+    labels,  # of one figure
+) -> dict[str, str]:  # label -> colour
     "A model's colour is the same in every figure; other labels take what is free, and after that the spare colours again."
-    labels = list(labels); taken = {COLORS[x] for x in labels if x in COLORS}
-    new = [x for x in labels if x not in COLORS]; free = [c for c in SPARE if c not in taken] or list(SPARE)
+    labels = list(labels)
+    taken = {COLORS[x] for x in labels if x in COLORS}
+    new = [x for x in labels if x not in COLORS]
+    free = [c for c in SPARE if c not in taken] or list(SPARE)
     return {x: COLORS.get(x) or free[new.index(x) % len(free)] for x in labels}
 
 # %% ../../nbs/20c_figures.ipynb #008
 def png(
     fig: Figure,
-) -> bytes:        # of a PNG file
+) -> bytes:  # of a PNG file
     "A figure as a picture file."
-    buffer = io.BytesIO(); fig.savefig(buffer, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
     return buffer.getvalue()
 
-def _wrap(text: str, width: int) -> str: return "\n".join(textwrap.wrap(text, width)) or text
+
+def _wrap(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width)) or text
+
 
 def _reach(cell: dict) -> list:
     "How far the interval goes below and above the value, as matplotlib takes it; no interval, no bar."
     low, high = (cell["value"] if cell.get(k) is None else cell[k] for k in ("low", "high"))
     return [[max(0, cell["value"] - low)], [max(0, high - cell["value"])]]
+
 
 def _measured_on(summary: dict) -> str:
     p = summary.get("protocol") or {}
@@ -64,152 +92,266 @@ def _measured_on(summary: dict) -> str:
 # %% ../../nbs/20c_figures.ipynb #010
 UPRIGHT = 8  # rows that fit side by side
 
+
 def figure_bars(
-    summary: dict,  # a table: "rows" (label -> "cells"), "columns", "key" (the column that is drawn), "title", "protocol"
+    # a table: "rows" (label -> "cells"), "columns", "key" (the column that is drawn), "title", "protocol"
+    summary: dict,
 ) -> Figure:
     "The column that counts: ours with its 95 % interval and a dot a training, beside the paper's number where it has one."
-    key, rows, colors = summary["key"], summary["rows"], colors_of(summary["rows"]); lying = len(rows) > UPRIGHT
-    cells = [r["cells"][key] or {} for r in rows.values()]; both = any(c.get("paper") is not None for c in cells)
-    fig = Figure(figsize=(7.6, 1 + .44 * len(rows)) if lying else (max(5.5, 1.5 + 1.05 * len(rows)), 3.5), dpi=90, layout="constrained"); ax = fig.subplots()
-    bar, err, off, width = ax.barh if lying else ax.bar, "xerr" if lying else "yerr", .2 if both else 0, .38 if both else .6
+    key, rows, colors = summary["key"], summary["rows"], colors_of(summary["rows"])
+    lying = len(rows) > UPRIGHT
+    cells = [r["cells"][key] or {} for r in rows.values()]
+    both = any(c.get("paper") is not None for c in cells)
+    fig = Figure(
+        figsize=(7.6, 1 + 0.44 * len(rows)) if lying else (max(5.5, 1.5 + 1.05 * len(rows)), 3.5),
+        dpi=90,
+        layout="constrained",
+    )
+    ax = fig.subplots()
+    bar, err, off, width = (
+        ax.barh if lying else ax.bar,
+        "xerr" if lying else "yerr",
+        0.2 if both else 0,
+        0.38 if both else 0.6,
+    )
     place = lambda along, up: (up, along) if lying else (along, up)
+
     def number(i, at, value):
-        ax.annotate(f"{value:.1f}", place(i, at), (4, 0) if lying else (0, 3), textcoords="offset points", fontsize=8,
-                    ha="left" if lying else "center", va="center" if lying else "bottom")
+        ax.annotate(
+            f"{value:.1f}",
+            place(i, at),
+            (4, 0) if lying else (0, 3),
+            textcoords="offset points",
+            fontsize=8,
+            ha="left" if lying else "center",
+            va="center" if lying else "bottom",
+        )
+
     for i, (label, c) in enumerate(zip(rows, cells)):
         if c.get("value") is not None:
-            bar(i - off, c["value"], width, color=colors[label], **{err: _reach(c)}, error_kw={"lw": 1.1, "capsize": 3})
-            number(i - off, c["value"] + _reach(c)[1][0], c["value"]); seeds = c.get("each seed") or []
+            bar(
+                i - off,
+                c["value"],
+                width,
+                color=colors[label],
+                **{err: _reach(c)},
+                error_kw={"lw": 1.1, "capsize": 3},
+            )
+            number(i - off, c["value"] + _reach(c)[1][0], c["value"])
+            seeds = c.get("each seed") or []
             if len(seeds) > 1:
-                at = i - off + width * .5 * np.linspace(-.5, .5, len(seeds))
-                ax.plot(*place(at, seeds), ".", ms=5, mfc="white", mec="black", mew=.7, ls="", zorder=3)
+                at = i - off + width * 0.5 * np.linspace(-0.5, 0.5, len(seeds))
+                ax.plot(*place(at, seeds), ".", ms=5, mfc="white", mec="black", mew=0.7, ls="", zorder=3)
         if c.get("paper") is not None:
-            bar(i + off, c["paper"], width, facecolor="none", edgecolor=colors[label], hatch="///"); number(i + off, c["paper"], c["paper"])
-    _name_bars(ax, [_wrap(x if len(x) < 12 else x.replace("+", "+ "), 30 if lying else 11) for x in rows], lying, summary["columns"][key])
+            bar(i + off, c["paper"], width, facecolor="none", edgecolor=colors[label], hatch="///")
+            number(i + off, c["paper"], c["paper"])
+    _name_bars(
+        ax,
+        [_wrap(x if len(x) < 12 else x.replace("+", "+ "), 30 if lying else 11) for x in rows],
+        lying,
+        summary["columns"][key],
+    )
     _explain_bars(fig, summary, both)
     return fig
 
+
 def _name_bars(ax, labels, lying, what):
     (ax.set_yticks if lying else ax.set_xticks)(range(len(labels)), labels, fontsize=8.5)
-    (ax.set_xlabel if lying else ax.set_ylabel)(f"{what}, %"); ax.spines[["top", "right"]].set_visible(False)
-    if lying: ax.invert_yaxis(); ax.set_xlim(left=0)
+    (ax.set_xlabel if lying else ax.set_ylabel)(f"{what}, %")
+    ax.spines[["top", "right"]].set_visible(False)
+    if lying:
+        ax.invert_yaxis()
+        ax.set_xlim(left=0)
+
 
 def _explain_bars(fig, summary, both):
-    grey = "#777777"; dot = Line2D([], [], marker=".", ms=5, mfc="white", mec="black", mew=.7, ls=""); handles = [Patch(color=grey), dot]
+    grey = "#777777"
+    dot = Line2D([], [], marker=".", ms=5, mfc="white", mec="black", mew=0.7, ls="")
+    handles = [Patch(color=grey), dot]
     texts = [f"{_measured_on(summary)}, 95 % interval", "one training"]
-    if both: handles.append(Patch(facecolor="none", edgecolor=grey, hatch="///")); texts.append("the paper, on its data")
-    fig.legend(handles, texts, frameon=False, fontsize=8, loc="outside upper center", ncols=3, title=summary.get("title"), title_fontsize=9)
+    if both:
+        handles.append(Patch(facecolor="none", edgecolor=grey, hatch="///"))
+        texts.append("the paper, on its data")
+    fig.legend(
+        handles,
+        texts,
+        frameon=False,
+        fontsize=8,
+        loc="outside upper center",
+        ncols=3,
+        title=summary.get("title"),
+        title_fontsize=9,
+    )
 
 # %% ../../nbs/20c_figures.ipynb #018
 def figure_kinds(
-    summary: dict,       # as `figure_bars` takes it; "by kind" of each row: kind -> "value", "low", "high"
-) -> Figure | None:      # None where the data names no kinds
+    summary: dict,  # as `figure_bars` takes it; "by kind" of each row: kind -> "value", "low", "high"
+) -> Figure | None:  # None where the data names no kinds
     "Overall IoU by kind of expression: a panel a kind, a point with its 95 % interval a row."
     rows, colors = summary["rows"], colors_of(summary["rows"])
     kinds = list(dict.fromkeys(k for r in rows.values() for k in r.get("by kind") or {}))
-    if not kinds: return None
-    fig = Figure(figsize=(8.4, 1.1 + .27 * len(rows)), dpi=90, layout="constrained")
+    if not kinds:
+        return None
+    fig = Figure(figsize=(8.4, 1.1 + 0.27 * len(rows)), dpi=90, layout="constrained")
     axes = fig.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
     for ax, kind in zip(axes, kinds):
         for i, (label, r) in enumerate(rows.items()):
             c = (r.get("by kind") or {}).get(kind)
-            if c: ax.errorbar(c["value"], i, xerr=_reach(c), fmt="o", ms=5, color=colors[label], capsize=2.5, elinewidth=1.3)
-        ax.set_title(kind, fontsize=9); ax.grid(axis="x", color="#dddddd", lw=.6); ax.set_axisbelow(True)
-        ax.spines[["top", "right", "left"]].set_visible(False); ax.tick_params(axis="y", length=0)
-    axes[0].set_yticks(range(len(rows)), list(rows), fontsize=8.5); axes[0].set_ylim(len(rows) - .5, -.5)
+            if c:
+                ax.errorbar(
+                    c["value"],
+                    i,
+                    xerr=_reach(c),
+                    fmt="o",
+                    ms=5,
+                    color=colors[label],
+                    capsize=2.5,
+                    elinewidth=1.3,
+                )
+        ax.set_title(kind, fontsize=9)
+        ax.grid(axis="x", color="#dddddd", lw=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(rows)), list(rows), fontsize=8.5)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
     fig.supxlabel(f"overall IoU, % ({_measured_on(summary)}, 95 % intervals)", fontsize=8.5)
     return fig
 
 # %% ../../nbs/20c_figures.ipynb #021
 def figure_curves(
     curves: dict[str, list],  # label -> [step, loss] pairs
-) -> Figure | None:           # None without any curve
+) -> Figure | None:  # None without any curve
     "Training loss of each row, smoothed over 2 % of the run."
     curves = {label: np.asarray(points, dtype=float) for label, points in curves.items() if len(points)}
-    if not curves: return None
-    fig = Figure(figsize=(7.6, 3.2), dpi=90, layout="constrained"); ax = fig.subplots(); used, colors = Counter(), colors_of(curves)
+    if not curves:
+        return None
+    fig = Figure(figsize=(7.6, 3.2), dpi=90, layout="constrained")
+    ax = fig.subplots()
+    used, colors = Counter(), colors_of(curves)
     for label, points in curves.items():
-        k = max(1, len(points) // 50); used[colors[label]] += 1
+        k = max(1, len(points) // 50)
+        used[colors[label]] += 1
         smooth = np.convolve(points[:, 1], np.ones(k) / k, "valid")
-        ax.plot(points[k - 1:, 0], smooth, color=colors[label], label=label, lw=1.4, ls=("-", "--", ":")[used[colors[label]] % 3 - 1])
-    ax.set_xlabel("step"); ax.set_ylabel("training loss"); ax.spines[["top", "right"]].set_visible(False)
+        ax.plot(
+            points[k - 1 :, 0],
+            smooth,
+            color=colors[label],
+            label=label,
+            lw=1.4,
+            ls=("-", "--", ":")[used[colors[label]] % 3 - 1],
+        )
+    ax.set_xlabel("step")
+    ax.set_ylabel("training loss")
+    ax.spines[["top", "right"]].set_visible(False)
     fig.legend(frameon=False, fontsize=8, loc="outside right center")
     return fig
 
 # %% ../../nbs/20c_figures.ipynb #025
-def _ious(arrays: dict) -> np.ndarray: return iou_of_counts(arrays["intersection"], arrays["union"]).numpy()
+def _ious(arrays: dict) -> np.ndarray:
+    return iou_of_counts(arrays["intersection"], arrays["union"]).numpy()
+
 
 def at_quantile(
-    values: np.ndarray,    # [n]
+    values: np.ndarray,  # [n]
     sent_ids: np.ndarray,  # [n]
-    q: float,              # 0 is the smallest, 1 the largest
-) -> int:                  # place in the arrays
+    q: float,  # 0 is the smallest, 1 the largest
+) -> int:  # place in the arrays
     "The sample at a quantile (nearest rank, halves up); of several with that value, the one with the lowest sent_id."
-    value = np.sort(values)[int(q * (len(values) - 1) + .5)]; same = np.flatnonzero(values == value)
+    value = np.sort(values)[int(q * (len(values) - 1) + 0.5)]
+    same = np.flatnonzero(values == value)
     return int(same[np.argmin(sent_ids[same])])
 
 # %% ../../nbs/20c_figures.ipynb #028
-QUANTILES = (.95, .8, .5, .2, .05)
-BASELINE_RULE = ("All samples are sorted by the gain, IoU of the second model minus IoU of the first. Shown are those at the quantiles "
-                 f"{', '.join(map(str, QUANTILES))} (nearest rank; of equal gains the lowest sent_id).")
+QUANTILES = (0.95, 0.8, 0.5, 0.2, 0.05)
+BASELINE_RULE = (
+    "All samples are sorted by the gain, IoU of the second model minus IoU of the first. Shown are those at the quantiles "
+    f"{', '.join(map(str, QUANTILES))} (nearest rank; of equal gains the lowest sent_id)."
+)
+
 
 def gains(
-    first: Record,   # such as the baseline's
+    first: Record,  # such as the baseline's
     second: Record,  # such as SHNet's, on the same samples
-) -> np.ndarray:     # [n] in the order of the first record's arrays
+) -> np.ndarray:  # [n] in the order of the first record's arrays
     "What the second model gains on each sample."
-    a, b = first.arrays, second.arrays; order = [np.lexsort((x["sent_id"], x["ref_id"])) for x in (a, b)]
+    a, b = first.arrays, second.arrays
+    order = [np.lexsort((x["sent_id"], x["ref_id"])) for x in (a, b)]
     if any(len(a[k]) != len(b[k]) or (a[k][order[0]] != b[k][order[1]]).any() for k in ("ref_id", "sent_id")):
-        raise ValueError(f"records {first.name!r} and {second.name!r} score different samples: compare runs on the same split")
-    out = np.empty(len(order[0])); out[order[0]] = _ious(b)[order[1]] - _ious(a)[order[0]]
+        raise ValueError(
+            f"records {first.name!r} and {second.name!r} score different samples: compare runs on the same split"
+        )
+    out = np.empty(len(order[0]))
+    out[order[0]] = _ious(b)[order[1]] - _ious(a)[order[0]]
     return out
 
+
 def choose_gains(
-    first: Record,   # the model that is compared with
+    first: Record,  # the model that is compared with
     second: Record,  # the model in question
-) -> list[int]:      # places in the first record's arrays, from gain to loss
+) -> list[int]:  # places in the first record's arrays, from gain to loss
     "Choose samples by `BASELINE_RULE`."
     gain = gains(first, second)
     return list(dict.fromkeys(at_quantile(gain, first.arrays["sent_id"], q) for q in QUANTILES))
 
 # %% ../../nbs/20c_figures.ipynb #032
 def answers(
-    segmenter,     # `encode(picture)` gives a scene, whose `segment_all(phrases)` gives answers with a `mask`
-    refer,         # an open data set
-    samples,       # of it
-) -> Iterator:     # pairs of (sample, bool [H, W]), image by image
+    segmenter,  # `encode(picture)` gives a scene, whose `segment_all(phrases)` gives answers with a `mask`
+    refer,  # an open data set
+    samples,  # of it
+) -> Iterator:  # pairs of (sample, bool [H, W]), image by image
     "The masks of a segmenter for some samples; each picture is encoded once."
     groups = {}
-    for s in samples: groups.setdefault(s.image_id, []).append(s)
+    for s in samples:
+        groups.setdefault(s.image_id, []).append(s)
     for image_id, group in groups.items():
-        image = np.asarray(refer.load_image(image_id)); said = [s for s in group if any(c.isalnum() for c in s.text)]
+        image = np.asarray(refer.load_image(image_id))
+        said = [s for s in group if any(c.isalnum() for c in s.text)]
         found = segmenter.encode(image).segment_all([s.text for s in said]) if said else []
         masks = {(s.ref_id, s.sent_id): np.asarray(a.mask, dtype=bool) for s, a in zip(said, found)}
-        for s in group: yield s, masks.get((s.ref_id, s.sent_id), np.zeros(image.shape[:2], dtype=bool))
+        for s in group:
+            yield s, masks.get((s.ref_id, s.sent_id), np.zeros(image.shape[:2], dtype=bool))
+
 
 def _find(refer, split: str, arrays: dict, places: list[int]) -> list:
     "The samples at these places of a record's arrays."
-    known = {(s.ref_id, s.sent_id): s for s in refer.samples(split)}; keys = [(int(arrays["ref_id"][i]), int(arrays["sent_id"][i])) for i in places]
+    known = {(s.ref_id, s.sent_id): s for s in refer.samples(split)}
+    keys = [(int(arrays["ref_id"][i]), int(arrays["sent_id"][i])) for i in places]
     if missing := [k for k in keys if k not in known]:
-        raise ValueError(f"{refer.name} {split} has no sentence {missing[0][1]} of ref {missing[0][0]}: the record was made on another split")
+        raise ValueError(
+            f"{refer.name} {split} has no sentence {missing[0][1]} of ref {missing[0][0]}: the record was made on another split"
+        )
     return [known[k] for k in keys]
 
 # %% ../../nbs/20c_figures.ipynb #034
-PANEL = "Pink: the model's mask. Outlined: the truth. In the corner: the IoU."  # goes into the caption of every figure that is made of panels
+# goes into the caption of every figure that is made of panels
+PANEL = "Pink: the model's mask. Outlined: the truth. In the corner: the IoU."
+
 
 def _panel(ax, image, truth=None, mask=None, title="", size=7.5):
     h, w = image.shape[:2]
     ax.imshow(image if mask is None else overlay(image, mask), interpolation="nearest")
     if truth is not None and truth.any():
-        grid = np.arange(-1, w + 1), np.arange(-1, h + 1), np.pad(truth, 1), [.5]
-        for color, lw in (("black", 2.2), ("white", 1.)): ax.contour(*grid, colors=color, linewidths=lw)
+        grid = np.arange(-1, w + 1), np.arange(-1, h + 1), np.pad(truth, 1), [0.5]
+        for color, lw in (("black", 2.2), ("white", 1.0)):
+            ax.contour(*grid, colors=color, linewidths=lw)
     if truth is not None and mask is not None:
-        box = {"fc": "white", "ec": "none", "alpha": .85, "pad": 1.5}
-        ax.text(.03, .035, f"{float(iou(mask, truth)):.2f}", transform=ax.transAxes, fontsize=size, bbox=box)
-    ax.set_xlim(-.5, w - .5); ax.set_ylim(h - .5, -.5); ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set_visible(False)
-    if title: ax.set_title(title, fontsize=size)
+        box = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1.5}
+        ax.text(
+            0.03, 0.035, f"{float(iou(mask, truth)):.2f}", transform=ax.transAxes, fontsize=size, bbox=box
+        )
+    ax.set_xlim(-0.5, w - 0.5)
+    ax.set_ylim(h - 0.5, -0.5)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    if title:
+        ax.set_title(title, fontsize=size)
 
-def _quoted(text: str, width: int = 28) -> str: return _wrap(f"“{text}”", width)
+
+def _quoted(text: str, width: int = 28) -> str:
+    return _wrap(f"“{text}”", width)
+
 
 def _shape(refer, samples) -> float:
     "Height over width of the pictures, on average: how tall a panel is."
@@ -218,49 +360,67 @@ def _shape(refer, samples) -> float:
 # %% ../../nbs/20c_figures.ipynb #036
 def _compare(models: dict, refer, samples: list, heads: list[str]) -> Figure:
     "A column a sample, a row a model; on top the picture with the outline of the truth."
-    n = len(samples); fig = Figure(figsize=(.35 + 1.68 * n, .75 + (1.68 * _shape(refer, samples) + .05) * (1 + len(models))), dpi=90, layout="constrained")
-    axes = fig.subplots(1 + len(models), n, squeeze=False); fig.get_layout_engine().set(w_pad=.02, h_pad=.02)
-    images = [np.asarray(refer.load_image(s.image_id)) for s in samples]; truths = [refer.mask(s.ann_id) for s in samples]
-    for ax, s, image, truth, head in zip(axes[0], samples, images, truths, heads): _panel(ax, image, truth, title=f"{_quoted(s.text)}\n{head}")
+    n = len(samples)
+    fig = Figure(
+        figsize=(0.35 + 1.68 * n, 0.75 + (1.68 * _shape(refer, samples) + 0.05) * (1 + len(models))),
+        dpi=90,
+        layout="constrained",
+    )
+    axes = fig.subplots(1 + len(models), n, squeeze=False)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    images = [np.asarray(refer.load_image(s.image_id)) for s in samples]
+    truths = [refer.mask(s.ann_id) for s in samples]
+    for ax, s, image, truth, head in zip(axes[0], samples, images, truths, heads):
+        _panel(ax, image, truth, title=f"{_quoted(s.text)}\n{head}")
     for line, segmenter in zip(axes[1:], models.values()):
         masks = {(s.ref_id, s.sent_id): m for s, m in answers(segmenter, refer, samples)}
-        for ax, s, image, truth in zip(line, samples, images, truths): _panel(ax, image, truth, masks[s.ref_id, s.sent_id])
-    for ax, label in zip(axes[:, 0], ["picture, truth", *models]): ax.set_ylabel(label, fontsize=8)
+        for ax, s, image, truth in zip(line, samples, images, truths):
+            _panel(ax, image, truth, masks[s.ref_id, s.sent_id])
+    for ax, label in zip(axes[:, 0], ["picture, truth", *models]):
+        ax.set_ylabel(label, fontsize=8)
     return fig
 
+
 def figure_baseline(
-    models: dict,     # label -> segmenter (`refseg_nb.load`): the baseline, then the model in question
-    records: dict,    # label -> its record on this split
-    refer,            # the open data set
+    models: dict,  # label -> segmenter (`refseg_nb.load`): the baseline, then the model in question
+    records: dict,  # label -> its record on this split
+    refer,  # the open data set
     split: str,
 ) -> Figure:
     "The paper's Figure 4: two models on samples chosen by `BASELINE_RULE`, losses as well as gains."
-    first, second = models; chosen = choose_gains(records[first], records[second]); gain = gains(records[first], records[second])
+    first, second = models
+    chosen = choose_gains(records[first], records[second])
+    gain = gains(records[first], records[second])
     samples = _find(refer, split, records[first].arrays, chosen)
     return _compare(models, refer, samples, [f"gain {100 * gain[i]:+.0f} points" for i in chosen])
 
 # %% ../../nbs/20c_figures.ipynb #047
-EXAMPLE_RULE = ("For each kind of expression (where the data names none: for each length, 1-2, 3-5, 6-10, over 10 words), the sample whose IoU under "
-                "the full model is the median of its kind (nearest rank; of equal IoU the lowest sent_id); "
-                f"then the first sample, by sent_id, with an IoU below {WRONG_BELOW}.")
+EXAMPLE_RULE = (
+    "For each kind of expression (where the data names none: for each length, 1-2, 3-5, 6-10, over 10 words), the sample whose IoU under "
+    "the full model is the median of its kind (nearest rank; of equal IoU the lowest sent_id); "
+    f"then the first sample, by sent_id, with an IoU below {WRONG_BELOW}."
+)
+
 
 def choose_examples(
-    record: Record,         # the full model's
-) -> dict[str, int]:        # kind or length, and "failure" -> place in the record's arrays
+    record: Record,  # the full model's
+) -> dict[str, int]:  # kind or length, and "failure" -> place in the record's arrays
     "Choose samples by `EXAMPLE_RULE`."
     a, ious, out = record.arrays, _ious(record.arrays), {}
     groups = sample_groups({k: a[k] for k in ("kind", "words", "area", "pixels")})
     for name, keep in (groups["kind"] or {f"{k} words": v for k, v in groups["words"].items()}).items():
-        where = np.flatnonzero(keep); out[name] = int(where[at_quantile(ious[where], a["sent_id"][where], .5)])
+        where = np.flatnonzero(keep)
+        out[name] = int(where[at_quantile(ious[where], a["sent_id"][where], 0.5)])
     wrong = np.flatnonzero(ious < WRONG_BELOW)
-    if len(wrong): out["failure"] = int(wrong[np.argmin(a["sent_id"][wrong])])
+    if len(wrong):
+        out["failure"] = int(wrong[np.argmin(a["sent_id"][wrong])])
     return out
 
 # %% ../../nbs/20c_figures.ipynb #050
 def figure_modules(
-    models: dict,     # label -> segmenter, as many as there are: Baseline, Only HCAM, Only SFM, SHNet
-    record: Record,   # the full model's on this split
-    refer,            # the open data set
+    models: dict,  # label -> segmenter, as many as there are: Baseline, Only HCAM, Only SFM, SHNet
+    record: Record,  # the full model's on this split
+    refer,  # the open data set
     split: str,
 ) -> Figure:
     "The paper's Figure 5: all models side by side on samples chosen by `EXAMPLE_RULE`."
@@ -270,32 +430,41 @@ def figure_modules(
 # %% ../../nbs/20c_figures.ipynb #056
 PHRASES_RULE = "The image of the split with the most expressions (of several, the lowest image_id), with all of them in the order of the file."
 
+
 def choose_image(
-    refer,         # the open data set
+    refer,  # the open data set
     split: str,
-) -> int:          # image_id
+) -> int:  # image_id
     "Choose an image by `PHRASES_RULE`."
     n = Counter(s.image_id for s in refer.samples(split))
     return min(n, key=lambda i: (-n[i], i))
 
+
 def figure_phrases(
-    segmenter,         # from `refseg_nb.load`
-    refer,             # the open data set
+    segmenter,  # from `refseg_nb.load`
+    refer,  # the open data set
     split: str,
     columns: int = 5,  # panels in a row
 ) -> Figure:
     "The paper's Figure 6: one image, all its phrases, the mask of each with the outline of the truth and the IoU."
-    image_id = choose_image(refer, split); samples = [s for s in refer.samples(split) if s.image_id == image_id]
-    image = np.asarray(refer.load_image(image_id)); rows = -(-(1 + len(samples)) // columns)
-    fig = Figure(figsize=(1.75 * columns, rows * (1.75 * _shape(refer, samples) + .42)), dpi=90, layout="constrained")
+    image_id = choose_image(refer, split)
+    samples = [s for s in refer.samples(split) if s.image_id == image_id]
+    image = np.asarray(refer.load_image(image_id))
+    rows = -(-(1 + len(samples)) // columns)
+    fig = Figure(
+        figsize=(1.75 * columns, rows * (1.75 * _shape(refer, samples) + 0.42)), dpi=90, layout="constrained"
+    )
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes[1 + len(samples):]: ax.set_axis_off()
+    for ax in axes[1 + len(samples) :]:
+        ax.set_axis_off()
     _panel(axes[0], image, title="the picture")
-    for ax, (s, mask) in zip(axes[1:], answers(segmenter, refer, samples)): _panel(ax, image, refer.mask(s.ann_id), mask, _quoted(s.text))
+    for ax, (s, mask) in zip(axes[1:], answers(segmenter, refer, samples)):
+        _panel(ax, image, refer.mask(s.ann_id), mask, _quoted(s.text))
     return fig
 
 # %% ../../nbs/20c_figures.ipynb #062
-TAKEN, HELD = .5, .2  # a thing is taken when at least half of it is in the mask, and at least a fifth of the mask is on it
+# a thing is taken when at least half of it is in the mask, and at least a fifth of the mask is on it
+TAKEN, HELD = 0.5, 0.2
 CAUSES = {  # of a failure, IoU below RIGHT_FROM: cause -> rule; the first rule that holds decides
     "nothing found": "the mask is empty",
     "several things": f"at least two annotated things are taken: {TAKEN:.0%} of each is in the mask, and each holds {HELD:.0%} of the mask",
@@ -308,148 +477,280 @@ CAUSES = {  # of a failure, IoU below RIGHT_FROM: cause -> rule; the first rule 
 
 # %% ../../nbs/20c_figures.ipynb #064
 def cause_of(
-    mask: np.ndarray,           # [H, W] bool, what the model answered
-    things: np.ndarray,         # [K, H, W] bool, the annotated things of the picture; the first is the one that was meant
-    categories: list[int],      # [K] of the things
-    anchors: tuple[int, ...] = (),  # places in `things`: those that the phrase names beside the one that is meant
-) -> tuple[str, int]:           # "right" or a key of `CAUSES`, and the thing that was answered (-1: none, or several)
+    mask: np.ndarray,  # [H, W] bool, what the model answered
+    # [K, H, W] bool, the annotated things of the picture; the first is the one that was meant
+    things: np.ndarray,
+    categories: list[int],  # [K] of the things
+    # places in `things`: those that the phrase names beside the one that is meant
+    anchors: tuple[int, ...] = (),
+) -> tuple[str, int]:  # "right" or a key of `CAUSES`, and the thing that was answered (-1: none, or several)
     "Why an answer is wrong, by the rules of `CAUSES`."
     shared, size, areas = (things & mask).sum((1, 2)), int(mask.sum()), things.sum((1, 2))
-    overlap = shared / np.maximum(areas + size - shared, 1); best = int(overlap.argmax())
-    if overlap[0] >= RIGHT_FROM or not size and not areas[0]: return "right", 0
-    if not size: return "nothing found", -1
-    if ((shared >= TAKEN * np.maximum(areas, 1)) & (shared >= HELD * size)).sum() > 1: return "several things", -1
-    if overlap[best] < WRONG_BELOW and shared[best] < size / 2: return "nothing annotated", -1
-    if best == 0: return "sloppy outline", 0
-    return "the anchor" if best in anchors else "same category" if categories[best] == categories[0] else "other category", best
+    overlap = shared / np.maximum(areas + size - shared, 1)
+    best = int(overlap.argmax())
+    if overlap[0] >= RIGHT_FROM or not size and not areas[0]:
+        return "right", 0
+    if not size:
+        return "nothing found", -1
+    if ((shared >= TAKEN * np.maximum(areas, 1)) & (shared >= HELD * size)).sum() > 1:
+        return "several things", -1
+    if overlap[best] < WRONG_BELOW and shared[best] < size / 2:
+        return "nothing annotated", -1
+    if best == 0:
+        return "sloppy outline", 0
+    return "the anchor" if best in anchors else "same category" if categories[best] == categories[
+        0
+    ] else "other category", best
 
 # %% ../../nbs/20c_figures.ipynb #068
 @lru_cache(64)
 def _scene(seed: int, image_id: int):
     "The scene of a RefShapes image, drawn again from its number."
     from refseg_nb.refshapes.dataset import _APART, SPLITS, _scene_of
+
     split, i = divmod(image_id - 1, _APART)
     return _scene_of(SPLITS[split], i, seed)[0]
 
+
 def anchors_of(
-    refer,          # an open data set
-    sample,         # of it
-) -> set[int]:      # ann_ids; empty where the data set has no programs
-    "The things that an expression names beside its referent: the house of \"the ball closest to the house\"."
+    refer,  # an open data set
+    sample,  # of it
+) -> set[int]:  # ann_ids; empty where the data set has no programs
+    'The things that an expression names beside its referent: the house of "the ball closest to the house".'
     from refseg_nb.refshapes.expressions import Program, parse_program, world
+
     record = refer.folder / "refshapes.json"
-    if not sample.sentence.program or not record.is_file(): return set()
-    scene = _scene(json.loads(record.read_text(encoding="utf-8"))["seed"], sample.image_id); w = world(scene)
+    if not sample.sentence.program or not record.is_file():
+        return set()
+    scene = _scene(json.loads(record.read_text(encoding="utf-8"))["seed"], sample.image_id)
+    w = world(scene)
     ids = sorted(a["id"] for a in refer.annotations_of(sample.image_id))
-    if [t.category for t in scene.things] != [refer.categories[refer.annotation(i)["category_id"]] for i in ids]:
-        raise ValueError(f"{record}: image {sample.image_id} is not what its seed draws; draw the data set again with this version")
+    if [t.category for t in scene.things] != [
+        refer.categories[refer.annotation(i)["category_id"]] for i in ids
+    ]:
+        raise ValueError(
+            f"{record}: image {sample.image_id} is not what its seed draws; draw the data set again with this version"
+        )
+
     def named(program):
         for part in program.args:
-            if isinstance(part, Program): yield from w.members(w.set_of(part.args[0])) if part.op == "a" else [w.run(part)]; yield from named(part)
+            if isinstance(part, Program):
+                yield from w.members(w.set_of(part.args[0])) if part.op == "a" else [w.run(part)]
+                yield from named(part)
+
     return {ids[k] for k in named(parse_program(sample.sentence.program))} - {sample.ann_id}
 
 # %% ../../nbs/20c_figures.ipynb #072
 def lot(
-    number: int,    # such as an image_id or a sent_id
-) -> bytes:         # to sort by
+    number: int,  # such as an image_id or a sent_id
+) -> bytes:  # to sort by
     "A number's place in an order that nobody chose: the hash of the number."
     return hashlib.sha256(str(int(number)).encode()).digest()
 
+
 def failure_causes(
-    segmenter,                  # from `refseg_nb.load`
-    refer,                      # an open data set with categories
+    segmenter,  # from `refseg_nb.load`
+    refer,  # an open data set with categories
     split: str,
-    limit: int | None = None,   # so many images, by lot
-) -> dict[str, np.ndarray]:     # sent_id, ref_id, image_id, kind, words, area, pixels, intersection, union, cause, answered, others, anchors
+    limit: int | None = None,  # so many images, by lot
+) -> dict[
+    str, np.ndarray
+]:  # sent_id, ref_id, image_id, kind, words, area, pixels, intersection, union, cause, answered, others, anchors
     "Answer every sample of a split and say of each wrong answer why it is wrong; arrays with one entry a sample."
-    if isinstance(refer, ReferIt): raise ValueError(f"{refer.name} has regions without categories: the cause of a failure cannot be told")
+    if isinstance(refer, ReferIt):
+        raise ValueError(
+            f"{refer.name} has regions without categories: the cause of a failure cannot be told"
+        )
     samples = refer.samples(split)
     if limit is not None:
-        kept = set(sorted({s.image_id for s in samples}, key=lot)[:limit]); samples = [s for s in samples if s.image_id in kept]
+        kept = set(sorted({s.image_id for s in samples}, key=lot)[:limit])
+        samples = [s for s in samples if s.image_id in kept]
     rows, image_id, masks = [], None, {}
     for s, mask in answers(segmenter, refer, samples):
         if s.image_id != image_id:
             image_id = s.image_id
-            masks = {a["id"]: refer.mask(a["id"]) for a in refer.annotations_of(image_id) if not a.get("iscrowd")}
-        truth = refer.mask(s.ann_id); ids = [s.ann_id, *(i for i in masks if i != s.ann_id)]; anchors = anchors_of(refer, s)
-        cause, k = cause_of(mask, np.stack([truth, *(masks[i] for i in ids[1:])]), [refer.annotation(i)["category_id"] for i in ids],
-                            tuple(k for k, i in enumerate(ids) if i in anchors))
-        rows.append((s.sent_id, s.ref_id, s.image_id, s.kind or "", len(tokenize(s.text)), truth.sum(), truth.size, (mask & truth).sum(), (mask | truth).sum(),
-                     cause, ids[k] if k >= 0 else -1, len(ids) - 1, len(anchors)))
-    names = ("sent_id", "ref_id", "image_id", "kind", "words", "area", "pixels", "intersection", "union", "cause", "answered", "others", "anchors")
+            masks = {
+                a["id"]: refer.mask(a["id"]) for a in refer.annotations_of(image_id) if not a.get("iscrowd")
+            }
+        truth = refer.mask(s.ann_id)
+        ids = [s.ann_id, *(i for i in masks if i != s.ann_id)]
+        anchors = anchors_of(refer, s)
+        cause, k = cause_of(
+            mask,
+            np.stack([truth, *(masks[i] for i in ids[1:])]),
+            [refer.annotation(i)["category_id"] for i in ids],
+            tuple(k for k, i in enumerate(ids) if i in anchors),
+        )
+        rows.append(
+            (
+                s.sent_id,
+                s.ref_id,
+                s.image_id,
+                s.kind or "",
+                len(tokenize(s.text)),
+                truth.sum(),
+                truth.size,
+                (mask & truth).sum(),
+                (mask | truth).sum(),
+                cause,
+                ids[k] if k >= 0 else -1,
+                len(ids) - 1,
+                len(anchors),
+            )
+        )
+    names = (
+        "sent_id",
+        "ref_id",
+        "image_id",
+        "kind",
+        "words",
+        "area",
+        "pixels",
+        "intersection",
+        "union",
+        "cause",
+        "answered",
+        "others",
+        "anchors",
+    )
     return {name: np.array(column) for name, column in zip(names, zip(*rows))}
 
 # %% ../../nbs/20c_figures.ipynb #076
 def cause_counts(
     table: dict[str, np.ndarray],  # from `failure_causes`
-) -> dict[str, dict[str, int]]:    # "all" and each kind -> "right" and each cause -> samples
+) -> dict[str, dict[str, int]]:  # "all" and each kind -> "right" and each cause -> samples
     "How often each cause occurs, in all and by kind of expression."
-    parts = {"all": np.ones(len(table["cause"]), dtype=bool)} | {str(k): table["kind"] == k for k in np.unique(table["kind"]) if k}
-    return {name: {c: int((table["cause"][keep] == c).sum()) for c in ("right", *CAUSES)} for name, keep in parts.items()}
+    parts = {"all": np.ones(len(table["cause"]), dtype=bool)} | {
+        str(k): table["kind"] == k for k in np.unique(table["kind"]) if k
+    }
+    return {
+        name: {c: int((table["cause"][keep] == c).sum()) for c in ("right", *CAUSES)}
+        for name, keep in parts.items()
+    }
+
 
 def cause_table(
     counts: dict[str, dict[str, int]],  # from `cause_counts`, or of several models
-) -> str:                               # markdown
+) -> str:  # markdown
     "Counts of failures with their shares of all failures of the row."
-    lines = ["| | expressions | failures | " + " | ".join(CAUSES) + " |", "|---|---:|---:|" + "---:|" * len(CAUSES)]
+    lines = [
+        "| | expressions | failures | " + " | ".join(CAUSES) + " |",
+        "|---|---:|---:|" + "---:|" * len(CAUSES),
+    ]
     for name, n in counts.items():
-        total = sum(n.values()); wrong = total - n["right"]
+        total = sum(n.values())
+        wrong = total - n["right"]
         cells = [f"{n[c]} ({n[c] / wrong:.0%})" if n[c] else "–" for c in CAUSES]
-        lines.append(f"| {name} | {total} | {wrong} ({wrong / max(1, total):.0%}) | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {name} | {total} | {wrong} ({wrong / max(1, total):.0%}) | " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/20c_figures.ipynb #079
-CAUSE_COLORS = dict(zip(CAUSES, ("#4d4d4d", "#0072B2", "#b5bcc2", "#56B4E9", "#D55E00", "#E69F00", "#F0E442")))
+CAUSE_COLORS = dict(
+    zip(CAUSES, ("#4d4d4d", "#0072B2", "#b5bcc2", "#56B4E9", "#D55E00", "#E69F00", "#F0E442"))
+)
+
 
 def figure_causes(
     counts: dict[str, dict[str, int]],  # from `cause_counts`, or one entry a model
     title: str = "",
 ) -> Figure:
     "Failures by cause, as stacked shares of all samples of each row."
-    fig = Figure(figsize=(8.4, 1.35 + .36 * len(counts)), dpi=90, layout="constrained"); ax = fig.subplots()
+    fig = Figure(figsize=(8.4, 1.35 + 0.36 * len(counts)), dpi=90, layout="constrained")
+    ax = fig.subplots()
     for i, n in enumerate(counts.values()):
-        start, total = 0., max(1, sum(n.values()))
+        start, total = 0.0, max(1, sum(n.values()))
         for cause, color in CAUSE_COLORS.items():
             share = 100 * n[cause] / total
-            ax.barh(i, share, .66, left=start, color=color, edgecolor="white", lw=.6, label=cause if i == 0 else None); start += share
-        ax.annotate(f"{total - n['right']} of {total}", (start, i), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.set_yticks(range(len(counts)), list(counts), fontsize=8.5); ax.invert_yaxis(); ax.set_xlabel("failures, % of the expressions")
-    ax.margins(x=.12); ax.set_xlim(left=0); ax.spines[["top", "right"]].set_visible(False)
-    fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside upper center", ncols=len(CAUSES), columnspacing=1.1, handlelength=1.2,
-               handletextpad=.5, title=title or None, title_fontsize=9)
+            ax.barh(
+                i,
+                share,
+                0.66,
+                left=start,
+                color=color,
+                edgecolor="white",
+                lw=0.6,
+                label=cause if i == 0 else None,
+            )
+            start += share
+        ax.annotate(
+            f"{total - n['right']} of {total}",
+            (start, i),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    ax.set_yticks(range(len(counts)), list(counts), fontsize=8.5)
+    ax.invert_yaxis()
+    ax.set_xlabel("failures, % of the expressions")
+    ax.margins(x=0.12)
+    ax.set_xlim(left=0)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(
+        *ax.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        loc="outside upper center",
+        ncols=len(CAUSES),
+        columnspacing=1.1,
+        handlelength=1.2,
+        handletextpad=0.5,
+        title=title or None,
+        title_fontsize=9,
+    )
     return fig
 
 # %% ../../nbs/20c_figures.ipynb #084
 FAILURE_RULE = "For each cause the first failures in the order of the SHA-256 hash of their sent_id, each image at most once within a cause."
 
+
 def choose_failures(
     table: dict[str, np.ndarray],  # from `failure_causes`
-    n: int = 4,                    # at most so many a cause
-) -> dict[str, list[int]]:         # cause -> places in the table; causes that do not occur are left out
+    n: int = 4,  # at most so many a cause
+) -> dict[str, list[int]]:  # cause -> places in the table; causes that do not occur are left out
     "Choose failures by `FAILURE_RULE`."
     out = {}
     for cause in CAUSES:
         first = {}
-        for i in sorted(np.flatnonzero(table["cause"] == cause), key=lambda i: lot(table["sent_id"][i])): first.setdefault(int(table["image_id"][i]), int(i))
-        if first: out[cause] = list(first.values())[:n]
+        for i in sorted(np.flatnonzero(table["cause"] == cause), key=lambda i: lot(table["sent_id"][i])):
+            first.setdefault(int(table["image_id"][i]), int(i))
+        if first:
+            out[cause] = list(first.values())[:n]
     return out
 
 # %% ../../nbs/20c_figures.ipynb #087
 def figure_failures(
-    segmenter,                     # the one that the table is about
-    refer,                         # the open data set
+    segmenter,  # the one that the table is about
+    refer,  # the open data set
     split: str,
     table: dict[str, np.ndarray],  # from `failure_causes`
-    n: int = 4,                    # at most so many a cause
-) -> Figure | None:                # None without a failure
+    n: int = 4,  # at most so many a cause
+) -> Figure | None:  # None without a failure
     "The gallery of failures: a row a cause, samples by `FAILURE_RULE`; the mask in pink, the outline of the truth, the IoU."
     chosen, wrong = choose_failures(table, n), max(1, int((table["cause"] != "right").sum()))
-    if not chosen: return None
-    samples = {cause: _find(refer, split, table, places) for cause, places in chosen.items()}; flat = [s for line in samples.values() for s in line]
+    if not chosen:
+        return None
+    samples = {cause: _find(refer, split, table, places) for cause, places in chosen.items()}
+    flat = [s for line in samples.values() for s in line]
     masks = {(s.ref_id, s.sent_id): m for s, m in answers(segmenter, refer, flat)}
-    fig = Figure(figsize=(.35 + 1.68 * n, len(chosen) * (1.68 * _shape(refer, flat) + .45)), dpi=90, layout="constrained")
+    fig = Figure(
+        figsize=(0.35 + 1.68 * n, len(chosen) * (1.68 * _shape(refer, flat) + 0.45)),
+        dpi=90,
+        layout="constrained",
+    )
     for axes, (cause, line) in zip(fig.subplots(len(chosen), n, squeeze=False), samples.items()):
-        for ax, s in zip(axes, line): _panel(ax, np.asarray(refer.load_image(s.image_id)), refer.mask(s.ann_id), masks[s.ref_id, s.sent_id], _quoted(s.text))
-        for ax in axes[len(line):]: ax.set_axis_off()
-        count = int((table["cause"] == cause).sum()); axes[0].set_ylabel(f"{cause}\n{count} of {wrong} ({count / wrong:.0%})", fontsize=8)
+        for ax, s in zip(axes, line):
+            _panel(
+                ax,
+                np.asarray(refer.load_image(s.image_id)),
+                refer.mask(s.ann_id),
+                masks[s.ref_id, s.sent_id],
+                _quoted(s.text),
+            )
+        for ax in axes[len(line) :]:
+            ax.set_axis_off()
+        count = int((table["cause"] == cause).sum())
+        axes[0].set_ylabel(f"{cause}\n{count} of {wrong} ({count / wrong:.0%})", fontsize=8)
     return fig

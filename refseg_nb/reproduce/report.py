@@ -13,59 +13,122 @@ import re
 import time
 from pathlib import Path
 
-from .experiments import BUDGETS, PAPER, check_jobs, cores, draw_data, estimate, is_done, leave_out, plan, run_jobs, tables, write_whole
+from refseg_nb.reproduce.experiments import (
+    BUDGETS,
+    PAPER,
+    check_jobs,
+    cores,
+    draw_data,
+    estimate,
+    is_done,
+    leave_out,
+    plan,
+    run_jobs,
+    tables,
+    write_whole,
+)
 from .figures import figure_bars, figure_curves, figure_kinds, png
-from .tables import conclusions, controls_table, cost_table, family_table, load_runs, markdown_table, print_table, summarise
+from refseg_nb.reproduce.tables import (
+    conclusions,
+    controls_table,
+    cost_table,
+    family_table,
+    load_runs,
+    markdown_table,
+    print_table,
+    summarise,
+)
 
 # %% ../../nbs/20d_reproduction.ipynb #006
-PAPER_CAPTION = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "table4": "Table 4", "presets": "Paper or released code?",
-                 "family": "The family", "family+": "The family, without places", "savings": "Inexact savings"}
+PAPER_CAPTION = {
+    "table1": "Table 1",
+    "table2": "Table 2",
+    "table3": "Table 3",
+    "table4": "Table 4",
+    "presets": "Paper or released code?",
+    "family": "The family",
+    "family+": "The family, without places",
+    "savings": "Inexact savings",
+}
 
-FAMILY_NOTE = ("SHNet, CMPC, LAVT and CrossVLT at their small sizes, each trained for a third of the steps of Tables 1 to 4, with the same batches and scenes. "
-               "An image's part is paid once, however many phrases ask about it; parameters are without the table of words, "
-               "milliseconds are processor time on one core.")
+FAMILY_NOTE = (
+    "SHNet, CMPC, LAVT and CrossVLT at their small sizes, each trained for a third of the steps of Tables 1 to 4, with the same batches and scenes. "
+    "An image's part is paid once, however many phrases ask about it; parameters are without the table of words, "
+    "milliseconds are processor time on one core."
+)
+
 
 def summaries(
-    runs: dict,             # from `load_runs`
+    runs: dict,  # from `load_runs`
     resamples: int = 2000,
-) -> dict[str, dict]:       # table -> its summary; those without any record are left out
+) -> dict[str, dict]:  # table -> its summary; those without any record are left out
     "All tables of a run."
     there = {experiment for experiment, split in runs}
+
     def worth(table):
         cells = [c for row in table.rows.values() for c in row]
-        several = len({c.experiment for c in cells} & there) > 1   # SHNet alone is no table of differences
+        several = len({c.experiment for c in cells} & there) > 1  # SHNet alone is no table of differences
         return any((c.experiment, c.split) in runs for c in cells) and (several or table.cited)
+
     return {name: summarise(runs, table, resamples) for name, table in tables().items() if worth(table)}
 
+
 def _about(summary: dict) -> str:
-    return (f"Measured on {', '.join(summary['measured on'])}. Brackets: {summary['interval']}. The paper's numbers are for photographs: compare the order "
-            "and the steps, not the heights.")
+    return (
+        f"Measured on {', '.join(summary['measured on'])}. Brackets: {summary['interval']}. The paper's numbers are for photographs: compare the order "
+        "and the steps, not the heights."
+    )
+
 
 def report_text(
-    found: dict[str, dict],   # from `summaries`
-    runs: dict,               # from `load_runs`
+    found: dict[str, dict],  # from `summaries`
+    runs: dict,  # from `load_runs`
     pictures: dict[str, str] | None = None,  # file -> caption, of pictures beside the report
 ) -> str:
     "The report in markdown."
-    out = ["# The reproduction of SHNet", "", "Made from the records beside it; no number is typed but the paper's.", ""]
+    out = [
+        "# The reproduction of SHNet",
+        "",
+        "Made from the records beside it; no number is typed but the paper's.",
+        "",
+    ]
     for name, summary in found.items():
-        out += [f"## {PAPER_CAPTION[name]}: {summary['title']}", "", _about(summary), "", markdown_table(summary)]
+        out += [
+            f"## {PAPER_CAPTION[name]}: {summary['title']}",
+            "",
+            _about(summary),
+            "",
+            markdown_table(summary),
+        ]
         out += [*[f"- {line}" for line in conclusions(summary)], ""]
-        for kind, caption in (("bars", "Overall IoU here and in the paper."), ("kinds", "Overall IoU by kind of expression, with 95 % intervals.")):
-            if f"{name}-{kind}.png" in (pictures or {}): out += [f"![{caption}]({name}-{kind}.png)", ""]
+        for kind, caption in (
+            ("bars", "Overall IoU here and in the paper."),
+            ("kinds", "Overall IoU by kind of expression, with 95 % intervals."),
+        ):
+            if f"{name}-{kind}.png" in (pictures or {}):
+                out += [f"![{caption}]({name}-{kind}.png)", ""]
     for file, caption in (pictures or {}).items():
-        if file.rpartition("-")[0] not in found: out += [f"![{caption}]({file})", "", f"*{caption}*", ""]
+        if file.rpartition("-")[0] not in found:
+            out += [f"![{caption}]({file})", "", f"*{caption}*", ""]
     out += ["## The family: size, price and score", "", FAMILY_NOTE, "", family_table(runs)]
-    if text := controls_table(runs): out += ["## Blind controls", "", "SHNet with its words or its picture taken away.", "", text]
-    if text := cost_table(runs): out += ["## Cost", "", text]
+    if text := controls_table(runs):
+        out += ["## Blind controls", "", "SHNet with its words or its picture taken away.", "", text]
+    if text := cost_table(runs):
+        out += ["## Cost", "", text]
     first = next(iter(runs.values()))[0]
     keys = ("threshold", "resolution", "sentences", "comparator", "empty_union_iou", "crf", "interval")
     protocol = ", ".join(f"{k.replace('_', ' ')}: {first.protocol[k]}" for k in keys if k in first.protocol)
-    training = {k: v for k, v in first.config.get("training", {}).items() if k not in ("model", "seed", "data")}
+    training = {
+        k: v for k, v in first.config.get("training", {}).items() if k not in ("model", "seed", "data")
+    }
     out += ["## How it was measured", "", f"Protocol: {protocol}.", ""]
-    if training: out += [f"Training, but for what a row changes: `{json.dumps(training)}`.", ""]
+    if training:
+        out += [f"Training, but for what a row changes: `{json.dumps(training)}`.", ""]
     versions = ", ".join(f"{k} {v}" for k, v in first.versions.items())
-    out += [f"Machine: {first.machine.get('device_name', first.machine.get('device'))}; versions: {versions}.", ""]
+    out += [
+        f"Machine: {first.machine.get('device_name', first.machine.get('device'))}; versions: {versions}.",
+        "",
+    ]
     return "\n".join(out)
 
 # %% ../../nbs/20d_reproduction.ipynb #008
@@ -77,44 +140,65 @@ em{{color:#555;font-size:13px}}code{{background:#f3f3f3;padding:0 .2rem;overflow
 @media (prefers-color-scheme: dark){{body{{background:#181a1b;color:#ddd}}td,th{{border-color:#444}}em{{color:#aaa}}
 code{{background:#2a2c2e}}img{{background:#fff}}}}</style>{body}</html>"""
 
+
 def html_page(
-    text: str,      # markdown
-    folder: Path,   # where its pictures are
+    text: str,  # markdown
+    folder: Path,  # where its pictures are
 ) -> str:
     "One page of HTML with everything in it."
     from markdown_it import MarkdownIt
+
     body = MarkdownIt("commonmark").enable("table").render(text)
-    inside = lambda m: f'src="data:image/png;base64,{base64.b64encode((folder / m[1]).read_bytes()).decode()}"'
-    return PAGE.format(title=text.splitlines()[0].lstrip("# "), body=re.sub(r'src="([^":]+\.png)"', inside, body))
+    inside = lambda m: (
+        f'src="data:image/png;base64,{base64.b64encode((folder / m[1]).read_bytes()).decode()}"'
+    )
+    return PAGE.format(
+        title=text.splitlines()[0].lstrip("# "), body=re.sub(r'src="([^":]+\.png)"', inside, body)
+    )
 
 # %% ../../nbs/20d_reproduction.ipynb #011
 def curves_of(
-    runs: dict,      # from `load_runs`
-    summary: dict,   # whose rows
+    runs: dict,  # from `load_runs`
+    summary: dict,  # whose rows
 ) -> dict[str, list]:  # row -> [[step, loss], ...] of its first seed, where the record keeps it
     "The training curves behind a table."
     found = {}
     for row, r in summary["rows"].items():
         records = next((rs for (name, _), rs in runs.items() if name == r["experiments"][0]), [])
-        if records and records[0].config.get("curve"): found[row] = records[0].config["curve"]
+        if records and records[0].config.get("curve"):
+            found[row] = records[0].config["curve"]
     return found
 
+
 def report(
-    folder: str | Path,               # holds `records/`; gets report.md, report.html, tables.json and the figures
-    resamples: int = 2000,            # bootstrap draws over images
-) -> dict[str, dict]:                 # the summaries, as in tables.json
+    folder: str | Path,  # holds `records/`; gets report.md, report.html, tables.json and the figures
+    resamples: int = 2000,  # bootstrap draws over images
+) -> dict[str, dict]:  # the summaries, as in tables.json
     "Make the tables, the figures and the report from the records."
-    folder = Path(folder); runs = load_runs(folder); found = summaries(runs, resamples)
-    if not found: raise ValueError(f"{folder}: the records are of a single row, which makes no table yet: run another one, or a whole table")
+    folder = Path(folder)
+    runs = load_runs(folder)
+    found = summaries(runs, resamples)
+    if not found:
+        raise ValueError(
+            f"{folder}: the records are of a single row, which makes no table yet: run another one, or a whole table"
+        )
     pictures = {}
+
     def draw(name, caption, fig):
-        if fig is not None: write_whole(folder / f"{name}.png", png(fig)); pictures[f"{name}.png"] = caption
+        if fig is not None:
+            write_whole(folder / f"{name}.png", png(fig))
+            pictures[f"{name}.png"] = caption
+
     for name, summary in found.items():
         draw(f"{name}-bars", "Overall IoU", figure_bars(summary))
-        if any(r["by kind"] for r in summary["rows"].values()): draw(f"{name}-kinds", "By kind", figure_kinds(summary))
-        if name == "table2" and (curves := curves_of(runs, summary)): draw("curves", "Training loss of Table 2's rows, first seed.", figure_curves(curves))
+        if any(r["by kind"] for r in summary["rows"].values()):
+            draw(f"{name}-kinds", "By kind", figure_kinds(summary))
+        if name == "table2" and (curves := curves_of(runs, summary)):
+            draw("curves", "Training loss of Table 2's rows, first seed.", figure_curves(curves))
     captions = folder / "figures.json"
-    if captions.exists(): pictures |= json.loads(captions.read_text())   # those that were drawn from the models
+    # those that were drawn from the models
+    if captions.exists():
+        pictures |= json.loads(captions.read_text())
     text = report_text(found, runs, pictures)
     write_whole(folder / "tables.json", json.dumps(found, indent=1) + "\n")
     write_whole(folder / "report.md", text)
@@ -123,115 +207,217 @@ def report(
 
 # %% ../../nbs/20d_reproduction.ipynb #015
 def draw_pictures(
-    jobs: list[dict],   # from `plan`, of Table 2's rows on UNC
-    out: Path,          # figure4.png, ..., and figures.json with their captions
+    jobs: list[dict],  # from `plan`, of Table 2's rows on UNC
+    out: Path,  # figure4.png, ..., and figures.json with their captions
 ):
     "Draw the figures that show masks, from the models of the first seed; those whose models are not there are left out."
     from refseg_nb.data.referit import open_data
     from refseg_nb.inference import load
     from refseg_nb.reproduce import figures as F
     from refseg_nb.training.evaluation import load_record
+
     names = {"Baseline": "baseline", "Only HCAM": "only-hcam", "Only SFM": "only-sfm", "SHNet": "shnet"}
     first = {j["experiment"]: j for j in reversed(jobs) if (Path(j["folder"]) / "model").is_dir()}
     models = {label: load(first[name]["folder"]) for label, name in names.items() if name in first}
-    if "SHNet" not in models: return
-    config = first["shnet"]["config"]; refer = open_data(config["root"], config["data"], config["split_by"])
+    if "SHNet" not in models:
+        return
+    config = first["shnet"]["config"]
+    refer = open_data(config["root"], config["data"], config["split_by"])
     records = {label: load_record(f"{first[names[label]]['record']}-val.json") for label in models}
     drawn = {}
     two = {label: models[label] for label in ("Baseline", "SHNet") if label in models}
-    if len(two) == 2: drawn["figure4"] = (f"As the paper's Figure 4. {F.BASELINE_RULE} {F.PANEL}", F.figure_baseline(two, records, refer, "val"))
-    if len(models) > 1: drawn["figure5"] = (f"As the paper's Figure 5. {F.EXAMPLE_RULE} {F.PANEL}", F.figure_modules(models, records["SHNet"], refer, "val"))
-    drawn["figure6"] = (f"As the paper's Figure 6. {F.PHRASES_RULE} {F.PANEL}", F.figure_phrases(models["SHNet"], refer, "val"))
+    if len(two) == 2:
+        drawn["figure4"] = (
+            f"As the paper's Figure 4. {F.BASELINE_RULE} {F.PANEL}",
+            F.figure_baseline(two, records, refer, "val"),
+        )
+    if len(models) > 1:
+        drawn["figure5"] = (
+            f"As the paper's Figure 5. {F.EXAMPLE_RULE} {F.PANEL}",
+            F.figure_modules(models, records["SHNet"], refer, "val"),
+        )
+    drawn["figure6"] = (
+        f"As the paper's Figure 6. {F.PHRASES_RULE} {F.PANEL}",
+        F.figure_phrases(models["SHNet"], refer, "val"),
+    )
     table = F.failure_causes(models["SHNet"], refer, "val")
-    drawn["causes"] = ("Why SHNet's answers are wrong, by kind of expression: shares of all samples.", F.figure_causes(F.cause_counts(table)))
-    drawn["failures"] = (f"{F.FAILURE_RULE} {F.PANEL}", F.figure_failures(models["SHNet"], refer, "val", table))
+    drawn["causes"] = (
+        "Why SHNet's answers are wrong, by kind of expression: shares of all samples.",
+        F.figure_causes(F.cause_counts(table)),
+    )
+    drawn["failures"] = (
+        f"{F.FAILURE_RULE} {F.PANEL}",
+        F.figure_failures(models["SHNet"], refer, "val", table),
+    )
     drawn = {name: pair for name, pair in drawn.items() if pair[1] is not None}
-    for name, (_, fig) in drawn.items(): write_whole(out / f"{name}.png", png(fig))
-    write_whole(out / "figures.json", json.dumps({f"{name}.png": caption for name, (caption, _) in drawn.items()}, indent=1) + "\n")
+    for name, (_, fig) in drawn.items():
+        write_whole(out / f"{name}.png", png(fig))
+    write_whole(
+        out / "figures.json",
+        json.dumps({f"{name}.png": caption for name, (caption, _) in drawn.items()}, indent=1) + "\n",
+    )
 
 # %% ../../nbs/20d_reproduction.ipynb #017
 def reproduce(
-    target: str = "core",                # a table, "core" (four rows of Table 2), "presets", "family", "figures" or "all"
+    target: str = "core",  # a table, "core" (four rows of Table 2), "presets", "family", "figures" or "all"
     out: Path | str = "runs/reproduce",  # everything that is made goes here
-    budget: str = "quick",               # "quick", "full" (or "tiny", for tests)
-    seeds: tuple[int, ...] = (0,),       # one training an experiment and seed
-    rows: tuple[str, ...] | None = None, # only these rows
-    data: str = "refshapes",             # "refshapes", or "real": RefCOCO, RefCOCO+, RefCOCOg, ReferIt, those that are there
-    split_by: str | None = None,         # another partition than the paper's
-    data_root: Path | None = None,       # default: `$REFSEG_DATA` or `data/`
-    steps: int | None = None,            # optimiser steps, instead of the budget's
-    n_jobs: int | None = None,           # processes side by side; default one a core
-    preset: str = "refshapes",           # size of the model
-    console=None,                        # a rich console
-) -> dict[str, dict]:                    # the summaries
+    budget: str = "quick",  # "quick", "full" (or "tiny", for tests)
+    seeds: tuple[int, ...] = (0,),  # one training an experiment and seed
+    rows: tuple[str, ...] | None = None,  # only these rows
+    # "refshapes", or "real": RefCOCO, RefCOCO+, RefCOCOg, ReferIt, those that are there
+    data: str = "refshapes",
+    split_by: str | None = None,  # another partition than the paper's
+    data_root: Path | None = None,  # default: `$REFSEG_DATA` or `data/`
+    steps: int | None = None,  # optimiser steps, instead of the budget's
+    n_jobs: int | None = None,  # processes side by side; default one a core
+    preset: str = "refshapes",  # size of the model
+    console=None,  # a rich console
+) -> dict[str, dict]:  # the summaries
     "Train, evaluate and report; call it again to go on where it was stopped."
     from rich.console import Console
-    console = console or Console(); out = Path(out); start = time.time()
+
+    console = console or Console()
+    out = Path(out)
+    start = time.time()
     say = lambda line: console.print(line, highlight=False, soft_wrap=True)
-    jobs = plan(out, "core" if target == "figures" else target, budget, tuple(seeds), rows, data, split_by, data_root, steps, preset)
+    jobs = plan(
+        out,
+        "core" if target == "figures" else target,
+        budget,
+        tuple(seeds),
+        rows,
+        data,
+        split_by,
+        data_root,
+        steps,
+        preset,
+    )
     left_out = [*(_missing(data_root) if data == "real" else []), *leave_out(jobs)]
     todo = [j for j in jobs if not is_done(j)]
-    check_jobs(jobs); cost = estimate(todo, n_jobs)
+    check_jobs(jobs)
+    cost = estimate(todo, n_jobs)
     say(f"Budget {budget}: {BUDGETS[budget].what}.")
-    steps = " to ".join(f"{n:,}" for n in sorted({f([j["config"]["max_steps"] for j in jobs]) for f in (min, max)}))
-    say(f"{len(jobs)} trainings of {steps} steps, {cost['side by side']} side by side on {cores()} cores, "
-        f"{len(jobs) - len(todo)} of them done already: about {cost['minutes']:.0f} minutes at the speed that was measured for this budget.")
-    if left_out: say(f"Left out, because they are not there: {', '.join(left_out)}.")
+    steps = " to ".join(
+        f"{n:,}" for n in sorted({f([j["config"]["max_steps"] for j in jobs]) for f in (min, max)})
+    )
+    say(
+        f"{len(jobs)} trainings of {steps} steps, {cost['side by side']} side by side on {cores()} cores, "
+        f"{len(jobs) - len(todo)} of them done already: about {cost['minutes']:.0f} minutes at the speed that was measured for this budget."
+    )
+    if left_out:
+        say(f"Left out, because they are not there: {', '.join(left_out)}.")
     draw_data(todo, say)
-    if todo: run_jobs(todo, n_jobs, say)
-    if target in ("core", "figures", "table2", "all"): draw_pictures(jobs, out)
+    if todo:
+        run_jobs(todo, n_jobs, say)
+    if target in ("core", "figures", "table2", "all"):
+        draw_pictures(jobs, out)
     found = report(out)
-    shown = {"all": list(found), "family": ["family", "family+"]}.get(target, [target] if target in found else ["table2"])
+    shown = {"all": list(found), "family": ["family", "family+"]}.get(
+        target, [target] if target in found else ["table2"]
+    )
     for name in shown:
-        if name in found: print_table(found[name], console)
+        if name in found:
+            print_table(found[name], console)
     say(f"{(time.time() - start) / 60:.1f} minutes. Report: {out / 'report.html'}")
     return found
 
+
 def _missing(data_root: Path | None) -> list[str]:
     from refseg_nb.reproduce.experiments import WORLDS, default_root
-    return [folder for folder, _ in WORLDS["real"].values() if not (Path(data_root or default_root()) / folder).is_dir()]
+
+    return [
+        folder
+        for folder, _ in WORLDS["real"].values()
+        if not (Path(data_root or default_root()) / folder).is_dir()
+    ]
 
 # %% ../../nbs/20d_reproduction.ipynb #042
 def _shipped_table(folder: Path) -> list[str]:
     "The shipped model on each split and under each control, as lines of markdown."
     from refseg_nb.training.evaluation import load_record
-    names = {"val": "val", "testA": "testA (people)", "testB": "testB (things)", "heldout": "heldout (unseen colour × shape)",
-             "val-shuffled": "val, phrases shuffled between samples",
-             "val-other": "val, another object's phrase", "val-no-text": "val, no phrase", "val-no-image": "val, no picture"}
-    found = {text: load_record(folder / f"{name}.json") for name, text in names.items() if (folder / f"{name}.json").exists()}
-    if not found: return ["Not recorded yet."]
+
+    names = {
+        "val": "val",
+        "testA": "testA (people)",
+        "testB": "testB (things)",
+        "heldout": "heldout (unseen colour × shape)",
+        "val-shuffled": "val, phrases shuffled between samples",
+        "val-other": "val, another object's phrase",
+        "val-no-text": "val, no phrase",
+        "val-no-image": "val, no picture",
+    }
+    found = {
+        text: load_record(folder / f"{name}.json")
+        for name, text in names.items()
+        if (folder / f"{name}.json").exists()
+    }
+    if not found:
+        return ["Not recorded yet."]
     ours = lambda m: f"{m['value']:.1f} [{m['low']:.1f}, {m['high']:.1f}]"
     kinds = sorted(next(iter(found.values())).groups["kind"])
-    columns = {"overall IoU": "overall_iou", "mean IoU": "mean_iou", "prec@0.5": "precision@0.5", "prec@0.9": "precision@0.9"}
-    out = ["| split | " + " | ".join([*columns, *kinds]) + " |", "|---|" + "---|" * (len(columns) + len(kinds))]
+    columns = {
+        "overall IoU": "overall_iou",
+        "mean IoU": "mean_iou",
+        "prec@0.5": "precision@0.5",
+        "prec@0.9": "precision@0.9",
+    }
+    out = [
+        "| split | " + " | ".join([*columns, *kinds]) + " |",
+        "|---|" + "---|" * (len(columns) + len(kinds)),
+    ]
     for text, r in found.items():
-        by = [f"{r.groups['kind'][k]['overall_iou']['value']:.1f}" if k in r.groups["kind"] else "–" for k in kinds]
+        by = [
+            f"{r.groups['kind'][k]['overall_iou']['value']:.1f}" if k in r.groups["kind"] else "–"
+            for k in kinds
+        ]
         out.append("| " + " | ".join([text, *(ours(r.metrics[m]) for m in columns.values()), *by]) + " |")
     return [*out, "", "The last columns are the overall IoU of each kind of expression."]
 
+
 def readme_results(
     results: Path,  # the repository's results/ folder
-) -> str:           # markdown
+) -> str:  # markdown
     "The results of the README, from the records alone."
-    out = ["**The shipped SHNet** (`shnet-refshapes`) on RefShapes, 95 % intervals from a bootstrap over images:", ""]
-    out += [*_shipped_table(results / "shnet-refshapes"), "",
-            "**The paper's tables**, beside ours (on RefShapes, at 96 and 128 px, where the paper has photographs at 320 and 448). The data differ, so compare "
-            "the order and the steps, not the heights:", ""]
-    if not (results / "reproduction" / "records").is_dir(): return "\n".join([*out, "Not recorded yet."]) + "\n"
+    out = [
+        "**The shipped SHNet** (`shnet-refshapes`) on RefShapes, 95 % intervals from a bootstrap over images:",
+        "",
+    ]
+    out += [
+        *_shipped_table(results / "shnet-refshapes"),
+        "",
+        "**The paper's tables**, beside ours (on RefShapes, at 96 and 128 px, where the paper has photographs at 320 and 448). The data differ, so compare "
+        "the order and the steps, not the heights:",
+        "",
+    ]
+    if not (results / "reproduction" / "records").is_dir():
+        return "\n".join([*out, "Not recorded yet."]) + "\n"
     for name, summary in summaries(load_runs(results / "reproduction")).items():
-        if name not in PAPER: continue
-        out += [f"*{PAPER_CAPTION[name]}: {summary['title']}*", "", markdown_table(summary).rstrip(), "", *[f"- {line}" for line in conclusions(summary)], ""]
-    out += ["**Paper or released code, cheaper models, the family's differences**: in [chapter 20d](nbs/20d_reproduction.ipynb) and",
-            "[chapter 19b](nbs/19b_family.ipynb).", "",
-            f"**The family.** {FAMILY_NOTE} Scores are overall IoU with 95 % intervals.", "", family_table(load_runs(results / "reproduction"))]
+        if name not in PAPER:
+            continue
+        out += [
+            f"*{PAPER_CAPTION[name]}: {summary['title']}*",
+            "",
+            markdown_table(summary).rstrip(),
+            "",
+            *[f"- {line}" for line in conclusions(summary)],
+            "",
+        ]
+    out += [
+        "**Paper or released code, cheaper models, the family's differences**: in [chapter 20d](nbs/20d_reproduction.ipynb) and",
+        "[chapter 19b](nbs/19b_family.ipynb).",
+        "",
+        f"**The family.** {FAMILY_NOTE} Scores are overall IoU with 95 % intervals.",
+        "",
+        family_table(load_runs(results / "reproduction")),
+    ]
     return "\n".join(out).rstrip() + "\n"
 
 # %% ../../nbs/20d_reproduction.ipynb #046
 def figure_overview(
-    segmenter,        # from `refseg_nb.load`
-    refer,            # an open data set
+    segmenter,  # from `refseg_nb.load`
+    refer,  # an open data set
     split: str = "val",
-    count: int = 8,   # pictures, from the first on
+    count: int = 8,  # pictures, from the first on
 ):
     "The first images of a split, each with its longest phrase and what the model answers; the IoU stands below."
     import textwrap
@@ -240,15 +426,22 @@ def figure_overview(
     import torch
 
     from refseg_nb.training.metrics import iou
+
     longest = {}
     for s in refer.samples(split):
-        if s.image_id not in longest and len(longest) == count: break
-        if s.image_id not in longest or len(s.text) > len(longest[s.image_id].text): longest[s.image_id] = s
+        if s.image_id not in longest and len(longest) == count:
+            break
+        if s.image_id not in longest or len(s.text) > len(longest[s.image_id].text):
+            longest[s.image_id] = s
     fig, axes = plt.subplots(-(-count // 4), 4, figsize=(9, 2.55 * -(-count // 4)), layout="constrained")
     for ax, s in zip(axes.flat, longest.values()):
         answer = segmenter.encode(refer.load_image(s.image_id)).segment(s.text)
         score = float(iou(torch.from_numpy(answer.mask), torch.from_numpy(refer.mask(s.ann_id))))
-        ax.imshow(answer.overlay()); ax.set_xticks([]); ax.set_yticks([])
-        for side in ax.spines.values(): side.set_visible(False)
-        ax.set_title(textwrap.fill(s.text, 32), fontsize=8); ax.set_xlabel(f"IoU {score:.2f}", fontsize=7)
+        ax.imshow(answer.overlay())
+        ax.set_xticks([])
+        ax.set_yticks([])
+        for side in ax.spines.values():
+            side.set_visible(False)
+        ax.set_title(textwrap.fill(s.text, 32), fontsize=8)
+        ax.set_xlabel(f"IoU {score:.2f}", fontsize=7)
     return fig

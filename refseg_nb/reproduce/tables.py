@@ -16,105 +16,177 @@ import numpy as np
 from .experiments import TABLE2_COLUMNS, Table, model_config, model_cost, plan, tables
 
 # %% ../../nbs/20b_tables.ipynb #005
-METRICS = dict(zip(TABLE2_COLUMNS, (*(f"precision@{x:g}" for x in (.5, .6, .7, .8, .9)), "overall_iou")))  # the paper's column -> the record's metric
+# the paper's column -> the record's metric
+METRICS = dict(zip(TABLE2_COLUMNS, (*(f"precision@{x:g}" for x in (0.5, 0.6, 0.7, 0.8, 0.9)), "overall_iou")))
+
 
 def load_runs(
-    folder: str | Path,                    # holds the records, or a folder `records` of them
-) -> dict[tuple[str, str], list]:          # (experiment, split) -> records, one a seed; a blind control's split is "val.no-text" and the like
+    folder: str | Path,  # holds the records, or a folder `records` of them
+) -> dict[
+    tuple[str, str], list
+]:  # (experiment, split) -> records, one a seed; a blind control's split is "val.no-text" and the like
     "Read the records of a run."
     from refseg_nb.training.evaluation import load_record
-    folder = Path(folder); folder = folder / "records" if (folder / "records").is_dir() else folder
+
+    folder = Path(folder)
+    folder = folder / "records" if (folder / "records").is_dir() else folder
     found = {}
     for file in sorted(folder.glob("*-seed*.json")):
         record = load_record(file)
-        if not record.arrays: raise FileNotFoundError(f"{file}: its samples ({file.with_suffix('.npz').name}) are not beside it")
-        name, _, rest = file.stem.rpartition("-seed"); seed, _, split = rest.partition("-")
+        if not record.arrays:
+            raise FileNotFoundError(
+                f"{file}: its samples ({file.with_suffix('.npz').name}) are not beside it"
+            )
+        name, _, rest = file.stem.rpartition("-seed")
+        seed, _, split = rest.partition("-")
         if (record.config.get("experiment", name), record.seeds.get("training")) != (name, int(seed)):
             says = f"{record.config.get('experiment')}, seed {record.seeds.get('training')}"
             raise ValueError(f"{file}: the name says {name}, seed {seed}; the record is of {says}")
         found.setdefault((name, split), []).append(record)
-    if not found: raise FileNotFoundError(f"there are no records in {folder}: run `refseg reproduce` first")
+    if not found:
+        raise FileNotFoundError(f"there are no records in {folder}: run `refseg reproduce` first")
     return {key: sorted(records, key=lambda r: r.seeds["training"]) for key, records in found.items()}
 
 # %% ../../nbs/20b_tables.ipynb #011
 def row_scores(
-    records: list,         # one a seed, on the same samples
-    resamples: int = 2000, # bootstrap draws over images
-) -> dict[str, dict]:      # the paper's column -> {"value", "low", "high"}: the mean over seeds
+    records: list,  # one a seed, on the same samples
+    resamples: int = 2000,  # bootstrap draws over images
+) -> dict[str, dict]:  # the paper's column -> {"value", "low", "high"}: the mean over seeds
     "The metrics of an experiment on a split."
-    from refseg_nb.training.evaluation import cluster_sums, interval, metric_columns, metrics_of_sums, resampled_sums
+    from refseg_nb.training.evaluation import (
+        cluster_sums,
+        interval,
+        metric_columns,
+        metrics_of_sums,
+        resampled_sums,
+    )
+
     sums = []
     for r in records:
         _, image = np.unique(r.arrays["image_id"], return_inverse=True)
-        sums.append(cluster_sums(metric_columns(r.arrays["intersection"], r.arrays["union"]), image, image.max() + 1))
-    sums = np.stack(sums, 1)                                     # [images, seeds, columns]
+        sums.append(
+            cluster_sums(metric_columns(r.arrays["intersection"], r.arrays["union"]), image, image.max() + 1)
+        )
+    sums = np.stack(sums, 1)  # [images, seeds, columns]
     value, drawn = metrics_of_sums(sums.sum(0)), metrics_of_sums(resampled_sums(sums, resamples))
-    return {c: dict(zip(("value", "low", "high"), (float(value[m].mean()), *interval(drawn[m].mean(1))))) for c, m in METRICS.items()}
+    return {
+        c: dict(zip(("value", "low", "high"), (float(value[m].mean()), *interval(drawn[m].mean(1)))))
+        for c, m in METRICS.items()
+    }
+
 
 def only_kind(
     records: list,  # of one experiment and split
-    kind: str,      # of expression
-) -> list:          # the same records with the samples of that kind alone
+    kind: str,  # of expression
+) -> list:  # the same records with the samples of that kind alone
     "Restrict records to one kind of expression."
     return [replace(r, arrays={k: v[r.arrays["kind"] == kind] for k, v in r.arrays.items()}) for r in records]
 
 # %% ../../nbs/20b_tables.ipynb #015
 def difference(
-    a: list,                # records of one row, one a seed
-    b: list,                # of the other
+    a: list,  # records of one row, one a seed
+    b: list,  # of the other
     resamples: int = 2000,
-) -> dict:                  # "value", "low", "high", and "by seed" (None where the seeds are not the same)
+) -> dict:  # "value", "low", "high", and "by seed" (None where the seeds are not the same)
     "Overall IoU of a minus that of b, with its interval over images."
     from refseg_nb.training.evaluation import paired_bootstrap
+
     seeds = sorted({r.seeds["training"] for r in a} & {r.seeds["training"] for r in b})
-    if seeds: a, b = ([r for r in side if r.seeds["training"] in seeds] for side in (a, b))   # the same seeds on both sides
-    d = paired_bootstrap(b, a, resamples)["overall_iou"]   # gives its second minus its first
-    return {"value": d["difference"], "low": d["low"], "high": d["high"], "by seed": d["by_seed"], "seeds": seeds}
+    # the same seeds on both sides
+    if seeds:
+        a, b = ([r for r in side if r.seeds["training"] in seeds] for side in (a, b))
+    d = paired_bootstrap(b, a, resamples)["overall_iou"]  # gives its second minus its first
+    return {
+        "value": d["difference"],
+        "low": d["low"],
+        "high": d["high"],
+        "by seed": d["by_seed"],
+        "seeds": seeds,
+    }
 
 # %% ../../nbs/20b_tables.ipynb #019
 def summarise(
-    runs: dict,                         # from `load_runs`
-    table: str | Table = "table2",      # a key of `tables()`
-    resamples: int = 2000,              # bootstrap draws over images
-) -> dict:                              # plain values; this is what stands in tables.json
+    runs: dict,  # from `load_runs`
+    table: str | Table = "table2",  # a key of `tables()`
+    resamples: int = 2000,  # bootstrap draws over images
+) -> dict:  # plain values; this is what stands in tables.json
     "Every number that the report shows of one table, from the records alone."
     spec = tables()[table] if isinstance(table, str) else table
     scores, there = {}, lambda cell: runs.get((cell.experiment, cell.split))
+
     def score(cell):
-        if (key := (cell.experiment, cell.split)) not in scores: scores[key] = row_scores(runs[key], resamples)
+        if (key := (cell.experiment, cell.split)) not in scores:
+            scores[key] = row_scores(runs[key], resamples)
         return scores[key][cell.column]
+
     def filled(cell):
         records = there(cell)
-        if not records: return None
+        if not records:
+            return None
         each = [r.metrics[METRICS[cell.column]]["value"] for r in records]
-        return {**score(cell), "paper": cell.paper, "seeds": [r.seeds["training"] for r in records], "each seed": each}
+        return {
+            **score(cell),
+            "paper": cell.paper,
+            "seeds": [r.seeds["training"] for r in records],
+            "each seed": each,
+        }
+
     rows, kinds = {}, []
     for label, cells in spec.rows.items():
-        if not any(map(there, cells)): continue
+        if not any(map(there, cells)):
+            continue
         records = there(cells[spec.key])
         here = sorted(set(records[0].arrays["kind"].tolist()) - {""}) if records else []
         kinds = here or kinds
-        rows[label] = {"cells": [filled(c) for c in cells], "paper": [c.paper for c in cells],
-                       "experiments": list(dict.fromkeys(c.experiment for c in cells)),
-                       "by kind": {k: row_scores(only_kind(records, k), resamples)["Overall IoU"] for k in here}}
+        rows[label] = {
+            "cells": [filled(c) for c in cells],
+            "paper": [c.paper for c in cells],
+            "experiments": list(dict.fromkeys(c.experiment for c in cells)),
+            "by kind": {k: row_scores(only_kind(records, k), resamples)["Overall IoU"] for k in here},
+        }
     pairs = []
     for a, b in spec.pairs:
         sides = [there(spec.rows[x][spec.key]) for x in (a, b)]
-        if not all(sides): continue
+        if not all(sides):
+            continue
         papers = [spec.rows[x][spec.key].paper for x in (a, b)]
-        pairs.append({"a": a, "b": b, "ours": difference(*sides, resamples), "paper": None if None in papers else round(papers[0] - papers[1], 2),
-                      "by kind": {k: difference(*(only_kind(s, k) for s in sides), resamples) for k in kinds}})
+        pairs.append(
+            {
+                "a": a,
+                "b": b,
+                "ours": difference(*sides, resamples),
+                "paper": None if None in papers else round(papers[0] - papers[1], 2),
+                "by kind": {k: difference(*(only_kind(s, k) for s in sides), resamples) for k in kinds},
+            }
+        )
     first = next((records[0] for label in rows for c in spec.rows[label] if (records := there(c))), None)
-    on = {f"{p.get('dataset')} {p.get('split')} ({len(r.arrays['union']):,} expressions on {len(np.unique(r.arrays['image_id'])):,} images)": None
-          for label in rows for c in spec.rows[label] for r in there(c) or () for p in [r.protocol]}
-    return {"title": spec.title, "columns": list(spec.columns), "key": spec.key, "rows": rows, "cited": {k: list(v) for k, v in spec.cited.items()},
-            "differences": pairs, "measured on": list(on), "protocol": first and first.protocol,
-            "interval": f"95 %, {resamples} bootstrap draws over images; the trainings stay fixed"}
+    on = {
+        f"{p.get('dataset')} {p.get('split')} ({len(r.arrays['union']):,} expressions on {len(np.unique(r.arrays['image_id'])):,} images)": None
+        for label in rows
+        for c in spec.rows[label]
+        for r in there(c) or ()
+        for p in [r.protocol]
+    }
+    return {
+        "title": spec.title,
+        "columns": list(spec.columns),
+        "key": spec.key,
+        "rows": rows,
+        "cited": {k: list(v) for k, v in spec.cited.items()},
+        "differences": pairs,
+        "measured on": list(on),
+        "protocol": first and first.protocol,
+        "interval": f"95 %, {resamples} bootstrap draws over images; the trainings stay fixed",
+    }
 
 # %% ../../nbs/20b_tables.ipynb #022
-def _interval(c: dict, sign: str = "") -> str: return f"{c['value']:{sign}.1f} [{c['low']:{sign}.1f}, {c['high']:{sign}.1f}]"
+def _interval(c: dict, sign: str = "") -> str:
+    return f"{c['value']:{sign}.1f} [{c['low']:{sign}.1f}, {c['high']:{sign}.1f}]"
 
-def _line(*cells) -> str: return "| " + " | ".join(cells) + " |"
+
+def _line(*cells) -> str:
+    return "| " + " | ".join(cells) + " |"
+
 
 def markdown_table(
     summary: dict,  # from `summarise`
@@ -124,64 +196,106 @@ def markdown_table(
     paper = any(p is not None for r in rows.values() for p in r["paper"])
     out = [_line("", "", *columns, "trainings"), "|---|---|" + "---|" * (len(columns) + 1)]
     if paper:
-        for row, values in summary["cited"].items(): out.append(_line(row, "paper", *("–" if v is None else f"{v:.2f}" for v in values), ""))
+        for row, values in summary["cited"].items():
+            out.append(_line(row, "paper", *("–" if v is None else f"{v:.2f}" for v in values), ""))
     for row, r in rows.items():
         seeds = sorted({len(c["seeds"]) for c in r["cells"] if c})
-        out.append(_line(row, "here", *(_interval(c) if c else "–" for c in r["cells"]), "–".join(map(str, seeds))))
+        out.append(
+            _line(row, "here", *(_interval(c) if c else "–" for c in r["cells"]), "–".join(map(str, seeds)))
+        )
         if paper:
             out.append(_line("", "paper", *("–" if p is None else f"{p:.2f}" for p in r["paper"]), ""))
-            out.append(_line("", "gap", *("–" if c is None or p is None else f"{c['value'] - p:+.1f}" for c, p in zip(r["cells"], r["paper"])), ""))
+            out.append(
+                _line(
+                    "",
+                    "gap",
+                    *(
+                        "–" if c is None or p is None else f"{c['value'] - p:+.1f}"
+                        for c, p in zip(r["cells"], r["paper"])
+                    ),
+                    "",
+                )
+            )
     kinds = list(dict.fromkeys(k for r in rows.values() for k in r["by kind"]))
     if summary["differences"]:
-        out += ["", _line("Difference in overall IoU", "here", *["paper"] * paper, *kinds), "|---|---|" + "---|" * (len(kinds) + paper)]
+        out += [
+            "",
+            _line("Difference in overall IoU", "here", *["paper"] * paper, *kinds),
+            "|---|---|" + "---|" * (len(kinds) + paper),
+        ]
         for p in summary["differences"]:
             cells = [f"{p['paper']:+.2f}" if p["paper"] is not None else "–"] * paper
             cells += [_interval(p["by kind"][k], "+") if k in p["by kind"] else "–" for k in kinds]
             out.append(_line(f"{p['a']} − {p['b']}", _interval(p["ours"], "+"), *cells))
     if kinds:
         out += ["", _line("Overall IoU by kind", *kinds), "|---|" + "---|" * len(kinds)]
-        out += [_line(row, *(_interval(r["by kind"][k]) if k in r["by kind"] else "–" for k in kinds)) for row, r in rows.items()]
+        out += [
+            _line(row, *(_interval(r["by kind"][k]) if k in r["by kind"] else "–" for k in kinds))
+            for row, r in rows.items()
+        ]
     return "\n".join(out) + "\n"
 
 # %% ../../nbs/20b_tables.ipynb #027
 def sentence(
-    p: dict,   # one of a summary's "differences"
+    p: dict,  # one of a summary's "differences"
 ) -> str:
     "What the interval and the seeds allow to be said about one difference."
-    d, a, b = p["ours"], p["a"], p["b"]; seeds = d["by seed"] or [d["value"]]
+    d, a, b = p["ours"], p["a"], p["b"]
+    seeds = d["by seed"] or [d["value"]]
     text = f"{d['value']:+.1f} points of overall IoU [{d['low']:+.1f}, {d['high']:+.1f}]"
-    if d["by seed"] is None: text += ", from different numbers of trainings"
-    else: text += ", one training each" if len(seeds) == 1 else f", {sum(x > 0 for x in seeds)} of {len(seeds)} seeds above zero"
-    paper = "" if p["paper"] is None else f" The paper has {p['paper']:+.2f}."
-    if d["low"] <= 0 <= d["high"]: said = f"{a} and {b} are not told apart: {text}.{paper}"
-    elif min(seeds) * max(seeds) <= 0: said = f"{a} and {b} differ on these images, but not with every seed: {text}.{paper}"
+    if d["by seed"] is None:
+        text += ", from different numbers of trainings"
     else:
-        same = "" if p["paper"] is None else f" The paper has {p['paper']:+.2f}, {'the same' if d['value'] * p['paper'] > 0 else 'the opposite'} direction."
+        text += (
+            ", one training each"
+            if len(seeds) == 1
+            else f", {sum(x > 0 for x in seeds)} of {len(seeds)} seeds above zero"
+        )
+    paper = "" if p["paper"] is None else f" The paper has {p['paper']:+.2f}."
+    if d["low"] <= 0 <= d["high"]:
+        said = f"{a} and {b} are not told apart: {text}.{paper}"
+    elif min(seeds) * max(seeds) <= 0:
+        said = f"{a} and {b} differ on these images, but not with every seed: {text}.{paper}"
+    else:
+        same = (
+            ""
+            if p["paper"] is None
+            else f" The paper has {p['paper']:+.2f}, {'the same' if d['value'] * p['paper'] > 0 else 'the opposite'} direction."
+        )
         said = f"{a} is {'better' if d['low'] > 0 else 'worse'} than {b}{' in this pair of trainings' * (len(seeds) == 1)}: {text}.{same}"
     ahead = [f"{k} ({v['value']:+.1f})" for k, v in p["by kind"].items() if v["low"] > 0]
     behind = [f"{k} ({v['value']:+.1f})" for k, v in p["by kind"].items() if v["high"] < 0]
-    if ahead: said += f" By kind, {a} is ahead on {', '.join(ahead)}."
-    if behind: said += f" It is behind on {', '.join(behind)}."
+    if ahead:
+        said += f" By kind, {a} is ahead on {', '.join(ahead)}."
+    if behind:
+        said += f" It is behind on {', '.join(behind)}."
     return said
 
 # %% ../../nbs/20b_tables.ipynb #031
 def seed_spread(
-    summary: dict,        # from `summarise`
-) -> dict | None:         # "points": root mean square distance of two trainings; "rows": how many rows it is from; None without any
+    summary: dict,  # from `summarise`
+) -> (
+    dict | None
+):  # "points": root mean square distance of two trainings; "rows": how many rows it is from; None without any
     "How far two trainings of the same experiment lie apart in the column that counts, over all rows with several seeds."
-    each = [r["cells"][summary["key"]]["each seed"] for r in summary["rows"].values() if r["cells"][summary["key"]]]
+    each = [
+        r["cells"][summary["key"]]["each seed"]
+        for r in summary["rows"].values()
+        if r["cells"][summary["key"]]
+    ]
     variances = [np.var(e, ddof=1) for e in each if len(e) > 1]
     return {"points": float(np.sqrt(2 * np.mean(variances))), "rows": len(variances)} if variances else None
 
 # %% ../../nbs/20b_tables.ipynb #035
 def among_trainings(
-    p: dict,         # one of the summary's "differences"
-    summary: dict,   # from `summarise`
-) -> str:            # empty where both rows have one training, or both have several
+    p: dict,  # one of the summary's "differences"
+    summary: dict,  # from `summarise`
+) -> str:  # empty where both rows have one training, or both have several
     "Where the single training of one row lies among those of the other."
     cells = {row: summary["rows"][row]["cells"][summary["key"]] for row in (p["a"], p["b"])}
     one, several = sorted(cells, key=lambda row: len(cells[row]["each seed"]) if cells[row] else 0)
-    if not cells[one] or len(cells[one]["each seed"]) > 1 or len(cells[several]["each seed"]) < 2: return ""
+    if not cells[one] or len(cells[one]["each seed"]) > 1 or len(cells[several]["each seed"]) < 2:
+        return ""
     [x], others = cells[one]["each seed"], cells[several]["each seed"]
     where = "above them all" if x > max(others) else "below them all" if x < min(others) else "among them"
     return f" The {len(others)} trainings of {several} reach {min(others):.1f} to {max(others):.1f}; the one of {one}, {x:.1f}, lies {where}."
@@ -189,101 +303,178 @@ def among_trainings(
 # %% ../../nbs/20b_tables.ipynb #037
 def conclusions(
     summary: dict,  # from `summarise`
-) -> list[str]:     # a sentence or two for each difference, then the order of the rows
+) -> list[str]:  # a sentence or two for each difference, then the order of the rows
     "What the intervals allow to be said, in words; written from the numbers."
     lines = [sentence(p) + among_trainings(p, summary) for p in summary["differences"]]
     spread = seed_spread(summary)
     if spread and any(len(p["ours"]["by seed"] or [0, 0]) == 1 for p in summary["differences"]):
-        lines.append(f"Two trainings of the same row lie {spread['points']:.1f} points apart (root mean square; {spread['rows']} rows have several): "
-                     "a difference between single trainings that is not clearly larger may be the seed's.")
+        lines.append(
+            f"Two trainings of the same row lie {spread['points']:.1f} points apart (root mean square; {spread['rows']} rows have several): "
+            "a difference between single trainings that is not clearly larger may be the seed's."
+        )
     key, whole = summary["key"], {row: r for row, r in summary["rows"].items() if r["cells"][summary["key"]]}
     if len(whole) > 1:
-        order = sorted(whole, key=lambda row: -whole[row]["cells"][key]["value"]); text = f"Order by {summary['columns'][key]} here: {' > '.join(order)}"
+        order = sorted(whole, key=lambda row: -whole[row]["cells"][key]["value"])
+        text = f"Order by {summary['columns'][key]} here: {' > '.join(order)}"
         if all(r["paper"][key] is not None for r in whole.values()):
             theirs = sorted(whole, key=lambda row: -whole[row]["paper"][key])
-            text += "; the same as in the paper" if order == theirs else f"; in the paper: {' > '.join(theirs)}"
+            text += (
+                "; the same as in the paper" if order == theirs else f"; in the paper: {' > '.join(theirs)}"
+            )
         lines.append(text + ".")
     return lines
 
 # %% ../../nbs/20b_tables.ipynb #042
-CONTROL_NAMES = {"": "picture and phrase", ".no-text": "no phrase", ".no-image": "no picture", ".shuffled": "phrases shuffled between samples",
-                 ".other": "another object's phrase"}
+CONTROL_NAMES = {
+    "": "picture and phrase",
+    ".no-text": "no phrase",
+    ".no-image": "no picture",
+    ".shuffled": "phrases shuffled between samples",
+    ".other": "another object's phrase",
+}
+
 
 def controls_table(
-    runs: dict,   # from `load_runs`
+    runs: dict,  # from `load_runs`
 ) -> str:
     "Mean IoU of SHNet on each data set with its words or its picture taken away, in markdown; empty without records."
     found = {}
     for (name, split), records in runs.items():
         base, _, control = split.partition(".")
-        if control: found.setdefault((name, base), {})["." + control] = records
-    if not found: return ""
+        if control:
+            found.setdefault((name, base), {})["." + control] = records
+    if not found:
+        return ""
     title = lambda name, split: f"{runs[name, split][0].protocol['dataset']} {split}"
-    cell = lambda records: f"{np.mean([r.metrics['mean_iou']['value'] for r in records]):.1f}" if records else "–"
+    cell = lambda records: (
+        f"{np.mean([r.metrics['mean_iou']['value'] for r in records]):.1f}" if records else "–"
+    )
     out = [_line("Mean IoU", *(title(*key) for key in found)), "|---|" + "---|" * len(found)]
-    out += [_line(text, *(cell(runs[key] if not control else kept.get(control)) for key, kept in found.items())) for control, text in CONTROL_NAMES.items()]
+    out += [
+        _line(text, *(cell(runs[key] if not control else kept.get(control)) for key, kept in found.items()))
+        for control, text in CONTROL_NAMES.items()
+    ]
     return "\n".join(out) + "\n"
 
 # %% ../../nbs/20b_tables.ipynb #046
 def cost_table(
-    runs: dict,   # from `load_runs`
+    runs: dict,  # from `load_runs`
 ) -> str:
     "Parameters, operations, time and memory of each training, in markdown; rows without recorded cost are left out."
-    out = [_line("Training", "trained parameters", "GFLOP a phrase", "minutes", "peak memory, GB", "machine"), "|---|" + "---|" * 5]
+    out = [
+        _line("Training", "trained parameters", "GFLOP a phrase", "minutes", "peak memory, GB", "machine"),
+        "|---|" + "---|" * 5,
+    ]
     shown = {}
     for (name, split), records in runs.items():
-        if "." not in split and all("cost" in r.config for r in records): shown.setdefault(name, records)
+        if "." not in split and all("cost" in r.config for r in records):
+            shown.setdefault(name, records)
     for name, records in shown.items():
-        c = [r.config["cost"] for r in records]; m = records[0].machine
-        out.append(_line(name, f"{c[0]['parameters']:,}", f"{c[0]['GFLOP']:.2f}", f"{np.mean([x['seconds'] for x in c]) / 60:.1f}",
-                         f"{max(x['peak memory'] for x in c) / 1e9:.1f}", m.get("device_name", m["device"])))
+        c = [r.config["cost"] for r in records]
+        m = records[0].machine
+        out.append(
+            _line(
+                name,
+                f"{c[0]['parameters']:,}",
+                f"{c[0]['GFLOP']:.2f}",
+                f"{np.mean([x['seconds'] for x in c]) / 60:.1f}",
+                f"{max(x['peak memory'] for x in c) / 1e9:.1f}",
+                m.get("device_name", m["device"]),
+            )
+        )
     return "\n".join(out) + "\n" if shown else ""
 
 # %% ../../nbs/20b_tables.ipynb #050
 def family_costs(
-    runs: dict,            # from `load_runs`; may be empty
-) -> dict[str, dict]:      # system -> what it costs, see `model_cost`; and of its records on UNC val, the recorded cost of the first
+    runs: dict,  # from `load_runs`; may be empty
+) -> dict[
+    str, dict
+]:  # system -> what it costs, see `model_cost`; and of its records on UNC val, the recorded cost of the first
     "What the four systems cost; a system whose libraries are not installed costs {}."
     found = {}
     for label, cells in tables()["family"].rows.items():
         recorded = next((r.config for r in runs.get((cells[0].experiment, "val"), ())), {})
         training = recorded.get("training") or plan("", "family", rows=(label,))[-1]["config"]
-        try: found[label] = model_cost(training["model"], model_config(training)) | recorded.get("cost", {})
-        except ImportError: found[label] = {}   # timm or transformers, of the extra `zoo`
+        try:
+            found[label] = model_cost(training["model"], model_config(training)) | recorded.get("cost", {})
+        except ImportError:
+            found[label] = {}  # timm or transformers, of the extra `zoo`
     return found
 
+
 def family_table(
-    runs: dict,              # from `load_runs`; may be empty
-    resamples: int = 2000,   # bootstrap draws over images
+    runs: dict,  # from `load_runs`; may be empty
+    resamples: int = 2000,  # bootstrap draws over images
 ) -> str:
     "Size, price and score of the four systems, in markdown; what was not trained or measured yet is said to be so."
     costs, ms = family_costs(runs), lambda seconds: f"{1000 * seconds:.1f}"
-    show = {"trained parameters": "{:,}".format, "GFLOP an image": "{:.3f}".format, "GFLOP a phrase": "{:.3f}".format,
-            "seconds an image": ms, "seconds a phrase": ms, "seconds": lambda s: f"{s / 60:.0f}", "peak memory": lambda b: f"{b / 1e9:.1f}"}
-    out = [_line("System", "trained parameters", "GFLOP, an image", "each phrase", "ms, an image", "each phrase", "minutes of training", "peak memory, GB",
-                 *(f"{tables()[name].title.rpartition(' ')[2]} val" for name in ("family", "family+"))), "|---|" + "---|" * 9]
+    show = {
+        "trained parameters": "{:,}".format,
+        "GFLOP an image": "{:.3f}".format,
+        "GFLOP a phrase": "{:.3f}".format,
+        "seconds an image": ms,
+        "seconds a phrase": ms,
+        "seconds": lambda s: f"{s / 60:.0f}",
+        "peak memory": lambda b: f"{b / 1e9:.1f}",
+    }
+    out = [
+        _line(
+            "System",
+            "trained parameters",
+            "GFLOP, an image",
+            "each phrase",
+            "ms, an image",
+            "each phrase",
+            "minutes of training",
+            "peak memory, GB",
+            *(f"{tables()[name].title.rpartition(' ')[2]} val" for name in ("family", "family+")),
+        ),
+        "|---|" + "---|" * 9,
+    ]
     for label in tables()["family"].rows:
         cells = [tables()[name].rows[label][0] for name in ("family", "family+")]
         records = [runs.get((cell.experiment, cell.split)) for cell in cells]
-        scores = [f"{_interval(row_scores(r, resamples)['Overall IoU'])}, {len(r)} training{'s' * (len(r) > 1)}" if r else "not trained yet" for r in records]
-        out.append(_line(label, *(f(costs[label][k]) if k in costs[label] else "–" for k, f in show.items()), *scores))
+        scores = [
+            f"{_interval(row_scores(r, resamples)['Overall IoU'])}, {len(r)} training{'s' * (len(r) > 1)}"
+            if r
+            else "not trained yet"
+            for r in records
+        ]
+        out.append(
+            _line(
+                label, *(f(costs[label][k]) if k in costs[label] else "–" for k, f in show.items()), *scores
+            )
+        )
     return "\n".join(out) + "\n"
 
 # %% ../../nbs/20b_tables.ipynb #054
 def print_table(
-    summary: dict,       # from `summarise`
-    console=None,        # a rich console
+    summary: dict,  # from `summarise`
+    console=None,  # a rich console
 ):
     "The table and its conclusions for a terminal, with rich."
     from rich.console import Console
     from rich.table import Table as RichTable
-    console = console or Console(); p = summary["protocol"] or {}
+
+    console = console or Console()
+    p = summary["protocol"] or {}
     table = RichTable(title=f"{summary['title']}: here ({p.get('dataset', '?')}) and in the paper")
-    for c in ("", "", *(c.replace("prec@0", "P@") for c in summary["columns"]), "95 %"): table.add_column(c, justify="right" if c else "left", no_wrap=True)
+    for c in ("", "", *(c.replace("prec@0", "P@") for c in summary["columns"]), "95 %"):
+        table.add_column(c, justify="right" if c else "left", no_wrap=True)
     for row, r in summary["rows"].items():
         cell = r["cells"][summary["key"]]
         ends = f"{cell['low']:.1f}–{cell['high']:.1f}" if cell else ""
-        table.add_row(row, "here", *(f"{c['value']:.1f}" if c else "–" for c in r["cells"]), ends, style="bold")
-        table.add_row("", "paper", *("–" if v is None else f"{v:.1f}" for v in r["paper"]), "", style="dim", end_section=True)
+        table.add_row(
+            row, "here", *(f"{c['value']:.1f}" if c else "–" for c in r["cells"]), ends, style="bold"
+        )
+        table.add_row(
+            "",
+            "paper",
+            *("–" if v is None else f"{v:.1f}" for v in r["paper"]),
+            "",
+            style="dim",
+            end_section=True,
+        )
     console.print(table)
-    for line in conclusions(summary): console.print("· " + line, highlight=False, soft_wrap=True)
+    for line in conclusions(summary):
+        console.print("· " + line, highlight=False, soft_wrap=True)

@@ -36,42 +36,66 @@ from ..training.evaluation import git_commit, machine, versions
 from ..training.learner import peak_memory, reset_peak_memory
 
 # %% ../../nbs/21_fast.ipynb #005
-SAVINGS = ("encode once", "short text", "one SFM call", "fused attention", "split gates", "2-D convolution", "small-map decoder")
+SAVINGS = (
+    "encode once",
+    "short text",
+    "one SFM call",
+    "fused attention",
+    "split gates",
+    "2-D convolution",
+    "small-map decoder",
+)
 
 
 class AsPublished(nn.Module):
     "A SHNet's function as the equations and the released program's order of work have it, without the exact savings that are not asked for."
+
     def __init__(
         self,
-        model: SHNet,                      # with SFM and HCAM; its weights are used, not copied
-        savings: tuple[str, ...] = (),     # of `SAVINGS`
+        model: SHNet,  # with SFM and HCAM; its weights are used, not copied
+        savings: tuple[str, ...] = (),  # of `SAVINGS`
     ):
         super().__init__()
-        if unknown := set(savings) - set(SAVINGS): raise ValueError(f"no saving called {min(unknown)!r}; there are {', '.join(SAVINGS)}")
-        if not (getattr(model.config, "use_sfm", False) and model.config.use_hcam): raise ValueError("the published way is written for SHNet with SFM and HCAM")
+        if unknown := set(savings) - set(SAVINGS):
+            raise ValueError(f"no saving called {min(unknown)!r}; there are {', '.join(SAVINGS)}")
+        if not (getattr(model.config, "use_sfm", False) and model.config.use_hcam):
+            raise ValueError("the published way is written for SHNet with SFM and HCAM")
         self.model, self.savings = model, set(savings)
 
     def forward(
         self,
-        images: Tensor,                  # [K, 3, S, S] uint8
-        words: Int[Tensor, "B T"],       # word numbers, padded with 0
+        images: Tensor,  # [K, 3, S, S] uint8
+        words: Int[Tensor, "B T"],  # word numbers, padded with 0
         image_index: Int[Tensor, " B"],  # the image of each expression
-    ) -> Float[Tensor, "B h w"]:         # logits
+    ) -> Float[Tensor, "B h w"]:  # logits
         "What `SHNet.forward` gives."
         m = self.model
-        features = [f[image_index] for f in m.encode(images)] if "encode once" in self.savings else m.encode(images[image_index])
-        if "short text" not in self.savings: words = F.pad(words, (0, m.config.max_words - words.shape[1]))
+        features = (
+            [f[image_index] for f in m.encode(images)]
+            if "encode once" in self.savings
+            else m.encode(images[image_index])
+        )
+        if "short text" not in self.savings:
+            words = F.pad(words, (0, m.config.max_words - words.shape[1]))
         with nullcontext() if "fused attention" in self.savings else sdpa_kernel(SDPBackend.MATH):
             maps, vectors = self.fuse(features, m.text(words))
-        return self.decode(m.aspp(m.hcam(maps, vectors) if {"split gates", "2-D convolution"} <= self.savings else self.hcam(maps, vectors)))
+        return self.decode(
+            m.aspp(
+                m.hcam(maps, vectors)
+                if {"split gates", "2-D convolution"} <= self.savings
+                else self.hcam(maps, vectors)
+            )
+        )
 
 # %% ../../nbs/21_fast.ipynb #007
 def _fuse(self: AsPublished, features, language) -> tuple[list[Tensor], list[Tensor]]:
     "SFM a level at a time: maps and language vectors, three of each."
-    if "one SFM call" in self.savings: return self.model.fuse(features, language)[:2]
+    if "one SFM call" in self.savings:
+        return self.model.fuse(features, language)[:2]
     sfm = list(self.model.sfm) * (3 // len(self.model.sfm))
     maps, words, _ = zip(*(s(f, language.words, language.mask) for s, f in zip(sfm, features)))
     return list(maps), [average_words(w, language.mask) for w in words]
+
 
 AsPublished.fuse = _fuse
 
@@ -79,14 +103,21 @@ AsPublished.fuse = _fuse
 def _hcam(self: AsPublished, maps, vectors) -> Tensor:
     "Equations 2 and 3 as they are written."
     h, mixed = self.model.hcam, []
+
     def weight(gate, f, vector):
-        if "split gates" in self.savings: return gate(gate.visual(f), vector)
+        if "split gates" in self.savings:
+            return gate(gate.visual(f), vector)
         return torch.sigmoid(gate.after(gate.conv(torch.cat([f, vector[:, :, None, None].expand_as(f)], 1))))
+
     for i, f in enumerate(maps):
         mixed.append(f + sum(weight(h.gate(i, j), f, vectors[j]) * maps[j] for j in range(3) if j != i))
-    if "2-D convolution" in self.savings: return h.aggregate(mixed)
+    if "2-D convolution" in self.savings:
+        return h.aggregate(mixed)
     conv = h.aggregate.conv
-    return h.aggregate.after(F.conv3d(torch.stack(mixed, 2), conv.weight, conv.bias, padding=(0, 1, 1)).squeeze(2))
+    return h.aggregate.after(
+        F.conv3d(torch.stack(mixed, 2), conv.weight, conv.bias, padding=(0, 1, 1)).squeeze(2)
+    )
+
 
 AsPublished.hcam = _hcam
 
@@ -94,87 +125,117 @@ AsPublished.hcam = _hcam
 def _decode(self: AsPublished, x: Tensor) -> Tensor:
     "Convolution after doubling."
     d = self.model.decoder
-    if "small-map decoder" in self.savings: return d(x)
+    if "small-map decoder" in self.savings:
+        return d(x)
     for i, conv in enumerate(d.convs):
         x = conv(x)
-        if i < len(d.convs) - 1: x = d.dropout(x)
-        if i < d.doublings: x = double(x)
+        if i < len(d.convs) - 1:
+            x = d.dropout(x)
+        if i < d.doublings:
+            x = double(x)
     return d.last(x).squeeze(1)
+
 
 AsPublished.decode = _decode
 
 # %% ../../nbs/21_fast.ipynb #019
 def make_case(
-    preset: str = "paper",     # of SHNet
-    pixels: int = 320,         # side of the pictures
-    phrases: int = 7,          # expressions about each picture
-    images: int = 1,           # K
-    length: int = 8,           # words in the longest phrase
-    device: str = "cpu",       # "meta" counts without computing
-) -> tuple[SHNet, tuple]:      # a model with random weights, and what it is given: images, words, image_index
+    preset: str = "paper",  # of SHNet
+    pixels: int = 320,  # side of the pictures
+    phrases: int = 7,  # expressions about each picture
+    images: int = 1,  # K
+    length: int = 8,  # words in the longest phrase
+    device: str = "cpu",  # "meta" counts without computing
+) -> tuple[SHNet, tuple]:  # a model with random weights, and what it is given: images, words, image_index
     "A model and a batch for measuring; phrases have 2 to `length` words."
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta" if device == "meta" else "cpu"):
-        model = create_model("shnet", preset, vocab_size=10_000, backbone_weights="none", **({"image_size": pixels} if preset != "refshapes" else {}))
+        model = create_model(
+            "shnet",
+            preset,
+            vocab_size=10_000,
+            backbone_weights="none",
+            **({"image_size": pixels} if preset != "refshapes" else {}),
+        )
     pictures = torch.randint(0, 256, (images, 3, pixels, pixels), dtype=torch.uint8, generator=generator)
     words = torch.randint(2, 10_000, (images * phrases, length), generator=generator)
-    words[1:] *= torch.arange(length) < torch.randint(2, length + 1, (images * phrases - 1, 1), generator=generator)
+    words[1:] *= torch.arange(length) < torch.randint(
+        2, length + 1, (images * phrases - 1, 1), generator=generator
+    )
     index = torch.arange(images).repeat_interleave(phrases)
     for part in model.modules():
-        if isinstance(part, nn.Conv2d): part.to(memory_format=torch.channels_last)   # as the learner does
-    with torch.no_grad():   # PyTorch's first weights let a signal fade from layer to layer, and answers that are all alike would agree too easily
+        if isinstance(part, nn.Conv2d):
+            part.to(memory_format=torch.channels_last)  # as the learner does
+    # PyTorch's first weights let a signal fade from layer to layer, and answers that are all alike would
+    # agree too easily
+    with torch.no_grad():
         for head in (model.hcam.aggregate, model.aspp, model.decoder):
             for part in head.modules():
-                if isinstance(part, (nn.Conv2d, nn.Conv3d)): part.weight.mul_(6**.5)
+                if isinstance(part, (nn.Conv2d, nn.Conv3d)):
+                    part.weight.mul_(6**0.5)
     return model.to(device).eval(), tuple(t.to(device) for t in (pictures, words, index))
 
 
 def count(
-    run: Callable,     # a forward pass
+    run: Callable,  # a forward pass
     *batch: Tensor,
     training: bool = False,  # with its backward pass
-) -> float:            # GFLOP
+) -> float:  # GFLOP
     "Floating-point operations of a step, 2 for a multiply-add."
     from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
         logits = run(*batch)
-        if training: logits.sum().backward()
+        if training:
+            logits.sum().backward()
     return counter.get_total_flops() / 1e9
 
 # %% ../../nbs/21_fast.ipynb #025
 def training_memory(
-    run: nn.Module,     # on any device, "meta" too, in training mode
+    run: nn.Module,  # on any device, "meta" too, in training mode
     *batch: Tensor,
 ) -> dict[str, float]:  # GB: "weights", "gradients", "optimizer", "activations", "total"
     "The memory that a training step holds at its fullest moment, by accounting."
     kept, own = {}, {p.untyped_storage()._cdata for p in (*run.parameters(), *run.buffers())}
+
     def keep(t: Tensor) -> Tensor:
-        if t.untyped_storage()._cdata not in own: kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        if t.untyped_storage()._cdata not in own:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): held = run(*batch).sum()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        held = run(*batch).sum()
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / 1e9
     trained = size(p for p in run.parameters() if p.requires_grad)
-    found = {"weights": size((*run.parameters(), *run.buffers())), "gradients": trained, "optimizer": 2 * trained, "activations": sum(kept.values()) / 1e9}
+    found = {
+        "weights": size((*run.parameters(), *run.buffers())),
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "activations": sum(kept.values()) / 1e9,
+    }
     del held
     return found | {"total": sum(found.values())}
 
 # %% ../../nbs/21_fast.ipynb #029
 def fold_norms(
-    model: nn.Module,   # in eval mode
-) -> nn.Module:         # a copy
+    model: nn.Module,  # in eval mode
+) -> nn.Module:  # a copy
     "A copy in which each BatchNorm that directly follows a convolution has become part of it."
-    if model.training: raise ValueError("fold_norms is for inference: call model.eval() first")
+    if model.training:
+        raise ValueError("fold_norms is for inference: call model.eval() first")
     model = copy.deepcopy(model)
     for part in model.modules():
         children = list(part.named_children())
         for (name, conv), (after, norm) in zip(children, children[1:]):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(part, name, fuse_conv_bn_eval(conv, norm)); setattr(part, after, nn.Identity())
+                setattr(part, name, fuse_conv_bn_eval(conv, norm))
+                setattr(part, after, nn.Identity())
     return model
 
 # %% ../../nbs/21_fast.ipynb #033
 class Segment(nn.Module):
     "`SHNet.segment` as a module's forward, for exporting."
+
     def __init__(self, model: SHNet):
         super().__init__()
         self.model = model
@@ -185,28 +246,32 @@ class Segment(nn.Module):
 
 
 def export_segment(
-    model: SHNet,      # in eval mode
+    model: SHNet,  # in eval mode
     phrases: int = 1,  # B
-    words: int = 25,   # T: every phrase is padded to it
-):                     # a `torch.export.ExportedProgram`: three levels [1, C, H, W], words [B, T] and image_index [B] to logits [B, h, w]
+    words: int = 25,  # T: every phrase is padded to it
+):  # a `torch.export.ExportedProgram`: three levels [1, C, H, W], words [B, T] and image_index [B] to logits [B, h, w]
     "The part that runs once a phrase, as a graph without Python, for fixed numbers of phrases and words."
-    c = model.config; p = next(model.parameters())
+    c = model.config
+    p = next(model.parameters())
     levels = [p.new_zeros(1, c.channels, c.grid, c.grid) for _ in range(3)]
     tokens = torch.ones(phrases, words, dtype=torch.long, device=p.device)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The tensor attributes", UserWarning)   # the LSTM lists its weights a second time; they are parameters
+        # the LSTM lists its weights a second time; they are parameters
+        warnings.filterwarnings("ignore", "The tensor attributes", UserWarning)
         return torch.export.export(Segment(model.eval()), (*levels, tokens, tokens[:, 0] * 0))
 
 # %% ../../nbs/21_fast.ipynb #037
 def export_onnx(
-    model: SHNet,      # in eval mode
+    model: SHNet,  # in eval mode
     path: str | Path,  # of the file that is written, such as segment.onnx
     phrases: int = 1,  # B
-    words: int = 25,   # T: every phrase is padded to it
-) -> Path:             # the file: inputs v2, v3, v4, words and image_index, as for `export_segment`
+    words: int = 25,  # T: every phrase is padded to it
+) -> Path:  # the file: inputs v2, v3, v4, words and image_index, as for `export_segment`
     "The part that runs once a phrase, for ONNX Runtime and others."
-    try: import onnxscript  # noqa: F401
-    except ImportError as error: raise ImportError("ONNX needs two packages more: pip install 'refseg_nb[onnx]'") from error
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("ONNX needs two packages more: pip install 'refseg_nb[onnx]'") from error
     torch.onnx.export(export_segment(model, phrases, words), dynamo=True, verbose=False).save(path)
     return Path(path)
 
@@ -216,28 +281,31 @@ def matmul_peak(
     dtype: torch.dtype = torch.float32,
     side: int = 2048,
     repeats: int = 5,
-) -> float:     # GFLOP/s
+) -> float:  # GFLOP/s
     "What this machine reaches in a large matrix product: the fastest of some. On a CPU a second is one of processor time, all threads together."
     a, best = torch.randn(side, side, device=device).to(dtype), math.inf
-    for _ in range(repeats): best = min(best, timed(lambda: a @ a, device)[0 if device.startswith("cuda") else 1])
+    for _ in range(repeats):
+        best = min(best, timed(lambda: a @ a, device)[0 if device.startswith("cuda") else 1])
     return 2 * side**3 / best / 1e9
 
 
 def timed(
     work: Callable,
     device: str = "cpu",
-) -> tuple[float, float]:   # seconds on the clock, seconds of processor time
+) -> tuple[float, float]:  # seconds on the clock, seconds of processor time
     "How long some work takes, to its end."
     wait = torch.cuda.synchronize if str(device).startswith("cuda") else (lambda: None)
-    wait(); wall, cpu = time.perf_counter(), time.process_time()
-    work(); wait()
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    wait()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def peak_of(
     work: Callable,
     device: str = "cpu",
-) -> int | None:        # bytes; None where the system does not tell
+) -> int | None:  # bytes; None where the system does not tell
     "The largest memory while some work runs: torch's on a GPU, else this process's (Linux)."
     known = reset_peak_memory(device)
     work()
@@ -246,92 +314,144 @@ def peak_of(
 # %% ../../nbs/21_fast.ipynb #044
 def precisions(device: str = "cpu") -> tuple[str, ...]:  # "fp32", and "bf16" where the machine computes in it
     "What is worth measuring here."
-    has = torch.cuda.is_bf16_supported() if str(device).startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
+    has = (
+        torch.cuda.is_bf16_supported()
+        if str(device).startswith("cuda")
+        else torch.cpu._is_avx512_bf16_supported()
+    )
     return ("fp32", "bf16") if has else ("fp32",)
 
 
 def ways_of(
-    what: str,         # "inference" or "training"
+    what: str,  # "inference" or "training"
     model: SHNet,
-    batch: tuple,      # images, words, image_index
+    batch: tuple,  # images, words, image_index
     device: str = "cpu",
     compiled: bool = False,  # also with torch.compile
-) -> dict[str, Callable]:    # "as published, fp32", ... -> one step
+) -> dict[str, Callable]:  # "as published, fp32", ... -> one step
     "What is measured against each other."
     model.train(what == "training")
     images, words, index = batch
-    with torch.no_grad(): levels = model.backbone(images)
+    with torch.no_grad():
+        levels = model.backbone(images)
     runs = {"as published": lambda: AsPublished(model)(*batch), "here": lambda: model(*batch)}
-    if what == "training": runs["here, features cached"] = lambda: model.segment(model.adapt(levels), words, index)
+    if what == "training":
+        runs["here, features cached"] = lambda: model.segment(model.adapt(levels), words, index)
     else:
         folded = fold_norms(model)
         runs["here, norms folded"] = lambda: folded(*batch)
     if compiled:
         faster = torch.compile(model)
         runs["here, compiled"] = lambda: faster(*batch)
+
     def step(run, precision):
         kind = str(device).split(":")[0]
         mixed = torch.autocast(kind, torch.bfloat16) if precision == "bf16" else nullcontext()
         if what == "inference":
-            with torch.no_grad(), mixed: return run().float()
-        with mixed: loss = F.binary_cross_entropy_with_logits(logits := run().float(), torch.zeros_like(logits))
-        model.zero_grad(set_to_none=True); loss.backward()
+            with torch.no_grad(), mixed:
+                return run().float()
+        with mixed:
+            loss = F.binary_cross_entropy_with_logits(logits := run().float(), torch.zeros_like(logits))
+        model.zero_grad(set_to_none=True)
+        loss.backward()
         return logits.detach()
-    pairs = [(run, precision, f"{name}, {precision}") for precision in precisions(device) for name, run in runs.items()]
-    return {label: (lambda run=run, precision=precision: step(run, precision)) for run, precision, label in pairs}
+
+    pairs = [
+        (run, precision, f"{name}, {precision}")
+        for precision in precisions(device)
+        for name, run in runs.items()
+    ]
+    return {
+        label: (lambda run=run, precision=precision: step(run, precision)) for run, precision, label in pairs
+    }
 
 # %% ../../nbs/21_fast.ipynb #046
 def measure(
-    what: str,                # "inference" or "training"
+    what: str,  # "inference" or "training"
     pixels: int = 320,
     phrases: int = 7,
     preset: str = "paper",
-    repeats: int = 3,         # rounds, after one to warm up
+    repeats: int = 3,  # rounds, after one to warm up
     device: str = "cpu",
     compiled: bool = False,
     only: tuple[str, ...] | None = None,  # names of ways
-) -> dict:                    # a record
+) -> dict:  # a record
     "One case of the benchmark, all ways in turns."
     model, batch = make_case(preset, pixels, max(phrases, 2 if what == "training" else 1), device=device)
     phrases = len(batch[1])
-    ways = {name: way for name, way in ways_of(what, model, batch, device, compiled).items() if only is None or name in only}
+    ways = {
+        name: way
+        for name, way in ways_of(what, model, batch, device, compiled).items()
+        if only is None or name in only
+    }
     meta, empty = make_case(preset, pixels, phrases, device="meta")
     training = what == "training"
-    gflop = {"as published": count(AsPublished(meta.train(training)), *empty, training=training), "here": count(meta, *empty, training=training)}
+    gflop = {
+        "as published": count(AsPublished(meta.train(training)), *empty, training=training),
+        "here": count(meta, *empty, training=training),
+    }
     answers, memory = {}, {}
-    for name, way in ways.items(): memory[name] = peak_of(lambda name=name, way=way: answers.update({name: way()}), device)
+    for name, way in ways.items():
+        memory[name] = peak_of(lambda name=name, way=way: answers.update({name: way()}), device)
     times = {name: [] for name in ways}
     for _ in range(repeats):
-        for name, way in ways.items(): times[name].append(timed(way, device))
-    peak = {p: matmul_peak(device, torch.bfloat16 if p == "bf16" else torch.float32) for p in precisions(device)}
+        for name, way in ways.items():
+            times[name].append(timed(way, device))
+    peak = {
+        p: matmul_peak(device, torch.bfloat16 if p == "bf16" else torch.float32) for p in precisions(device)
+    }
     first, rows = next(iter(ways)), {}
     for name in ways:
         seconds, cpu = (statistics.median(column) for column in zip(*times[name]))
-        work = gflop["as published" if name.startswith("as published") else "here"] if "cached" not in name else None
+        work = (
+            gflop["as published" if name.startswith("as published") else "here"]
+            if "cached" not in name
+            else None
+        )
         busy = seconds if device.startswith("cuda") else cpu
-        rows[name] = {"seconds": seconds, "cpu_seconds": cpu, "expressions_per_second": phrases / seconds, "gflop": work and round(work, 1),
-                      "share_of_peak": work and work / busy / peak[name.rsplit(" ", 1)[1]], "peak_memory": memory[name],
-                      "times_as_fast": statistics.median(a[0] for a in times[first]) / seconds,
-                      "times_less_cpu": statistics.median(a[1] for a in times[first]) / cpu if cpu else None,
-                      "difference": float((answers[name] - answers[first]).abs().max()) if not training else None}
-    return {"what": what, "pixels": pixels, "phrases": phrases, "preset": preset, "repeats": repeats, "rows": rows, "matmul_gflops": peak,
-            "spread_of_logits": float(answers[first].std())} | _about(device)
+        rows[name] = {
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "expressions_per_second": phrases / seconds,
+            "gflop": work and round(work, 1),
+            "share_of_peak": work and work / busy / peak[name.rsplit(" ", 1)[1]],
+            "peak_memory": memory[name],
+            "times_as_fast": statistics.median(a[0] for a in times[first]) / seconds,
+            "times_less_cpu": statistics.median(a[1] for a in times[first]) / cpu if cpu else None,
+            "difference": float((answers[name] - answers[first]).abs().max()) if not training else None,
+        }
+    return {
+        "what": what,
+        "pixels": pixels,
+        "phrases": phrases,
+        "preset": preset,
+        "repeats": repeats,
+        "rows": rows,
+        "matmul_gflops": peak,
+        "spread_of_logits": float(answers[first].std()),
+    } | _about(device)
 
 
 def _about(device: str) -> dict:
     "Where and when."
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    return {"machine": machine(device), "load": load, "versions": versions(), "commit": git_commit(), "system": platform.system(),
-            "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+    return {
+        "machine": machine(device),
+        "load": load,
+        "versions": versions(),
+        "commit": git_commit(),
+        "system": platform.system(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
 
 # %% ../../nbs/21_fast.ipynb #050
 def loader_rate(
-    root: Path,            # of a RefShapes data set
+    root: Path,  # of a RefShapes data set
     pixels: int = 320,
-    stored: bool = True,   # from the image store; False: each picture decoded and resized again
-    workers: int = 0,      # processes
-    seconds: float = 2.,   # at least
-) -> float:                # expressions a second
+    stored: bool = True,  # from the image store; False: each picture decoded and resized again
+    workers: int = 0,  # processes
+    seconds: float = 2.0,  # at least
+) -> float:  # expressions a second
     "How fast the loader alone is."
     import tempfile
 
@@ -339,60 +459,99 @@ def loader_rate(
     from refseg_nb.data.refer import Refer
     from refseg_nb.data.store import build_store
     from refseg_nb.data.words import vocabulary_for
+
     refer = Refer(root, "refshapes")
     with tempfile.TemporaryDirectory() as folder:
         store = build_store(refer, pixels, 72, folder, progress=False) if stored else None
-        data = RISDataset(refer, "train", vocabulary_for(refer), pixels, 72, store=store, cache_gb=0.)
+        data = RISDataset(refer, "train", vocabulary_for(refer), pixels, 72, store=store, cache_gb=0.0)
         n, epoch, start = 0, 0, None
         while start is None or time.perf_counter() - start < seconds:
-            for batch in make_loader(data, 7, shuffle=True, epoch=epoch, num_workers=workers): n += len(batch)
+            for batch in make_loader(data, 7, shuffle=True, epoch=epoch, num_workers=workers):
+                n += len(batch)
             epoch += 1
-            if start is None: n, start = 0, time.perf_counter()   # the first pass warms up
+            if start is None:
+                n, start = 0, time.perf_counter()  # the first pass warms up
         return n / (time.perf_counter() - start)
 
 
 def measure_loader(
     pixels: tuple[int, ...] = (320, 448),
     workers: tuple[int, ...] = (0, 2),
-    seconds: float = 2.,
-) -> dict:   # a record
+    seconds: float = 2.0,
+) -> dict:  # a record
     "The loader's rates, with and without the store."
     from refseg_nb.course import tiny_data
+
     root = tiny_data()
-    rows = {f"{size} px, {'store' if stored else 'files'}, {n} workers": {"expressions_per_second": loader_rate(root, size, stored, n, seconds)}
-            for size in pixels for stored in (True, False) for n in workers}
+    rows = {
+        f"{size} px, {'store' if stored else 'files'}, {n} workers": {
+            "expressions_per_second": loader_rate(root, size, stored, n, seconds)
+        }
+        for size in pixels
+        for stored in (True, False)
+        for n in workers
+    }
     return {"what": "loader", "rows": rows} | _about("cpu")
 
 # %% ../../nbs/21_fast.ipynb #054
-def cases(quick: bool = False) -> dict[str, dict]:   # name of the record -> arguments of `measure`
+def cases(quick: bool = False) -> dict[str, dict]:  # name of the record -> arguments of `measure`
     "What the benchmark consists of; the important ones first."
-    if quick: return {f"quick-{what}": dict(what=what, pixels=96, phrases=2, preset="refshapes", repeats=1) for what in ("inference", "training")}
-    of = lambda what, pixels, phrases, repeats: {f"{what}-{pixels}px-{phrases}": dict(what=what, pixels=pixels, phrases=phrases, repeats=repeats)}
+    if quick:
+        return {
+            f"quick-{what}": dict(what=what, pixels=96, phrases=2, preset="refshapes", repeats=1)
+            for what in ("inference", "training")
+        }
+    of = lambda what, pixels, phrases, repeats: {
+        f"{what}-{pixels}px-{phrases}": dict(what=what, pixels=pixels, phrases=phrases, repeats=repeats)
+    }
     compiled = ("here, fp32", "here, compiled, fp32", "here, bf16", "here, compiled, bf16")
-    return (of("inference", 320, 7, 5) | of("training", 320, 7, 3) | of("inference", 320, 1, 3) | of("inference", 448, 7, 3) | of("inference", 320, 30, 1)
-            | of("training", 320, 1, 1) | of("training", 448, 7, 1) | of("inference", 448, 1, 1) | of("inference", 448, 30, 1) | of("training", 320, 30, 1)
-            | of("training", 448, 1, 1) | of("training", 448, 30, 1)
-            | {"compiled-320px-7": dict(what="inference", pixels=320, phrases=7, repeats=3, compiled=True, only=compiled)})
+    return (
+        of("inference", 320, 7, 5)
+        | of("training", 320, 7, 3)
+        | of("inference", 320, 1, 3)
+        | of("inference", 448, 7, 3)
+        | of("inference", 320, 30, 1)
+        | of("training", 320, 1, 1)
+        | of("training", 448, 7, 1)
+        | of("inference", 448, 1, 1)
+        | of("inference", 448, 30, 1)
+        | of("training", 320, 30, 1)
+        | of("training", 448, 1, 1)
+        | of("training", 448, 30, 1)
+        | {
+            "compiled-320px-7": dict(
+                what="inference", pixels=320, phrases=7, repeats=3, compiled=True, only=compiled
+            )
+        }
+    )
 
 
 def bench(
-    out: Path = Path("results/bench"),   # folder of the records
-    quick: bool = False,                 # two small cases and a short look at the loader, to see that it works
-    device: str = "auto",                # "cpu", "cuda" or "auto"
-    only: str = "",                      # only the records whose name contains this
-) -> list[Path]:                         # the records
+    out: Path = Path("results/bench"),  # folder of the records
+    quick: bool = False,  # two small cases and a short look at the loader, to see that it works
+    device: str = "auto",  # "cpu", "cuda" or "auto"
+    only: str = "",  # only the records whose name contains this
+) -> list[Path]:  # the records
     "Measure what is not measured yet."
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     jobs = {name: (lambda how=how: measure(**how, device=device)) for name, how in cases(quick).items()}
-    jobs |= {"quick-loader": lambda: measure_loader((96,), (0,), .1)} if quick else {"loader": measure_loader}
+    jobs |= (
+        {"quick-loader": lambda: measure_loader((96,), (0,), 0.1)} if quick else {"loader": measure_loader}
+    )
     done = []
     for name, job in jobs.items():
-        if only not in name: continue
+        if only not in name:
+            continue
         path = Path(out) / f"{device.split(':')[0]}-{name}.json"
         if not path.exists():
-            start = time.perf_counter(); record = job() | {"command": f"python -m refseg_nb.scaling.fast --only {name}" + " --quick" * quick}
-            part = path.with_suffix(".part"); path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"); part.replace(path)
+            start = time.perf_counter()
+            record = job() | {
+                "command": f"python -m refseg_nb.scaling.fast --only {name}" + " --quick" * quick
+            }
+            part = path.with_suffix(".part")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            part.replace(path)
             print(f"{path.name}: {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
         done.append(path)
     return done
@@ -401,47 +560,73 @@ def bench(
 def main(arguments: list[str] | None = None):
     "`python -m refseg_nb.scaling.fast [--quick] [--out FOLDER] [--device cpu] [--only NAME] [--threads N]`"
     import argparse
-    parser = argparse.ArgumentParser(prog="python -m refseg_nb.scaling.fast", description="SHNet as published against SHNet as computed here.")
+
+    parser = argparse.ArgumentParser(
+        prog="python -m refseg_nb.scaling.fast",
+        description="SHNet as published against SHNet as computed here.",
+    )
     parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
-    parser.add_argument("--out", default="results/bench", help="folder of the records; what is there is not measured again")
+    parser.add_argument(
+        "--out", default="results/bench", help="folder of the records; what is there is not measured again"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--only", default="", help="only the records whose name contains this")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     options = parser.parse_args(arguments)
-    if options.threads: torch.set_num_threads(options.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if not bench(Path(options.out), options.quick, options.device, options.only):
-        sys.exit(f"no record's name contains {options.only!r}; there are {', '.join(cases(options.quick))}, loader")
+        sys.exit(
+            f"no record's name contains {options.only!r}; there are {', '.join(cases(options.quick))}, loader"
+        )
 
 # %% ../../nbs/21_fast.ipynb #058
 def read_bench(
-    folder: Path,            # `results/bench`
-) -> dict[str, dict]:        # name -> record
+    folder: Path,  # `results/bench`
+) -> dict[str, dict]:  # name -> record
     "The records that are there."
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(Path(folder).glob("*.json"))
+    }
 
 
 def bench_cases(
-    records: dict[str, dict],   # of `read_bench`
-    what: str,                  # "inference" or "training"
-) -> list[dict]:                # the records, small pictures and few phrases first
+    records: dict[str, dict],  # of `read_bench`
+    what: str,  # "inference" or "training"
+) -> list[dict]:  # the records, small pictures and few phrases first
     "The records of one kind, without the compiled case, which has other ways."
     found = [r for name, r in records.items() if r["what"] == what and "compiled" not in name]
     return sorted(found, key=lambda r: (r["pixels"], r["phrases"]))
 
 
 def bench_table(
-    cases: list[dict],   # of `bench_cases`, or a record that they do not have
+    cases: list[dict],  # of `bench_cases`, or a record that they do not have
 ) -> str:
     "How many times as fast, expressions a second, share of the peak and memory, in markdown: a line a way, a column a case."
+
     def cell(row):
         parts = [f"{row['times_as_fast']:.2f} ×", f"{row['expressions_per_second']:.2f}/s"]
-        if row["share_of_peak"]: parts.append(f"{row['share_of_peak']:.0%} of peak")
-        if row["peak_memory"]: parts.append(f"{row['peak_memory'] / 1e9:.1f} GB")
+        if row["share_of_peak"]:
+            parts.append(f"{row['share_of_peak']:.0%} of peak")
+        if row["peak_memory"]:
+            parts.append(f"{row['peak_memory'] / 1e9:.1f} GB")
         return f"**{parts[0]}**<br>{'<br>'.join(parts[1:])}"
-    lines = ["| | " + " | ".join(f"{r['pixels']} px, {r['phrases']}" for r in cases) + " |", "|---|" + "---|" * len(cases)]
+
+    lines = [
+        "| | " + " | ".join(f"{r['pixels']} px, {r['phrases']}" for r in cases) + " |",
+        "|---|" + "---|" * len(cases),
+    ]
     ways = dict.fromkeys(way for r in cases for way in r["rows"])
-    return "\n".join(lines + [f"| {way} | " + " | ".join(cell(r["rows"][way]) if way in r["rows"] else "" for r in cases) + " |" for way in ways])
+    return "\n".join(
+        lines
+        + [
+            f"| {way} | " + " | ".join(cell(r["rows"][way]) if way in r["rows"] else "" for r in cases) + " |"
+            for way in ways
+        ]
+    )
 
 # %% ../../nbs/21_fast.ipynb #082
 #| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

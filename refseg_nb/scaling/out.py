@@ -22,19 +22,24 @@ from torch import Tensor, nn
 
 # %% ../../nbs/21b_scaling_out.ipynb #005
 def share_of_batch(
-    batch: list[tuple[int, list[int]]],  # a batch of `epoch_batches`: groups (images), each with the indices of its samples
-    rank: int,                           # this process ...
-    world: int,                          # ... of so many
-) -> tuple[list[tuple[int, list[int]]], float]:  # this process's part, never empty; and its share of the batch's expressions, 0 for a stand-in
+    # a batch of `epoch_batches`: groups (images), each with the indices of its samples
+    batch: list[tuple[int, list[int]]],
+    rank: int,  # this process ...
+    world: int,  # ... of so many
+) -> tuple[
+    list[tuple[int, list[int]]], float
+]:  # this process's part, never empty; and its share of the batch's expressions, 0 for a stand-in
     "Deal a batch out: whole images where there are enough of them, else single expressions."
-    if not 0 <= rank < world: raise ValueError(f"rank must be between 0 and {world - 1}, got {rank}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be between 0 and {world - 1}, got {rank}")
     part, total = batch[rank::world], sum(len(indices) for _, indices in batch)
     if len(batch) < world:
         part = {}
-        for group, i in [(group, i) for group, indices in batch for i in indices][rank::world]: part.setdefault(group, []).append(i)
+        for group, i in [(group, i) for group, indices in batch for i in indices][rank::world]:
+            part.setdefault(group, []).append(i)
         part = list(part.items())
     share = sum(len(indices) for _, indices in part) / total
-    return (part, share) if part else ([(batch[0][0], batch[0][1][:1])], 0.)
+    return (part, share) if part else ([(batch[0][0], batch[0][1][:1])], 0.0)
 
 # %% ../../nbs/21b_scaling_out.ipynb #011
 class SumOverProcesses(torch.autograd.Function):
@@ -61,14 +66,18 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
     def forward(
         self,
         x: Tensor,  # [B_r, C, H, W] this process's rows
-    ) -> Tensor:    # the same shape and type
+    ) -> Tensor:  # the same shape and type
         "Normalise; in eval mode, as BatchNorm2d does."
-        if not self.training: return super().forward(x)
+        if not self.training:
+            return super().forward(x)
         mine, each = x.float(), (1, -1, 1, 1)
         count = mine.new_tensor([mine.numel() / mine.shape[1]])
         sums = SumOverProcesses.apply(self.counted * torch.cat([mine.sum((0, 2, 3)), count]))
         n, mean = sums[-1], sums[:-1] / sums[-1]
-        if n <= 1: raise ValueError("one value a channel over all processes cannot be normalised while training: give two expressions or more")
+        if n <= 1:
+            raise ValueError(
+                "one value a channel over all processes cannot be normalised while training: give two expressions or more"
+            )
         centred = mine - mean.view(each)
         variance = SumOverProcesses.apply(self.counted * centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
@@ -86,10 +95,12 @@ def share_batch_norm(
     found = []
     for module in list(model.modules()):
         for name, old in list(module.named_children()):
-            if type(old) is not nn.BatchNorm2d: continue
+            if type(old) is not nn.BatchNorm2d:
+                continue
             new = SharedBatchNorm2d(old.num_features, old.eps, old.momentum).train(old.training)
             new.weight, new.bias = old.weight, old.bias
-            for k, buffer in old.named_buffers(): setattr(new, k, buffer)
+            for k, buffer in old.named_buffers():
+                setattr(new, k, buffer)
             setattr(module, name, new)
             found.append(new)
     return found
@@ -97,10 +108,12 @@ def share_batch_norm(
 # %% ../../nbs/21b_scaling_out.ipynb #015
 def join_processes(
     device: str | torch.device = "cpu",  # where this program computes
-) -> torch.device:                       # where this process computes: one of several GPUs, if there are several
+) -> torch.device:  # where this process computes: one of several GPUs, if there are several
     "Join the processes that a launcher started with this one; alone, do nothing."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return torch.device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return torch.device(device)
     from accelerate import PartialState
+
     return PartialState(cpu=torch.device(device).type == "cpu").device
 
 
@@ -118,12 +131,23 @@ def notice_lost_process(
     name: str,  # of the run
 ):
     "Turn a broken connection between the processes into one sentence."
-    try: yield
+    try:
+        yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection reset", "onnection closed"))): raise
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", "?"))
-        raise ProcessLost(f"process {rank} of {world} (counted from 0) has lost another one, and {name} is stopped: see what the lost one wrote, "
-                          "or whether it wanted too much memory; the same command again goes on from the last checkpoint") from error
+        if not (
+            isinstance(error, dist.DistError)
+            or any(word in str(error) for word in ("gloo", "NCCL", "onnection reset", "onnection closed"))
+        ):
+            raise
+        rank, world = (
+            (dist.get_rank(), dist.get_world_size())
+            if dist.is_initialized()
+            else (os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", "?"))
+        )
+        raise ProcessLost(
+            f"process {rank} of {world} (counted from 0) has lost another one, and {name} is stopped: see what the lost one wrote, "
+            "or whether it wanted too much memory; the same command again goes on from the last checkpoint"
+        ) from error
 
 # %% ../../nbs/21b_scaling_out.ipynb #020
 def launch_folder() -> Path:
@@ -135,22 +159,26 @@ def fitted_slope(
     x,  # [n] sizes, positive and rising
     y,  # [n] costs, positive
     upper: bool = True,  # only the upper half of the points, two at least
-) -> float:              # k of c·x^k
+) -> float:  # k of c·x^k
     "The slope of a straight line through log cost over log size (least squares)."
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(x) < 2 or (x <= 0).any() or (y <= 0).any(): raise ValueError("a slope needs two points or more, all positive")
+    if len(x) < 2 or (x <= 0).any() or (y <= 0).any():
+        raise ValueError("a slope needs two points or more, all positive")
     first = min(len(x) // 2, len(x) - 2) if upper else 0
     return float(np.polyfit(np.log(x[first:]), np.log(y[first:]), 1)[0])
 
 # %% ../../nbs/21b_scaling_out.ipynb #038
 def measured(
-    work,            # a function without arguments
+    work,  # a function without arguments
     repeats: int = 3,
-) -> dict:           # "seconds" of processor time, the smallest of the repeats; "memory" in bytes, the most that was taken
+) -> (
+    dict
+):  # "seconds" of processor time, the smallest of the repeats; "memory" in bytes, the most that was taken
     "Time and memory of some work in this process."
     import psutil
 
     from refseg_nb.training.learner import peak_memory, reset_peak_memory
+
     reset_peak_memory()
     before, seconds = psutil.Process().memory_info().rss, []
     for _ in range(repeats):
@@ -161,19 +189,25 @@ def measured(
 
 
 def in_child(
-    task,    # a function of a module, so that another process finds it; what it returns is sent back
+    task,  # a function of a module, so that another process finds it; what it returns is sent back
     *args,
 ):
     "Run a task in a fresh process with one thread."
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["accelerate", "refseg_nb.training.learner"])  # imported once for all children
+    # imported once for all children
+    context.set_forkserver_preload(["accelerate", "refseg_nb.training.learner"])
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(send, task, *args))
     child.start()
     send.close()
-    try: return receive.recv()
-    except EOFError: raise RuntimeError(f"{task.__name__}{args} died with exit code {child.join() or child.exitcode}") from None
-    finally: child.join()
+    try:
+        return receive.recv()
+    except EOFError:
+        raise RuntimeError(
+            f"{task.__name__}{args} died with exit code {child.join() or child.exitcode}"
+        ) from None
+    finally:
+        child.join()
 
 
 def _child(send, task, *args):
@@ -182,72 +216,135 @@ def _child(send, task, *args):
 
 # %% ../../nbs/21b_scaling_out.ipynb #040
 def picture_cost(
-    preset: str,        # of SHNet: "refshapes" (small) or "paper"
-    training: bool,     # forward and backward, or only forward
-    phrases: int = 0,   # about one picture; 0: one, or two in training, since BatchNorm cannot normalise one
-    side: int = 0,      # of the picture in pixels; 0: the preset's
-    words: int = 8,     # of each phrase
+    preset: str,  # of SHNet: "refshapes" (small) or "paper"
+    training: bool,  # forward and backward, or only forward
+    phrases: int = 0,  # about one picture; 0: one, or two in training, since BatchNorm cannot normalise one
+    side: int = 0,  # of the picture in pixels; 0: the preset's
+    words: int = 8,  # of each phrase
     repeats: int = 3,
-) -> dict:              # as `measured`
+) -> dict:  # as `measured`
     "What one picture and its phrases cost."
     from refseg_nb.models.shnet import create_model
-    model = create_model("shnet", preset, vocab_size=100, backbone_weights="none", **({"image_size": side} if side else {})).train(training)
+
+    model = create_model(
+        "shnet", preset, vocab_size=100, backbone_weights="none", **({"image_size": side} if side else {})
+    ).train(training)
     images = torch.zeros(1, 3, *[model.config.image_size] * 2, dtype=torch.uint8)
     phrases = phrases or 1 + training
     tokens, index = torch.ones(phrases, words, dtype=torch.long), torch.zeros(phrases, dtype=torch.long)
+
     def work():
-        with torch.set_grad_enabled(training): logits = model.segment(model.encode(images), tokens, index)
-        if training: logits.square().mean().backward()
+        with torch.set_grad_enabled(training):
+            logits = model.segment(model.encode(images), tokens, index)
+        if training:
+            logits.square().mean().backward()
+
     return measured(work, repeats)
 
 # %% ../../nbs/21b_scaling_out.ipynb #042
 def write_annotations(
     root: str | Path,
-    samples: int,     # expressions
+    samples: int,  # expressions
 ) -> None:
     "A data set `grown` in the REFER layout, of annotations alone."
     from refseg_nb.data.refer import write_refer
+
     rng, images = np.random.default_rng(0), max(1, round(samples / 7))
-    nouns, places = [f"thing{i}" for i in range(2000)], ("left", "right", "top", "bottom", "behind the tree", "in front of the house")
+    nouns, places = (
+        [f"thing{i}" for i in range(2000)],
+        ("left", "right", "top", "bottom", "behind the tree", "in front of the house"),
+    )
     refs = []
     for n in range(samples):
-        said = f"{nouns[int(2000 * rng.random() ** 3)]} on the {places[n % 6]}"  # some words are frequent, most are rare
-        refs.append({"ref_id": n + 1, "ann_id": n + 1, "image_id": n % images + 1, "category_id": 1, "split": "train", "file_name": f"{n % images}.jpg",
-                     "sent_ids": [n], "sentences": [{"sent_id": n, "sent": said, "raw": said, "tokens": said.split()}]})
-    write_refer(Path(root) / "grown", refs, {
-        "images": [{"id": i + 1, "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in range(images)], "categories": [{"id": 1, "name": "thing"}],
-        "annotations": [{"id": n + 1, "image_id": n % images + 1, "category_id": 1, "iscrowd": 0, "area": 900., "bbox": [5, 5, 30, 30],
-                         "segmentation": [[5, 5, 35, 5, 35, 35, 5, 35]]} for n in range(samples)]})
+        # some words are frequent, most are rare
+        said = f"{nouns[int(2000 * rng.random() ** 3)]} on the {places[n % 6]}"
+        refs.append(
+            {
+                "ref_id": n + 1,
+                "ann_id": n + 1,
+                "image_id": n % images + 1,
+                "category_id": 1,
+                "split": "train",
+                "file_name": f"{n % images}.jpg",
+                "sent_ids": [n],
+                "sentences": [{"sent_id": n, "sent": said, "raw": said, "tokens": said.split()}],
+            }
+        )
+    write_refer(
+        Path(root) / "grown",
+        refs,
+        {
+            "images": [
+                {"id": i + 1, "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in range(images)
+            ],
+            "categories": [{"id": 1, "name": "thing"}],
+            "annotations": [
+                {
+                    "id": n + 1,
+                    "image_id": n % images + 1,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "area": 900.0,
+                    "bbox": [5, 5, 30, 30],
+                    "segmentation": [[5, 5, 35, 5, 35, 35, 5, 35]],
+                }
+                for n in range(samples)
+            ],
+        },
+    )
 
 
 def data_cost(
-    part: str,      # "open", "words", "epoch" or "bootstrap"
+    part: str,  # "open", "words", "epoch" or "bootstrap"
     samples: int,
-    root: str,      # of `write_annotations`
-) -> dict:          # as `measured`
+    root: str,  # of `write_annotations`
+) -> dict:  # as `measured`
     "What a data set of so many expressions costs, apart from its pictures."
     from refseg_nb.data.batches import RISDataset, epoch_batches
     from refseg_nb.data.refer import Refer
     from refseg_nb.data.words import Vocabulary, vocabulary_for
     from refseg_nb.training.evaluation import bootstrap
-    if part == "open": return measured(lambda: Refer(root, "grown").samples("train"), 1)
+
+    if part == "open":
+        return measured(lambda: Refer(root, "grown").samples("train"), 1)
     if part == "bootstrap":
         rng = np.random.default_rng(0)
         union = rng.integers(1, 5000, samples)
-        return measured(lambda: bootstrap((union * rng.random(samples)).astype(int), union, np.arange(samples) // 7), 1)
+        return measured(
+            lambda: bootstrap((union * rng.random(samples)).astype(int), union, np.arange(samples) // 7), 1
+        )
     refer = Refer(root, "grown")
     texts = [s.text for s in refer.samples("train")]
-    if part == "words": return measured(lambda: Vocabulary.build(texts).encode_all(texts, 25), 1)
+    if part == "words":
+        return measured(lambda: Vocabulary.build(texts).encode_all(texts, 25), 1)
     data = RISDataset(refer, "train", vocabulary_for(refer))
     return measured(lambda: epoch_batches(data, 8, 2, shuffle=True), 1)
 
 # %% ../../nbs/21b_scaling_out.ipynb #044
 def _training_member(send, rank, world, port, root, out, steps):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     from refseg_nb.training.learner import Learner, TrainConfig
-    config = TrainConfig(root=root, images_per_batch=16, expressions_per_image=4, max_steps=steps, epochs=10**6, val_split=None, cache_features=False,
-                         device="cpu", threads=1, quiet=True, out=out)
+
+    config = TrainConfig(
+        root=root,
+        images_per_batch=16,
+        expressions_per_image=4,
+        max_steps=steps,
+        epochs=10**6,
+        val_split=None,
+        cache_features=False,
+        device="cpu",
+        threads=1,
+        quiet=True,
+        out=out,
+    )
     learner, seconds, processor = Learner(config), [], []
     learner.objective.train()
     for batch in (b for epoch in range(steps) for b in learner.batches(epoch)):
@@ -255,19 +352,23 @@ def _training_member(send, rank, world, port, root, out, steps):
         learner.optimizer_step([batch])
         seconds.append(time.perf_counter() - start)
         processor.append(time.process_time() - before)
-        if len(seconds) == steps: break
-    if rank == 0: send.send({"seconds": float(np.median(seconds)), "processor": float(np.median(processor))})
-    if world > 1: dist.destroy_process_group()
+        if len(seconds) == steps:
+            break
+    if rank == 0:
+        send.send({"seconds": float(np.median(seconds)), "processor": float(np.median(processor))})
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def processes_cost(
-    world: int,       # processes
-    root: str,        # of the tiny RefShapes
+    world: int,  # processes
+    root: str,  # of the tiny RefShapes
     steps: int = 12,  # the median of so many
-) -> dict:            # "seconds" of the clock a step, and "processor" seconds of the first process
+) -> dict:  # "seconds" of the clock a step, and "processor" seconds of the first process
     "What a training step of 16 images and 64 expressions costs with so many processes."
     import socket
     import tempfile
+
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["accelerate", "refseg_nb.training.learner"])
     with socket.socket() as s, tempfile.TemporaryDirectory() as out:
@@ -275,12 +376,18 @@ def processes_cost(
         port = s.getsockname()[1]
         s.close()
         receive, send = context.Pipe(duplex=False)
-        members = [context.Process(target=_training_member, args=(send, rank, world, port, root, out, steps)) for rank in range(world)]
-        for member in members: member.start()
+        members = [
+            context.Process(target=_training_member, args=(send, rank, world, port, root, out, steps))
+            for rank in range(world)
+        ]
+        for member in members:
+            member.start()
         send.close()
-        try: return receive.recv()
+        try:
+            return receive.recv()
         finally:
-            for member in members: member.join()
+            for member in members:
+                member.join()
 
 # %% ../../nbs/21b_scaling_out.ipynb #046
 GROWTH = {  # series -> preset -> points
@@ -297,32 +404,57 @@ def growth(
     out: str | Path = "results/scaling/growth.json",
     points: dict = GROWTH,
     progress: bool = True,  # say what is measured
-) -> dict:                  # as in the file: "rows" of {"series", "of", "size", "seconds", "memory"}, and where they were measured
+) -> (
+    dict
+):  # as in the file: "rows" of {"series", "of", "size", "seconds", "memory"}, and where they were measured
     "Measure time and memory as phrases, pixels, words, samples and processes grow; what the file holds already is not measured again."
     import tempfile
 
     from refseg_nb.course import tiny_data
     from refseg_nb.training.checkpoint import write_json
     from refseg_nb.training.evaluation import git_commit, machine, versions
+
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    record = json.loads(out.read_text()) if out.exists() else {
-        "what": "processor seconds (of processes: of the clock) and bytes taken, each point in a process of its own with one thread, as one thing grows",
-        "versions": versions(), "machine": machine(), "commit": git_commit(), "rows": []}
+    record = (
+        json.loads(out.read_text())
+        if out.exists()
+        else {
+            "what": "processor seconds (of processes: of the clock) and bytes taken, each point in a process of its own with one thread, as one thing grows",
+            "versions": versions(),
+            "machine": machine(),
+            "commit": git_commit(),
+            "rows": [],
+        }
+    )
     done = {(r["series"], r["of"], r["size"]) for r in record["rows"]}
-    todo = [(series, of, size) for series, parts in points.items() for of, sizes in parts.items() for size in sizes if (series, of, size) not in done]
+    todo = [
+        (series, of, size)
+        for series, parts in points.items()
+        for of, sizes in parts.items()
+        for size in sizes
+        if (series, of, size) not in done
+    ]
     with tempfile.TemporaryDirectory() as root:
         for series, of, size in todo:
-            if progress: print(f"{series} of {of}: {size:,}", flush=True)
+            if progress:
+                print(f"{series} of {of}: {size:,}", flush=True)
             if series == "samples":
                 write_annotations(root, size)
                 found = in_child(data_cost, of, size, root)
-            elif series == "processes": found = processes_cost(size, str(tiny_data()))
+            elif series == "processes":
+                found = processes_cost(size, str(tiny_data()))
             else:
                 found = in_child(_model_point, of, False, series, size)
-                if (series, size) != ("phrases", 1) and (of == "refshapes" or (series == "phrases" and size <= 4)):
-                    found |= {f"training_{k}": v for k, v in in_child(_model_point, of, True, series, size).items()}
-            record["rows"].append({"series": series, "of": of, "size": size} | {k: round(v, 6) for k, v in found.items()})
+                if (series, size) != ("phrases", 1) and (
+                    of == "refshapes" or (series == "phrases" and size <= 4)
+                ):
+                    found |= {
+                        f"training_{k}": v for k, v in in_child(_model_point, of, True, series, size).items()
+                    }
+            record["rows"].append(
+                {"series": series, "of": of, "size": size} | {k: round(v, 6) for k, v in found.items()}
+            )
             write_json(out, record)
     return record
 
@@ -334,8 +466,13 @@ def _model_point(preset, training, series, size):
 def main(arguments: list[str] | None = None):
     "`python -m refseg_nb.scaling [--quick] [--out FILE]`"
     import argparse
-    parser = argparse.ArgumentParser(prog="python -m refseg_nb.scaling", description="Measure how time and memory grow.")
+
+    parser = argparse.ArgumentParser(
+        prog="python -m refseg_nb.scaling", description="Measure how time and memory grow."
+    )
     parser.add_argument("--quick", action="store_true", help="a few small points, to see that it works")
-    parser.add_argument("--out", default="results/scaling/growth.json", help="the record; what it holds is not measured again")
+    parser.add_argument(
+        "--out", default="results/scaling/growth.json", help="the record; what it holds is not measured again"
+    )
     options = parser.parse_args(arguments)
     growth(options.out, QUICK if options.quick else GROWTH)

@@ -27,57 +27,75 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 @dataclass
 class Request:
     "One question about one picture; or a line that is none, with the reason."
-    line: int                 # of the file; of a folder's requests, their number; from 1
-    id: str                   # names the mask
-    image: str = ""           # as it was given
+
+    line: int  # of the file; of a folder's requests, their number; from 1
+    id: str  # names the mask
+    image: str = ""  # as it was given
     phrase: str = ""
     error: str | None = None  # why the line is no request
 
 
 def request_id(
-    image: str,   # as it was given
+    image: str,  # as it was given
     phrase: str,
-) -> str:         # the picture's name and ten hexadecimal digits
+) -> str:  # the picture's name and ten hexadecimal digits
     "A name for a request that depends on nothing but what is asked."
     digits = hashlib.blake2b(f"{image}\0{phrase}".encode(errors="surrogatepass"), digest_size=5).hexdigest()
     return (re.sub(r"[^\w.-]+", "-", Path(image).stem)[:40].strip("-.") or "image") + "-" + digits
 
 
 def parse_request(
-    line: int,   # its number, from 1
-    text: str,   # a line of JSON
+    line: int,  # its number, from 1
+    text: str,  # a line of JSON
 ) -> Request:
     "Read one line; what is wrong with it becomes its `error`."
     refuse = lambda reason: Request(line, f"line {line}", error=f"line {line}: {reason}")
-    try: value = json.loads(text)
-    except ValueError as error: return refuse(f"is not JSON ({error})")
-    if not isinstance(value, dict): return refuse('must be an object such as {"image": "a.jpg", "phrase": "the red car"}')
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        return refuse(f"is not JSON ({error})")
+    if not isinstance(value, dict):
+        return refuse('must be an object such as {"image": "a.jpg", "phrase": "the red car"}')
     for name in ("image", "phrase"):
-        if not isinstance(value.get(name), str): return refuse(f"{name} must be a string, not {json.dumps(value.get(name))}")
+        if not isinstance(value.get(name), str):
+            return refuse(f"{name} must be a string, not {json.dumps(value.get(name))}")
     name = value.get("id", request_id(value["image"], value["phrase"]))
-    if isinstance(name, bool) or not isinstance(name, (str, int)) or not re.fullmatch(r"\w[\w.-]*", str(name)) or len(str(name).encode()) > 200:
-        return refuse(f"id must be letters, digits, '_', '-' and '.', as it names a file; not {json.dumps(name)}")
+    if (
+        isinstance(name, bool)
+        or not isinstance(name, (str, int))
+        or not re.fullmatch(r"\w[\w.-]*", str(name))
+        or len(str(name).encode()) > 200
+    ):
+        return refuse(
+            f"id must be letters, digits, '_', '-' and '.', as it names a file; not {json.dumps(name)}"
+        )
     return Request(line, str(name), value["image"], value["phrase"])
 
 # %% ../../nbs/21c_service.ipynb #008
 def read_requests(
-    source: str | Path,            # a JSONL of requests, or a folder of pictures
+    source: str | Path,  # a JSONL of requests, or a folder of pictures
     phrases: tuple[str, ...] = (),  # asked about each picture of a folder
 ) -> Iterator[Request]:
     "The requests of a file or of a folder, in its order; a folder's pictures by name."
     source = Path(source)
     if source.is_dir():
-        if not phrases: raise ValueError(f"{source} is a folder: say what to look for in its pictures with --phrase, which may be repeated")
+        if not phrases:
+            raise ValueError(
+                f"{source} is a folder: say what to look for in its pictures with --phrase, which may be repeated"
+            )
         endings = Image.registered_extensions()
         names = sorted(path.name for path in source.iterdir() if path.suffix.lower() in endings)
-        if not names: raise ValueError(f"there is no picture in {source}")
+        if not names:
+            raise ValueError(f"there is no picture in {source}")
         pairs = ((name, phrase) for name in names for phrase in phrases)
         yield from (Request(n, request_id(*pair), *pair) for n, pair in enumerate(pairs, 1))
     elif source.is_file():
-        if phrases: raise ValueError(f"{source} names its phrases itself: --phrase is for a folder of pictures")
+        if phrases:
+            raise ValueError(f"{source} names its phrases itself: --phrase is for a folder of pictures")
         with open(source, encoding="utf-8-sig", errors="replace") as file:
             yield from (parse_request(n, line) for n, line in enumerate(file, 1) if line.strip())
-    else: raise FileNotFoundError(f"there is no file or folder {source}")
+    else:
+        raise FileNotFoundError(f"there is no file or folder {source}")
 
 # %% ../../nbs/21c_service.ipynb #012
 @contextmanager
@@ -89,8 +107,13 @@ def request_index(
     path.unlink(missing_ok=True)
     index = sqlite3.connect(path, isolation_level=None)
     try:
-        for line in ("PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF", "PRAGMA cache_size = -20000",  # 20 MB of memory, however many rows
-                     "CREATE TABLE request (id TEXT PRIMARY KEY, line INTEGER, image TEXT, phrase TEXT, error TEXT, done INTEGER DEFAULT 0) WITHOUT ROWID"):
+        # 20 MB of memory, however many rows
+        for line in (
+            "PRAGMA journal_mode = OFF",
+            "PRAGMA synchronous = OFF",
+            "PRAGMA cache_size = -20000",
+            "CREATE TABLE request (id TEXT PRIMARY KEY, line INTEGER, image TEXT, phrase TEXT, error TEXT, done INTEGER DEFAULT 0) WITHOUT ROWID",
+        ):
             index.execute(line)
         yield index
     finally:
@@ -104,37 +127,54 @@ def add_request(
 ):
     "Put a request into the index; the same one twice is one, and one name for two is an error of the second."
     row = index.execute("SELECT line, image, phrase FROM request WHERE id = ?", (request.id,)).fetchone()
-    if row and row[1:] == (request.image, request.phrase): return
+    if row and row[1:] == (request.image, request.phrase):
+        return
     if row:
         line = f"line {request.line}"
-        request = Request(request.line, line, error=f"{line}: its id {request.id!r} is that of line {row[0]}, which asks something else")
-    index.execute("INSERT INTO request (id, line, image, phrase, error) VALUES (?, ?, ?, ?, ?)",
-                  (request.id, request.line, request.image, request.phrase, request.error))
+        request = Request(
+            request.line,
+            line,
+            error=f"{line}: its id {request.id!r} is that of line {row[0]}, which asks something else",
+        )
+    index.execute(
+        "INSERT INTO request (id, line, image, phrase, error) VALUES (?, ?, ?, ?, ?)",
+        (request.id, request.line, request.image, request.phrase, request.error),
+    )
 
 
 def by_image(
     index: sqlite3.Connection,
 ) -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:  # image, its (id, phrase)
     "What is still to be answered, one picture after the other."
-    rows = index.execute("SELECT image, id, phrase FROM request WHERE done = 0 AND error IS NULL ORDER BY image, line")
-    for image, part in groupby(rows, lambda row: row[0]): yield image, ((name, phrase) for _, name, phrase in part)
+    rows = index.execute(
+        "SELECT image, id, phrase FROM request WHERE done = 0 AND error IS NULL ORDER BY image, line"
+    )
+    for image, part in groupby(rows, lambda row: row[0]):
+        yield image, ((name, phrase) for _, name, phrase in part)
 
 # %% ../../nbs/21c_service.ipynb #017
 def keep_results(
     index: sqlite3.Connection,
-    out: Path,                  # holds results.jsonl and masks/
-) -> int:                       # how many requests are done
+    out: Path,  # holds results.jsonl and masks/
+) -> int:  # how many requests are done
     "Mark what an earlier call has answered, and drop the lines that no longer count."
     old, new, kept = out / "results.jsonl", out / ".results.new", 0
-    if not old.exists(): return 0
+    if not old.exists():
+        return 0
     with open(old, encoding="utf-8") as lines, open(new, "w", encoding="utf-8") as file:
         for text in lines:
-            try: line = json.loads(text)
-            except ValueError: continue  # a call was killed while it wrote this line
-            if "error" in line or not (out / line.get("mask", "")).is_file(): continue
-            row = index.execute("SELECT image, phrase, done FROM request WHERE id = ?", (line["id"],)).fetchone()
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # a call was killed while it wrote this line
+            if "error" in line or not (out / line.get("mask", "")).is_file():
+                continue
+            row = index.execute(
+                "SELECT image, phrase, done FROM request WHERE id = ?", (line["id"],)
+            ).fetchone()
             if row:
-                if row != (line["image"], line["phrase"], 0): continue
+                if row != (line["image"], line["phrase"], 0):
+                    continue
                 index.execute("UPDATE request SET done = 1 WHERE id = ?", (line["id"],))
                 kept += 1
             file.write(text)
@@ -149,31 +189,42 @@ def own_folder(
 ):
     "Make a folder ready for one call and one model, and keep others out meanwhile."
     from refseg_nb.training.checkpoint import fingerprint, write_json
+
     (out / "masks").mkdir(parents=True, exist_ok=True)
-    try: lock = FileLock(out / ".lock").acquire(timeout=0)
-    except Timeout: raise ValueError(f"{out}: another call is writing there: wait for it, or choose another --out") from None
+    try:
+        lock = FileLock(out / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"{out}: another call is writing there: wait for it, or choose another --out"
+        ) from None
     with lock:
-        model, file = {"weights": fingerprint(segmenter.model.state_dict()), "threshold": segmenter.threshold}, out / "batch.json"
-        if not file.exists(): write_json(file, {"format": 1, **model})
+        model, file = (
+            {"weights": fingerprint(segmenter.model.state_dict()), "threshold": segmenter.threshold},
+            out / "batch.json",
+        )
+        if not file.exists():
+            write_json(file, {"format": 1, **model})
         elif json.loads(file.read_text()) != {"format": 1, **model}:
             raise ValueError(f"{out} was begun with another model: choose another --out, or use that model")
         yield
 
 # %% ../../nbs/21c_service.ipynb #021
-PIXELS_A_STEP = 2**24   # answers that are in memory at a time have so many pixels together
-PHRASES_A_STEP = 32     # and there are at most so many
+PIXELS_A_STEP = 2**24  # answers that are in memory at a time have so many pixels together
+PHRASES_A_STEP = 32  # and there are at most so many
 
 
-def _reason(error: Exception) -> str: return " ".join(str(error).split()) or type(error).__name__
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def answers(
-    segmenter,                    # a `Segmenter`
-    path: Path,                   # of the picture
+    segmenter,  # a `Segmenter`
+    path: Path,  # of the picture
     asked: Iterator[tuple[str, str]],  # id, phrase
 ) -> Iterator[tuple[str, str, object]]:  # id, phrase, and an `Answer` or the reason why there is none
     "Encode a picture once and answer what is asked about it, a few phrases at a time."
-    try: scene = segmenter.encode(path)
+    try:
+        scene = segmenter.encode(path)
     except (OSError, ValueError) as error:
         yield from ((name, phrase, _reason(error)) for name, phrase in asked)
         return
@@ -181,51 +232,65 @@ def answers(
     while part := list(islice(asked, step)):
         good = []
         for name, phrase in part:
-            try: segmenter.read(phrase)
-            except ValueError as error: yield name, phrase, _reason(error)
-            else: good.append((name, phrase))
+            try:
+                segmenter.read(phrase)
+            except ValueError as error:
+                yield name, phrase, _reason(error)
+            else:
+                good.append((name, phrase))
         found = scene.segment_all([phrase for _, phrase in good]) if good else []
         yield from ((*pair, answer) for pair, answer in zip(good, found))
 
 
 def write_answer(
     out: Path,
-    name: str,         # id of the request
-    answer,            # an `Answer`
-) -> dict:             # what the result's line says of it
+    name: str,  # id of the request
+    answer,  # an `Answer`
+) -> dict:  # what the result's line says of it
     "Write the mask, whole or not at all: white on black, at the picture's size."
     path = out / "masks" / f"{name}.png"
     part = path.with_name(f".{name}.tmp")
     Image.fromarray(answer.mask).convert("L").save(part, format="PNG")
     os.replace(part, path)
-    return {"mask": f"masks/{name}.png", "score": round(answer.score, 4), "found": answer.found, "share": round(float(answer.mask.mean()), 6),
-            "unknown_words": answer.unknown_words}
+    return {
+        "mask": f"masks/{name}.png",
+        "score": round(answer.score, 4),
+        "found": answer.found,
+        "share": round(float(answer.mask.mean()), 6),
+        "unknown_words": answer.unknown_words,
+    }
 
 # %% ../../nbs/21c_service.ipynb #023
 @dataclass
 class BatchReport:
     "What one call did."
-    requests: int   # different ones
-    before: int     # answered by earlier calls
-    done: int       # answered now
-    failed: int     # with an error in their line
-    images: int     # encoded now, or tried
+
+    requests: int  # different ones
+    before: int  # answered by earlier calls
+    done: int  # answered now
+    failed: int  # with an error in their line
+    images: int  # encoded now, or tried
     out: Path
 
     @property
-    def ok(self) -> bool: return self.failed == 0
+    def ok(self) -> bool:
+        return self.failed == 0
 
     def __str__(self):
         text = f"{self.requests:,} requests: {self.before:,} answered before, {self.done:,} now (of {self.images:,} images), {self.failed:,} failed"
-        return text + (f": see \"error\" in {self.out / 'results.jsonl'}; the next call tries them again" if self.failed else "")
+        return text + (
+            f': see "error" in {self.out / "results.jsonl"}; the next call tries them again'
+            if self.failed
+            else ""
+        )
 
 
 def segment_batch(
-    segmenter,                      # a `Segmenter`
-    source: str | Path,             # a JSONL of requests, or a folder of pictures
-    out: str | Path,                # gets results.jsonl and masks/
+    segmenter,  # a `Segmenter`
+    source: str | Path,  # a JSONL of requests, or a folder of pictures
+    out: str | Path,  # gets results.jsonl and masks/
     phrases: tuple[str, ...] = (),  # asked about each picture of a folder
-    progress: bool = False,         # show a bar
+    progress: bool = False,  # show a bar
 ) -> BatchReport:
     "Answer all requests that have no answer in `out` yet; a call that was stopped is gone on with by the same call."
     source, out = Path(source), Path(out)
@@ -233,21 +298,48 @@ def segment_batch(
     requests = read_requests(source, tuple(phrases))
     first = next(requests, None)  # a wrong source is said before anything is written
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with own_folder(out, segmenter), request_index(out / ".index.sqlite") as index, Progress(*columns, disable=not progress) as bar:
+    with (
+        own_folder(out, segmenter),
+        request_index(out / ".index.sqlite") as index,
+        Progress(*columns, disable=not progress) as bar,
+    ):
         index.execute("BEGIN")
-        for request in (first, *requests) if first else (): add_request(index, request)
-        report = BatchReport(index.execute("SELECT COUNT(*) FROM request").fetchone()[0], keep_results(index, out), 0, 0, 0, out)
+        for request in (first, *requests) if first else ():
+            add_request(index, request)
+        report = BatchReport(
+            index.execute("SELECT COUNT(*) FROM request").fetchone()[0],
+            keep_results(index, out),
+            0,
+            0,
+            0,
+            out,
+        )
         index.execute("COMMIT")
         task = bar.add_task("Segmenting", total=report.requests, completed=report.before)
         with open(out / "results.jsonl", "a", encoding="utf-8", buffering=1) as log:
+
             def write(name, image, phrase, **rest):
-                log.write(json.dumps({"id": name, "image": image, "phrase": phrase} | rest, ensure_ascii=False) + "\n")
-                if "error" in rest: report.failed += 1
-                else: report.done += 1
+                log.write(
+                    json.dumps({"id": name, "image": image, "phrase": phrase} | rest, ensure_ascii=False)
+                    + "\n"
+                )
+                if "error" in rest:
+                    report.failed += 1
+                else:
+                    report.done += 1
                 bar.advance(task)
-            for name, error in index.execute("SELECT id, error FROM request WHERE error IS NOT NULL ORDER BY line"): write(name, None, None, error=error)
+
+            for name, error in index.execute(
+                "SELECT id, error FROM request WHERE error IS NOT NULL ORDER BY line"
+            ):
+                write(name, None, None, error=error)
             for image, asked in by_image(index):
                 report.images += 1
                 for name, phrase, answer in answers(segmenter, base / image, asked):
-                    write(name, image, phrase, **({"error": answer} if isinstance(answer, str) else write_answer(out, name, answer)))
+                    write(
+                        name,
+                        image,
+                        phrase,
+                        **({"error": answer} if isinstance(answer, str) else write_answer(out, name, answer)),
+                    )
     return report

@@ -28,16 +28,19 @@ class CheckpointError(ValueError):
 
 def _fsync(path: Path):
     "Make sure that a file, or a folder's list of names, is on the disk."
-    if os.name == "nt": return  # Windows syncs neither a folder nor what is open for reading only
+    if os.name == "nt":
+        return  # Windows syncs neither a folder nor what is open for reading only
     handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def atomic_folder(
     path: str | Path,  # the folder as it shall be named in the end
-) -> Iterator[Path]:   # a temporary folder beside it, to be filled
+) -> Iterator[Path]:  # a temporary folder beside it, to be filled
     "Fill a temporary folder, then rename it: at every moment `path` is absent, or the old whole, or the new whole."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,13 +49,15 @@ def atomic_folder(
     new.mkdir()
     try:
         yield new
-        for file in new.iterdir(): _fsync(file)
+        for file in new.iterdir():
+            _fsync(file)
         _fsync(new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    if path.exists(): path.rename(old)
+    if path.exists():
+        path.rename(old)
     new.rename(path)
     _fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -60,7 +65,7 @@ def atomic_folder(
 
 def write_json(
     path: str | Path,
-    value,             # anything that JSON takes
+    value,  # anything that JSON takes
 ):
     "Write JSON so that a reader finds the old file or the new one, never a part."
     path = Path(path)
@@ -74,12 +79,21 @@ def write_json(
 # %% ../../nbs/11b_checkpoints.ipynb #009
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer,
-) -> tuple[dict[str, Tensor], list]:  # "number.name" -> tensor (AdamW: step, exp_avg, exp_avg_sq), parameter groups as plain data
+) -> tuple[
+    dict[str, Tensor], list
+]:  # "number.name" -> tensor (AdamW: step, exp_avg, exp_avg_sq), parameter groups as plain data
     "An optimizer's state, split into tensors and plain data."
     state = optimizer.state_dict()
-    tensors = {f"{i}.{name}": torch.as_tensor(v).detach().cpu().contiguous()
-               for i, entry in state["state"].items() for name, v in entry.items() if v is not None}
-    return tensors, [{k: list(v) if isinstance(v, tuple) else v for k, v in group.items()} for group in state["param_groups"]]
+    tensors = {
+        f"{i}.{name}": torch.as_tensor(v).detach().cpu().contiguous()
+        for i, entry in state["state"].items()
+        for name, v in entry.items()
+        if v is not None
+    }
+    return tensors, [
+        {k: list(v) if isinstance(v, tuple) else v for k, v in group.items()}
+        for group in state["param_groups"]
+    ]
 
 
 def load_optimizer(
@@ -91,10 +105,21 @@ def load_optimizer(
     parameters, state = [p for group in optimizer.param_groups for p in group["params"]], {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
-        like = parameters[int(number)]  # a fused optimizer walks through memory: its state must lie there as the parameter does (channels last, or not)
-        copy = torch.empty_like(like, dtype=value.dtype, device="cpu") if value.shape == like.shape else torch.empty_like(value)
+        # a fused optimizer walks through memory: its state must lie there as the parameter does (channels
+        # last, or not)
+        like = parameters[int(number)]
+        copy = (
+            torch.empty_like(like, dtype=value.dtype, device="cpu")
+            if value.shape == like.shape
+            else torch.empty_like(value)
+        )
         state.setdefault(int(number), {})[name] = copy.copy_(value)
-    optimizer.load_state_dict({"state": state, "param_groups": [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]})
+    optimizer.load_state_dict(
+        {
+            "state": state,
+            "param_groups": [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups],
+        }
+    )
 
 # %% ../../nbs/11b_checkpoints.ipynb #013
 def rng_tensors(
@@ -102,7 +127,8 @@ def rng_tensors(
 ) -> dict[str, Tensor]:  # uint8 states
     "The state of torch's random numbers: dropout draws from it."
     out = {"cpu": torch.get_rng_state()}
-    if torch.device(device).type == "cuda": out["cuda"] = torch.cuda.get_rng_state(device)
+    if torch.device(device).type == "cuda":
+        out["cuda"] = torch.cuda.get_rng_state(device)
     return out
 
 
@@ -112,22 +138,27 @@ def load_rng(
 ):
     "Put back what `rng_tensors` took."
     torch.set_rng_state(tensors["cpu"])
-    if torch.device(device).type == "cuda" and "cuda" in tensors: torch.cuda.set_rng_state(tensors["cuda"], device)
+    if torch.device(device).type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
 
 # %% ../../nbs/11b_checkpoints.ipynb #017
 def model_tensors(
     model: nn.Module,
     backbone: bool = True,  # with the weights of `model.backbone`
-) -> dict[str, Tensor]:     # name -> tensor on the CPU
+) -> dict[str, Tensor]:  # name -> tensor on the CPU
     "Weights and buffers (BatchNorm's running means among them), each stored once."
-    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if backbone or not k.startswith("backbone.")}
+    return {
+        k: v.detach().cpu().contiguous()
+        for k, v in model.state_dict().items()
+        if backbone or not k.startswith("backbone.")
+    }
 
 
 def load_tensors(
     model: nn.Module,
     tensors: dict[str, Tensor],
     what: str = "model.safetensors",  # named in the error
-    backbone: bool = True,            # whether the backbone's weights are expected
+    backbone: bool = True,  # whether the backbone's weights are expected
 ):
     "Load weights; floating tensors are converted to the model's own dtype, and any name or shape that does not fit is an error."
     own = {k: v for k, v in model.state_dict().items() if backbone or not k.startswith("backbone.")}
@@ -135,21 +166,29 @@ def load_tensors(
     wrong = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
     if missing or extra or wrong:
         k = (missing or extra or wrong)[0]
-        problem = "is missing" if missing else "is unknown to the model" if extra else f"is {tuple(tensors[k].shape)} and should be {tuple(own[k].shape)}"
-        raise CheckpointError(f"{what} does not fit the model: {k} {problem} ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} of another shape)")
+        problem = (
+            "is missing"
+            if missing
+            else "is unknown to the model"
+            if extra
+            else f"is {tuple(tensors[k].shape)} and should be {tuple(own[k].shape)}"
+        )
+        raise CheckpointError(
+            f"{what} does not fit the model: {k} {problem} ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} of another shape)"
+        )
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()}, strict=False)
 
 # %% ../../nbs/11b_checkpoints.ipynb #021
 def save_checkpoint(
-    folder: str | Path,     # of all checkpoints of a run: <out>/checkpoint
-    step: int,              # optimizer steps done
+    folder: str | Path,  # of all checkpoints of a run: <out>/checkpoint
+    step: int,  # optimizer steps done
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     rng: dict[str, Tensor],  # of `rng_tensors`, of every process
-    state: dict,            # plain data: configuration, position, history, best
+    state: dict,  # plain data: configuration, position, history, best
     backbone: bool = False,  # with the backbone's weights: needed only if it is trained
-    keep: int = 2,          # checkpoints kept
-) -> Path:                  # <folder>/step-00000123
+    keep: int = 2,  # checkpoints kept
+) -> Path:  # <folder>/step-00000123
     "Write one checkpoint; it exists under its name only when it is whole, and only then are older ones removed."
     folder = Path(folder)
     tensors, groups = optimizer_tensors(optimizer)
@@ -158,7 +197,9 @@ def save_checkpoint(
         save_file(model_tensors(model, backbone), new / "model.safetensors")
         save_file(tensors, new / "optimizer.safetensors")
         save_file(rng, new / "rng.safetensors")
-        (new / "state.json").write_text(json.dumps(state | {"format": 1, "step": step, "param_groups": groups}))
+        (new / "state.json").write_text(
+            json.dumps(state | {"format": 1, "step": step, "param_groups": groups})
+        )
     for old in checkpoints(folder)[:-keep]:
         hidden = old.with_name(f".{old.name}.old")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -176,16 +217,19 @@ def checkpoints(
 
 def load_checkpoint(
     folder: str | Path,  # of all checkpoints of a run
-) -> dict | None:        # "state", "model", "optimizer", "rng"; None if there is none
+) -> dict | None:  # "state", "model", "optimizer", "rng"; None if there is none
     "Read the newest checkpoint."
     found = checkpoints(folder)
-    if not found: return None
+    if not found:
+        return None
     try:
         tensors = {k: load_file(found[-1] / f"{k}.safetensors") for k in ("model", "optimizer", "rng")}
         return {"state": json.loads((found[-1] / "state.json").read_text()), **tensors}
     except Exception as error:
-        raise CheckpointError(f"checkpoint {found[-1].name} cannot be read ({type(error).__name__}: {error}): "
-                              "remove that folder to go on from the one before") from error
+        raise CheckpointError(
+            f"checkpoint {found[-1].name} cannot be read ({type(error).__name__}: {error}): "
+            "remove that folder to go on from the one before"
+        ) from error
 
 # %% ../../nbs/11b_checkpoints.ipynb #031
 def fingerprint(
@@ -201,25 +245,40 @@ def fingerprint(
 # %% ../../nbs/11b_checkpoints.ipynb #035
 def save_model(
     folder: str | Path,
-    model: nn.Module,           # with `.config`, a dataclass
-    vocabulary,                 # a `Vocabulary`
-    meta: dict | None = None,   # plain data: name of the architecture, training, threshold
+    model: nn.Module,  # with `.config`, a dataclass
+    vocabulary,  # a `Vocabulary`
+    meta: dict | None = None,  # plain data: name of the architecture, training, threshold
     dtype: torch.dtype | None = None,  # torch.float16 halves the file; None keeps float32
 ) -> Path:
     "Write `model.safetensors` and `config.json`: all that `load_model` needs, in one folder."
-    from refseg_nb.models.backbones import SHIPPED_BACKBONES   # small enough to be stored with the model; the others are fetched once per machine
+    # small enough to be stored with the model; the others are fetched once per machine
+    from refseg_nb.models.backbones import SHIPPED_BACKBONES
+
     folder, config = Path(folder), asdict(model.config)
-    fetched = config["backbone"] not in SHIPPED_BACKBONES and config["backbone_weights"] != "none" and model.backbone.frozen
+    fetched = (
+        config["backbone"] not in SHIPPED_BACKBONES
+        and config["backbone_weights"] != "none"
+        and model.backbone.frozen
+    )
     backbone = not fetched
     tensors = model_tensors(model, backbone)
-    if dtype is not None: tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    meta = {"model": "shnet", "threshold": .5} | (meta or {})
+    if dtype is not None:
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    meta = {"model": "shnet", "threshold": 0.5} | (meta or {})
     with atomic_folder(folder) as new:
         save_file(tensors, new / "model.safetensors")
-        stored = {"format": 1, "model": meta.pop("model"), "threshold": meta.pop("threshold"), "image_size": config.get("image_size"),
-                  "backbone_stored": backbone,
-                  "backbone_print": fingerprint(model.backbone.state_dict()), "dtype": str(dtype or torch.float32).removeprefix("torch."),
-                  "config": config, "vocabulary": vocabulary.to_json(), "meta": meta}
+        stored = {
+            "format": 1,
+            "model": meta.pop("model"),
+            "threshold": meta.pop("threshold"),
+            "image_size": config.get("image_size"),
+            "backbone_stored": backbone,
+            "backbone_print": fingerprint(model.backbone.state_dict()),
+            "dtype": str(dtype or torch.float32).removeprefix("torch."),
+            "config": config,
+            "vocabulary": vocabulary.to_json(),
+            "meta": meta,
+        }
         (new / "config.json").write_text(json.dumps(stored, indent=1))
     return folder
 
@@ -227,21 +286,35 @@ def save_model(
 def load_model(
     folder: str | Path,
     create: Callable | None = None,  # (stored config) -> (model, vocabulary); default: this package's models
-) -> tuple[nn.Module, object, dict]:  # model in eval mode and float32, vocabulary, meta (with threshold and image_size)
+) -> tuple[
+    nn.Module, object, dict
+]:  # model in eval mode and float32, vocabulary, meta (with threshold and image_size)
     "Read a folder that `save_model` wrote."
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file(): raise FileNotFoundError(f"{folder} is not a model folder: it has no {name}")
-    try: stored = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error: raise CheckpointError(f"{folder.name}/config.json is not JSON: {error}") from error
-    if stored.get("format") != 1: raise CheckpointError(f"{folder.name}/config.json has format {stored.get('format')!r}: this version reads format 1")
-    try: tensors = load_file(folder / "model.safetensors")
-    except Exception as error: raise CheckpointError(f"{folder.name}/model.safetensors cannot be read: {error}") from error
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a model folder: it has no {name}")
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder.name}/config.json is not JSON: {error}") from error
+    if stored.get("format") != 1:
+        raise CheckpointError(
+            f"{folder.name}/config.json has format {stored.get('format')!r}: this version reads format 1"
+        )
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except Exception as error:
+        raise CheckpointError(f"{folder.name}/model.safetensors cannot be read: {error}") from error
     model, vocabulary = (create or create_stored)(stored)
     load_tensors(model, tensors, f"{folder.name}/model.safetensors", stored["backbone_stored"])
-    if not stored["backbone_stored"] and stored.get("backbone_print", fingerprint(model.backbone.state_dict())) != fingerprint(model.backbone.state_dict()):
-        raise CheckpointError(f"{folder.name} was trained on another {stored['config']['backbone']} than the one that is loaded here: "
-                              "give the backbone the weights that it had (backbone_weights in config.json)")
+    if not stored["backbone_stored"] and stored.get(
+        "backbone_print", fingerprint(model.backbone.state_dict())
+    ) != fingerprint(model.backbone.state_dict()):
+        raise CheckpointError(
+            f"{folder.name} was trained on another {stored['config']['backbone']} than the one that is loaded here: "
+            "give the backbone the weights that it had (backbone_weights in config.json)"
+        )
     meta = {k: stored[k] for k in ("model", "threshold", "image_size", "dtype")} | stored["meta"]
     return model.eval(), vocabulary, meta
 
@@ -252,9 +325,12 @@ def create_stored(
     "Build the model that a config.json describes, with random weights where weights are stored."
     from refseg_nb.data.words import Vocabulary
     from refseg_nb.models.shnet import create_from_config
-    if "pieces" in json.loads(stored["vocabulary"]):   # BERT's, chapter 18
+
+    if "pieces" in json.loads(stored["vocabulary"]):  # BERT's, chapter 18
         from refseg_nb.models.lavt import WordPieces as Vocabulary
     vocabulary, config = Vocabulary.from_json(stored["vocabulary"]), dict(stored["config"])
-    if stored["backbone_stored"]: config["backbone_weights"] = "none"
-    if "text_weights" in config: config["text_weights"] = "none"
+    if stored["backbone_stored"]:
+        config["backbone_weights"] = "none"
+    if "text_weights" in config:
+        config["text_weights"] = "none"
     return create_from_config(stored["model"], config, len(vocabulary)), vocabulary

@@ -18,59 +18,69 @@ from torch import Tensor
 @dataclass(frozen=True)
 class CrfConfig:
     "What a dense CRF is made of; the defaults are CMPC's."
-    iterations: int = 5           # mean-field updates
-    gaussian_sxy: float = 3.      # sigma_gamma, pixels
-    gaussian_compat: float = 3.   # w_gamma
-    bilateral_sxy: float = 20.    # sigma_alpha, pixels
-    bilateral_srgb: float = 3.    # sigma_beta, of 255
-    bilateral_compat: float = 10. # w_alpha
-    epsilon: float = 1e-6         # probabilities are kept in [epsilon, 1 - epsilon]
-    backend: str = "torch"        # or "pydensecrf", the program of the published numbers
+
+    iterations: int = 5  # mean-field updates
+    gaussian_sxy: float = 3.0  # sigma_gamma, pixels
+    gaussian_compat: float = 3.0  # w_gamma
+    bilateral_sxy: float = 20.0  # sigma_alpha, pixels
+    bilateral_srgb: float = 3.0  # sigma_beta, of 255
+    bilateral_compat: float = 10.0  # w_alpha
+    epsilon: float = 1e-6  # probabilities are kept in [epsilon, 1 - epsilon]
+    backend: str = "torch"  # or "pydensecrf", the program of the published numbers
 
     def __post_init__(self):
         for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"):
-            if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("gaussian_compat", "bilateral_compat"):
-            if not 0 <= getattr(self, name) < math.inf: raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.iterations < 0: raise ValueError(f"iterations must be 0 or more, got {self.iterations}")
-        if not 0 < self.epsilon < .5: raise ValueError(f"epsilon must be between 0 and 0.5, got {self.epsilon}")
-        if self.backend not in ("torch", "pydensecrf"): raise ValueError(f"backend must be 'torch' or 'pydensecrf', got {self.backend!r}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.iterations < 0:
+            raise ValueError(f"iterations must be 0 or more, got {self.iterations}")
+        if not 0 < self.epsilon < 0.5:
+            raise ValueError(f"epsilon must be between 0 and 0.5, got {self.epsilon}")
+        if self.backend not in ("torch", "pydensecrf"):
+            raise ValueError(f"backend must be 'torch' or 'pydensecrf', got {self.backend!r}")
 
 # %% ../../nbs/13b_crf.ipynb #012
 def pixel_features(
     image: Tensor,  # [H, W, 3] uint8
-    sxy: float,     # sigma of the positions, pixels
-    srgb: float,    # sigma of the colours
-) -> Tensor:        # [H·W, 5] float32: x, y, r, g, b, each over its sigma
+    sxy: float,  # sigma of the positions, pixels
+    srgb: float,  # sigma of the colours
+) -> Tensor:  # [H·W, 5] float32: x, y, r, g, b, each over its sigma
     "Where a pixel is and what it looks like, so that the kernel of two pixels is exp(-|f_i - f_j|²/2)."
     h, w = image.shape[:2]
-    y, x = torch.meshgrid(torch.arange(h, device=image.device), torch.arange(w, device=image.device), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(h, device=image.device), torch.arange(w, device=image.device), indexing="ij"
+    )
     return torch.cat([torch.stack([x, y], -1) / sxy, image.float() / srgb], -1).reshape(h * w, 5)
 
 # %% ../../nbs/13b_crf.ipynb #030
 def gaussian_matrix(
-    n: int,        # pixels in a row
+    n: int,  # pixels in a row
     sigma: float,  # pixels
-) -> Tensor:       # [n, n] float32
+) -> Tensor:  # [n, n] float32
     "A 1-D Gaussian convolution with its borders, normalised on both sides: D^-1/2 G D^-1/2."
     x = torch.arange(n, dtype=torch.float32)
-    G = torch.exp(-.5 * ((x[:, None] - x) / sigma) ** 2)
+    G = torch.exp(-0.5 * ((x[:, None] - x) / sigma) ** 2)
     r = G.sum(1).rsqrt()
     return r[:, None] * G * r
 
 # %% ../../nbs/13b_crf.ipynb #033
 def lift(
     features: Tensor,  # [N, d]
-) -> Tensor:           # [N, d + 1]; each row sums to 0
+) -> Tensor:  # [N, d + 1]; each row sums to 0
     "Features onto the plane of the permutohedral lattice, scaled so that the filter has sigma 1."
     d = features.shape[1]
-    E = torch.ones(d + 1, d).triu() - torch.diag(torch.arange(1., d + 1), -1)[:, :d]
+    E = torch.ones(d + 1, d).triu() - torch.diag(torch.arange(1.0, d + 1), -1)[:, :d]
     return features @ ((d + 1) * math.sqrt(2 / 3) * E / E.norm(dim=0)).T.to(features)
 
 # %% ../../nbs/13b_crf.ipynb #036
 def simplex(
-    y: Tensor,                        # [N, d + 1] lifted points
-) -> tuple[Tensor, Tensor, Tensor]:   # v_0 [N, d + 1] int64; order of the rest, smallest first, [N, d + 1]; weights b [N, d + 1]
+    y: Tensor,  # [N, d + 1] lifted points
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # v_0 [N, d + 1] int64; order of the rest, smallest first, [N, d + 1]; weights b [N, d + 1]
     "The simplex around each point: corner v_0, the order that gives the other corners, and the barycentric weights."
     n = y.shape[1]
     v = (y / n).round()
@@ -83,6 +93,7 @@ def simplex(
 # %% ../../nbs/13b_crf.ipynb #044
 class Lattice:
     "A Gaussian filter with sigma 1 over N points of any dimension, up to a common factor: splat, blur, slice."
+
     def __init__(
         self,
         features: Tensor,  # [N, d] float
@@ -91,10 +102,13 @@ class Lattice:
         n = v.shape[1]
         radix = (v.amax(0) - v.amin(0) + 4 * n).tolist()
         place = [math.prod(radix[:i]) for i in range(n)]
-        if place[-1] >= 2**62: raise ValueError("the lattice has too many cells: sxy or srgb is too small for this picture")
-        place = torch.tensor([*place[:-1], 0], device=features.device)  # the last coordinate follows from the others
+        if place[-1] >= 2**62:
+            raise ValueError("the lattice has too many cells: sxy or srgb is too small for this picture")
+        # the last coordinate follows from the others
+        place = torch.tensor([*place[:-1], 0], device=features.device)
         first, steps = (v * place).sum(1, keepdim=True), place.sum() - n * place[order[:, :-1]]
-        points, self.index = torch.cat([first, steps], 1).cumsum(1).unique(return_inverse=True)  # index [N, d + 1]: which lattice points
+        # index [N, d + 1]: which lattice points
+        points, self.index = torch.cat([first, steps], 1).cumsum(1).unique(return_inverse=True)
         self.size, self.pairs = len(points), []
         for i in range(n):
             at = torch.searchsorted(points, points + place.sum() - n * place[i]).clamp(max=self.size - 1)
@@ -104,7 +118,8 @@ class Lattice:
     def splat(self, values: Tensor) -> Tensor:  # [N, B] -> [M, B]
         "Each point's value to its corners, by weight."
         z = values.new_zeros(self.size, values.shape[1])
-        for index, weight in zip(self.index.T, self.weights.T): z.index_add_(0, index, weight[:, None] * values)
+        for index, weight in zip(self.index.T, self.weights.T):
+            z.index_add_(0, index, weight[:, None] * values)
         return z
 
     def blur(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor:  # [M, B], one direction's pairs -> [M, B]
@@ -121,61 +136,82 @@ class Lattice:
     def __call__(self, values: Tensor) -> Tensor:  # [N, B] -> [N, B]
         "Filter B maps at once."
         z = self.splat(values)
-        for a, b in self.pairs: z = self.blur(z, a, b)
+        for a, b in self.pairs:
+            z = self.blur(z, a, b)
         return self.slice(z)
 
 # %% ../../nbs/13b_crf.ipynb #056
 def mean_field(
     probability: Tensor,  # [B, H, W] in (0, 1)
-    image: Tensor,        # [H, W, 3] uint8, on the same device
+    image: Tensor,  # [H, W, 3] uint8, on the same device
     config: CrfConfig,
-) -> Tensor:              # [B, H, W]
+) -> Tensor:  # [B, H, W]
     "The marginals Q after the mean field, in torch."
     h, w = image.shape[:2]
     rows, columns = (gaussian_matrix(n, config.gaussian_sxy).to(probability) for n in (h, w))
     lattice = Lattice(pixel_features(image, config.bilateral_sxy, config.bilateral_srgb))
-    r = lattice(probability.new_ones(h * w, 1)).rsqrt()   # D^-1/2
+    r = lattice(probability.new_ones(h * w, 1)).rsqrt()  # D^-1/2
     unary = probability.logit()
     Q = unary.sigmoid()
     for _ in range(config.iterations):
         s = 2 * Q - 1
         near, alike = rows @ s @ columns, r * lattice(r * s.flatten(1).T)
-        Q = (unary + config.gaussian_compat * near + config.bilateral_compat * alike.T.reshape(s.shape)).sigmoid()
+        Q = (
+            unary + config.gaussian_compat * near + config.bilateral_compat * alike.T.reshape(s.shape)
+        ).sigmoid()
     return Q
 
 # %% ../../nbs/13b_crf.ipynb #059
 def mean_field_pydensecrf(
     probability: Tensor,  # [B, H, W] in (0, 1)
-    image: Tensor,        # [H, W, 3] uint8
+    image: Tensor,  # [H, W, 3] uint8
     config: CrfConfig,
-) -> Tensor:              # [B, H, W]
+) -> Tensor:  # [B, H, W]
     "The same by the program of the published numbers."
-    try: from pydensecrf.densecrf import DenseCRF2D
-    except ImportError: raise ValueError("backend 'pydensecrf' needs the package pydensecrf2 (Python below 3.13): install it or use backend 'torch'") from None
+    try:
+        from pydensecrf.densecrf import DenseCRF2D
+    except ImportError:
+        raise ValueError(
+            "backend 'pydensecrf' needs the package pydensecrf2 (Python below 3.13): install it or use backend 'torch'"
+        ) from None
     h, w = image.shape[:2]
     found = []
     for p in probability.cpu():
         crf = DenseCRF2D(w, h, 2)
         crf.setUnaryEnergy(-torch.stack([1 - p, p]).log().reshape(2, -1).numpy())
         crf.addPairwiseGaussian(sxy=config.gaussian_sxy, compat=config.gaussian_compat)
-        crf.addPairwiseBilateral(sxy=config.bilateral_sxy, srgb=config.bilateral_srgb, rgbim=image.cpu().numpy(), compat=config.bilateral_compat)
+        crf.addPairwiseBilateral(
+            sxy=config.bilateral_sxy,
+            srgb=config.bilateral_srgb,
+            rgbim=image.cpu().numpy(),
+            compat=config.bilateral_compat,
+        )
         found.append(np.array(crf.inference(config.iterations))[1].reshape(h, w))
     return torch.tensor(np.stack(found)).to(probability)
 
 # %% ../../nbs/13b_crf.ipynb #061
 def dense_crf(
     probability: Tensor | np.ndarray,  # [H, W] or [B, H, W] in [0, 1]
-    image: Tensor | np.ndarray,        # [H, W, 3] uint8
+    image: Tensor | np.ndarray,  # [H, W, 3] uint8
     config: CrfConfig = CrfConfig(),
-) -> Tensor | np.ndarray:              # the same shape and kind, float32: the marginal of the foreground
+) -> Tensor | np.ndarray:  # the same shape and kind, float32: the marginal of the foreground
     "Sharpen probability maps of one picture with a fully connected CRF."
-    p, image = (x if isinstance(x, Tensor) else torch.tensor(np.ascontiguousarray(x)) for x in (probability, image))
+    p, image = (
+        x if isinstance(x, Tensor) else torch.tensor(np.ascontiguousarray(x)) for x in (probability, image)
+    )
     p = p.float()
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"the image must be uint8 [H, W, 3], got {str(image.dtype).removeprefix('torch.')} {list(image.shape)}")
+        raise ValueError(
+            f"the image must be uint8 [H, W, 3], got {str(image.dtype).removeprefix('torch.')} {list(image.shape)}"
+        )
     if p.ndim not in (2, 3) or p.shape[-2:] != image.shape[:2] or 0 in p.shape:
-        raise ValueError(f"probability has shape {list(p.shape)}: give [H, W] or [B, H, W] with the image's {image.shape[0]} x {image.shape[1]} pixels")
-    if not ((p >= 0) & (p <= 1)).all(): raise ValueError("probability must be in [0, 1] everywhere: give probabilities, not logits")
+        raise ValueError(
+            f"probability has shape {list(p.shape)}: give [H, W] or [B, H, W] with the image's {image.shape[0]} x {image.shape[1]} pixels"
+        )
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("probability must be in [0, 1] everywhere: give probabilities, not logits")
     solve = mean_field_pydensecrf if config.backend == "pydensecrf" else mean_field
-    Q = solve(p.reshape(-1, *p.shape[-2:]).clamp(config.epsilon, 1 - config.epsilon), image.to(p.device), config).reshape(p.shape)
+    Q = solve(
+        p.reshape(-1, *p.shape[-2:]).clamp(config.epsilon, 1 - config.epsilon), image.to(p.device), config
+    ).reshape(p.shape)
     return Q.numpy() if isinstance(probability, np.ndarray) else Q

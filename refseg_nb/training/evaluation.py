@@ -39,14 +39,17 @@ from .metrics import COMPARATORS, THRESHOLDS, intersection_union
 
 # %% ../../nbs/13_evaluation.ipynb #009
 def probability_at(
-    logits: Tensor,         # [B, h, w] the model's answer, at its own resolution
+    logits: Tensor,  # [B, h, w] the model's answer, at its own resolution
     size: tuple[int, int],  # (H, W) of the original image
-) -> Tensor:                # [B, H, W] probability of each pixel, float32
+) -> Tensor:  # [B, H, W] probability of each pixel, float32
     "Logits to probabilities, then bilinear resize to the original size (smoothed if that is smaller)."
     p = logits.float().sigmoid()
-    if tuple(p.shape[-2:]) == tuple(size): return p
+    if tuple(p.shape[-2:]) == tuple(size):
+        return p
     smaller = size[0] < p.shape[-2] or size[1] < p.shape[-1]
-    return F.interpolate(p[:, None], size=tuple(size), mode="bilinear", align_corners=False, antialias=smaller)[:, 0]
+    return F.interpolate(
+        p[:, None], size=tuple(size), mode="bilinear", align_corners=False, antialias=smaller
+    )[:, 0]
 
 # %% ../../nbs/13_evaluation.ipynb #017
 TEXT_CONTROLS = (None, "shuffled", "none", "other")
@@ -54,21 +57,27 @@ IMAGE_CONTROLS = (None, "none")
 
 
 def controlled_texts(
-    groups: list,          # lists of samples, one list an image
-    control: str | None,   # None, "shuffled", "none" or "other"
-    seed: int = 0,         # of the shuffle and of the choice of another object
+    groups: list,  # lists of samples, one list an image
+    control: str | None,  # None, "shuffled", "none" or "other"
+    seed: int = 0,  # of the shuffle and of the choice of another object
 ) -> list[list[str | None]]:  # for each sample the text that the model reads; None: leave this sample out
     "The text of each sample under a blind control."
-    if control not in TEXT_CONTROLS: raise ValueError(f"text_control must be one of {TEXT_CONTROLS}, got {control!r}")
+    if control not in TEXT_CONTROLS:
+        raise ValueError(f"text_control must be one of {TEXT_CONTROLS}, got {control!r}")
     texts = [[s.text for s in group] for group in groups]
-    if control is None: return texts
-    if control == "none": return [["" for _ in group] for group in groups]
+    if control is None:
+        return texts
+    if control == "none":
+        return [["" for _ in group] for group in groups]
     rng = np.random.default_rng(seed)
     if control == "other":  # a phrase that means another object of the same image
         out = []
         for group, own in zip(groups, texts):
             said = {s.ann_id: {t for t, o in zip(own, group) if o.ann_id == s.ann_id} for s in group}
-            others = [[t for t, o in zip(own, group) if o.ann_id != s.ann_id and t not in said[s.ann_id]] for s in group]
+            others = [
+                [t for t, o in zip(own, group) if o.ann_id != s.ann_id and t not in said[s.ann_id]]
+                for s in group
+            ]
             out.append([str(rng.choice(o)) if o else None for o in others])
         return out
     # shuffled: lay the images out in a random order and move every phrase on by the largest group's size, so that it comes from another image
@@ -87,39 +96,67 @@ class Evaluator:
 
     def __init__(
         self,
-        dataset,                          # a `RISDataset`
-        text_control: str | None = None,  # "shuffled": a phrase from another image; "other": of another object; "none": no words
-        image_control: str | None = None, # "none": every image is plain grey
-        images_per_batch: int = 16,       # images encoded at a time
+        dataset,  # a `RISDataset`
+        # "shuffled": a phrase from another image; "other": of another object; "none": no words
+        text_control: str | None = None,
+        image_control: str | None = None,  # "none": every image is plain grey
+        images_per_batch: int = 16,  # images encoded at a time
         expressions_per_step: int = 128,  # expressions segmented at a time
-        limit: int | None = None,         # only the first images of a seeded order
-        seed: int = 0,                    # of the controls and of the subset
-        num_workers: int = 0,             # processes that read images
-        rank: int = 0,                    # this process ...
-        world: int = 1,                   # ... of so many: each takes its own batches of images, none is repeated
-        mask_cache_bytes: int = 2**29,    # keep true masks (bit-packed) up to this much memory
-        ignore: set[tuple[int, int]] | None = None,  # (ref_id, sent_id) of samples that are left out, see `refseg_nb.training.protocols.read_ignore`
+        limit: int | None = None,  # only the first images of a seeded order
+        seed: int = 0,  # of the controls and of the subset
+        num_workers: int = 0,  # processes that read images
+        rank: int = 0,  # this process ...
+        world: int = 1,  # ... of so many: each takes its own batches of images, none is repeated
+        mask_cache_bytes: int = 2**29,  # keep true masks (bit-packed) up to this much memory
+        # (ref_id, sent_id) of samples that are left out, see `refseg_nb.training.protocols.read_ignore`
+        ignore: set[tuple[int, int]] | None = None,
     ):
-        if image_control not in IMAGE_CONTROLS: raise ValueError(f"image_control must be one of {IMAGE_CONTROLS}, got {image_control!r}")
-        self.image_control, self.images_per_batch, self.step, self.num_workers = image_control, images_per_batch, expressions_per_step, num_workers
+        if image_control not in IMAGE_CONTROLS:
+            raise ValueError(f"image_control must be one of {IMAGE_CONTROLS}, got {image_control!r}")
+        self.image_control, self.images_per_batch, self.step, self.num_workers = (
+            image_control,
+            images_per_batch,
+            expressions_per_step,
+            num_workers,
+        )
         groups = [(image_id, list(indices)) for image_id, indices in dataset.groups]
         if limit is not None and limit < len(groups):
-            groups = [groups[i] for i in np.sort(np.random.default_rng(seed).permutation(len(groups))[:limit])]
-        before, key = sum(len(indices) for _, indices in groups), lambda i: (dataset.samples[i].ref_id, dataset.samples[i].sent_id)
-        if ignore: groups = [(image_id, kept) for image_id, indices in groups if (kept := [i for i in indices if key(i) not in ignore])]
-        self.limit, self.text_control, self.ignored = limit, text_control, before - sum(len(indices) for _, indices in groups)
+            groups = [
+                groups[i] for i in np.sort(np.random.default_rng(seed).permutation(len(groups))[:limit])
+            ]
+        before, key = (
+            sum(len(indices) for _, indices in groups),
+            lambda i: (dataset.samples[i].ref_id, dataset.samples[i].sent_id),
+        )
+        if ignore:
+            groups = [
+                (image_id, kept)
+                for image_id, indices in groups
+                if (kept := [i for i in indices if key(i) not in ignore])
+            ]
+        self.limit, self.text_control, self.ignored = (
+            limit,
+            text_control,
+            before - sum(len(indices) for _, indices in groups),
+        )
         members = [[dataset.samples[i] for i in indices] for _, indices in groups]
         texts = [t for group in controlled_texts(members, text_control, seed) for t in group]
         self.samples = [s for group in members for s in group]
-        self.kept = np.array([t is not None for t in texts], dtype=bool)  # which samples are scored, over all processes
+        # which samples are scored, over all processes
+        self.kept = np.array([t is not None for t in texts], dtype=bool)
         self.text = {(s.ref_id, s.sent_id): t for s, t in zip(self.samples, texts)}
         self.index = {(s.ref_id, s.sent_id): i for i, s in enumerate(self.samples)}
-        if len(self.index) != len(self.samples): raise ValueError("the split lists a sentence twice: (ref_id, sent_id) is not unique")
+        if len(self.index) != len(self.samples):
+            raise ValueError("the split lists a sentence twice: (ref_id, sent_id) is not unique")
         self.dataset = copy.copy(dataset)
-        batches = [groups[i:i + images_per_batch] for i in range(0, len(groups), images_per_batch)]  # whole batches, so that each is what one process computes
-        self.dataset.groups, self.dataset.target_size = [group for batch in batches[rank::world] for group in batch], None
+        # whole batches, so that each is what one process computes
+        batches = [groups[i : i + images_per_batch] for i in range(0, len(groups), images_per_batch)]
+        self.dataset.groups, self.dataset.target_size = (
+            [group for batch in batches[rank::world] for group in batch],
+            None,
+        )
         self.masks, self.mask_bytes, self.mask_cache_bytes = {}, 0, mask_cache_bytes
-        self.crf_seconds = 0.  # spent so far in the CRF
+        self.crf_seconds = 0.0  # spent so far in the CRF
 
     def true_mask(self, sample) -> Tensor:  # [H, W] bool
         "The sample's mask at original resolution, from memory if it was read before."
@@ -127,37 +164,59 @@ class Evaluator:
         if key not in self.masks:
             mask = np.asarray(self.dataset.original_mask(sample))
             packed = (np.packbits(mask), mask.shape)
-            if self.mask_bytes > self.mask_cache_bytes: return torch.from_numpy(mask)
+            if self.mask_bytes > self.mask_cache_bytes:
+                return torch.from_numpy(mask)
             self.masks[key], self.mask_bytes = packed, self.mask_bytes + packed[0].nbytes
         bits, (h, w) = self.masks[key]
         return torch.from_numpy(np.unpackbits(bits, count=h * w).reshape(h, w).view(bool))
 
     def batches(self) -> Iterator:
         "The batches of this process, with the words that the control says."
-        return iter(make_loader(self.dataset, self.images_per_batch, None, shuffle=False, seed=0, epoch=0, num_workers=self.num_workers))
+        return iter(
+            make_loader(
+                self.dataset,
+                self.images_per_batch,
+                None,
+                shuffle=False,
+                seed=0,
+                epoch=0,
+                num_workers=self.num_workers,
+            )
+        )
 
     def words(self, samples: list) -> Tensor:  # [B, T] long
         "The word numbers of the samples' texts, padded."
-        return pad_words([self.dataset.vocabulary.encode(self.text[s.ref_id, s.sent_id], self.dataset.max_words) for s in samples])
+        return pad_words(
+            [
+                self.dataset.vocabulary.encode(self.text[s.ref_id, s.sent_id], self.dataset.max_words)
+                for s in samples
+            ]
+        )
 
-    def by_size(self, samples: list, logits: Tensor) -> Iterator[tuple[list, Tensor, Tensor]]:  # samples, logits [b, h, w], true masks [b, H, W]
+    # samples, logits [b, h, w], true masks [b, H, W]
+    def by_size(self, samples: list, logits: Tensor) -> Iterator[tuple[list, Tensor, Tensor]]:
         "Samples whose images have one size, with their logits and true masks; at most 16 M pixels at a time."
         true, sizes = [self.true_mask(s) for s in samples], {}
-        for b, y in enumerate(true): sizes.setdefault(tuple(y.shape), []).append(b)
+        for b, y in enumerate(true):
+            sizes.setdefault(tuple(y.shape), []).append(b)
         for (h, w), members in sizes.items():
             step = max(1, 2**24 // (h * w))
-            for part in (members[i:i + step] for i in range(0, len(members), step)):
-                yield [samples[b] for b in part], logits[part], torch.stack([true[b] for b in part]).to(logits.device)
+            for part in (members[i : i + step] for i in range(0, len(members), step)):
+                yield (
+                    [samples[b] for b in part],
+                    logits[part],
+                    torch.stack([true[b] for b in part]).to(logits.device),
+                )
 
     @torch.no_grad()
     def measure(
         self,
-        model,                   # `encode`/`adapt`, `segment`
+        model,  # `encode`/`adapt`, `segment`
         names: tuple[str, ...],  # of what `count` counts
-        count,                   # samples, logits [b, h, w] and true masks [b, H, W] of one size -> a [b] tensor for each name
-        features=None,           # a `FeatureCache` over these images, if there is one
-        autocast=None,           # a context manager factory for mixed precision
-        device=None,             # where to compute; default: where the model is
+        count,  # samples, logits [b, h, w] and true masks [b, H, W] of one size -> a [b] tensor for each name
+        features=None,  # a `FeatureCache` over these images, if there is one
+        autocast=None,  # a context manager factory for mixed precision
+        device=None,  # where to compute; default: where the model is
         progress: str | None = None,  # show a bar with this text
     ) -> dict[str, np.ndarray]:  # "index", "area", "pixels" and the names: one int64 a sample of this process
         "One pass over the model: segment every sample of this process and count in each answer."
@@ -167,76 +226,111 @@ class Evaluator:
         model.eval()
         found = [np.zeros((0, 3 + len(names)), dtype=np.int64)]
         batches = self.batches()
-        if progress: batches = track(batches, description=progress, total=-(-len(self.dataset.groups) // self.images_per_batch), transient=True)
+        if progress:
+            batches = track(
+                batches,
+                description=progress,
+                total=-(-len(self.dataset.groups) // self.images_per_batch),
+                transient=True,
+            )
         for batch in batches:
             with autocast():
                 images = batch.images
-                if self.image_control == "none": images = torch.full_like(images, 127)
-                if features is not None and self.image_control is None: encoded = model.adapt(features(batch.image_ids, device))
-                else: encoded = model.encode(images.to(device))
+                if self.image_control == "none":
+                    images = torch.full_like(images, 127)
+                if features is not None and self.image_control is None:
+                    encoded = model.adapt(features(batch.image_ids, device))
+                else:
+                    encoded = model.encode(images.to(device))
             keep = [b for b, s in enumerate(batch.samples) if self.text[s.ref_id, s.sent_id] is not None]
             for start in range(0, len(keep), self.step):
-                part = keep[start:start + self.step]
+                part = keep[start : start + self.step]
                 samples = [batch.samples[b] for b in part]
                 with autocast():
-                    logits = model.segment(encoded, self.words(samples).to(device), batch.image_index[part].to(device)).float()
+                    logits = model.segment(
+                        encoded, self.words(samples).to(device), batch.image_index[part].to(device)
+                    ).float()
                 for same, z, y in self.by_size(samples, logits):
                     index = torch.tensor([self.index[s.ref_id, s.sent_id] for s in same], device=y.device)
-                    rows = torch.stack([index, y.sum((-2, -1)), torch.full_like(index, y[0].numel()), *count(same, z, y)], 1)
+                    rows = torch.stack(
+                        [index, y.sum((-2, -1)), torch.full_like(index, y[0].numel()), *count(same, z, y)], 1
+                    )
                     found.append(rows.cpu().numpy())
         model.train(training)
         return dict(zip(("index", "area", "pixels", *names), np.concatenate(found).T))
 
     def run(
         self,
-        model,                   # `encode`/`adapt`, `segment`
-        threshold: float = .5,   # a pixel is in the mask if its probability is above
-        features=None,           # a `FeatureCache` over these images, if there is one
-        autocast=None,           # a context manager factory for mixed precision
-        device=None,             # where to compute; default: where the model is
+        model,  # `encode`/`adapt`, `segment`
+        threshold: float = 0.5,  # a pixel is in the mask if its probability is above
+        features=None,  # a `FeatureCache` over these images, if there is one
+        autocast=None,  # a context manager factory for mixed precision
+        device=None,  # where to compute; default: where the model is
         progress: str | None = None,  # show a bar with this text
-        crf=None,                # a `CrfConfig`: each probability map goes through a dense CRF
-    ) -> dict[str, np.ndarray]:  # "index", "intersection", "union", "area", "pixels": one entry a sample of this process
+        crf=None,  # a `CrfConfig`: each probability map goes through a dense CRF
+    ) -> dict[
+        str, np.ndarray
+    ]:  # "index", "intersection", "union", "area", "pixels": one entry a sample of this process
         "Segment every sample of this process and count pixels at original resolution."
+
         def count(samples, logits, true):
             p = probability_at(logits, tuple(true.shape[-2:]))
-            if crf is not None: p = self.sharpen(p, samples, crf)
+            if crf is not None:
+                p = self.sharpen(p, samples, crf)
             return intersection_union(p > threshold, true)
+
         return self.measure(model, ("intersection", "union"), count, features, autocast, device, progress)
 
     def stamp(self) -> dict:
         "Which data is scored, what of it is left out, and what the model reads: a part of a record's protocol."
         data = self.dataset
         refer = getattr(data, "refer", None)
-        return {"dataset": getattr(refer, "name", None), "split_by": getattr(refer, "split_by", None), "split": getattr(data, "split", None),
-                "image_size": getattr(data, "image_size", None), "max_words": getattr(data, "max_words", None), "text_control": self.text_control,
-                "image_control": self.image_control, "left_out": int((~self.kept).sum()), "ignored": self.ignored, "limit": self.limit,
-                **({"text": "raw"} if getattr(data, "sentence", "sent") == "raw" else {})}   # sentences as typed
+        return {
+            "dataset": getattr(refer, "name", None),
+            "split_by": getattr(refer, "split_by", None),
+            "split": getattr(data, "split", None),
+            "image_size": getattr(data, "image_size", None),
+            "max_words": getattr(data, "max_words", None),
+            "text_control": self.text_control,
+            "image_control": self.image_control,
+            "left_out": int((~self.kept).sum()),
+            "ignored": self.ignored,
+            "limit": self.limit,
+            # sentences as typed
+            **({"text": "raw"} if getattr(data, "sentence", "sent") == "raw" else {}),
+        }
 
     def sharpen(self, probability: Tensor, samples: list, crf) -> Tensor:  # [B, H, W]
         "The probability maps after a dense CRF, at their own size; those of one image are done together. A grey image stays grey here."
         from refseg_nb.training.crf import dense_crf
+
         start, by_image, out = time.perf_counter(), {}, torch.empty_like(probability)
-        for b, s in enumerate(samples): by_image.setdefault(s.image_id, []).append(b)
+        for b, s in enumerate(samples):
+            by_image.setdefault(s.image_id, []).append(b)
         for image_id, part in by_image.items():
             image, (h, w) = self.dataset.refer.load_image(image_id), probability.shape[-2:]
-            image = np.asarray(image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BILINEAR))
-            if self.image_control == "none": image = np.full_like(image, 127)
+            image = np.asarray(
+                image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BILINEAR)
+            )
+            if self.image_control == "none":
+                image = np.full_like(image, 127)
             out[part] = dense_crf(probability[part], image, crf)
-        if out.is_cuda: torch.cuda.synchronize(out.device)
+        if out.is_cuda:
+            torch.cuda.synchronize(out.device)
         self.crf_seconds += time.perf_counter() - start
         return out
 
 # %% ../../nbs/13_evaluation.ipynb #027
 def this_process() -> tuple[int, int]:
     "Which process this is, of how many."
-    if dist.is_available() and dist.is_initialized(): return dist.get_rank(), dist.get_world_size()
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def gather_rows(
     rows: dict[str, np.ndarray],  # this process's rows; "index" says which sample a row is
-) -> dict[str, np.ndarray]:       # all processes' rows, by index, each sample once
+) -> dict[str, np.ndarray]:  # all processes' rows, by index, each sample once
     "Collect the rows of all processes on each of them; one process alone only sorts."
     if this_process()[1] > 1:
         parts = [None] * this_process()[1]
@@ -246,49 +340,53 @@ def gather_rows(
     return {k: v[first] for k, v in rows.items()}
 
 # %% ../../nbs/13_evaluation.ipynb #031
-WRONG_BELOW, RIGHT_FROM = .1, .5                         # IoU: another object; the right one
-FAILURES = ("wrong_object", "sloppy_mask", "right")      # they add up to 100 %
+WRONG_BELOW, RIGHT_FROM = 0.1, 0.5  # IoU: another object; the right one
+FAILURES = ("wrong_object", "sloppy_mask", "right")  # they add up to 100 %
 
 
 def metric_columns(
     intersection: np.ndarray,  # [n] int64
-    union: np.ndarray,         # [n] int64
+    union: np.ndarray,  # [n] int64
     thresholds: tuple[float, ...] = THRESHOLDS,
     comparator: str = ">",
-    empty: float = 1.,
-) -> np.ndarray:               # [n, 7 + X] float64: I, U, 1, IoU, IoU > X, wrong, sloppy, right: every metric is a ratio of two sums of these
+    empty: float = 1.0,
+) -> np.ndarray:  # [n, 7 + X] float64: I, U, 1, IoU, IoU > X, wrong, sloppy, right: every metric is a ratio of two sums of these
     "The sums that the metrics are made of, one row a sample."
     iou = np.where(union > 0, intersection / np.maximum(union, 1), empty)
     wrong, right = iou < WRONG_BELOW, iou >= RIGHT_FROM
     hits = [getattr(np, {">": "greater", ">=": "greater_equal"}[comparator])(iou, x) for x in thresholds]
-    return np.stack([intersection, union, np.ones_like(iou), iou, *hits, wrong, ~wrong & ~right, right], axis=1).astype(float)
+    return np.stack(
+        [intersection, union, np.ones_like(iou), iou, *hits, wrong, ~wrong & ~right, right], axis=1
+    ).astype(float)
 
 
 def metrics_of_sums(
-    sums: np.ndarray,          # [..., 7 + X] sums of `metric_columns`
+    sums: np.ndarray,  # [..., 7 + X] sums of `metric_columns`
     thresholds: tuple[float, ...] = THRESHOLDS,
-) -> dict[str, np.ndarray]:    # percent, [...]; NaN where there is no sample
+) -> dict[str, np.ndarray]:  # percent, [...]; NaN where there is no sample
     "Overall IoU, mean IoU, precision@X and the shares of wrong objects, sloppy masks and right answers from sums."
     shares = ("mean_iou", *(f"precision@{x:g}" for x in thresholds), *FAILURES)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return {"overall_iou": 100 * sums[..., 0] / sums[..., 1]} | {name: 100 * sums[..., 3 + i] / sums[..., 2] for i, name in enumerate(shares)}
+        return {"overall_iou": 100 * sums[..., 0] / sums[..., 1]} | {
+            name: 100 * sums[..., 3 + i] / sums[..., 2] for i, name in enumerate(shares)
+        }
 
 # %% ../../nbs/13_evaluation.ipynb #037
 def cluster_sums(
-    columns: np.ndarray,   # [n, c] one row a sample
+    columns: np.ndarray,  # [n, c] one row a sample
     clusters: np.ndarray,  # [n] cluster number of each row, 0..C-1
-    count: int,            # C
-) -> np.ndarray:           # [C, c]
+    count: int,  # C
+) -> np.ndarray:  # [C, c]
     "Sum the rows of each cluster."
     return np.stack([np.bincount(clusters, weights=column, minlength=count) for column in columns.T], axis=1)
 
 
 def resampled_sums(
-    sums: np.ndarray,       # [C, ...] sums of each cluster
+    sums: np.ndarray,  # [C, ...] sums of each cluster
     resamples: int = 2000,  # R
     seed: int = 0,
-    chunk: int = 250,       # resamples at a time
-) -> np.ndarray:            # [R, ...] sums over C clusters drawn with replacement
+    chunk: int = 250,  # resamples at a time
+) -> np.ndarray:  # [R, ...] sums over C clusters drawn with replacement
     "The bootstrap as one matrix product: how often each cluster was drawn, times its sums."
     rng, count = np.random.default_rng(seed), len(sums)
     flat, out = sums.reshape(count, -1), []
@@ -300,36 +398,47 @@ def resampled_sums(
 
 
 def interval(
-    values: np.ndarray,   # [R] one value a resample
-    level: float = .95,
+    values: np.ndarray,  # [R] one value a resample
+    level: float = 0.95,
 ) -> tuple[float, float]:  # low, high
     "The percentile interval."
     values = values[np.isfinite(values)]
-    if len(values) == 0: return float("nan"), float("nan")
+    if len(values) == 0:
+        return float("nan"), float("nan")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 # %% ../../nbs/13_evaluation.ipynb #041
 def bootstrap(
-    intersection: np.ndarray,   # [n] int64
-    union: np.ndarray,          # [n] int64
+    intersection: np.ndarray,  # [n] int64
+    union: np.ndarray,  # [n] int64
     clusters: np.ndarray | None = None,  # [n] image of each sample; None: samples are drawn one by one (iid)
-    groups: dict[str, np.ndarray] | None = None,  # name -> [n] bool: parts to be reported, on the same resamples
+    # name -> [n] bool: parts to be reported, on the same resamples
+    groups: dict[str, np.ndarray] | None = None,
     resamples: int = 2000,
     seed: int = 0,
     thresholds: tuple[float, ...] = THRESHOLDS,
     comparator: str = ">",
-    empty: float = 1.,
-) -> dict[str, dict]:           # group -> metric -> {"value", "low", "high"}, and group -> "samples"; the whole is group "all"
+    empty: float = 1.0,
+) -> dict[
+    str, dict
+]:  # group -> metric -> {"value", "low", "high"}, and group -> "samples"; the whole is group "all"
     "Every metric of every group with its 95 % interval; images are drawn with replacement, and all their expressions come along."
     intersection, union = np.asarray(intersection, dtype=np.int64), np.asarray(union, dtype=np.int64)
     n = len(union)
-    if n == 0: raise ValueError("no samples to evaluate")
+    if n == 0:
+        raise ValueError("no samples to evaluate")
     columns = metric_columns(intersection, union, thresholds, comparator, empty)
     _, number = np.unique(np.arange(n) if clusters is None else np.asarray(clusters), return_inverse=True)
     groups = {"all": np.ones(n, dtype=bool)} | (groups or {})
-    sums = np.stack([cluster_sums(columns * keep[:, None], number, number.max() + 1) for keep in groups.values()], axis=1)  # [C, G, c]
-    value, drawn = metrics_of_sums(sums.sum(0), thresholds), metrics_of_sums(resampled_sums(sums, resamples, seed), thresholds)
+    # [C, G, c]
+    sums = np.stack(
+        [cluster_sums(columns * keep[:, None], number, number.max() + 1) for keep in groups.values()], axis=1
+    )
+    value, drawn = (
+        metrics_of_sums(sums.sum(0), thresholds),
+        metrics_of_sums(resampled_sums(sums, resamples, seed), thresholds),
+    )
     out = {}
     for g, (name, keep) in enumerate(groups.items()):
         out[name] = {"samples": int(keep.sum())}
@@ -342,70 +451,109 @@ def bootstrap(
 @dataclass
 class Record:
     "What an evaluation leaves behind: what was measured, how, of what, where, and each sample's pixel counts."
-    name: str                 # of the model or run
-    metrics: dict             # metric -> {"value", "low", "high"}, in percent
-    groups: dict = field(default_factory=dict)    # "kind", "words", "area", "distractors", "category" -> group -> metrics
-    protocol: dict = field(default_factory=dict)  # split, resolution, threshold and where it was chosen, comparator, sentences, controls, bootstrap
-    config: dict = field(default_factory=dict)    # model and training
+
+    name: str  # of the model or run
+    metrics: dict  # metric -> {"value", "low", "high"}, in percent
+    # "kind", "words", "area", "distractors", "category" -> group -> metrics
+    groups: dict = field(default_factory=dict)
+    # split, resolution, threshold and where it was chosen, comparator, sentences, controls, bootstrap
+    protocol: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)  # model and training
     seeds: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     machine: dict = field(default_factory=dict)
     commit: str | None = None
-    seconds: float = 0.
+    seconds: float = 0.0
     crf_seconds: float | None = None  # spent on the CRF, per image; None: no CRF
     created: str = ""
-    arrays: dict = field(default_factory=dict, repr=False)  # sent_id, ref_id, image_id, kind, words, area, pixels, intersection, union
-                                                            # and, where the data set knows: category, distractors
+    # sent_id, ref_id, image_id, kind, words, area, pixels, intersection, union
+    arrays: dict = field(default_factory=dict, repr=False)
+    # and, where the data set knows: category, distractors
 
     def __str__(self):
         o, m = self.metrics["overall_iou"], self.metrics["mean_iou"]
         return f"{self.name}: overall IoU {o['value']:.1f} [{o['low']:.1f}, {o['high']:.1f}], mean IoU {m['value']:.1f}, {self.metrics['samples']} samples"
 
 # %% ../../nbs/13_evaluation.ipynb #051
-PACKAGES = ("refseg_nb", "torch", "torchvision", "torchtext", "numpy", "accelerate", "torchmetrics", "pycocotools")
+PACKAGES = (
+    "refseg_nb",
+    "torch",
+    "torchvision",
+    "torchtext",
+    "numpy",
+    "accelerate",
+    "torchmetrics",
+    "pycocotools",
+)
 
 
 def versions() -> dict[str, str]:
     "The versions that a result depends on."
     out = {"python": platform.python_version()}
     for name in PACKAGES:
-        try: out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: pass
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
     return out
 
 
 def machine(device: str | torch.device = "cpu") -> dict:
     "Where it ran: system, cores and device name, and no path or host name."
-    out = {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-           "device": torch.device(device).type}
-    if torch.device(device).type == "cuda": out["device_name"] = torch.cuda.get_device_name(device)
+    out = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.device(device).type,
+    }
+    if torch.device(device).type == "cuda":
+        out["device_name"] = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        if names: out["device_name"] = names[0]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if names:
+            out["device_name"] = names[0]
     return out
 
 
 def git_commit() -> str | None:  # "<hash>" or "<hash>+changes"; None outside a checkout
     "The commit of the checkout that this package runs from."
     home = Path(importlib.util.find_spec("refseg_nb").origin)
+
     def git(*args):
-        return subprocess.run(["git", "-C", str(home.parent), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(home.parent), *args], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
     try:
-        if not git("ls-files", "--", home.name): return None  # installed inside some other repository
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError): return None
+        if not git("ls-files", "--", home.name):
+            return None  # installed inside some other repository
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 # %% ../../nbs/13_evaluation.ipynb #055
 WORD_BINS = {"1-2": (1, 2), "3-5": (3, 5), "6-10": (6, 10), "over 10": (11, 10**9)}
-CATEGORIES = 12   # so many are shown on their own, the rest as "other"
+CATEGORIES = 12  # so many are shown on their own, the rest as "other"
 
 
 def sample_groups(
     arrays: dict[str, np.ndarray],  # as in `Record.arrays`
-) -> dict[str, dict[str, np.ndarray]]:  # "kind", "words", "area" and, where known, "distractors", "category" -> name -> [n] bool
+) -> dict[
+    str, dict[str, np.ndarray]
+]:  # "kind", "words", "area" and, where known, "distractors", "category" -> name -> [n] bool
     "Split the samples by kind of expression, number of words, terciles of the object's share of the image, distractors, and the most frequent categories."
-    out = {"kind": {str(k): arrays["kind"] == k for k in np.unique(arrays["kind"]) if k},
-           "words": {name: (arrays["words"] >= a) & (arrays["words"] <= b) for name, (a, b) in WORD_BINS.items()}}
+    out = {
+        "kind": {str(k): arrays["kind"] == k for k in np.unique(arrays["kind"]) if k},
+        "words": {
+            name: (arrays["words"] >= a) & (arrays["words"] <= b) for name, (a, b) in WORD_BINS.items()
+        },
+    }
     share = arrays["area"] / arrays["pixels"]
     a, b = np.quantile(share, [1 / 3, 2 / 3])
     out["area"] = {"small": share <= a, "middle": (share > a) & (share <= b), "large": share > b}
@@ -415,8 +563,12 @@ def sample_groups(
     if "category" in arrays:
         names, counts = np.unique(arrays["category"], return_counts=True)
         frequent = [str(n) for n in names[np.argsort(-counts, kind="stable")] if n != "other"][:CATEGORIES]
-        out["category"] = {n: arrays["category"] == n for n in frequent} | {"other": ~np.isin(arrays["category"], frequent)}
-    return {family: {name: keep for name, keep in parts.items() if keep.any()} for family, parts in out.items()}
+        out["category"] = {n: arrays["category"] == n for n in frequent} | {
+            "other": ~np.isin(arrays["category"], frequent)
+        }
+    return {
+        family: {name: keep for name, keep in parts.items() if keep.any()} for family, parts in out.items()
+    }
 
 # %% ../../nbs/13_evaluation.ipynb #057
 def make_record(
@@ -425,130 +577,232 @@ def make_record(
     protocol: dict | None = None,
     config: dict | None = None,
     seeds: dict | None = None,
-    seconds: float = 0.,
+    seconds: float = 0.0,
     device: str | torch.device = "cpu",
     resamples: int = 2000,
     comparator: str = ">",
-    empty: float = 1.,
+    empty: float = 1.0,
 ) -> Record:
     "Metrics with intervals, by group, from per-sample counts."
-    if comparator not in COMPARATORS: raise ValueError(f"comparator must be one of {', '.join(COMPARATORS)}, got {comparator!r}")
-    if len(arrays["union"]) == 0: raise ValueError("no samples to evaluate: the controls or the list of ignored samples leave none")
+    if comparator not in COMPARATORS:
+        raise ValueError(f"comparator must be one of {', '.join(COMPARATORS)}, got {comparator!r}")
+    if len(arrays["union"]) == 0:
+        raise ValueError("no samples to evaluate: the controls or the list of ignored samples leave none")
     families = sample_groups(arrays)
     flat = {f"{family}/{part}": keep for family, parts in families.items() for part, keep in parts.items()}
-    found = bootstrap(arrays["intersection"], arrays["union"], arrays["image_id"], flat, resamples, comparator=comparator, empty=empty)
-    protocol = {"threshold": .5, "threshold_from": "fixed", "resolution": "original", "sentences": "all", "comparator": comparator, "empty_union_iou": empty,
-                "crf": False, "interval": f"95 % percentile bootstrap over images, {resamples} resamples", "images": int(len(np.unique(arrays["image_id"]))),
-                "samples": int(len(arrays["union"]))} | (protocol or {})
-    return Record(name=name, metrics=found["all"], groups={f: {p: found[f"{f}/{p}"] for p in parts} for f, parts in families.items()}, protocol=protocol,
-                  config=config or {}, seeds=seeds or {}, versions=versions(), machine=machine(device), commit=git_commit(), seconds=round(seconds, 2),
-                  created=datetime.now(UTC).isoformat(timespec="seconds"), arrays=arrays)
+    found = bootstrap(
+        arrays["intersection"],
+        arrays["union"],
+        arrays["image_id"],
+        flat,
+        resamples,
+        comparator=comparator,
+        empty=empty,
+    )
+    protocol = {
+        "threshold": 0.5,
+        "threshold_from": "fixed",
+        "resolution": "original",
+        "sentences": "all",
+        "comparator": comparator,
+        "empty_union_iou": empty,
+        "crf": False,
+        "interval": f"95 % percentile bootstrap over images, {resamples} resamples",
+        "images": int(len(np.unique(arrays["image_id"]))),
+        "samples": int(len(arrays["union"])),
+    } | (protocol or {})
+    return Record(
+        name=name,
+        metrics=found["all"],
+        groups={f: {p: found[f"{f}/{p}"] for p in parts} for f, parts in families.items()},
+        protocol=protocol,
+        config=config or {},
+        seeds=seeds or {},
+        versions=versions(),
+        machine=machine(device),
+        commit=git_commit(),
+        seconds=round(seconds, 2),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        arrays=arrays,
+    )
 
 # %% ../../nbs/13_evaluation.ipynb #059
 def evaluate(
-    model,                            # a `SHNet` or any model with `encode` and `segment`
-    dataset,                          # a `RISDataset`: the split is scored whole, every sentence once
-    threshold: float = .5,            # a pixel is in the mask if its probability is above
+    model,  # a `SHNet` or any model with `encode` and `segment`
+    dataset,  # a `RISDataset`: the split is scored whole, every sentence once
+    threshold: float = 0.5,  # a pixel is in the mask if its probability is above
     text_control: str | None = None,  # "shuffled", "none" or "other": is the text used?
-    image_control: str | None = None, # "none": is the image used?
+    image_control: str | None = None,  # "none": is the image used?
     *,
-    name: str = "model",              # of the record
-    comparator: str = ">",            # precision@X counts IoU > X or IoU >= X
-    empty: float = 1.,                # IoU where the true and the predicted mask are both empty
-    limit: int | None = None,         # only so many images
-    seed: int = 0,                    # of controls and subset
-    resamples: int = 2000,            # of the bootstrap
-    config: dict | None = None,       # stored in the record; default: the model's configuration
-    seeds: dict | None = None,        # stored in the record, such as {"training": 0}
+    name: str = "model",  # of the record
+    comparator: str = ">",  # precision@X counts IoU > X or IoU >= X
+    empty: float = 1.0,  # IoU where the true and the predicted mask are both empty
+    limit: int | None = None,  # only so many images
+    seed: int = 0,  # of controls and subset
+    resamples: int = 2000,  # of the bootstrap
+    config: dict | None = None,  # stored in the record; default: the model's configuration
+    seeds: dict | None = None,  # stored in the record, such as {"training": 0}
     images_per_batch: int = 16,
     expressions_per_step: int = 128,
     num_workers: int = 0,
-    features=None,                    # a `FeatureCache` over these images
-    autocast=None,                    # a context manager factory for mixed precision
-    progress: bool = False,           # show a bar
-    crf=False,                        # True or a `CrfConfig`: a dense CRF before the threshold (chapter 13b)
-    threshold_from: str | None = None,  # the data that the threshold was chosen on (`ThresholdChoice.chosen_on`, chapter 13c); None: it was fixed
+    features=None,  # a `FeatureCache` over these images
+    autocast=None,  # a context manager factory for mixed precision
+    progress: bool = False,  # show a bar
+    crf=False,  # True or a `CrfConfig`: a dense CRF before the threshold (chapter 13b)
+    # the data that the threshold was chosen on (`ThresholdChoice.chosen_on`, chapter 13c); None: it was fixed
+    threshold_from: str | None = None,
     ignore: set[tuple[int, int]] | None = None,  # (ref_id, sent_id) of samples that are left out
 ) -> Record:
     "Score a model on a split: original resolution, all sentences, one fixed threshold, intervals over images."
-    if not 0 < threshold < 1: raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
     if crf is True:
         from refseg_nb.training.crf import CrfConfig
+
         crf = CrfConfig()
     crf = crf or None
     start = time.perf_counter()
     rank, world = this_process()
-    evaluator = Evaluator(dataset, text_control, image_control, images_per_batch, expressions_per_step, limit, seed, num_workers, rank, world, ignore=ignore)
-    if not evaluator.samples: raise ValueError(f"split {getattr(dataset, 'split', '?')!r} has no samples")
+    evaluator = Evaluator(
+        dataset,
+        text_control,
+        image_control,
+        images_per_batch,
+        expressions_per_step,
+        limit,
+        seed,
+        num_workers,
+        rank,
+        world,
+        ignore=ignore,
+    )
+    if not evaluator.samples:
+        raise ValueError(f"split {getattr(dataset, 'split', '?')!r} has no samples")
     device = next(model.parameters()).device
-    rows = evaluator.run(model, threshold, features, autocast, device, f"Evaluating {name}" if progress and rank == 0 else None, crf)
+    rows = evaluator.run(
+        model,
+        threshold,
+        features,
+        autocast,
+        device,
+        f"Evaluating {name}" if progress and rank == 0 else None,
+        crf,
+    )
     arrays = sample_arrays(evaluator, gather_rows(rows))
-    protocol = evaluator.stamp() | {"threshold": threshold, "threshold_from": threshold_from or "fixed", "crf": asdict(crf) if crf else False}
-    if config is None: config = asdict(model.config) if is_dataclass(getattr(model, "config", None)) else {}
+    protocol = evaluator.stamp() | {
+        "threshold": threshold,
+        "threshold_from": threshold_from or "fixed",
+        "crf": asdict(crf) if crf else False,
+    }
+    if config is None:
+        config = asdict(model.config) if is_dataclass(getattr(model, "config", None)) else {}
     seconds = time.perf_counter() - start
-    record = make_record(name, arrays, protocol, config, {"evaluation": seed} | (seeds or {}), seconds, device, resamples, comparator, empty)
-    if crf: record.crf_seconds = round(evaluator.crf_seconds / max(1, len(evaluator.dataset.groups)), 4)
+    record = make_record(
+        name,
+        arrays,
+        protocol,
+        config,
+        {"evaluation": seed} | (seeds or {}),
+        seconds,
+        device,
+        resamples,
+        comparator,
+        empty,
+    )
+    if crf:
+        record.crf_seconds = round(evaluator.crf_seconds / max(1, len(evaluator.dataset.groups)), 4)
     return record
 
 # %% ../../nbs/13_evaluation.ipynb #061
 def object_arrays(
-    refer,          # the data set
+    refer,  # the data set
     samples: list,  # of it
-) -> dict[str, np.ndarray]:  # "category" [n] str, "distractors" [n] int64; empty where the data set has no categories
+) -> dict[
+    str, np.ndarray
+]:  # "category" [n] str, "distractors" [n] int64; empty where the data set has no categories
     "What each sample's object is, and how many others of its category the image holds; crowds are not counted."
-    if refer is None or isinstance(refer, ReferIt): return {}
+    if refer is None or isinstance(refer, ReferIt):
+        return {}
     found = {}
     for s in samples:
-        if s.ann_id in found: continue
+        if s.ann_id in found:
+            continue
         kind = refer.annotation(s.ann_id)["category_id"]
-        alike = [a for a in refer.annotations_of(s.image_id) if a["category_id"] == kind and a["id"] != s.ann_id and not a.get("iscrowd")]
+        alike = [
+            a
+            for a in refer.annotations_of(s.image_id)
+            if a["category_id"] == kind and a["id"] != s.ann_id and not a.get("iscrowd")
+        ]
         found[s.ann_id] = refer.categories[kind], len(alike)
     of = [found[s.ann_id] for s in samples]
-    return {"category": np.array([kind for kind, _ in of], dtype=str), "distractors": np.array([n for _, n in of], dtype=np.int64)}
+    return {
+        "category": np.array([kind for kind, _ in of], dtype=str),
+        "distractors": np.array([n for _, n in of], dtype=np.int64),
+    }
 
 
 def sample_arrays(
-    evaluator: Evaluator,          # knows the samples
-    rows: dict[str, np.ndarray],   # of `gather_rows`
-) -> dict[str, np.ndarray]:        # as in `Record.arrays`
+    evaluator: Evaluator,  # knows the samples
+    rows: dict[str, np.ndarray],  # of `gather_rows`
+) -> dict[str, np.ndarray]:  # as in `Record.arrays`
     "Join counts and samples."
     samples = [evaluator.samples[i] for i in rows["index"]]
-    return {"sent_id": np.array([s.sent_id for s in samples], dtype=np.int64), "ref_id": np.array([s.ref_id for s in samples], dtype=np.int64),
-            "image_id": np.array([s.image_id for s in samples], dtype=np.int64), "kind": np.array([s.kind or "" for s in samples], dtype=str),
-            "words": np.array([len(tokenize(s.text)) for s in samples], dtype=np.int64),
-            **{k: rows[k] for k in ("area", "pixels", "intersection", "union")}, **object_arrays(getattr(evaluator.dataset, "refer", None), samples)}
+    return {
+        "sent_id": np.array([s.sent_id for s in samples], dtype=np.int64),
+        "ref_id": np.array([s.ref_id for s in samples], dtype=np.int64),
+        "image_id": np.array([s.image_id for s in samples], dtype=np.int64),
+        "kind": np.array([s.kind or "" for s in samples], dtype=str),
+        "words": np.array([len(tokenize(s.text)) for s in samples], dtype=np.int64),
+        **{k: rows[k] for k in ("area", "pixels", "intersection", "union")},
+        **object_arrays(getattr(evaluator.dataset, "refer", None), samples),
+    }
 
 # %% ../../nbs/13_evaluation.ipynb #077
-_WORDS = {"kind": "kinds", "category": "categories"}   # arrays of words -> under which name the list of words is stored
+# arrays of words -> under which name the list of words is stored
+_WORDS = {"kind": "kinds", "category": "categories"}
 
 
 def _plain(value):
     "NaN becomes null, numpy becomes Python: strict JSON."
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    if isinstance(value, np.generic): value = value.item()
-    if isinstance(value, Path) or isinstance(value, str) and os.path.isabs(value): return Path(value).name  # no path of this machine
-    if isinstance(value, float): return float(f"{value:.8g}") if np.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    # no path of this machine
+    if isinstance(value, Path) or isinstance(value, str) and os.path.isabs(value):
+        return Path(value).name
+    if isinstance(value, float):
+        return float(f"{value:.8g}") if np.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def save_record(
     record: Record,
     path: str | Path,  # of the JSON file; the samples go beside it, with the ending .npz
-) -> Path:             # the JSON file
+) -> Path:  # the JSON file
     "Write a record: JSON for people, and a small .npz of the per-sample counts from which every number can be made again."
     path = Path(path).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays, lists = dict(record.arrays), {}
-    for k in _WORDS.keys() & arrays.keys(): lists[_WORDS[k]], arrays[k] = np.unique(arrays[k], return_inverse=True)
-    small = {k: v.astype(np.min_scalar_type(int(v.max()) if len(v) else 0)) if v.min(initial=0) >= 0 else v for k, v in arrays.items()}
-    for k in ("sent_id", "ref_id", "image_id"):  # differences of neighbours: far fewer distinct bytes to compress
+    for k in _WORDS.keys() & arrays.keys():
+        lists[_WORDS[k]], arrays[k] = np.unique(arrays[k], return_inverse=True)
+    small = {
+        k: v.astype(np.min_scalar_type(int(v.max()) if len(v) else 0)) if v.min(initial=0) >= 0 else v
+        for k, v in arrays.items()
+    }
+    # differences of neighbours: far fewer distinct bytes to compress
+    for k in ("sent_id", "ref_id", "image_id"):
         small[k] = np.diff(arrays[k], prepend=0)
         small[k] = small[k].astype(np.int32) if np.abs(small[k]).max(initial=0) < 2**31 else small[k]
     temporary = path.with_suffix(".npz.tmp")
-    with open(temporary, "wb") as file: np.savez_compressed(file, **lists, **small)
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, **lists, **small)
     temporary.replace(path.with_suffix(".npz"))
-    fields = {k: v for k, v in vars(record).items() if k != "arrays"} | {"samples_file": path.with_suffix(".npz").name}
+    fields = {k: v for k, v in vars(record).items() if k != "arrays"} | {
+        "samples_file": path.with_suffix(".npz").name
+    }
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(_plain(fields), indent=1) + "\n")
     temporary.replace(path)
@@ -560,62 +814,100 @@ def load_record(
 ) -> Record:
     "Read a record that `save_record` wrote."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no record {path.name}: expected a .json file that `save_record` wrote")
+    if not path.is_file():
+        raise FileNotFoundError(f"no record {path.name}: expected a .json file that `save_record` wrote")
     fields = json.loads(path.read_text())
     samples = path.parent / fields.pop("samples_file", path.with_suffix(".npz").name)
     arrays = {}
     if samples.is_file():
-        with np.load(samples, allow_pickle=False) as stored: arrays = {k: stored[k] for k in stored.files}
+        with np.load(samples, allow_pickle=False) as stored:
+            arrays = {k: stored[k] for k in stored.files}
         lists = {k: arrays.pop(name) for k, name in _WORDS.items() if name in arrays}
-        arrays = {k: lists[k][v] if k in lists else np.cumsum(v, dtype=np.int64) if k in ("sent_id", "ref_id", "image_id") else v.astype(np.int64)
-                  for k, v in arrays.items()}
+        arrays = {
+            k: lists[k][v]
+            if k in lists
+            else np.cumsum(v, dtype=np.int64)
+            if k in ("sent_id", "ref_id", "image_id")
+            else v.astype(np.int64)
+            for k, v in arrays.items()
+        }
     return Record(**fields, arrays=arrays)
 
 # %% ../../nbs/13_evaluation.ipynb #081
 def paired_groups(
-    a,                      # a `Record`, or a list of them: the same model trained with several seeds
-    b,                      # the same for the other model, on the same samples
+    a,  # a `Record`, or a list of them: the same model trained with several seeds
+    b,  # the same for the other model, on the same samples
     groups: dict[str, np.ndarray] | None = None,  # name -> [n] bool, in the order of a's (first) arrays
     resamples: int = 2000,
     seed: int = 0,
     thresholds: tuple[float, ...] = THRESHOLDS,
-) -> dict[str, dict]:       # group -> what `paired_bootstrap` gives, and "samples"; the whole is group "all"
+) -> dict[str, dict]:  # group -> what `paired_bootstrap` gives, and "samples"; the whole is group "all"
     "`paired_bootstrap` for several groups of samples, on the same resamples."
     a, b = ([r] if isinstance(r, Record) else list(r) for r in (a, b))
-    if not a or not b: raise ValueError("paired_bootstrap needs at least one record on each side")
+    if not a or not b:
+        raise ValueError("paired_bootstrap needs at least one record on each side")
     keys = [sample_keys(r) for r in (*a, *b)]
     for r, k in zip((*a, *b), keys):
-        if not np.array_equal(k, keys[0]): raise ValueError(f"records {a[0].name!r} and {r.name!r} score different samples: compare runs on the same split")
+        if not np.array_equal(k, keys[0]):
+            raise ValueError(
+                f"records {a[0].name!r} and {r.name!r} score different samples: compare runs on the same split"
+            )
     order = [np.lexsort((r.arrays["sent_id"], r.arrays["ref_id"])) for r in (*a, *b)]
     image = a[0].arrays["image_id"][order[0]]
-    groups = {"all": np.ones(len(image), dtype=bool)} | {name: keep[order[0]] for name, keep in (groups or {}).items()}
+    groups = {"all": np.ones(len(image), dtype=bool)} | {
+        name: keep[order[0]] for name, keep in (groups or {}).items()
+    }
     _, number = np.unique(image, return_inverse=True)
-    columns = [metric_columns(r.arrays["intersection"][o], r.arrays["union"][o], thresholds, r.protocol.get("comparator", ">"),
-                              r.protocol.get("empty_union_iou", 1.)) for r, o in zip((*a, *b), order)]
-    sums = np.stack([np.stack([cluster_sums(c * keep[:, None], number, number.max() + 1) for c in columns], axis=1) for keep in groups.values()], axis=1)
-    value, drawn = metrics_of_sums(sums.sum(0), thresholds), metrics_of_sums(resampled_sums(sums, resamples, seed), thresholds)  # [G, A + B], [R, G, A + B]
+    columns = [
+        metric_columns(
+            r.arrays["intersection"][o],
+            r.arrays["union"][o],
+            thresholds,
+            r.protocol.get("comparator", ">"),
+            r.protocol.get("empty_union_iou", 1.0),
+        )
+        for r, o in zip((*a, *b), order)
+    ]
+    sums = np.stack(
+        [
+            np.stack([cluster_sums(c * keep[:, None], number, number.max() + 1) for c in columns], axis=1)
+            for keep in groups.values()
+        ],
+        axis=1,
+    )
+    # [G, A + B], [R, G, A + B]
+    value, drawn = (
+        metrics_of_sums(sums.sum(0), thresholds),
+        metrics_of_sums(resampled_sums(sums, resamples, seed), thresholds),
+    )
     out = {}
     for g, (name, keep) in enumerate(groups.items()):
         out[name] = {"samples": int(keep.sum())}
         for metric in value:
-            va, vb = value[metric][g, :len(a)], value[metric][g, len(a):]
-            difference = drawn[metric][:, g, len(a):].mean(1) - drawn[metric][:, g, :len(a)].mean(1)
+            va, vb = value[metric][g, : len(a)], value[metric][g, len(a) :]
+            difference = drawn[metric][:, g, len(a) :].mean(1) - drawn[metric][:, g, : len(a)].mean(1)
             difference = difference[np.isfinite(difference)]  # a resample may hold nothing of a small group
             low, high = interval(difference)
-            side = min((difference <= 0).mean(), (difference >= 0).mean()) if len(difference) else 1.
-            out[name][metric] = {"a": float(va.mean()), "b": float(vb.mean()), "difference": float(vb.mean() - va.mean()), "low": low, "high": high,
-                                 "p": float(min(1., 2 * max(side, 1 / resamples))),
-                                 "by_seed": [float(y - x) for x, y in zip(va, vb)] if len(a) == len(b) else None}
+            side = min((difference <= 0).mean(), (difference >= 0).mean()) if len(difference) else 1.0
+            out[name][metric] = {
+                "a": float(va.mean()),
+                "b": float(vb.mean()),
+                "difference": float(vb.mean() - va.mean()),
+                "low": low,
+                "high": high,
+                "p": float(min(1.0, 2 * max(side, 1 / resamples))),
+                "by_seed": [float(y - x) for x, y in zip(va, vb)] if len(a) == len(b) else None,
+            }
     return out
 
 
 def paired_bootstrap(
-    a,                      # a `Record`, or a list of them: the same model trained with several seeds
-    b,                      # the same for the other model, on the same samples
+    a,  # a `Record`, or a list of them: the same model trained with several seeds
+    b,  # the same for the other model, on the same samples
     resamples: int = 2000,
     seed: int = 0,
     thresholds: tuple[float, ...] = THRESHOLDS,
-) -> dict[str, dict]:       # metric -> {"a", "b", "difference" (b - a), "low", "high", "p", "by_seed"}
+) -> dict[str, dict]:  # metric -> {"a", "b", "difference" (b - a), "low", "high", "p", "by_seed"}
     """How much better b is than a, with a 95 % interval.
 
     Both models are scored on the same resampled images, so what makes an image hard for both cancels. Over several seeds a
@@ -628,6 +920,9 @@ def paired_bootstrap(
 
 def sample_keys(record: Record) -> np.ndarray:  # [n, 2] sorted
     "Which samples a record scored."
-    if "ref_id" not in record.arrays: raise ValueError(f"record {record.name!r} has no per-sample file beside it: a paired comparison needs it")
+    if "ref_id" not in record.arrays:
+        raise ValueError(
+            f"record {record.name!r} has no per-sample file beside it: a paired comparison needs it"
+        )
     keys = np.stack([record.arrays["ref_id"], record.arrays["sent_id"]], axis=1)
     return keys[np.lexsort((keys[:, 1], keys[:, 0]))]

@@ -29,7 +29,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -63,122 +70,213 @@ from .metrics import SegmentationMetric, intersection_union
 @dataclass
 class TrainConfig:
     "Everything that decides how a training ends, and a few things that only decide how it looks."
+
     # data
-    root: str = "data"              # folder of the data sets
-    data: str = "refshapes"         # data set
-    split_by: str | None = None     # which split file, such as "unc" or "umd"
+    root: str = "data"  # folder of the data sets
+    data: str = "refshapes"  # data set
+    split_by: str | None = None  # which split file, such as "unc" or "umd"
     train_split: str = "train"
-    val_split: str | None = "val"   # None: no evaluation
-    limit: int | None = None        # train on the first so many images only
-    sentence: str | None = None     # "sent": cleaned; "raw": as typed; recipe; the paper's is "sent"
-    unit: str | None = None         # an epoch has all sentences ("sentence"), or one random sentence of each ref ("ref"); recipe; the paper's is "sentence"
-    num_workers: int = 0            # processes that read images
-    store: str | None = None        # folder of image stores (chapter 06b): pictures, targets and masks are read from there; built at the first use
+    val_split: str | None = "val"  # None: no evaluation
+    limit: int | None = None  # train on the first so many images only
+    sentence: str | None = None  # "sent": cleaned; "raw": as typed; recipe; the paper's is "sent"
+    # an epoch has all sentences ("sentence"), or one random sentence of each ref ("ref"); recipe; the paper's
+    # is "sentence"
+    unit: str | None = None
+    num_workers: int = 0  # processes that read images
+    # folder of image stores (chapter 06b): pictures, targets and masks are read from there; built at the
+    # first use
+    store: str | None = None
     # model
     model: str = "shnet"
     preset: str = "refshapes"
     overrides: dict = field(default_factory=dict)  # fields of the model's configuration
-    vectors: str | None = None      # word vectors: a file, or a name that torchtext knows
-    pieces: str | None = None       # BERT's vocab.txt, for a model that reads with BERT (LAVT, CrossVLT); None: its published BERT's, fetched once
-    start: str | None = None        # begin with the weights of this model: a folder that training wrote, or the name of a shipped one
-    train_backbone: bool = False    # also train the backbone (the paper keeps it frozen)
+    vectors: str | None = None  # word vectors: a file, or a name that torchtext knows
+    # BERT's vocab.txt, for a model that reads with BERT (LAVT, CrossVLT); None: its published BERT's, fetched
+    # once
+    pieces: str | None = None
+    # begin with the weights of this model: a folder that training wrote, or the name of a shipped one
+    start: str | None = None
+    train_backbone: bool = False  # also train the backbone (the paper keeps it frozen)
     # optimisation
-    epochs: int | None = None       # None: the preset's recipe, as for every None below that says "recipe"
-    max_steps: int | None = None    # stop (and end the learning-rate schedule) after so many optimizer steps
+    epochs: int | None = None  # None: the preset's recipe, as for every None below that says "recipe"
+    max_steps: int | None = None  # stop (and end the learning-rate schedule) after so many optimizer steps
     images_per_batch: int | None = None  # a batch is so many images with their expressions, or ...
-    batch_size: int | None = None   # ... so many expressions of any images. Neither given: 8 images ("refshapes"), or the recipe's batch_size (the others)
+    # ... so many expressions of any images. Neither given: 8 images ("refshapes"), or the recipe's batch_size
+    # (the others)
+    batch_size: int | None = None
     expressions_per_image: int | None = None  # at most so many, drawn anew each epoch; None: all
-    accumulate: int = 1             # batches per optimizer step
-    lr: float | None = None         # recipe; the paper's is 1.2e-4
+    accumulate: int = 1  # batches per optimizer step
+    lr: float | None = None  # recipe; the paper's is 1.2e-4
     weight_decay: float | None = None  # recipe; the paper's is 9e-5
-    schedule: str | None = None     # recipe. "polynomial" (the paper), or "plateau": smaller whenever the loss on val_split no longer falls (released code)
-    power: float | None = None      # of the polynomial decay; recipe; the paper's is .7
-    warmup: int = 0                 # steps of linear rise
-    clip: float | None = None       # largest gradient norm
-    optimizer: str | None = None    # recipe. "adamw", or "adam": the weight decay is an L2 penalty, and goes through the gradient
-    end_lr: float | None = None     # where the polynomial decay ends; recipe; the paper's is 0
-    decay_steps: int | None = None  # when it ends; None: with the training, or as much later as in the recipe, in proportion
-    loss: str = "bce"               # "bce" (the paper's), or "bce+dice"
-    dice_weight: float = .1         # little: see below
-    class_weights: tuple[float, float] | None = None  # of background and referent in the cross-entropy; recipe; there None: equal
-    targets: str | None = None      # recipe. "soft": share of each cell that the mask covers; "hard": half or more; "dilated": bilinear, then > 0 (released)
-    mask_size: int | None = None    # pixels a side at which logits and targets are compared; recipe; there None: the logits' own size
+    # recipe. "polynomial" (the paper), or "plateau": smaller whenever the loss on val_split no longer falls
+    # (released code)
+    schedule: str | None = None
+    power: float | None = None  # of the polynomial decay; recipe; the paper's is .7
+    warmup: int = 0  # steps of linear rise
+    clip: float | None = None  # largest gradient norm
+    # recipe. "adamw", or "adam": the weight decay is an L2 penalty, and goes through the gradient
+    optimizer: str | None = None
+    end_lr: float | None = None  # where the polynomial decay ends; recipe; the paper's is 0
+    # when it ends; None: with the training, or as much later as in the recipe, in proportion
+    decay_steps: int | None = None
+    loss: str = "bce"  # "bce" (the paper's), or "bce+dice"
+    dice_weight: float = 0.1  # little: see below
+    # of background and referent in the cross-entropy; recipe; there None: equal
+    class_weights: tuple[float, float] | None = None
+    # recipe. "soft": share of each cell that the mask covers; "hard": half or more; "dilated": bilinear, then
+    # > 0 (released)
+    targets: str | None = None
+    # pixels a side at which logits and targets are compared; recipe; there None: the logits' own size
+    mask_size: int | None = None
     grayscale: float | None = None  # probability that a training image loses its colours in an epoch; recipe
     seed: int = 0
     # machine
-    mixed_precision: str = "no"     # "no", "bf16" or "fp16" (fp16: GPU only)
-    device: str = "auto"            # "auto", "cpu" or "cuda"
-    threads: int | None = None      # CPU threads; None: as it is
+    mixed_precision: str = "no"  # "no", "bf16" or "fp16" (fp16: GPU only)
+    device: str = "auto"  # "auto", "cpu" or "cuda"
+    threads: int | None = None  # CPU threads; None: as it is
     cache_features: bool | str = "auto"  # keep the frozen backbone's outputs in memory; "auto": if they fit
-    cache_dtype: str = "float32"    # or "float16", "bfloat16": half the memory
-    cache_folder: str | None = None  # keep them on the disk instead, for the next training with the same backbone and images
+    cache_dtype: str = "float32"  # or "float16", "bfloat16": half the memory
+    # keep them on the disk instead, for the next training with the same backbone and images
+    cache_folder: str | None = None
     # bookkeeping
     out: str = "runs/train"
     checkpoint_every: int | None = None  # steps; there is always one at the end of an epoch
     threshold: float | None = None  # recipe; of the probability, while training and stored with the model
-    eval_every: int = 1             # epochs; "plateau" looks at the loss as often
-    eval_limit: int | None = None   # images of the validation split scored while training
-    keep: str = "last"              # which weights <out>/model gets: "last" or "best" (overall IoU on val_split)
-    tracker: str | None = None      # "tensorboard" or "wandb"
-    quiet: bool = False             # no progress bar
+    eval_every: int = 1  # epochs; "plateau" looks at the loss as often
+    eval_limit: int | None = None  # images of the validation split scored while training
+    keep: str = "last"  # which weights <out>/model gets: "last" or "best" (overall IoU on val_split)
+    tracker: str | None = None  # "tensorboard" or "wandb"
+    quiet: bool = False  # no progress bar
 
     # a resumed run may change these: they do not change the weights
-    FREE = ("root", "num_workers", "store", "pieces", "cache_folder", "out", "checkpoint_every", "tracker", "quiet")
+    FREE = (
+        "root",
+        "num_workers",
+        "store",
+        "pieces",
+        "cache_folder",
+        "out",
+        "checkpoint_every",
+        "tracker",
+        "quiet",
+    )
 
     # what SHNet's recipe does not say, and what it is there
-    BESIDE = {"sentence": "sent", "unit": "sentence", "class_weights": None, "optimizer": "adamw", "end_lr": 0.}
+    BESIDE = {
+        "sentence": "sent",
+        "unit": "sentence",
+        "class_weights": None,
+        "optimizer": "adamw",
+        "end_lr": 0.0,
+    }
 
     def __post_init__(self):
-        self.root, self.out, self.cache_folder, self.pieces = str(self.root), str(self.out), *(p and str(p) for p in (self.cache_folder, self.pieces))
+        self.root, self.out, self.cache_folder, self.pieces = (
+            str(self.root),
+            str(self.out),
+            *(p and str(p) for p in (self.cache_folder, self.pieces)),
+        )
         recipe = self.recipe()
-        steps = getattr(recipe, "steps", None) if self.epochs is None and self.max_steps is None else None   # a recipe may count in steps
-        defaults = {"epochs": 10**6 if steps else recipe.epochs or 30, "max_steps": steps, "targets": recipe.target}
-        defaults |= {k: getattr(recipe, k, getattr(Recipe, k)) for k in ("lr", "weight_decay", "schedule", "power", "mask_size", "grayscale", "threshold")}
+        # a recipe may count in steps
+        steps = getattr(recipe, "steps", None) if self.epochs is None and self.max_steps is None else None
+        defaults = {
+            "epochs": 10**6 if steps else recipe.epochs or 30,
+            "max_steps": steps,
+            "targets": recipe.target,
+        }
+        defaults |= {
+            k: getattr(recipe, k, getattr(Recipe, k))
+            for k in ("lr", "weight_decay", "schedule", "power", "mask_size", "grayscale", "threshold")
+        }
         defaults |= {k: getattr(recipe, k, usual) for k, usual in self.BESIDE.items()}
         if self.images_per_batch is None and self.batch_size is None:
-            defaults |= {"images_per_batch": 8} if self.preset == "refshapes" else {"batch_size": recipe.batch_size}
+            defaults |= (
+                {"images_per_batch": 8} if self.preset == "refshapes" else {"batch_size": recipe.batch_size}
+            )
         for mine, theirs in defaults.items():
-            if getattr(self, mine) is None: setattr(self, mine, theirs)
+            if getattr(self, mine) is None:
+                setattr(self, mine, theirs)
         if self.class_weights is not None:
             if len(self.class_weights) != 2 or min(self.class_weights) <= 0:
-                raise ValueError(f"class_weights must be two positive numbers, of background and referent, got {self.class_weights}")
+                raise ValueError(
+                    f"class_weights must be two positive numbers, of background and referent, got {self.class_weights}"
+                )
             self.class_weights = tuple(map(float, self.class_weights))
-        choices = {"loss": ("bce", "bce+dice"), "optimizer": ("adamw", "adam"), "sentence": SENTENCES, "unit": UNITS,
-                   "schedule": ("polynomial", "plateau"), "targets": ("soft", "hard", "dilated"),
-                   "mixed_precision": ("no", "bf16", "fp16"), "keep": ("last", "best"), "tracker": (None, "tensorboard", "wandb"),
-                   "cache_dtype": ("float32", "float16", "bfloat16"), "cache_features": (True, False, "auto")}
+        choices = {
+            "loss": ("bce", "bce+dice"),
+            "optimizer": ("adamw", "adam"),
+            "sentence": SENTENCES,
+            "unit": UNITS,
+            "schedule": ("polynomial", "plateau"),
+            "targets": ("soft", "hard", "dilated"),
+            "mixed_precision": ("no", "bf16", "fp16"),
+            "keep": ("last", "best"),
+            "tracker": (None, "tensorboard", "wandb"),
+            "cache_dtype": ("float32", "float16", "bfloat16"),
+            "cache_features": (True, False, "auto"),
+        }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed: raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
+                )
         for name in ("epochs", "accumulate", "eval_every"):
-            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("images_per_batch", "max_steps", "checkpoint_every", "limit", "expressions_per_image", "mask_size", "threads", "decay_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (
+            "images_per_batch",
+            "max_steps",
+            "checkpoint_every",
+            "limit",
+            "expressions_per_image",
+            "mask_size",
+            "threads",
+            "decay_steps",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
         if self.images_per_batch and self.batch_size:
-            raise ValueError("images_per_batch and batch_size exclude each other: a batch is counted in images or in expressions")
-        least = 1 if self.model == "cmpc" else 2   # CMPC has no BatchNorm, and is published with 1
+            raise ValueError(
+                "images_per_batch and batch_size exclude each other: a batch is counted in images or in expressions"
+            )
+        least = 1 if self.model == "cmpc" else 2  # CMPC has no BatchNorm, and is published with 1
         if self.batch_size is not None and self.batch_size < least:
-            raise ValueError(f"batch_size must be at least {least}{' (one expression alone cannot be normalised)' * (least > 1)}, got {self.batch_size}")
-        if self.lr <= 0: raise ValueError(f"lr must be positive, got {self.lr}")
-        if not 0 <= self.end_lr <= self.lr: raise ValueError(f"end_lr must be between 0 and lr = {self.lr}, got {self.end_lr}")
-        if not 0 <= self.grayscale <= 1: raise ValueError(f"grayscale is a probability, got {self.grayscale}")
-        if not 0 < self.threshold < 1: raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}")
+            raise ValueError(
+                f"batch_size must be at least {least}{' (one expression alone cannot be normalised)' * (least > 1)}, got {self.batch_size}"
+            )
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.end_lr <= self.lr:
+            raise ValueError(f"end_lr must be between 0 and lr = {self.lr}, got {self.end_lr}")
+        if not 0 <= self.grayscale <= 1:
+            raise ValueError(f"grayscale is a probability, got {self.grayscale}")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}")
         if self.val_split is None and self.schedule == "plateau":
-            raise ValueError("schedule='plateau' follows the loss on the validation split: name a val_split, or use schedule='polynomial'")
-        if self.keep == "best" and self.val_split is None: raise ValueError("keep='best' needs a val_split")
+            raise ValueError(
+                "schedule='plateau' follows the loss on the validation split: name a val_split, or use schedule='polynomial'"
+            )
+        if self.keep == "best" and self.val_split is None:
+            raise ValueError("keep='best' needs a val_split")
         if self.cache_features is True and self.train_backbone:
-            raise ValueError("cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs change")
+            raise ValueError(
+                "cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs change"
+            )
 
     def recipe(self):
         "The recipe of the model's preset."
         recipes = recipes_of(self.model)
-        if self.preset not in recipes: raise ValueError(f"{self.model} has no preset called {self.preset!r}; there are {', '.join(recipes)}")
+        if self.preset not in recipes:
+            raise ValueError(
+                f"{self.model} has no preset called {self.preset!r}; there are {', '.join(recipes)}"
+            )
         return recipes[self.preset]
 
 # %% ../../nbs/12_training.ipynb #022
 def dice_loss(
-    logits: Tensor,   # [B, h, w]
+    logits: Tensor,  # [B, h, w]
     targets: Tensor,  # [B, h, w] in [0, 1]
-) -> Tensor:          # scalar
+) -> Tensor:  # scalar
     "One minus the soft Dice overlap, averaged over expressions: small objects count as much as large ones."
     p = logits.sigmoid()
     return (1 - (2 * (p * targets).sum((-2, -1)) + 1) / (p.sum((-2, -1)) + targets.sum((-2, -1)) + 1)).mean()
@@ -190,39 +288,50 @@ class Objective(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        loss: str = "bce",          # "bce" or "bce+dice"
-        dice_weight: float = 1.,
-        class_weights: tuple[float, float] | None = None,  # of background and referent in the cross-entropy; None: equal
+        loss: str = "bce",  # "bce" or "bce+dice"
+        dice_weight: float = 1.0,
+        # of background and referent in the cross-entropy; None: equal
+        class_weights: tuple[float, float] | None = None,
     ):
         super().__init__()
         self.model, self.loss, self.dice_weight = model, loss, dice_weight
-        self.class_weights = None if class_weights is None or tuple(class_weights) == (1, 1) else class_weights
+        self.class_weights = (
+            None if class_weights is None or tuple(class_weights) == (1, 1) else class_weights
+        )
         self.mean_weight = None  # of a pixel of the whole batch, where this process has only a part of it
 
     def compare(
         self,
-        logits: Tensor,   # [B, h, w]; resized bilinearly where the targets have another size
+        logits: Tensor,  # [B, h, w]; resized bilinearly where the targets have another size
         targets: Tensor,  # [B, h', w'] in [0, 1]
-    ) -> Tensor:          # scalar loss
+    ) -> Tensor:  # scalar loss
         "Mean loss of some answers."
         if self.class_weights is not None:
             loss = weighted_loss(logits, targets, self.class_weights, self.mean_weight)
-            return loss + self.dice_weight * dice_loss(aligned(logits, targets), targets) if self.loss == "bce+dice" else loss
-        if logits.shape != targets.shape: logits = F.interpolate(logits[:, None], targets.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+            return (
+                loss + self.dice_weight * dice_loss(aligned(logits, targets), targets)
+                if self.loss == "bce+dice"
+                else loss
+            )
+        if logits.shape != targets.shape:
+            logits = F.interpolate(logits[:, None], targets.shape[-2:], mode="bilinear", align_corners=False)[
+                :, 0
+            ]
         loss = F.binary_cross_entropy_with_logits(logits, targets)
         return loss + self.dice_weight * dice_loss(logits, targets) if self.loss == "bce+dice" else loss
 
     def forward(
         self,
-        images: Tensor | None,     # [K, 3, S, S] uint8; None if `levels` is given
-        levels: list | None,       # the backbone's outputs, from the cache
-        words: Tensor,             # [B, T] long
-        image_index: Tensor,       # [B] long: which image each expression asks about
-        targets: Tensor,           # [B, h, w] in [0, 1]
-    ) -> Tensor:                   # scalar loss
+        images: Tensor | None,  # [K, 3, S, S] uint8; None if `levels` is given
+        levels: list | None,  # the backbone's outputs, from the cache
+        words: Tensor,  # [B, T] long
+        image_index: Tensor,  # [B] long: which image each expression asks about
+        targets: Tensor,  # [B, h, w] in [0, 1]
+    ) -> Tensor:  # scalar loss
         "Mean loss over the expressions of the batch."
         features = self.model.encode(images) if levels is None else self.model.adapt(levels)
-        if hasattr(self.model, "losses"):  # several answers, each with its share of the loss: CMPC and CrossVLT
+        # several answers, each with its share of the loss: CMPC and CrossVLT
+        if hasattr(self.model, "losses"):
             return sum(self.model.losses(features, words, image_index, targets, self.compare).values())
         return self.compare(self.model.segment(features, words, image_index).float(), targets)
 
@@ -230,31 +339,34 @@ class Objective(nn.Module):
 class TargetDataset(RISDataset):
     "A split whose targets follow a recipe's policy."
 
-    def __init__(self, *args, policy: str = "soft", **kwargs):  # "soft", "hard" or "dilated"; the rest as for `RISDataset`
+    # "soft", "hard" or "dilated"; the rest as for `RISDataset`
+    def __init__(self, *args, policy: str = "soft", **kwargs):
         super().__init__(*args, **kwargs)
         self.policy = policy
 
     def target(self, ann_id: int) -> Tensor:  # [h, w] float16
         "The target of an object."
-        if self.policy == "soft": return super().target(ann_id)
+        if self.policy == "soft":
+            return super().target(ann_id)
         target = self._targets.get(ann_id)
         if target is None:
             mask = torch.from_numpy((self.refer if self.store is None else self.store).mask(ann_id))
             target = training_target(mask[None], self.target_size, self.policy)[0].half()
-            if self.cached: self._targets[ann_id] = target
+            if self.cached:
+                self._targets[ann_id] = target
         return target
 
 # %% ../../nbs/12_training.ipynb #030
 def polynomial_decay(
-    step: int,           # optimizer steps done, from 0
-    total: int,          # when the decay ends: usually the whole training
+    step: int,  # optimizer steps done, from 0
+    total: int,  # when the decay ends: usually the whole training
     lr: float = 1.2e-4,  # largest learning rate
-    power: float = .7,
-    warmup: int = 0,     # steps of linear rise
-    end_lr: float = 0.,  # smallest one, from `total` on
-) -> float:              # the learning rate of this step
+    power: float = 0.7,
+    warmup: int = 0,  # steps of linear rise
+    end_lr: float = 0.0,  # smallest one, from `total` on
+) -> float:  # the learning rate of this step
     "(lr − end) · (1 − step/total)^power + end, with end = 0 in section 4.2 of the paper; with warm-up, the smaller of it and the rise."
-    decayed = end_lr + (lr - end_lr) * max(0., 1 - step / total) ** power
+    decayed = end_lr + (lr - end_lr) * max(0.0, 1 - step / total) ** power
     return min(decayed, lr * (step + 1) / warmup) if step < warmup else decayed
 
 # %% ../../nbs/12_training.ipynb #036
@@ -262,20 +374,27 @@ def available_memory(
     device: str | torch.device = "cpu",
 ) -> int:  # bytes
     "Memory that is free on the device."
-    if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     import psutil
+
     return psutil.virtual_memory().available
 
 
 def peak_memory(
     device: str | torch.device = "cpu",
-) -> int:  # bytes: torch's largest allocation on a GPU, else the largest resident memory of this process so far
+) -> (
+    int
+):  # bytes: torch's largest allocation on a GPU, else the largest resident memory of this process so far
     "How much memory it took."
-    if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         import psutil
+
         return psutil.Process().memory_info().peak_wset
     import resource  # not on Windows
+
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024  # Linux counts kibibytes
 
@@ -284,10 +403,13 @@ def reset_peak_memory(
     device: str | torch.device = "cpu",
 ) -> bool:  # whether it could: on a CPU, Linux alone can
     "Forget the peak so far: `peak_memory` is of what comes from here on."
-    if torch.device(device).type == "cuda": torch.cuda.reset_peak_memory_stats(device)
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     else:
-        try: Path("/proc/self/clear_refs").write_text("5")
-        except OSError: return False
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
     return True
 
 # %% ../../nbs/12_training.ipynb #040
@@ -306,52 +428,78 @@ def features_name(
     dataset: RISDataset,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    autocast=nullcontext,   # a context manager factory for mixed precision
-    grey: bool = False,     # with the images without colours
+    autocast=nullcontext,  # a context manager factory for mixed precision
+    grey: bool = False,  # with the images without colours
 ) -> str:
     "The name of a folder of features: it changes whenever they would."
     refer, side = dataset.refer, dataset.image_size
     picture = torch.arange(3 * side**2, device=device).remainder(251).to(torch.uint8).view(1, 3, side, side)
-    with torch.no_grad(), autocast(): answer = model.backbone(picture)
+    with torch.no_grad(), autocast():
+        answer = model.backbone(picture)
     network = fingerprint(model.backbone.state_dict() | {f"answer.{i}": v for i, v in enumerate(answer)})
-    files = [(image_id, path.name, path.stat().st_size, path.stat().st_mtime_ns) for image_id, _ in dataset.groups for path in [refer.image_path(image_id)]]
-    made = [1, network, side, str(dtype), grey, *(version(name) for name in ("torch", "torchvision", "pillow"))]
+    files = [
+        (image_id, path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for image_id, _ in dataset.groups
+        for path in [refer.image_path(image_id)]
+    ]
+    made = [
+        1,
+        network,
+        side,
+        str(dtype),
+        grey,
+        *(version(name) for name in ("torch", "torchvision", "pillow")),
+    ]
     return f"{refer.name}-{dataset.split}-{side}-{hashlib.sha256(json.dumps([made, files]).encode()).hexdigest()[:16]}"
 
 # %% ../../nbs/12_training.ipynb #046
 def map_tensors(
-    path: Path,          # a folder that `kept_tensors` wrote
+    path: Path,  # a folder that `kept_tensors` wrote
     dtype: torch.dtype,
 ) -> list[Tensor]:
     "Tensors mapped from their files; an error if they are not what was written."
     sums = json.loads((path / "sums.json").read_text())
     files = [np.load(path / f"{i}.npy", mmap_mode="c") for i in range(len(sums))]
-    if sums != [int(v.sum(dtype=np.int64)) for v in files]: raise ValueError("the numbers do not have the sum that they had")
+    if sums != [int(v.sum(dtype=np.int64)) for v in files]:
+        raise ValueError("the numbers do not have the sum that they had")
     return [torch.from_numpy(v).view(dtype) for v in files]
 
 
 def kept_tensors(
-    path: Path,          # a folder
+    path: Path,  # a folder
     dtype: torch.dtype,
-    fill,                # a function that is given `make`, calls make(shapes) for a list of tensors, and fills them
+    fill,  # a function that is given `make`, calls make(shapes) for a list of tensors, and fills them
 ) -> list[Tensor]:
     "The tensors kept in a folder; they are made if they are not there, or not whole."
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.exists():
-            try: return map_tensors(path, dtype)
-            except Exception as error: warnings.warn(f"{path}: the features kept there are damaged ({error}); they are made again", stacklevel=2)
+            try:
+                return map_tensors(path, dtype)
+            except Exception as error:
+                warnings.warn(
+                    f"{path}: the features kept there are damaged ({error}); they are made again",
+                    stacklevel=2,
+                )
         with atomic_folder(path) as new:
             files = []
+
             def make(shapes):
                 need, free = sum(map(math.prod, shapes)) * dtype.itemsize, shutil.disk_usage(new).free
                 if need > free:
-                    raise OSError(f"{path.parent}: the features take {need / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free: choose another cache_folder")
+                    raise OSError(
+                        f"{path.parent}: the features take {need / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free: choose another cache_folder"
+                    )
                 whole = np.dtype(f"i{dtype.itemsize}")  # NumPy has no bfloat16
-                files.extend(np.lib.format.open_memmap(new / f"{i}.npy", "w+", whole, shape) for i, shape in enumerate(shapes))
+                files.extend(
+                    np.lib.format.open_memmap(new / f"{i}.npy", "w+", whole, shape)
+                    for i, shape in enumerate(shapes)
+                )
                 return [torch.from_numpy(v).view(dtype) for v in files]
+
             fill(make)
-            for v in files: v.flush()
+            for v in files:
+                v.flush()
             write_json(new / "sums.json", [int(v.sum(dtype=np.int64)) for v in files])
         return map_tensors(path, dtype)
 
@@ -361,16 +509,16 @@ class FeatureCache:
 
     def __init__(
         self,
-        model: nn.Module,               # its `backbone` is used, and must be frozen
-        dataset,                        # a `RISDataset`
+        model: nn.Module,  # its `backbone` is used, and must be frozen
+        dataset,  # a `RISDataset`
         images_per_batch: int = 32,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",  # where the backbone runs
-        store: str | torch.device = "cpu",   # where the outputs are kept
+        store: str | torch.device = "cpu",  # where the outputs are kept
         progress: Progress | None = None,
         num_workers: int = 0,
-        autocast=nullcontext,           # a context manager factory for mixed precision
-        grey: bool = False,             # also the outputs for the images without colours
+        autocast=nullcontext,  # a context manager factory for mixed precision
+        grey: bool = False,  # also the outputs for the images without colours
         folder: str | Path | None = None,  # keep the outputs here, or find them here
     ):
         self.row = {image_id: k for k, (image_id, _) in enumerate(dataset.groups)}
@@ -378,19 +526,28 @@ class FeatureCache:
 
         def fill(make):
             task, levels = progress.add_task("Encoding images once", total=count) if progress else None, []
-            for batch in make_loader(dataset, images_per_batch, 1, shuffle=False, seed=0, epoch=0, num_workers=num_workers):
-                for k, images in enumerate([batch.images, rgb_to_grayscale(batch.images, 3)][:1 + grey]):
-                    with autocast(): answer = backbone(images.to(device))
+            for batch in make_loader(
+                dataset, images_per_batch, 1, shuffle=False, seed=0, epoch=0, num_workers=num_workers
+            ):
+                for k, images in enumerate([batch.images, rgb_to_grayscale(batch.images, 3)][: 1 + grey]):
+                    with autocast():
+                        answer = backbone(images.to(device))
                     levels = levels or make([(count * (1 + grey), *v.shape[1:]) for v in answer])
                     first = k * count + self.row[batch.image_ids[0]]
-                    for kept, v in zip(levels, answer): kept[first:first + len(v)] = v.to(kept.device, dtype)
-                if progress: progress.advance(task, len(batch.image_ids))
-            if progress: progress.remove_task(task)
+                    for kept, v in zip(levels, answer):
+                        kept[first : first + len(v)] = v.to(kept.device, dtype)
+                if progress:
+                    progress.advance(task, len(batch.image_ids))
+            if progress:
+                progress.remove_task(task)
             return levels
 
         backbone.eval()
         with torch.no_grad():
-            if folder is None or not count: self.levels = fill(lambda shapes: [torch.empty(shape, dtype=dtype, device=store) for shape in shapes])
+            if folder is None or not count:
+                self.levels = fill(
+                    lambda shapes: [torch.empty(shape, dtype=dtype, device=store) for shape in shapes]
+                )
             else:
                 path = Path(folder) / features_name(model, dataset, dtype, device, autocast, grey)
                 self.levels = [v.to(store) for v in kept_tensors(path, dtype, fill)]
@@ -403,48 +560,65 @@ class FeatureCache:
         grey: list[bool] | None = None,  # which of them without colours
     ) -> list[Tensor]:  # three levels [K, C, H, W], float32
         "The backbone's outputs for these images."
-        rows = torch.tensor([self.row[i] + len(self.row) * g for i, g in zip(image_ids, grey or [False] * len(image_ids))], device=self.levels[0].device)
+        rows = torch.tensor(
+            [self.row[i] + len(self.row) * g for i, g in zip(image_ids, grey or [False] * len(image_ids))],
+            device=self.levels[0].device,
+        )
         return [v.index_select(0, rows).to(device, torch.float32) for v in self.levels]
 
     @property
-    def nbytes(self) -> int: return sum(v.nbytes for v in self.levels)
+    def nbytes(self) -> int:
+        return sum(v.nbytes for v in self.levels)
 
 # %% ../../nbs/12_training.ipynb #059
 def logits_size(
     model: nn.Module,
     image_size: int,  # S
-) -> int:             # side of the logits' grid
+) -> int:  # side of the logits' grid
     "The side of the grid on which the model answers, found by asking it once."
     training = model.training
     model.eval()
     with torch.no_grad():
         device = next(model.parameters()).device
         features = model.encode(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device))
-        side = model.segment(features, torch.ones(1, 1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)).shape[-1]
+        side = model.segment(
+            features,
+            torch.ones(1, 1, dtype=torch.long, device=device),
+            torch.zeros(1, dtype=torch.long, device=device),
+        ).shape[-1]
     model.train(training)
     return side
 
 
 def first_images(dataset, limit: int | None):
     "Keep the first images of a data set; returns it."
-    if limit is not None: dataset.groups = dataset.groups[:limit]
+    if limit is not None:
+        dataset.groups = dataset.groups[:limit]
     return dataset
 
 
 def expression_batches(
     dataset: RISDataset,
-    batch_size: int,                           # expressions in a batch, or one fewer
-    expressions_per_image: int | None = None,  # at most so many of an image's expressions in an epoch; None: all
+    batch_size: int,  # expressions in a batch, or one fewer
+    # at most so many of an image's expressions in an epoch; None: all
+    expressions_per_image: int | None = None,
     seed: int = 0,
     epoch: int = 0,
-    unit: str = "sentence",                    # as for `epoch_batches`
-) -> list[list[tuple[int, list[int]]]]:        # for each batch, its (group, indices of samples), as `epoch_batches` gives them
+    unit: str = "sentence",  # as for `epoch_batches`
+) -> list[
+    list[tuple[int, list[int]]]
+]:  # for each batch, its (group, indices of samples), as `epoch_batches` gives them
     "The batches of an epoch, each of expressions from any images: a pure function of its arguments."
-    pairs = [(g, i) for [(g, indices)] in epoch_batches(dataset, 1, expressions_per_image, True, seed, epoch, unit) for i in indices]
+    pairs = [
+        (g, i)
+        for [(g, indices)] in epoch_batches(dataset, 1, expressions_per_image, True, seed, epoch, unit)
+        for i in indices
+    ]
     order, batches = np.random.default_rng([seed, epoch, 1]).permutation(len(pairs)), []
     for part in np.array_split(order, math.ceil(len(pairs) / batch_size)):  # even sizes: no last batch of one
         groups = {}
-        for g, i in (pairs[k] for k in part): groups.setdefault(g, []).append(i)
+        for g, i in (pairs[k] for k in part):
+            groups.setdefault(g, []).append(i)
         batches.append(list(groups.items()))
     return batches
 
@@ -452,21 +626,25 @@ def expression_batches(
 @dataclass
 class TrainResult:
     "What `train` returns."
+
     model: nn.Module = field(repr=False)
     vocabulary: object = field(repr=False)
     config: TrainConfig = field(repr=False)
-    out: Path           # holds model/, checkpoint/, config.json, result.json, history.jsonl (a line an epoch), losses.jsonl (a line a step)
-    steps: int          # optimizer steps in all
-    seconds: float      # of training and evaluation, all legs of a resumed run together
-    best: dict | None   # {"overall_iou", "mean_iou", "step", "epoch"} of the best evaluation
-    peak_memory: int    # bytes: the process's largest resident memory, or the GPU's largest allocation
+    # holds model/, checkpoint/, config.json, result.json, history.jsonl (a line an epoch), losses.jsonl (a
+    # line a step)
+    out: Path
+    steps: int  # optimizer steps in all
+    seconds: float  # of training and evaluation, all legs of a resumed run together
+    best: dict | None  # {"overall_iou", "mean_iou", "step", "epoch"} of the best evaluation
+    peak_memory: int  # bytes: the process's largest resident memory, or the GPU's largest allocation
     resumed_from: int | None = None  # the step that this call went on from
     history: list[dict] = field(default_factory=list, repr=False)  # one entry an epoch, as in history.jsonl
 
 # %% ../../nbs/12_training.ipynb #065
 def comparable(config: TrainConfig) -> dict:
     "The fields that a resumed run must not change, as plain JSON data."
-    values = asdict(config) | ({"class_weights": None} if config.class_weights == (1, 1) else {})   # two ways to say it
+    # two ways to say it
+    values = asdict(config) | ({"class_weights": None} if config.class_weights == (1, 1) else {})
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in TrainConfig.FREE}))
 
 
@@ -476,21 +654,33 @@ def check_same_config(
 ):
     "A run goes on only with the settings that it began with."
     now = comparable(config)
-    before = {"schedule": "polynomial", "batch_size": None, "mask_size": None, "grayscale": 0., "threshold": .5}   # before these were fields
+    # before these were fields
+    before = {
+        "schedule": "polynomial",
+        "batch_size": None,
+        "mask_size": None,
+        "grayscale": 0.0,
+        "threshold": 0.5,
+    }
     stored = before | TrainConfig.BESIDE | stored
     for k in sorted(now.keys() | stored.keys()):
         if now.get(k) != stored.get(k):
-            raise CheckpointError(f"{Path(config.out).name} was begun with {k}={stored.get(k)!r}, and now {k}={now.get(k)!r}: "
-                                  f"use the old value, another `out`, or resume=False to begin again")
+            raise CheckpointError(
+                f"{Path(config.out).name} was begun with {k}={stored.get(k)!r}, and now {k}={now.get(k)!r}: "
+                f"use the old value, another `out`, or resume=False to begin again"
+            )
 
 
 def read_history(path: Path, step: int | None = None) -> list[dict]:
     "The lines of history.jsonl or losses.jsonl, up to a step."
-    if not path.exists(): return []
+    if not path.exists():
+        return []
     rows = []
     for line in path.read_text().splitlines():
-        try: rows.append(json.loads(line))
-        except json.JSONDecodeError: break  # the run was killed while it wrote this line
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the run was killed while it wrote this line
     return [r for r in rows if step is None or r["step"] <= step]
 
 
@@ -501,15 +691,24 @@ def cut_log(path: Path, step: int):
     path.with_suffix(".new").replace(path)
 
 # %% ../../nbs/12_training.ipynb #067
-def _as_it_is(batch): return batch
+def _as_it_is(batch):
+    return batch
 
 
 class _Bars:
     "A rich progress whose tasks all have the `note` field."
-    def __init__(self, progress: Progress): self.progress = progress
-    def add_task(self, text: str, total: int): return self.progress.add_task(text, total=total, note="")
-    def advance(self, task, n: int): self.progress.advance(task, n)
-    def remove_task(self, task): self.progress.remove_task(task)
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def add_task(self, text: str, total: int):
+        return self.progress.add_task(text, total=total, note="")
+
+    def advance(self, task, n: int):
+        self.progress.advance(task, n)
+
+    def remove_task(self, task):
+        self.progress.remove_task(task)
 
 
 def unfreeze(model: nn.Module):
@@ -527,41 +726,64 @@ class LearnerParts:
     ):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, PartialState
+
         self.config = c = config
-        if c.threads: torch.set_num_threads(c.threads)
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1: AcceleratorState._reset_state(reset_partial_state=True)  # a second training may use another device
-        elif PartialState._shared_state: AcceleratorState._reset_state()
-        if c.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device is 'cuda' but torch sees no GPU: use device='cpu' or 'auto'")
+        if c.threads:
+            torch.set_num_threads(c.threads)
+        # a second training may use another device
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        elif PartialState._shared_state:
+            AcceleratorState._reset_state()
+        if c.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is 'cuda' but torch sees no GPU: use device='cpu' or 'auto'")
         self.out = Path(c.out)
         options = {"log_with": c.tracker, "project_dir": str(self.out)} if c.tracker else {}
         self.accelerator = Accelerator(cpu=c.device == "cpu", mixed_precision=c.mixed_precision, **options)
         self.device = self.accelerator.device
         if str(self.accelerator.distributed_type.value) not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-            raise ValueError(f"the launcher asks for {self.accelerator.distributed_type.value}, and the learner only averages gradients: "
-                             "use one of refseg_nb/scaling/launch/cpus.yaml, gpus.yaml or nodes.yaml")
-        if c.mixed_precision == "fp16" and self.device.type == "cpu": raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
-        if self.device.type == "cuda": torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.main, self.rank, self.world = self.accelerator.is_main_process, self.accelerator.process_index, self.accelerator.num_processes
+            raise ValueError(
+                f"the launcher asks for {self.accelerator.distributed_type.value}, and the learner only averages gradients: "
+                "use one of refseg_nb/scaling/launch/cpus.yaml, gpus.yaml or nodes.yaml"
+            )
+        if c.mixed_precision == "fp16" and self.device.type == "cpu":
+            raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.main, self.rank, self.world = (
+            self.accelerator.is_main_process,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
         self.autocast = self.accelerator.autocast if c.mixed_precision != "no" else nullcontext
         self.refer = open_data(c.root, c.data, c.split_by)
-        with self.accelerator.main_process_first(): self.vocabulary = self.read_vocabulary(model)
+        with self.accelerator.main_process_first():
+            self.vocabulary = self.read_vocabulary(model)
         torch.manual_seed(c.seed)
         self.coverage = None  # of the word vectors
         self.model = model if model is not None else self.create_model()
-        if c.start: self.start_from(c.start)
-        if c.train_backbone: unfreeze(self.model)
-        self.backbone_trained = any(p.requires_grad for p in self.model.backbone.parameters())  # LAVT's always is
+        if c.start:
+            self.start_from(c.start)
+        if c.train_backbone:
+            unfreeze(self.model)
+        # LAVT's always is
+        self.backbone_trained = any(p.requires_grad for p in self.model.backbone.parameters())
         self.model.to(self.device)
         for part in self.model.modules():
-            if isinstance(part, nn.Conv2d): part.to(memory_format=torch.channels_last)  # faster, on CPU and GPU
+            # faster, on CPU and GPU
+            if isinstance(part, nn.Conv2d):
+                part.to(memory_format=torch.channels_last)
         size = self.model.config.image_size
         self.target_size = c.mask_size or logits_size(self.model, size)
         self.store = None
         if c.store:
             with self.accelerator.main_process_first():
-                self.store = build_store(self.refer, size, self.target_size, c.store, progress=self.main and not c.quiet)
+                self.store = build_store(
+                    self.refer, size, self.target_size, c.store, progress=self.main and not c.quiet
+                )
         self.train_data = first_images(self.dataset(c.train_split), c.limit)
-        if not self.train_data.groups: raise ValueError(f"split {c.train_split!r} of {c.data} has no samples")
+        if not self.train_data.groups:
+            raise ValueError(f"split {c.train_split!r} of {c.data} has no samples")
         self.val = self.dataset(c.val_split) if c.val_split else None
         self.backbone_print = fingerprint(self.model.backbone.state_dict())
         self.norms, self.shares = share_batch_norm(self.model) if self.world > 1 else [], (None, [])
@@ -569,61 +791,117 @@ class LearnerParts:
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / c.accumulate)
         self.total = min(c.max_steps or math.inf, c.epochs * self.steps_per_epoch)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if hasattr(self.model, "parameter_groups"): parameters = self.model.parameter_groups(c.weight_decay)  # some have no weight decay
+        # some have no weight decay
+        if hasattr(self.model, "parameter_groups"):
+            parameters = self.model.parameter_groups(c.weight_decay)
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
-        optimizer = kind(parameters, lr=c.lr, weight_decay=c.weight_decay, fused=self.device.type in ("cpu", "cuda"))
+        optimizer = kind(
+            parameters, lr=c.lr, weight_decay=c.weight_decay, fused=self.device.type in ("cpu", "cuda")
+        )
         recipe = c.recipe()
-        longer = recipe.decay_steps / recipe.steps if getattr(recipe, "decay_steps", None) else 1   # CMPC stops before its decay has ended
+        # CMPC stops before its decay has ended
+        longer = recipe.decay_steps / recipe.steps if getattr(recipe, "decay_steps", None) else 1
         self.decay_steps = c.decay_steps or round(longer * self.total)
-        self.plateau = ReduceLROnPlateau(optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience) if c.schedule == "plateau" else None
-        self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model, c.loss, c.dice_weight, c.class_weights), optimizer)
+        self.plateau = (
+            ReduceLROnPlateau(optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience)
+            if c.schedule == "plateau"
+            else None
+        )
+        self.objective, self.optimizer = self.accelerator.prepare(
+            Objective(self.model, c.loss, c.dice_weight, c.class_weights), optimizer
+        )
         self.features = self.val_features = self.evaluator = None
-        self.step, self.best, self.seconds, self.epoch_loss, self.history, self.resumed_from = 0, None, 0., [0., 0], [], None
+        self.step, self.best, self.seconds, self.epoch_loss, self.history, self.resumed_from = (
+            0,
+            None,
+            0.0,
+            [0.0, 0],
+            [],
+            None,
+        )
         torch.manual_seed(c.seed + 1000 * self.rank)  # from here on the only random numbers are dropout's
 
     def read_vocabulary(self, model: nn.Module | None = None):
         "The words of the training expressions; for a model that reads with BERT, BERT's WordPieces, cut as its recipe says."
         c = self.config
-        if model is not None: made = vars(model.config)
-        else: made = family(c.model).presets[c.preset].to_dict() | c.overrides if c.model in FAMILY else {}
-        if made.get("begin", True):  # a model of BERT's kind that puts a [CLS] of its own before the course's words, or no BERT at all
+        if model is not None:
+            made = vars(model.config)
+        else:
+            made = family(c.model).presets[c.preset].to_dict() | c.overrides if c.model in FAMILY else {}
+        # a model of BERT's kind that puts a [CLS] of its own before the course's words, or no BERT at all
+        if made.get("begin", True):
             if c.pieces:
-                raise ValueError(f"pieces={c.pieces!r}: this model reads the words of {c.data}, not BERT's pieces; lavt's and crossvlt's base do")
+                raise ValueError(
+                    f"pieces={c.pieces!r}: this model reads the words of {c.data}, not BERT's pieces; lavt's and crossvlt's base do"
+                )
             return vocabulary_for(self.refer, c.train_split)
-        if c.vectors: raise ValueError(f"vectors={c.vectors!r}: a model that reads with BERT has BERT's own vectors; leave it away")
+        if c.vectors:
+            raise ValueError(
+                f"vectors={c.vectors!r}: a model that reads with BERT has BERT's own vectors; leave it away"
+            )
         protocol, bert = getattr(c.recipe(), "protocol", "refseg"), made.get("text_weights")
-        if c.pieces: return WordPieces.from_file(c.pieces, protocol)
-        try: return WordPieces.pretrained(bert if bert not in (None, "none") else "bert-base-uncased", protocol)
+        if c.pieces:
+            return WordPieces.from_file(c.pieces, protocol)
+        try:
+            return WordPieces.pretrained(
+                bert if bert not in (None, "none") else "bert-base-uncased", protocol
+            )
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}: pieces='vocab.txt', or refseg train --pieces vocab.txt") from error
+            raise FileNotFoundError(
+                f"{error}: pieces='vocab.txt', or refseg train --pieces vocab.txt"
+            ) from error
 
     def create_model(self) -> nn.Module:
         "The model that the configuration names."
         c = self.config
-        vectors, self.coverage = load_vectors(c.vectors, self.vocabulary, self.refer.folder) if c.vectors else (None, None)
-        if self.coverage and self.main and not c.quiet: print(self.coverage)
-        return create_model(c.model, c.preset, vocab_size=len(self.vocabulary), vectors=vectors, **c.overrides)
+        vectors, self.coverage = (
+            load_vectors(c.vectors, self.vocabulary, self.refer.folder) if c.vectors else (None, None)
+        )
+        if self.coverage and self.main and not c.quiet:
+            print(self.coverage)
+        return create_model(
+            c.model, c.preset, vocab_size=len(self.vocabulary), vectors=vectors, **c.overrides
+        )
 
     def start_from(self, name: str):
         "Take the weights of a trained model. Only what has no weights may differ, such as the size of the grid."
         from refseg_nb.inference import load
+
         trained = load(name)
         if trained.vocabulary != self.vocabulary:
-            raise ValueError(f"start={name!r} was trained with other words than those of {self.config.data}: its word vectors cannot be taken over")
+            raise ValueError(
+                f"start={name!r} was trained with other words than those of {self.config.data}: its word vectors cannot be taken over"
+            )
         load_tensors(self.model, trained.model.state_dict(), str(name))
 
     def dataset(self, split: str) -> RISDataset:
         "A split at the model's sizes."
         m = self.model.config
-        return TargetDataset(self.refer, split, self.vocabulary, image_size=m.image_size, target_size=self.target_size, max_words=m.max_words,
-                             store=self.store, sentence=self.config.sentence, policy=self.config.targets)
+        return TargetDataset(
+            self.refer,
+            split,
+            self.vocabulary,
+            image_size=m.image_size,
+            target_size=self.target_size,
+            max_words=m.max_words,
+            store=self.store,
+            sentence=self.config.sentence,
+            policy=self.config.targets,
+        )
 
     def plan(self, epoch: int) -> list:
         "The batches of an epoch, of several processes this one's part of each, as groups and samples: a pure function of seed and epoch."
         c = self.config
-        if c.batch_size: batches = expression_batches(self.train_data, c.batch_size, c.expressions_per_image, c.seed, epoch, c.unit)
-        else: batches = epoch_batches(self.train_data, c.images_per_batch, c.expressions_per_image, True, c.seed, epoch, c.unit)
-        if self.world == 1: return batches
+        if c.batch_size:
+            batches = expression_batches(
+                self.train_data, c.batch_size, c.expressions_per_image, c.seed, epoch, c.unit
+            )
+        else:
+            batches = epoch_batches(
+                self.train_data, c.images_per_batch, c.expressions_per_image, True, c.seed, epoch, c.unit
+            )
+        if self.world == 1:
+            return batches
         parts, shares = zip(*(share_of_batch(batch, self.rank, self.world) for batch in batches))
         self.shares = epoch, shares
         return list(parts)
@@ -631,30 +909,59 @@ class LearnerParts:
     def share(self, number: int) -> float:
         "This process's share of the expressions of the step's batch with this number."
         epoch, first = divmod(self.step, self.steps_per_epoch)
-        if self.shares[0] != epoch: self.plan(epoch)
+        if self.shares[0] != epoch:
+            self.plan(epoch)
         return self.shares[1][first * self.config.accumulate + number]
 
     def cache(self, progress: Progress | None = None):
         "Fill the feature caches, if they are wanted and fit into memory or have a folder."
         c = self.config
-        if c.cache_features is False or self.backbone_trained: return
+        if c.cache_features is False or self.backbone_trained:
+            return
         dtype = getattr(torch, c.cache_dtype)
-        images = len(self.train_data.groups) * (2 if c.grayscale else 1) + (min(len(self.val.groups), c.eval_limit or 10**9) if self.val else 0)
+        images = len(self.train_data.groups) * (2 if c.grayscale else 1) + (
+            min(len(self.val.groups), c.eval_limit or 10**9) if self.val else 0
+        )
         with torch.no_grad():
-            one = self.model.backbone(torch.zeros(1, 3, *[self.model.config.image_size] * 2, dtype=torch.uint8, device=self.device))
+            one = self.model.backbone(
+                torch.zeros(1, 3, *[self.model.config.image_size] * 2, dtype=torch.uint8, device=self.device)
+            )
         need = images * sum(v.numel() for v in one) * dtype.itemsize
         need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of this machine keeps its own
-        store = self.device if need < .4 * available_memory(self.device) else torch.device("cpu")
-        if c.cache_features == "auto" and not c.cache_folder and need > .4 * available_memory(store): return
-        make = lambda data, grey: FeatureCache(self.model, data, 32, dtype, self.device, store, progress, c.num_workers, self.autocast, grey, c.cache_folder)
+        store = self.device if need < 0.4 * available_memory(self.device) else torch.device("cpu")
+        if c.cache_features == "auto" and not c.cache_folder and need > 0.4 * available_memory(store):
+            return
+        make = lambda data, grey: FeatureCache(
+            self.model,
+            data,
+            32,
+            dtype,
+            self.device,
+            store,
+            progress,
+            c.num_workers,
+            self.autocast,
+            grey,
+            c.cache_folder,
+        )
         self.features = make(self.train_data, c.grayscale > 0)
-        if self.val is not None: self.val_features = make(self.evaluator.dataset, False)
+        if self.val is not None:
+            self.val_features = make(self.evaluator.dataset, False)
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator:
         "This process's batches of an epoch, from number `skip` on."
         # an own generator: a DataLoader draws a number when it starts, and must not draw it from the one that dropout uses
-        return iter(DataLoader(self.train_data, batch_size=None, sampler=self.plan(epoch)[skip:], collate_fn=_as_it_is, num_workers=self.config.num_workers,
-                               pin_memory=self.device.type == "cuda", generator=torch.Generator().manual_seed(0)))
+        return iter(
+            DataLoader(
+                self.train_data,
+                batch_size=None,
+                sampler=self.plan(epoch)[skip:],
+                collate_fn=_as_it_is,
+                num_workers=self.config.num_workers,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
 
 # %% ../../nbs/12_training.ipynb #071
 class LearnerSteps(LearnerParts):
@@ -663,15 +970,27 @@ class LearnerSteps(LearnerParts):
     def loss(self, batch) -> Tensor:
         "The loss of one batch; from cached features if there are any."
         c, to = self.config, lambda x: x.to(self.device, non_blocking=True)
-        grey = [turns_grey(i, self.step // self.steps_per_epoch, c.seed, c.grayscale) for i in batch.image_ids] if c.grayscale else None
-        images, levels = (None, self.features(batch.image_ids, self.device, grey)) if self.features else (to(batch.images), None)
-        if grey and levels is None: images = torch.where(to(torch.tensor(grey))[:, None, None, None], rgb_to_grayscale(images, 3), images)
+        grey = (
+            [turns_grey(i, self.step // self.steps_per_epoch, c.seed, c.grayscale) for i in batch.image_ids]
+            if c.grayscale
+            else None
+        )
+        images, levels = (
+            (None, self.features(batch.image_ids, self.device, grey))
+            if self.features
+            else (to(batch.images), None)
+        )
+        if grey and levels is None:
+            images = torch.where(
+                to(torch.tensor(grey))[:, None, None, None], rgb_to_grayscale(images, 3), images
+            )
         return self.objective(images, levels, to(batch.words), to(batch.image_index), to(batch.targets))
 
     def rate(self) -> float:
         "The learning rate of the next step."
         c = self.config
-        if self.plateau is None: return polynomial_decay(self.step, self.decay_steps, c.lr, c.power, c.warmup, c.end_lr)
+        if self.plateau is None:
+            return polynomial_decay(self.step, self.decay_steps, c.lr, c.power, c.warmup, c.end_lr)
         lr = self.plateau.get_last_lr()[0]
         return min(lr, c.lr * (self.step + 1) / c.warmup) if self.step < c.warmup else lr
 
@@ -683,38 +1002,53 @@ class LearnerSteps(LearnerParts):
     def optimizer_step(self, batches: list) -> float:
         "Gradients of some batches, one step; returns the mean loss."
         c = self.config
-        for group in self.optimizer.param_groups: group["lr"] = self.rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.
+        total = 0.0
         for i, batch in enumerate(batches):
             with nullcontext() if i + 1 == len(batches) else self.accelerator.no_sync(self.objective):
-                share = 1. if self.world == 1 else self.world * self.share(i)  # gradients are averaged over the processes: chapter 21b
-                for norm in self.norms: norm.counted = share > 0
-                if self.world > 1 and c.class_weights: self.share_weights(batch, self.share(i))
+                # gradients are averaged over the processes: chapter 21b
+                share = 1.0 if self.world == 1 else self.world * self.share(i)
+                for norm in self.norms:
+                    norm.counted = share > 0
+                if self.world > 1 and c.class_weights:
+                    self.share_weights(batch, self.share(i))
                 loss = share * self.loss(batch) / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
-        if self.world > 1: total = self.accelerator.reduce(total, "mean")
-        if c.clip: self.accelerator.clip_grad_norm_(self.objective.parameters(), c.clip)
+        if self.world > 1:
+            total = self.accelerator.reduce(total, "mean")
+        if c.clip:
+            self.accelerator.clip_grad_norm_(self.objective.parameters(), c.clip)
         self.optimizer.step()
         self.step += 1
         return float(total)
 
     def count(self, samples: list, logits: Tensor, true: Tensor) -> list[Tensor]:
-        "Pixels in both masks and in either, and for \"plateau\" the loss of each answer."
-        found = [*intersection_union(probability_at(logits, tuple(true.shape[-2:])) > self.config.threshold, true)]
-        if self.plateau is None: return found
+        'Pixels in both masks and in either, and for "plateau" the loss of each answer.'
+        found = [
+            *intersection_union(probability_at(logits, tuple(true.shape[-2:])) > self.config.threshold, true)
+        ]
+        if self.plateau is None:
+            return found
         objective = self.accelerator.unwrap_model(self.objective)
         objective.mean_weight, compare = None, objective.compare
         targets = torch.stack([self.val.target(s.ann_id) for s in samples]).to(logits)
         losses = torch.stack([compare(z[None], y[None]) for z, y in zip(logits, targets)])
         return [*found, losses.double().view(torch.int64)]  # the bits: a row is of whole numbers
 
-    def evaluate(self) -> dict:  # overall_iou, mean_iou, precision@X, samples; val_loss, if the schedule asks for it
+    # overall_iou, mean_iou, precision@X, samples; val_loss, if the schedule asks for it
+    def evaluate(self) -> dict:
         "Score the validation split, or the part that `eval_limit` says, at original resolution."
         names = ("intersection", "union", *(["loss"] if self.plateau else []))
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):  # training's random numbers stay as they were
-            rows = gather_rows(self.evaluator.measure(self.model, names, self.count, self.val_features, self.autocast, self.device))
+        # training's random numbers stay as they were
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            rows = gather_rows(
+                self.evaluator.measure(
+                    self.model, names, self.count, self.val_features, self.autocast, self.device
+                )
+            )
         metric = SegmentationMetric(sync_on_compute=False)
         metric.update_counts(torch.from_numpy(rows["intersection"]), torch.from_numpy(rows["union"]))
         loss = {"val_loss": float(rows["loss"].view(np.float64).mean())} if self.plateau else {}
@@ -726,9 +1060,21 @@ class LearnerState(LearnerSteps):
 
     def meta(self) -> dict:
         "What is stored with the model."
-        c = {k: v for k, v in asdict(self.config).items() if k not in ("root", "out", "store", "pieces", "cache_folder")}
-        return {"model": self.config.model, "threshold": self.config.threshold, "training": c, "steps": self.step, "versions": versions(),
-                "commit": git_commit(), "best": self.best, "vectors": str(self.coverage) if self.coverage else None}
+        c = {
+            k: v
+            for k, v in asdict(self.config).items()
+            if k not in ("root", "out", "store", "pieces", "cache_folder")
+        }
+        return {
+            "model": self.config.model,
+            "threshold": self.config.threshold,
+            "training": c,
+            "steps": self.step,
+            "versions": versions(),
+            "commit": git_commit(),
+            "best": self.best,
+            "vectors": str(self.coverage) if self.coverage else None,
+        }
 
     def save(self):
         "Write a checkpoint (the main process; the others hand in their random states)."
@@ -737,34 +1083,67 @@ class LearnerState(LearnerSteps):
             parts = [None] * self.world
             torch.distributed.all_gather_object(parts, rng)
             rng = {k: v for part in parts for k, v in part.items()}
-        if not self.main: return
+        if not self.main:
+            return
         scaler = self.accelerator.scaler
-        state = {"config": comparable(self.config), "best": self.best, "seconds": self.seconds, "epoch_loss": self.epoch_loss, "words": len(self.vocabulary),
-                 "vocabulary": self.vocabulary.fingerprint, "world": self.world, "images": len(self.train_data.groups),
-                 "backbone": self.backbone_print, "scaler": scaler.state_dict() if scaler else None,
-                 "plateau": self.plateau.state_dict() if self.plateau else None}
-        save_checkpoint(self.out / "checkpoint", self.step, self.model, self.optimizer.optimizer, rng, state, self.backbone_trained)
+        state = {
+            "config": comparable(self.config),
+            "best": self.best,
+            "seconds": self.seconds,
+            "epoch_loss": self.epoch_loss,
+            "words": len(self.vocabulary),
+            "vocabulary": self.vocabulary.fingerprint,
+            "world": self.world,
+            "images": len(self.train_data.groups),
+            "backbone": self.backbone_print,
+            "scaler": scaler.state_dict() if scaler else None,
+            "plateau": self.plateau.state_dict() if self.plateau else None,
+        }
+        save_checkpoint(
+            self.out / "checkpoint",
+            self.step,
+            self.model,
+            self.optimizer.optimizer,
+            rng,
+            state,
+            self.backbone_trained,
+        )
 
-    def restore(self, found: dict) -> dict:  # this process's random state, to be put back when the loader has begun
+    # this process's random state, to be put back when the loader has begun
+    def restore(self, found: dict) -> dict:
         "Put a checkpoint back."
         state = found["state"]
         check_same_config(self.config, state["config"])
         for name, now in (("words", len(self.vocabulary)), ("images", len(self.train_data.groups))):
-            if state[name] != now: raise CheckpointError(f"the checkpoint was made with {name}={state[name]}, and now it is {now}: the data changed")
+            if state[name] != now:
+                raise CheckpointError(
+                    f"the checkpoint was made with {name}={state[name]}, and now it is {now}: the data changed"
+                )
         if state.get("vocabulary", self.vocabulary.fingerprint) != self.vocabulary.fingerprint:
-            raise CheckpointError("the checkpoint was made with other words: begin again with resume=False, or give back "
-                                  f"{'its vocab.txt' if self.config.pieces else 'its expressions'}")
+            raise CheckpointError(
+                "the checkpoint was made with other words: begin again with resume=False, or give back "
+                f"{'its vocab.txt' if self.config.pieces else 'its expressions'}"
+            )
         if state["backbone"] != self.backbone_print and not self.backbone_trained:
-            raise CheckpointError("the checkpoint was made with other weights of the frozen backbone: use those, or begin again with resume=False")
-        load_tensors(self.model, found["model"], f"checkpoint step-{state['step']:08d}", self.backbone_trained)
+            raise CheckpointError(
+                "the checkpoint was made with other weights of the frozen backbone: use those, or begin again with resume=False"
+            )
+        load_tensors(
+            self.model, found["model"], f"checkpoint step-{state['step']:08d}", self.backbone_trained
+        )
         load_optimizer(self.optimizer.optimizer, found["optimizer"], state["param_groups"])
-        if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.plateau: self.plateau.load_state_dict(state["plateau"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.plateau:
+            self.plateau.load_state_dict(state["plateau"])
         self.step = self.resumed_from = state["step"]
         self.best, self.seconds, self.epoch_loss = state["best"], state["seconds"], state["epoch_loss"]
         if state["world"] != self.world:  # the batches are the same, but who throws dropout's coins is not
             torch.manual_seed(random.Random(f"{self.config.seed} {self.rank} {self.step}").getrandbits(63))
-            if self.main and not self.config.quiet: print(f"begun with {state['world']} processes, going on with {self.world}: same batches, other dropout")
+            if self.main and not self.config.quiet:
+                print(
+                    f"begun with {state['world']} processes, going on with {self.world}: same batches, other dropout"
+                )
             return {}
         return {k.split(".")[0]: v for k, v in found["rng"].items() if k.endswith(f".{self.rank}")}
 
@@ -774,26 +1153,38 @@ class LearnerState(LearnerSteps):
         self.out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.out / ".lock")
         try:
-            if self.main: lock.acquire(timeout=0)
-        except Timeout: raise CheckpointError(f"another process is training into {self.out}: wait for it, or give another folder") from None
-        try: yield
-        finally: lock.release()
+            if self.main:
+                lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(
+                f"another process is training into {self.out}: wait for it, or give another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def open_run(self, resume: bool | str) -> dict | None:
         "The checkpoint to go on from, after the old run was cleared if it is not wanted."
-        if resume not in (True, False, "auto", "never"): raise ValueError(f"resume must be 'auto', True or False, got {resume!r}")
-        if resume == "never": resume = False
+        if resume not in (True, False, "auto", "never"):
+            raise ValueError(f"resume must be 'auto', True or False, got {resume!r}")
+        if resume == "never":
+            resume = False
         self.accelerator.wait_for_everyone()
         if resume is False and self.main:
             shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
             (self.out / "result.json").unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         found = load_checkpoint(self.out / "checkpoint")
-        if found is None and resume is True: raise CheckpointError(f"{self.out.name} has no checkpoint to go on from: begin with resume='auto'")
+        if found is None and resume is True:
+            raise CheckpointError(
+                f"{self.out.name} has no checkpoint to go on from: begin with resume='auto'"
+            )
         if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "config.json", asdict(self.config))
-            for name in ("history.jsonl", "losses.jsonl"): cut_log(self.out / name, found["state"]["step"] if found else 0)
+            for name in ("history.jsonl", "losses.jsonl"):
+                cut_log(self.out / name, found["state"]["step"] if found else 0)
         return found
 
 # %% ../../nbs/12_training.ipynb #077
@@ -802,7 +1193,8 @@ class Learner(LearnerState):
 
     def fit(
         self,
-        resume: bool | str = "auto",  # "auto": go on if there is a checkpoint; True: there must be one; False: begin again
+        # "auto": go on if there is a checkpoint; True: there must be one; False: begin again
+        resume: bool | str = "auto",
     ) -> TrainResult:
         "Train to the end."
         c, out = self.config, self.out
@@ -810,11 +1202,28 @@ class Learner(LearnerState):
         rng = self.restore(found) if found else None
         self.history = read_history(out / "history.jsonl", self.step)
         if self.val is not None:
-            self.evaluator = Evaluator(self.val, limit=c.eval_limit, seed=0, num_workers=c.num_workers, rank=self.rank, world=self.world)
-        if c.tracker: self.accelerator.init_trackers(out.name, config={k: str(v) for k, v in asdict(c).items()})
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                   TextColumn("{task.fields[note]}")]
-        with Progress(*columns, disable=c.quiet or not self.main) as progress, open(out / "losses.jsonl" if self.main else os.devnull, "a", buffering=1) as log:
+            self.evaluator = Evaluator(
+                self.val,
+                limit=c.eval_limit,
+                seed=0,
+                num_workers=c.num_workers,
+                rank=self.rank,
+                world=self.world,
+            )
+        if c.tracker:
+            self.accelerator.init_trackers(out.name, config={k: str(v) for k, v in asdict(c).items()})
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
+        with (
+            Progress(*columns, disable=c.quiet or not self.main) as progress,
+            open(out / "losses.jsonl" if self.main else os.devnull, "a", buffering=1) as log,
+        ):
             self.cache(_Bars(progress))
             bar = progress.add_task("Training", total=self.total, completed=self.step, note="")
             self.objective.train()
@@ -822,18 +1231,30 @@ class Learner(LearnerState):
             clock = lambda: before + time.perf_counter() - start
             while self.step < self.total:
                 epoch, done = divmod(self.step, self.steps_per_epoch)
-                if done == 0: self.epoch_loss = [0., 0]
+                if done == 0:
+                    self.epoch_loss = [0.0, 0]
                 batches = self.batches(epoch, done * c.accumulate)
                 group = list(islice(batches, c.accumulate))
-                if rng: rng = load_rng(rng, self.device)  # only now: a loader draws a number when it begins
+                if rng:
+                    rng = load_rng(rng, self.device)  # only now: a loader draws a number when it begins
                 while group and self.step < self.total:
                     loss = self.optimizer_step(group)
-                    if not math.isfinite(loss): raise FloatingPointError(f"the loss is {loss} at step {self.step}: lower lr, or set clip")
+                    if not math.isfinite(loss):
+                        raise FloatingPointError(
+                            f"the loss is {loss} at step {self.step}: lower lr, or set clip"
+                        )
                     log.write(json.dumps({"step": self.step, "loss": round(loss, 5)}) + "\n")
                     self.epoch_loss = [self.epoch_loss[0] + loss, self.epoch_loss[1] + 1]
                     best = f"  IoU {self.best['overall_iou']:.1f}" if self.best else ""
-                    progress.update(bar, advance=1, note=f"epoch {epoch + 1}  loss {self.epoch_loss[0] / self.epoch_loss[1]:.4f}{best}")
-                    if c.tracker: self.accelerator.log({"loss": loss, "lr": self.optimizer.param_groups[0]["lr"]}, step=self.step)
+                    progress.update(
+                        bar,
+                        advance=1,
+                        note=f"epoch {epoch + 1}  loss {self.epoch_loss[0] / self.epoch_loss[1]:.4f}{best}",
+                    )
+                    if c.tracker:
+                        self.accelerator.log(
+                            {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"]}, step=self.step
+                        )
                     ended = self.step % self.steps_per_epoch == 0 or self.step == self.total
                     if c.checkpoint_every and self.step % c.checkpoint_every == 0 and not ended:
                         self.seconds = clock()
@@ -846,21 +1267,31 @@ class Learner(LearnerState):
     def end_epoch(self, epoch: int, clock):
         "Evaluate if it is time, write the history line, and a checkpoint."
         c = self.config
-        row = {"step": self.step, "epoch": epoch, "loss": self.epoch_loss[0] / max(1, self.epoch_loss[1]), "lr": self.optimizer.param_groups[0]["lr"]}
+        row = {
+            "step": self.step,
+            "epoch": epoch,
+            "loss": self.epoch_loss[0] / max(1, self.epoch_loss[1]),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
         if self.evaluator is not None and (epoch % c.eval_every == 0 or self.step == self.total):
             row |= self.evaluate()
             self.objective.train()
             if self.plateau:
-                for group in self.optimizer.param_groups: group["lr"] = self.plateau.get_last_lr()[0]  # without the warm-up's part
+                # without the warm-up's part
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.plateau.get_last_lr()[0]
                 self.plateau.step(row["val_loss"])
             if self.best is None or row["overall_iou"] > self.best["overall_iou"]:
                 self.best = {k: row[k] for k in ("overall_iou", "mean_iou", "step", "epoch")}
-                if c.keep == "best" and self.main: save_model(self.out / "best", self.model, self.vocabulary, self.meta())
-            if c.tracker: self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
+                if c.keep == "best" and self.main:
+                    save_model(self.out / "best", self.model, self.vocabulary, self.meta())
+            if c.tracker:
+                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
         self.seconds = row["seconds"] = clock()
         self.history.append(row)
         if self.main:
-            with open(self.out / "history.jsonl", "a") as file: file.write(json.dumps(row) + "\n")
+            with open(self.out / "history.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
         self.save()
 
     def finish(self) -> TrainResult:
@@ -868,24 +1299,48 @@ class Learner(LearnerState):
         c = self.config
         self.accelerator.wait_for_everyone()
         if self.main:
-            if c.keep == "last": save_model(self.out / "model", self.model, self.vocabulary, self.meta())
+            if c.keep == "last":
+                save_model(self.out / "model", self.model, self.vocabulary, self.meta())
             else:
-                with atomic_folder(self.out / "model") as new: shutil.copytree(self.out / "best", new, dirs_exist_ok=True)
-            write_json(self.out / "result.json", {"steps": self.step, "seconds": round(self.seconds, 2), "best": self.best,
-                                                  "last": self.history[-1] if self.history else None, "peak_memory": peak_memory(self.device)})
-        if c.tracker: self.accelerator.end_training()
+                with atomic_folder(self.out / "model") as new:
+                    shutil.copytree(self.out / "best", new, dirs_exist_ok=True)
+            write_json(
+                self.out / "result.json",
+                {
+                    "steps": self.step,
+                    "seconds": round(self.seconds, 2),
+                    "best": self.best,
+                    "last": self.history[-1] if self.history else None,
+                    "peak_memory": peak_memory(self.device),
+                },
+            )
+        if c.tracker:
+            self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
         model = load_model(self.out / "model")[0].to(self.device) if c.keep == "best" else self.model
-        return TrainResult(model.eval(), self.vocabulary, c, self.out, self.step, self.seconds, self.best, peak_memory(self.device),
-                           self.resumed_from, self.history)
+        return TrainResult(
+            model.eval(),
+            self.vocabulary,
+            c,
+            self.out,
+            self.step,
+            self.seconds,
+            self.best,
+            peak_memory(self.device),
+            self.resumed_from,
+            self.history,
+        )
 
 # %% ../../nbs/12_training.ipynb #079
 def train(
     config: TrainConfig,
-    resume: bool | str = "auto",     # "auto": go on if there is a checkpoint; True: there must be one; False: begin again
-    model: nn.Module | None = None,  # train this one instead of `create_model(config.model, config.preset, ...)`
+    # "auto": go on if there is a checkpoint; True: there must be one; False: begin again
+    resume: bool | str = "auto",
+    # train this one instead of `create_model(config.model, config.preset, ...)`
+    model: nn.Module | None = None,
 ) -> TrainResult:
     "Train as the configuration says; a run that was stopped goes on where its last checkpoint was, with the same result bit for bit (on a CPU)."
     with notice_lost_process(config.out):
         learner = Learner(config, model)
-        with learner.alone(): return learner.fit(resume)
+        with learner.alone():
+            return learner.fit(resume)

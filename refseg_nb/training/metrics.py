@@ -13,43 +13,48 @@ from torchmetrics import Metric
 
 # %% ../../nbs/07_metrics.ipynb #010
 def intersection_union(
-    pred: Bool[Tensor, "*n h w"],    # [..., H, W] predicted masks, bool
+    pred: Bool[Tensor, "*n h w"],  # [..., H, W] predicted masks, bool
     target: Bool[Tensor, "*n h w"],  # [..., H, W] true masks, bool, at the same size
 ) -> tuple[Int64[Tensor, "*n"], Int64[Tensor, "*n"]]:  # pixels in both, pixels in either: int64 [...]
     "Count the pixels of the intersection and of the union of each pair of masks, in int64."
     pred, target = torch.as_tensor(pred), torch.as_tensor(target)
     if pred.dtype != torch.bool or target.dtype != torch.bool:
-        raise ValueError(f"masks must be bool, got {pred.dtype} and {target.dtype}: threshold the probabilities first")
+        raise ValueError(
+            f"masks must be bool, got {pred.dtype} and {target.dtype}: threshold the probabilities first"
+        )
     if pred.shape != target.shape:
-        raise ValueError(f"pred is {tuple(pred.shape)} but target is {tuple(target.shape)}: resize the prediction to the original size of the image first")
+        raise ValueError(
+            f"pred is {tuple(pred.shape)} but target is {tuple(target.shape)}: resize the prediction to the original size of the image first"
+        )
     return (pred & target).sum((-2, -1)), (pred | target).sum((-2, -1))
 
 # %% ../../nbs/07_metrics.ipynb #015
 def iou_of_counts(
     intersection: Int64[Tensor, "*n"],  # pixels in both
-    union: Int64[Tensor, "*n"],         # pixels in either
-    empty: float = 1.,                  # the value where the union is empty: nothing was there and nothing was found
-) -> Float64[Tensor, "*n"]:             # intersection over union in [0, 1]
+    union: Int64[Tensor, "*n"],  # pixels in either
+    empty: float = 1.0,  # the value where the union is empty: nothing was there and nothing was found
+) -> Float64[Tensor, "*n"]:  # intersection over union in [0, 1]
     "Intersection over union from pixel counts, in float64."
     intersection, union = torch.as_tensor(intersection), torch.as_tensor(union)
     return torch.where(union > 0, intersection.double() / union.clamp(min=1).double(), float(empty))
 
 
 def iou(
-    pred: Bool[Tensor, "*n h w"],    # [..., H, W] predicted masks
+    pred: Bool[Tensor, "*n h w"],  # [..., H, W] predicted masks
     target: Bool[Tensor, "*n h w"],  # [..., H, W] true masks
-    empty: float = 1.,               # the value of two empty masks
-) -> Float64[Tensor, "*n"]:          # intersection over union in [0, 1], one a pair
+    empty: float = 1.0,  # the value of two empty masks
+) -> Float64[Tensor, "*n"]:  # intersection over union in [0, 1], one a pair
     "Intersection over union of each pair of masks: |P ∩ Y| / |P ∪ Y|."
     return iou_of_counts(*intersection_union(pred, target), empty=empty)
 
 # %% ../../nbs/07_metrics.ipynb #023
-THRESHOLDS = (.5, .6, .7, .8, .9)  # the X of precision@X, as every paper of the field prints them
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)  # the X of precision@X, as every paper of the field prints them
 COMPARATORS = {">": torch.gt, ">=": torch.ge}
 
 
 class SegmentationMetric(Metric):
     "Overall IoU, mean IoU and precision@X over all samples seen, in percent; exact sums, the same on any number of processes."
+
     full_state_update = False
     higher_is_better = True
     UNIT = 2**40  # IoUs are summed as whole multiples of 1/UNIT: integer sums do not depend on the order
@@ -58,38 +63,47 @@ class SegmentationMetric(Metric):
         self,
         thresholds: tuple[float, ...] = THRESHOLDS,  # the X of precision@X
         comparator: str = ">",  # a hit is IoU > X (the SHNet paper) or IoU >= X (LAVT and others)
-        empty: float = 1.,      # IoU of two empty masks; it adds nothing to the overall IoU
-        **kwargs,               # torchmetrics' own
+        empty: float = 1.0,  # IoU of two empty masks; it adds nothing to the overall IoU
+        **kwargs,  # torchmetrics' own
     ):
         super().__init__(**kwargs)
-        if comparator not in COMPARATORS: raise ValueError(f"comparator must be one of {', '.join(COMPARATORS)}, got {comparator!r}")
-        if not 0 <= empty <= 1: raise ValueError(f"empty must be in [0, 1], got {empty}")
+        if comparator not in COMPARATORS:
+            raise ValueError(f"comparator must be one of {', '.join(COMPARATORS)}, got {comparator!r}")
+        if not 0 <= empty <= 1:
+            raise ValueError(f"empty must be in [0, 1], got {empty}")
         self.thresholds, self.comparator, self.empty = tuple(thresholds), comparator, empty
         for name in ("intersection", "union", "samples", "iou_units"):
             self.add_state(name, default=torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("hits", default=torch.zeros(len(self.thresholds), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state(
+            "hits", default=torch.zeros(len(self.thresholds), dtype=torch.int64), dist_reduce_fx="sum"
+        )
 
     def update(
         self,
-        pred,    # [n, H, W] bool predicted masks, or a list of [H, W] masks of different sizes
+        pred,  # [n, H, W] bool predicted masks, or a list of [H, W] masks of different sizes
         target,  # the true masks, at the same sizes
     ):
         "Add pairs of masks."
-        if isinstance(pred, Tensor): pred, target = [pred], [target]
-        if len(pred) != len(target): raise ValueError(f"{len(pred)} predicted masks but {len(target)} true ones")
-        for p, y in zip(pred, target): self._add(*intersection_union(p, y))
+        if isinstance(pred, Tensor):
+            pred, target = [pred], [target]
+        if len(pred) != len(target):
+            raise ValueError(f"{len(pred)} predicted masks but {len(target)} true ones")
+        for p, y in zip(pred, target):
+            self._add(*intersection_union(p, y))
 
     def update_counts(
         self,
         intersection,  # [n] pixels in both
-        union,         # [n] pixels in either
+        union,  # [n] pixels in either
     ):
         "Add samples of which the pixel counts are known."
         self._computed, self._update_count = None, self._update_count + 1
         self._add(torch.as_tensor(intersection), torch.as_tensor(union))
 
     def _add(self, intersection, union):
-        intersection, union = (x.reshape(-1).to(self.union.device, torch.int64) for x in (intersection, union))
+        intersection, union = (
+            x.reshape(-1).to(self.union.device, torch.int64) for x in (intersection, union)
+        )
         iou = iou_of_counts(intersection, union, self.empty)
         x = torch.tensor(self.thresholds, dtype=torch.float64, device=iou.device)
         self.intersection += intersection.sum()
@@ -101,8 +115,13 @@ class SegmentationMetric(Metric):
     def compute(self) -> dict[str, float]:  # percent; NaN before the first sample
         "Overall IoU, mean IoU and precision@X."
         n = self.samples.item()
-        if n == 0: return dict.fromkeys(["overall_iou", "mean_iou", *(f"precision@{x:g}" for x in self.thresholds)], float("nan"))
+        if n == 0:
+            return dict.fromkeys(
+                ["overall_iou", "mean_iou", *(f"precision@{x:g}" for x in self.thresholds)], float("nan")
+            )
         union = self.union.item()
-        return {"overall_iou": 100 * (self.intersection.item() / union if union else self.empty),
-                "mean_iou": 100 * self.iou_units.item() / self.UNIT / n,
-                **{f"precision@{x:g}": 100 * h / n for x, h in zip(self.thresholds, self.hits.tolist())}}
+        return {
+            "overall_iou": 100 * (self.intersection.item() / union if union else self.empty),
+            "mean_iou": 100 * self.iou_units.item() / self.UNIT / n,
+            **{f"precision@{x:g}": 100 * h / n for x, h in zip(self.thresholds, self.hits.tolist())},
+        }

@@ -49,46 +49,118 @@ SENTENCES = ("all", "first", "last")
 @dataclass(frozen=True)
 class Protocol:
     "How probability maps and true masks become a score."
+
     name: str
-    threshold: float = .5         # a pixel is in the mask if its probability is above
+    threshold: float = 0.5  # a pixel is in the mask if its probability is above
     resolution: str = "original"  # a key of `RESOLUTIONS`
-    side: int | None = None       # pixels, for every resolution but "original"
-    comparator: str = ">"         # precision@X counts IoU > X or IoU >= X
-    empty: float = 1.             # IoU where the true and the predicted mask are both empty
-    headline: str = "overall_iou" # or "mean_iou": what its authors print
-    sentences: str = "all"        # of each ref: all, the first, the last
-    source: str = ""              # whose it is, and what is not imitated
-    threshold_from: str = "fixed" # or the data that the threshold was chosen on
+    side: int | None = None  # pixels, for every resolution but "original"
+    comparator: str = ">"  # precision@X counts IoU > X or IoU >= X
+    empty: float = 1.0  # IoU where the true and the predicted mask are both empty
+    headline: str = "overall_iou"  # or "mean_iou": what its authors print
+    sentences: str = "all"  # of each ref: all, the first, the last
+    source: str = ""  # whose it is, and what is not imitated
+    threshold_from: str = "fixed"  # or the data that the threshold was chosen on
 
     def __post_init__(self):
-        allowed = {"resolution": RESOLUTIONS, "comparator": COMPARATORS, "headline": ("overall_iou", "mean_iou"), "sentences": SENTENCES}
-        wrong = [f"{key} must be one of {', '.join(values)}, got {getattr(self, key)!r}" for key, values in allowed.items() if getattr(self, key) not in values]
-        if not 0 < self.threshold < 1: wrong.append(f"threshold must be between 0 and 1, got {self.threshold}")
-        if not 0 <= self.empty <= 1: wrong.append(f"empty must be in [0, 1], got {self.empty}")
-        if self.resolution == "original" and self.side is not None: wrong.append("resolution 'original' has no side")
-        if self.resolution != "original" and not (self.side or 0) >= 1: wrong.append(f"resolution {self.resolution!r} needs a side of 1 pixel or more")
-        if wrong: raise ValueError(f"protocol {self.name!r}: {wrong[0]}")
+        allowed = {
+            "resolution": RESOLUTIONS,
+            "comparator": COMPARATORS,
+            "headline": ("overall_iou", "mean_iou"),
+            "sentences": SENTENCES,
+        }
+        wrong = [
+            f"{key} must be one of {', '.join(values)}, got {getattr(self, key)!r}"
+            for key, values in allowed.items()
+            if getattr(self, key) not in values
+        ]
+        if not 0 < self.threshold < 1:
+            wrong.append(f"threshold must be between 0 and 1, got {self.threshold}")
+        if not 0 <= self.empty <= 1:
+            wrong.append(f"empty must be in [0, 1], got {self.empty}")
+        if self.resolution == "original" and self.side is not None:
+            wrong.append("resolution 'original' has no side")
+        if self.resolution != "original" and not (self.side or 0) >= 1:
+            wrong.append(f"resolution {self.resolution!r} needs a side of 1 pixel or more")
+        if wrong:
+            raise ValueError(f"protocol {self.name!r}: {wrong[0]}")
 
     def asks(self, sample) -> bool:
         "Whether this sample is scored: all sentences of a ref, or one of them."
-        return self.sentences == "all" or sample.sentence == sample.ref.sentences[0 if self.sentences == "first" else -1]
+        return (
+            self.sentences == "all"
+            or sample.sentence == sample.ref.sentences[0 if self.sentences == "first" else -1]
+        )
 
     def stamp(self) -> dict:
         "Its part of a record's protocol."
-        return {"protocol": self.name, "threshold": self.threshold, "threshold_from": self.threshold_from, "comparator": self.comparator,
-                "resolution": self.resolution if self.side is None else f"{self.resolution} {self.side}", "empty_union_iou": self.empty,
-                "sentences": self.sentences, "headline": self.headline, "source": self.source}
+        return {
+            "protocol": self.name,
+            "threshold": self.threshold,
+            "threshold_from": self.threshold_from,
+            "comparator": self.comparator,
+            "resolution": self.resolution if self.side is None else f"{self.resolution} {self.side}",
+            "empty_union_iou": self.empty,
+            "sentences": self.sentences,
+            "headline": self.headline,
+            "source": self.source,
+        }
 
 # %% ../../nbs/13c_protocols.ipynb #012
-PROTOCOLS = {p.name: p for p in (
-    Protocol("refseg", source="this course: `refseg_nb.training.evaluation.evaluate`"),
-    Protocol("shnet", .4, "dilated", 160, empty=0., source="SHNet's released code with its README's mask_dim; its value for two empty masks is assumed"),
-    Protocol("shnet-56", .4, "dilated", 56, empty=0., source="SHNet's released code with its default mask_dim; its value for two empty masks is assumed"),
-    Protocol("lavt", .5, "squash", 480, ">=", 0., source="LAVT's test program; the maps are not resized with aligned corners"),
-    Protocol("cris", .35, empty=0., headline="mean_iou", source="CRIS's test program; the maps are resized bilinearly, not bicubically"),
-    Protocol("cris-val", .35, empty=0., headline="mean_iou", sentences="first", source="CRIS's validation during training"),
-    Protocol("cmpc", .5, "binary", 320, ">=", 0., source="CMPC's test program, its DenseCRF if `crf` says so; theirs divides by zero for two empty masks"),
-)}
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol("refseg", source="this course: `refseg_nb.training.evaluation.evaluate`"),
+        Protocol(
+            "shnet",
+            0.4,
+            "dilated",
+            160,
+            empty=0.0,
+            source="SHNet's released code with its README's mask_dim; its value for two empty masks is assumed",
+        ),
+        Protocol(
+            "shnet-56",
+            0.4,
+            "dilated",
+            56,
+            empty=0.0,
+            source="SHNet's released code with its default mask_dim; its value for two empty masks is assumed",
+        ),
+        Protocol(
+            "lavt",
+            0.5,
+            "squash",
+            480,
+            ">=",
+            0.0,
+            source="LAVT's test program; the maps are not resized with aligned corners",
+        ),
+        Protocol(
+            "cris",
+            0.35,
+            empty=0.0,
+            headline="mean_iou",
+            source="CRIS's test program; the maps are resized bilinearly, not bicubically",
+        ),
+        Protocol(
+            "cris-val",
+            0.35,
+            empty=0.0,
+            headline="mean_iou",
+            sentences="first",
+            source="CRIS's validation during training",
+        ),
+        Protocol(
+            "cmpc",
+            0.5,
+            "binary",
+            320,
+            ">=",
+            0.0,
+            source="CMPC's test program, its DenseCRF if `crf` says so; theirs divides by zero for two empty masks",
+        ),
+    )
+}
 
 
 def find_protocols(
@@ -97,133 +169,204 @@ def find_protocols(
     "Protocols by name."
     found = []
     for p in PROTOCOLS if protocols is None else protocols:
-        if not isinstance(p, Protocol) and p not in PROTOCOLS: raise ValueError(f"there is no protocol {p!r}: choose from {', '.join(PROTOCOLS)}")
+        if not isinstance(p, Protocol) and p not in PROTOCOLS:
+            raise ValueError(f"there is no protocol {p!r}: choose from {', '.join(PROTOCOLS)}")
         found.append(p if isinstance(p, Protocol) else PROTOCOLS[p])
-    if len({p.name for p in found}) < len(found): raise ValueError("two protocols have the same name: rename one with dataclasses.replace")
+    if len({p.name for p in found}) < len(found):
+        raise ValueError("two protocols have the same name: rename one with dataclasses.replace")
     return found
 
 # %% ../../nbs/13c_protocols.ipynb #017
 def nearest(
     masks: Tensor,  # [b, H, W] bool
-    side: int,      # S
-) -> Tensor:        # [b, S, S] bool
+    side: int,  # S
+) -> Tensor:  # [b, S, S] bool
     "Squash masks to a square, each pixel the nearest one, as Pillow does it."
-    small = [np.asarray(Image.fromarray(m).resize((side, side), Image.Resampling.NEAREST)) for m in masks.cpu().numpy().view(np.uint8)]
+    small = [
+        np.asarray(Image.fromarray(m).resize((side, side), Image.Resampling.NEAREST))
+        for m in masks.cpu().numpy().view(np.uint8)
+    ]
     return torch.from_numpy(np.stack(small)).bool().to(masks.device)
 
 
 def dilated(
-    masks: Tensor,          # [b, h, w] bool
+    masks: Tensor,  # [b, h, w] bool
     size: tuple[int, int],  # (H, W)
-) -> Tensor:                # [b, H, W] bool
+) -> Tensor:  # [b, H, W] bool
     "Resize masks bilinearly, and take everything above 0: they grow."
     return F.interpolate(masks[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0] > 0
 
 
 def compared_masks(
     protocol: Protocol,
-    logits: Tensor,     # [b, h, w] the model's answers, at its own resolution
-    true: Tensor,       # [b, H, W] bool, at the size of the images
-    sharpen=None,       # a function of probabilities [b, h, w]: a CRF, which so works at the size of the decision
+    logits: Tensor,  # [b, h, w] the model's answers, at its own resolution
+    true: Tensor,  # [b, H, W] bool, at the size of the images
+    sharpen=None,  # a function of probabilities [b, h, w]: a CRF, which so works at the size of the decision
 ) -> tuple[Tensor, Tensor]:  # predicted and true masks, bool, at the size where the protocol compares them
     "The two masks of which a protocol counts intersection and union."
     size, square = tuple(true.shape[-2:]), (protocol.side, protocol.side)
-    def decide(at): return (sharpen or (lambda p: p))(probability_at(logits, at)) > protocol.threshold
-    if protocol.resolution == "original": return decide(size), true
-    if protocol.resolution == "binary": return dilated(decide(tuple(max(1, round(n * protocol.side / max(size))) for n in size)), size), true
-    return decide(square), nearest(true, protocol.side) if protocol.resolution == "squash" else dilated(true, square)
+
+    def decide(at):
+        return (sharpen or (lambda p: p))(probability_at(logits, at)) > protocol.threshold
+
+    if protocol.resolution == "original":
+        return decide(size), true
+    if protocol.resolution == "binary":
+        return dilated(decide(tuple(max(1, round(n * protocol.side / max(size))) for n in size)), size), true
+    return decide(square), nearest(true, protocol.side) if protocol.resolution == "squash" else dilated(
+        true, square
+    )
 
 # %% ../../nbs/13c_protocols.ipynb #021
 def evaluate_protocols(
-    model,                            # a `SHNet` or any model with `encode` and `segment`
-    dataset,                          # a `RISDataset`
+    model,  # a `SHNet` or any model with `encode` and `segment`
+    dataset,  # a `RISDataset`
     protocols: Iterable[str | Protocol] | None = None,  # names or protocols; None: all of `PROTOCOLS`
     *,
-    name: str = "model",              # of the records
+    name: str = "model",  # of the records
     text_control: str | None = None,  # as for `evaluate`, as is the next one
     image_control: str | None = None,
-    limit: int | None = None,         # only so many images
-    seed: int = 0,                    # of controls and subset
-    crf: CrfConfig | None = None,     # each probability map goes through a dense CRF (chapter 13b) before its threshold
-    ignore: set[tuple[int, int]] | None = None,  # (ref_id, sent_id) of samples that are left out, from `read_ignore`
-    resamples: int = 2000,            # of the bootstrap
+    limit: int | None = None,  # only so many images
+    seed: int = 0,  # of controls and subset
+    # each probability map goes through a dense CRF (chapter 13b) before its threshold
+    crf: CrfConfig | None = None,
+    # (ref_id, sent_id) of samples that are left out, from `read_ignore`
+    ignore: set[tuple[int, int]] | None = None,
+    resamples: int = 2000,  # of the bootstrap
     images_per_batch: int = 16,
     expressions_per_step: int = 64,
     num_workers: int = 0,
-    features=None,                    # a `FeatureCache` over these images
-    autocast=None,                    # a context manager factory for mixed precision
-    progress: bool = False,           # show a bar
-) -> dict[str, Record]:               # protocol's name -> record
+    features=None,  # a `FeatureCache` over these images
+    autocast=None,  # a context manager factory for mixed precision
+    progress: bool = False,  # show a bar
+) -> dict[str, Record]:  # protocol's name -> record
     "Score the same predictions under several protocols; the model runs once."
     wanted, (rank, world) = find_protocols(protocols), this_process()
-    evaluator = Evaluator(dataset, text_control, image_control, images_per_batch, expressions_per_step, limit, seed, num_workers, rank, world, ignore=ignore)
+    evaluator = Evaluator(
+        dataset,
+        text_control,
+        image_control,
+        images_per_batch,
+        expressions_per_step,
+        limit,
+        seed,
+        num_workers,
+        rank,
+        world,
+        ignore=ignore,
+    )
     names = tuple((p.name, what) for p in wanted for what in ("intersection", "union"))
+
     def count(samples, logits, true):
         sharpen = crf and (lambda p: evaluator.sharpen(p, samples, crf))
         return [n for p in wanted for n in intersection_union(*compared_masks(p, logits, true, sharpen))]
+
     bar = f"Evaluating {name}" if progress and rank == 0 else None
     rows = gather_rows(evaluator.measure(model, names, count, features, autocast, None, bar))
-    config, device = asdict(model.config) if is_dataclass(getattr(model, "config", None)) else {}, next(model.parameters()).device
+    config, device = (
+        asdict(model.config) if is_dataclass(getattr(model, "config", None)) else {},
+        next(model.parameters()).device,
+    )
     found = {}
     for p in wanted:
         keep = np.array([p.asks(evaluator.samples[i]) for i in rows["index"]], dtype=bool)
-        own = {k: rows[k] for k in ("index", "area", "pixels")} | {k: rows[p.name, k] for k in ("intersection", "union")}
+        own = {k: rows[k] for k in ("index", "area", "pixels")} | {
+            k: rows[p.name, k] for k in ("intersection", "union")
+        }
         arrays = sample_arrays(evaluator, {k: v[keep] for k, v in own.items()})
         protocol = evaluator.stamp() | p.stamp() | {"crf": asdict(crf) if crf else False}
-        found[p.name] = make_record(name, arrays, protocol, config, {"evaluation": seed}, 0., device, resamples, p.comparator, p.empty)
+        found[p.name] = make_record(
+            name,
+            arrays,
+            protocol,
+            config,
+            {"evaluation": seed},
+            0.0,
+            device,
+            resamples,
+            p.comparator,
+            p.empty,
+        )
     return found
 
 # %% ../../nbs/13c_protocols.ipynb #037
 @dataclass(frozen=True)
 class ThresholdChoice:
     "A threshold, the data it was chosen on, and how good the others were."
-    threshold: float             # the best one
-    chosen_on: str               # data set, partition, split and size: `threshold_from` of a record
-    curve: dict[float, float]    # threshold -> overall IoU, percent
+
+    threshold: float  # the best one
+    chosen_on: str  # data set, partition, split and size: `threshold_from` of a record
+    curve: dict[float, float]  # threshold -> overall IoU, percent
     counts: dict[float, tuple[int, int]]  # threshold -> sums of intersections and unions
 
-    def __str__(self): return f"threshold {self.threshold:g}, chosen on {self.chosen_on}: overall IoU {self.curve[self.threshold]:.1f}"
+    def __str__(self):
+        return f"threshold {self.threshold:g}, chosen on {self.chosen_on}: overall IoU {self.curve[self.threshold]:.1f}"
 
 
 def choose_threshold(
-    model,                            # a `SHNet` or any model with `encode` and `segment`
-    dataset,                          # a `RISDataset`: validation data, not the split that is reported
+    model,  # a `SHNet` or any model with `encode` and `segment`
+    dataset,  # a `RISDataset`: validation data, not the split that is reported
     thresholds: Iterable[float] = tuple(i / 20 for i in range(1, 20)),
     *,
-    limit: int | None = None,         # only so many images
-    seed: int = 0,                    # of the subset
+    limit: int | None = None,  # only so many images
+    seed: int = 0,  # of the subset
     ignore: set[tuple[int, int]] | None = None,  # (ref_id, sent_id) of samples that are left out
     images_per_batch: int = 16,
     expressions_per_step: int = 128,
     num_workers: int = 0,
-    features=None,                    # a `FeatureCache` over these images
-    autocast=None,                    # a context manager factory for mixed precision
-    progress: bool = False,           # show a bar
+    features=None,  # a `FeatureCache` over these images
+    autocast=None,  # a context manager factory for mixed precision
+    progress: bool = False,  # show a bar
 ) -> ThresholdChoice:
     "The threshold with the best overall IoU at original resolution, from one pass over the model."
     thresholds, (rank, world) = sorted(set(map(float, thresholds))), this_process()
-    if not thresholds or not 0 < thresholds[0] <= thresholds[-1] < 1: raise ValueError(f"thresholds must lie between 0 and 1, got {thresholds}")
-    evaluator = Evaluator(dataset, None, None, images_per_batch, expressions_per_step, limit, seed, num_workers, rank, world, ignore=ignore)
+    if not thresholds or not 0 < thresholds[0] <= thresholds[-1] < 1:
+        raise ValueError(f"thresholds must lie between 0 and 1, got {thresholds}")
+    evaluator = Evaluator(
+        dataset,
+        None,
+        None,
+        images_per_batch,
+        expressions_per_step,
+        limit,
+        seed,
+        num_workers,
+        rank,
+        world,
+        ignore=ignore,
+    )
+
     def count(samples, logits, true):
         p = probability_at(logits, tuple(true.shape[-2:]))
         return [n for t in thresholds for n in intersection_union(p > t, true)]
+
     names = tuple((t, what) for t in thresholds for what in "IU")
     bar = "Choosing a threshold" if progress and rank == 0 else None
     rows = gather_rows(evaluator.measure(model, names, count, features, autocast, None, bar))
-    if len(rows["index"]) == 0: raise ValueError(f"split {getattr(dataset, 'split', '?')!r} has no samples to choose a threshold on")
+    if len(rows["index"]) == 0:
+        raise ValueError(f"split {getattr(dataset, 'split', '?')!r} has no samples to choose a threshold on")
     counts = {t: (int(rows[t, "I"].sum()), int(rows[t, "U"].sum())) for t in thresholds}
     exact = {t: Fraction(i, u) if u else Fraction(0) for t, (i, u) in counts.items()}
-    best = max(thresholds, key=lambda t: (exact[t], -abs(t - .5)))
+    best = max(thresholds, key=lambda t: (exact[t], -abs(t - 0.5)))
     s, n = evaluator.stamp(), len({x.image_id for x in evaluator.samples})
-    data = f"{s['dataset']} ({s['split_by']}) {s['split']}: {n:,} images, {len(evaluator.samples):,} expressions"
+    data = (
+        f"{s['dataset']} ({s['split_by']}) {s['split']}: {n:,} images, {len(evaluator.samples):,} expressions"
+    )
     return ThresholdChoice(best, data, {t: 100 * float(e) for t, e in exact.items()}, counts)
 
 # %% ../../nbs/13c_protocols.ipynb #044
 SAMPLE_FIELDS = {  # of a line; the last three only where the data set knows
-    "image_id": "of the data set", "ref_id": "of the data set", "sent_id": "of the data set",
-    "intersection": "pixels in both masks, at the record's resolution", "union": "pixels in either mask, at the record's resolution",
-    "area": "pixels of the true mask, at the image's size", "pixels": "of the image", "words": "in the expression",
-    "kind": "of expression: text, may be empty", "category": "of the object: text", "distractors": "other objects of its category in the image",
+    "image_id": "of the data set",
+    "ref_id": "of the data set",
+    "sent_id": "of the data set",
+    "intersection": "pixels in both masks, at the record's resolution",
+    "union": "pixels in either mask, at the record's resolution",
+    "area": "pixels of the true mask, at the image's size",
+    "pixels": "of the image",
+    "words": "in the expression",
+    "kind": "of expression: text, may be empty",
+    "category": "of the object: text",
+    "distractors": "other objects of its category in the image",
 }
 _TEXTS, _MAY_LACK = ("kind", "category"), ("kind", "category", "distractors")
 
@@ -236,88 +379,146 @@ def write_samples(
     sample_keys(record)  # says it if there are no samples
     path, names = Path(path), [k for k in SAMPLE_FIELDS if k in record.arrays]
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(dict(zip(names, row)), ensure_ascii=False) + "\n" for row in zip(*(record.arrays[k].tolist() for k in names)))
+    lines = (
+        json.dumps(dict(zip(names, row)), ensure_ascii=False) + "\n"
+        for row in zip(*(record.arrays[k].tolist() for k in names))
+    )
     _replace(path, "".join(lines).encode())
     return path
 
 
 def _sample_in(line: bytes, names: tuple | None) -> dict:
     "One line, checked; `names` are the keys of the first one."
-    try: row = json.loads(line)
-    except (ValueError, RecursionError) as error: raise ValueError(f"is not JSON: {error}") from error
-    if not isinstance(row, dict): raise ValueError(f"is {type(row).__name__}, not an object")
-    if lacking := [k for k in SAMPLE_FIELDS if k not in row and k not in _MAY_LACK]: raise ValueError(f"has no {lacking[0]!r}")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"is {type(row).__name__}, not an object")
+    if lacking := [k for k in SAMPLE_FIELDS if k not in row and k not in _MAY_LACK]:
+        raise ValueError(f"has no {lacking[0]!r}")
     row = {k: row[k] for k in SAMPLE_FIELDS if k in row}
-    if names and tuple(row) != names: raise ValueError(f"has the keys {', '.join(row)}, the first line has {', '.join(names)}")
+    if names and tuple(row) != names:
+        raise ValueError(f"has the keys {', '.join(row)}, the first line has {', '.join(names)}")
     for k, v in row.items():
-        if k in _TEXTS and not isinstance(v, str): raise ValueError(f"{k} is {v!r}, not text")
-        if k not in _TEXTS and (type(v) is not int or v < 0 or v >= 2**63): raise ValueError(f"{k} is {v!r}, not a whole number from 0 on")
-    if row["intersection"] > row["union"]: raise ValueError(f"the intersection, {row['intersection']}, is larger than the union, {row['union']}")
+        if k in _TEXTS and not isinstance(v, str):
+            raise ValueError(f"{k} is {v!r}, not text")
+        if k not in _TEXTS and (type(v) is not int or v < 0 or v >= 2**63):
+            raise ValueError(f"{k} is {v!r}, not a whole number from 0 on")
+    if row["intersection"] > row["union"]:
+        raise ValueError(f"the intersection, {row['intersection']}, is larger than the union, {row['union']}")
     return row
 
 
 def read_samples(
-    path: str | Path,           # that `write_samples` or another program wrote
-) -> dict[str, np.ndarray]:     # as in `Record.arrays`, for `make_record`
+    path: str | Path,  # that `write_samples` or another program wrote
+) -> dict[str, np.ndarray]:  # as in `Record.arrays`, for `make_record`
     "Read and check samples, one JSON object a line; keys that are not in `SAMPLE_FIELDS` are skipped."
     path, rows, names = Path(path), {}, None
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; it should hold one JSON object a line, as `write_samples` writes them")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; it should hold one JSON object a line, as `write_samples` writes them"
+        )
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip(): continue
-            try: row = _sample_in(line, names)
-            except ValueError as error: raise ValueError(f"{path}: line {number}: {error}") from error
+            if not line.strip():
+                continue
+            try:
+                row = _sample_in(line, names)
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number}: {error}") from error
             key, names = (row["ref_id"], row["sent_id"]), tuple(row)
-            if key in rows: raise ValueError(f"{path}: line {number}: repeats ref {key[0]}, sentence {key[1]}")
+            if key in rows:
+                raise ValueError(f"{path}: line {number}: repeats ref {key[0]}, sentence {key[1]}")
             rows[key] = row
-    if not rows: raise ValueError(f"{path}: holds no samples")
-    arrays = {k: np.array([row[k] for row in rows.values()], dtype=str if k in _TEXTS else np.int64) for k in names}
+    if not rows:
+        raise ValueError(f"{path}: holds no samples")
+    arrays = {
+        k: np.array([row[k] for row in rows.values()], dtype=str if k in _TEXTS else np.int64) for k in names
+    }
     return {"kind": np.full(len(rows), "")} | arrays
 
 # %% ../../nbs/13c_protocols.ipynb #052
 def read_ignore(
-    path: str | Path,         # a JSON list of [ref_id, sent_id]
-) -> set[tuple[int, int]]:    # for `ignore=` of `evaluate`, `evaluate_protocols` and `choose_threshold`
+    path: str | Path,  # a JSON list of [ref_id, sent_id]
+) -> set[tuple[int, int]]:  # for `ignore=` of `evaluate`, `evaluate_protocols` and `choose_threshold`
     "Read a list of samples to leave out."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; it should hold a JSON list of [ref_id, sent_id]")
-    try: pairs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(pairs, list): raise ValueError(f"{path}: holds {type(pairs).__name__}, not a list of [ref_id, sent_id]")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it should hold a JSON list of [ref_id, sent_id]")
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(pairs, list):
+        raise ValueError(f"{path}: holds {type(pairs).__name__}, not a list of [ref_id, sent_id]")
     for number, pair in enumerate(pairs, 1):
-        if not isinstance(pair, list) or [type(x) for x in pair] != [int, int]: raise ValueError(f"{path}: entry {number} is {pair!r}, not [ref_id, sent_id]")
+        if not isinstance(pair, list) or [type(x) for x in pair] != [int, int]:
+            raise ValueError(f"{path}: entry {number} is {pair!r}, not [ref_id, sent_id]")
     return {(ref_id, sent_id) for ref_id, sent_id in pairs}
 
 # %% ../../nbs/13c_protocols.ipynb #055
 MUST_AGREE = ("dataset", "split_by", "split", "sentences", "comparator", "empty_union_iou")
-MAY_DIFFER = ("protocol", "threshold", "threshold_from", "resolution", "crf", "image_size", "max_words", "text_control", "image_control")
+MAY_DIFFER = (
+    "protocol",
+    "threshold",
+    "threshold_from",
+    "resolution",
+    "crf",
+    "image_size",
+    "max_words",
+    "text_control",
+    "image_control",
+)
 
 
 @dataclass
 class Comparison:
     "Model b against model a on the same samples; differences are b - a, with 95 % intervals over images."
+
     a: str
     b: str
-    protocol: dict   # of the first record
-    differ: dict     # what may differ and does: key -> (a's, b's)
-    metrics: dict    # metric -> {"a", "b", "difference", "low", "high", "p", "by_seed"}
-    groups: dict     # family -> group -> "samples" and the metrics
+    protocol: dict  # of the first record
+    differ: dict  # what may differ and does: key -> (a's, b's)
+    metrics: dict  # metric -> {"a", "b", "difference", "low", "high", "p", "by_seed"}
+    groups: dict  # family -> group -> "samples" and the metrics
     resamples: int
 
     def __str__(self):
         p, seeds = self.protocol, self.metrics["overall_iou"]["by_seed"] or []
         data = " ".join(str(p[k]) for k in ("dataset", "split_by", "split") if p.get(k)) or "unnamed data"
-        lines = [f"a: {self.a}", f"b: {self.b}", f"{data}: {p['samples']:,} expressions of {p['images']:,} images"]
+        lines = [
+            f"a: {self.a}",
+            f"b: {self.b}",
+            f"{data}: {p['samples']:,} expressions of {p['images']:,} images",
+        ]
         lines += [f"they differ in {key}: {a} and {b}" for key, (a, b) in self.differ.items()]
+
         def row(label, d):
             star = "*" if d["low"] > 0 or d["high"] < 0 else " "
             return f"{label:30.30} {d['a']:6.1f} {d['b']:6.1f} {d['difference']:+7.2f} {star} [{d['low']:+.2f}, {d['high']:+.2f}]"
-        lines += ["", f"{'':30} {'a':>6} {'b':>6} {'b - a':>7}   95 % interval", *(row(m, d) for m, d in self.metrics.items())]
-        if len(seeds) > 1: lines += ["", f"overall_iou, b - a for each training: {', '.join(f'{x:+.2f}' for x in seeds)}"]
+
+        lines += [
+            "",
+            f"{'':30} {'a':>6} {'b':>6} {'b - a':>7}   95 % interval",
+            *(row(m, d) for m, d in self.metrics.items()),
+        ]
+        if len(seeds) > 1:
+            lines += ["", f"overall_iou, b - a for each training: {', '.join(f'{x:+.2f}' for x in seeds)}"]
         lines += ["", "overall_iou of"]
-        lines += [row(f"  {family} {name} ({g['samples']:,})", g["overall_iou"]) for family, parts in self.groups.items() for name, g in parts.items()]
+        lines += [
+            row(f"  {family} {name} ({g['samples']:,})", g["overall_iou"])
+            for family, parts in self.groups.items()
+            for name, g in parts.items()
+        ]
         n = sum(map(len, self.groups.values()))
-        return "\n".join([*lines, "", f"* the interval over images does not hold 0; of {n} groups about {n / 20:.1f} would be marked if nothing differed"])
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"* the interval over images does not hold 0; of {n} groups about {n / 20:.1f} would be marked if nothing differed",
+            ]
+        )
 
 
 def _by_sample(record: Record) -> Record:
@@ -328,31 +529,55 @@ def _by_sample(record: Record) -> Record:
 
 
 def compare(
-    a,                      # a `Record`, or a list of them: the same model trained with several seeds
-    b,                      # the same for the other model
+    a,  # a `Record`, or a list of them: the same model trained with several seeds
+    b,  # the same for the other model
     resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
     "How much better b is than a, in every metric and group, if the two can be compared."
     a, b = ([_by_sample(r) for r in ([x] if isinstance(x, Record) else x)] for x in (a, b))
-    if not a or not b: raise ValueError("compare needs at least one record on each side")
+    if not a or not b:
+        raise ValueError("compare needs at least one record on each side")
     first = a[0]
     for r in (*a[1:], *b):
         for key in MUST_AGREE:
             x, y = first.protocol.get(key), r.protocol.get(key)
-            if x != y: raise ValueError(f"records {first.name!r} and {r.name!r} cannot be compared: {key} is {x!r} in one and {y!r} in the other")
+            if x != y:
+                raise ValueError(
+                    f"records {first.name!r} and {r.name!r} cannot be compared: {key} is {x!r} in one and {y!r} in the other"
+                )
         if not np.array_equal(sample_keys(r), sample_keys(first)):
-            raise ValueError(f"records {first.name!r} and {r.name!r} cannot be compared: they score different samples ({len(first.arrays['union']):,} "
-                             f"and {len(r.arrays['union']):,}); look at limit and ignored in their protocols")
+            raise ValueError(
+                f"records {first.name!r} and {r.name!r} cannot be compared: they score different samples ({len(first.arrays['union']):,} "
+                f"and {len(r.arrays['union']):,}); look at limit and ignored in their protocols"
+            )
         for key in ("image_id", "area", "pixels"):
             if (wrong := np.flatnonzero(r.arrays[key] != first.arrays[key])).size:
                 k = first.arrays["ref_id"][wrong[0]]
-                raise ValueError(f"records {first.name!r} and {r.name!r} cannot be compared: {key} of ref {k} differs, so they were scored on different data")
-    values = {key: [[str(r.protocol[key]) for r in side if key in r.protocol] for side in (a, b)] for key in MAY_DIFFER}
-    differ = {key: tuple(" / ".join(dict.fromkeys(v)) for v in sides) for key, sides in values.items() if all(sides) and len(set(sum(sides, []))) > 1}
+                raise ValueError(
+                    f"records {first.name!r} and {r.name!r} cannot be compared: {key} of ref {k} differs, so they were scored on different data"
+                )
+    values = {
+        key: [[str(r.protocol[key]) for r in side if key in r.protocol] for side in (a, b)]
+        for key in MAY_DIFFER
+    }
+    differ = {
+        key: tuple(" / ".join(dict.fromkeys(v)) for v in sides)
+        for key, sides in values.items()
+        if all(sides) and len(set(sum(sides, []))) > 1
+    }
     families = sample_groups(max((r.arrays for r in (*a, *b)), key=len))  # of the record that knows most
-    found = paired_groups(a, b, {(f, n): keep for f, parts in families.items() for n, keep in parts.items()}, resamples, seed)
+    found = paired_groups(
+        a, b, {(f, n): keep for f, parts in families.items() for n, keep in parts.items()}, resamples, seed
+    )
     name = lambda records: records[0].name + (f" ({len(records)} trainings)" if len(records) > 1 else "")
     counts = {"samples": len(first.arrays["union"]), "images": len(np.unique(first.arrays["image_id"]))}
-    return Comparison(name(a), name(b), first.protocol | counts, differ, {k: v for k, v in found["all"].items() if k != "samples"},
-                      {f: {n: found[f, n] for n in parts} for f, parts in families.items()}, resamples)
+    return Comparison(
+        name(a),
+        name(b),
+        first.protocol | counts,
+        differ,
+        {k: v for k, v in found["all"].items() if k != "samples"},
+        {f: {n: found[f, n] for n in parts} for f, parts in families.items()},
+        resamples,
+    )

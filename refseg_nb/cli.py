@@ -138,7 +138,10 @@ SplitBy = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 Size = Annotated[str, typer.Option(help="RefShapes size, where --root is not given.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; default: one a core.")]
-DATA_SETS = "refshapes (or refshapes+, -g, -stuff), refcoco, refcoco+, refcocog, refclef, referit, or a set of your own."
+DATA_SETS = (
+    "refshapes (or refshapes+, -g, -stuff), refcoco, refcoco+, refcocog, refclef, referit, or a set of your"
+    " own."
+)
 Name = Annotated[str, typer.Argument(help=DATA_SETS)]
 
 # %% ../nbs/22_command_line.ipynb #018
@@ -147,7 +150,10 @@ def data_make(
     name: Annotated[
         str,
         typer.Argument(
-            help="refshapes (location words), refshapes+ (none), refshapes-g (long), refshapes-stuff (regions)."
+            help=(
+                "refshapes (location words), refshapes+ (none), refshapes-g (long), refshapes-stuff"
+                " (regions)."
+            )
         ),
     ] = "refshapes",
     size: Annotated[
@@ -182,7 +188,8 @@ def data_info(
     split_by: SplitBy = None,
     size: Size = "quick",
 ):
-    "Count the images, objects and expressions of a data set's splits, and compare them with the published counts."
+    """Count the images, objects and expressions of a data set's splits, and compare them with the published
+    counts."""
     from rich.console import Console
     from rich.table import Table
 
@@ -217,7 +224,10 @@ def data_fetch(
     images: Annotated[
         str,
         typer.Option(
-            help="COCO's pictures: needed (one by one), zip (the needed ones of the archive), all (of it), or none."
+            help=(
+                "COCO's pictures: needed (one by one), zip (the needed ones of the archive), all (of it), or"
+                " none."
+            )
         ),
     ] = "needed",
     dry_run: Annotated[
@@ -243,7 +253,8 @@ def data_verify(
     workers: Workers = None,
     out: Annotated[Path | None, typer.Option(help="Write the report as JSON, too.")] = None,
 ):
-    "Look at every file, record and mask of a data set, compare it with the published counts, and list all that is wrong."
+    """Look at every file, record and mask of a data set, compare it with the published counts, and list all
+    that is wrong."""
     from refseg_nb.data.verify import verify
 
     report = verify(_root(root, name, size), name, split_by, images, workers, progress=sys.stderr.isatty())
@@ -262,7 +273,8 @@ def data_leakage(
         typer.Option(help="Write the ids of all val and test images, to be left out of any pre-training."),
     ] = None,
 ):
-    "Which val and test images of one data set are training images of another, over all data sets under the root."
+    """Which val and test images of one data set are training images of another, over all data sets under the
+    root."""
     from refseg_nb.data.verify import leakage
 
     report = leakage(_root(root, ""))
@@ -393,7 +405,8 @@ def pretrain(
         _root(root, "refshapes", size), task=task, out=out, seed=seed, device=_device(device), **more
     )
     print(
-        f"{result.metric.replace('_', ' ')} {result.score:.1%} on val after {result.seconds / 60:.1f} minutes\n{out}"
+        f"{result.metric.replace('_', ' ')} {result.score:.1%} on val after {result.seconds / 60:.1f}"
+        f" minutes\n{out}"
     )
 
 # %% ../nbs/22_command_line.ipynb #037
@@ -449,7 +462,10 @@ def train(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="refshapes (small), paper or released; cmpc: published; lavt, crossvlt: base, tiny, small, large."
+            help=(
+                "refshapes (small), paper or released; cmpc: published; lavt, crossvlt: base, tiny, small,"
+                " large."
+            )
         ),
     ] = None,
     set_: Annotated[
@@ -599,7 +615,10 @@ def evaluate(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Score as another program does, such as lavt (CrossVLT's too) or cmpc. Default: original size."
+            help=(
+                "Score as another program does, such as lavt (CrossVLT's too) or cmpc. Default: original"
+                " size."
+            )
         ),
     ] = None,
     crf: Annotated[
@@ -705,7 +724,10 @@ def print_record(
     from rich.table import Table
 
     table = Table(
-        title=f"{record.name}: {record.protocol['dataset']} {record.protocol['split']}, {record.metrics['samples']:,} expressions"
+        title=(
+            f"{record.name}: {record.protocol['dataset']} {record.protocol['split']},"
+            f" {record.metrics['samples']:,} expressions"
+        )
     )
     for column in ("", "%", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")
@@ -759,8 +781,11 @@ def segment(
     batch: Annotated[
         Path | None,
         typer.Option(
-            help='Many at once: a file with {"image": ..., "phrase": ...} on each line, or a folder of pictures. '
-            "--out gets results.jsonl and masks/; called again, it does what is missing."
+            help=(
+                'Many at once: a file with {"image": ..., "phrase": ...} on each line, or a folder of'
+                " pictures. "
+                "--out gets results.jsonl and masks/; called again, it does what is missing."
+            )
         ),
     ] = None,
     phrases: Annotated[
@@ -768,7 +793,8 @@ def segment(
         typer.Option("--phrase", help="With --batch FOLDER: asked about each picture; may be repeated."),
     ] = None,
 ):
-    "Segment what a phrase means: write NAME.mask.png and NAME.overlay.png, print the score. Or, with --batch, many phrases in many pictures."
+    """Segment what a phrase means: write NAME.mask.png and NAME.overlay.png, print the score. Or, with
+    --batch, many phrases in many pictures."""
     if batch:
         return _segment_batch(image, batch, phrases, model, out, device, json_)
     for name, given in (("IMAGE", image), ("PHRASE", phrase)):
@@ -877,7 +903,8 @@ def explore(
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
     device: Device = "cpu",
 ):
-    "Write a page on which you point at pixels and words and see the attention; it needs no kernel and no network."
+    """Write a page on which you point at pixels and words and see the attention; it needs no kernel and no
+    network."""
     if not image.exists():
         raise FileNotFoundError(f"there is no image at {image}")
     from refseg_nb.attention.explorer import Explorer
@@ -929,7 +956,8 @@ def reproduce(
     ] = "refshapes",
     out: Annotated[Path, typer.Option(help="Folder of everything that is made.")] = Path("runs/reproduce"),
 ):
-    "Train the rows of the paper's tables and print them beside the paper's; call it again to go on where it was stopped."
+    """Train the rows of the paper's tables and print them beside the paper's; call it again to go on where
+    it was stopped."""
     from refseg_nb.reproduce.report import reproduce as run
 
     run(

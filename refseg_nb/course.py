@@ -233,6 +233,6 @@ def main(
             sys.exit("usage: python -m refseg_nb.course readme | stubs NOTEBOOK...")
 
 # %% ../nbs/90_course.ipynb #030
-#| eval: false
+# | eval: false
 if __name__ == "__main__":
     main(*sys.argv[1:])

@@ -141,7 +141,8 @@ def squash(
     image: np.ndarray,  # uint8 [H, W, 3]
     size: int,  # S
 ) -> torch.Tensor:  # uint8 [3, S, S]
-    "Resize a picture to the square that the model reads, antialiased: what `refseg_nb.data.batches.squash` does, without importing torchvision."
+    """Resize a picture to the square that the model reads, antialiased: what `refseg_nb.data.batches.squash`
+    does, without importing torchvision."""
     return F.interpolate(
         torch.tensor(image).permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True
     )[0]
@@ -151,7 +152,8 @@ def probability_at(
     logits: torch.Tensor,  # [h, w], the model's own resolution
     size: tuple[int, int],  # (H, W) of the picture
 ) -> np.ndarray:  # float32 [H, W]
-    "Probabilities at the picture's size: what `refseg_nb.training.evaluation.probability_at` does, without importing torchmetrics."
+    """Probabilities at the picture's size: what `refseg_nb.training.evaluation.probability_at` does, without
+    importing torchmetrics."""
     smaller = size[0] < logits.shape[0] or size[1] < logits.shape[1]
     return (
         F.interpolate(logits.float().sigmoid()[None, None], size, mode="bilinear", antialias=smaller)[0, 0]
@@ -299,7 +301,8 @@ class Segmenter:
         self,
         phrase: str,  # what the person wrote
     ) -> list[str]:  # its words, lower case; as typed, if the model reads them so
-        "Split a phrase into words, without the punctuation that the model never saw; an empty phrase is an error."
+        """Split a phrase into words, without the punctuation that the model never saw; an empty phrase is an
+        error."""
         if not isinstance(phrase, str):
             raise ValueError(f"the phrase must be a string, not {type(phrase).__name__}")
         if self.sentence == "raw":
@@ -356,7 +359,8 @@ def load(
     if not (folder / "config.json").is_file():
         names = ", ".join(known) or "none is shipped"
         raise FileNotFoundError(
-            f"there is no model at {name}: give a folder with config.json and model.safetensors, or a shipped model ({names})"
+            f"there is no model at {name}: give a folder with config.json and model.safetensors, or a shipped"
+            f" model ({names})"
         )
     model, vocabulary, meta = load_model(folder)
     return Segmenter(

@@ -176,7 +176,8 @@ def anchors(symbols: list[Symbol]) -> nbformat.NotebookNode | None:
 
 
 def links(chapter: Chapter) -> dict[str, str]:
-    "Which names mean a symbol of the library in a chapter's code: what it imports and what it defines, unless it also uses the name for something else."
+    """Which names mean a symbol of the library in a chapter's code: what it imports and what it defines,
+    unless it also uses the name for something else."""
     own = [s for s in chapter.symbols if s.kind != "module"]
     found, taken = {s.name.rpartition(".")[2]: s.name for s in own if s.kind != "method"}, set()
     for cell in chapter.notebook.cells:
@@ -197,7 +198,10 @@ def library(chapters: list[Chapter]) -> str:
     lines = [
         "# The library",
         "",
-        "Every public name of `refseg_nb`. Each leads to the place in the course where it is built, explained and tested.",
+        (
+            "Every public name of `refseg_nb`. Each leads to the place in the course where it is built,"
+            " explained and tested."
+        ),
         "",
     ]
     plain = lambda text: "`".join(

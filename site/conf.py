@@ -1,4 +1,5 @@
-"""Sphinx's settings for the course's pages, and the two things that it is taught: anchors for the library's symbols, and links to them from the code."""
+"""Sphinx's settings for the course's pages, and the two things that it is taught: anchors for the library's
+symbols, and links to them from the code."""
 
 import json
 import re
@@ -52,7 +53,8 @@ html_theme_options = {
 
 
 class Symbols(SphinxDirective):
-    "Anchors for the symbols that the next cell defines; search and cross-references know them as Python objects."
+    """Anchors for the symbols that the next cell defines; search and cross-references know them as Python
+    objects."""
 
     has_content = True
 
@@ -95,7 +97,8 @@ def link_prose(app, doctree, docname):
 
 
 def link_code(app, pagename, templatename, context, doctree):
-    "Link the names in code cells, and make every line of code its own box, so that a long one wraps below its own indentation."
+    """Link the names in code cells, and make every line of code its own box, so that a long one wraps below
+    its own indentation."""
     names = {
         name: app.site_links["symbols"][full]
         for name, full in app.site_links["names"].get(pagename, {}).items()
@@ -104,7 +107,10 @@ def link_code(app, pagename, templatename, context, doctree):
 
     def line(text):
         tag, indent = re.match(r'((?:<span class="\w+">)?)( *)', text).groups()
-        return f'<span class="line" style="--indent:{len(indent)}">{tag}<span class="indent">{indent}</span>{text[len(tag + indent) :]}</span>'
+        return (
+            f'<span class="line" style="--indent:{len(indent)}">{tag}<span'
+            f' class="indent">{indent}</span>{text[len(tag + indent) :]}</span>'
+        )
 
     def block(found):
         code = found[2]

@@ -1,4 +1,5 @@
-"""How long the explorer takes to answer a hover, at the largest size that is promised: `python tests/measure_hover.py` writes results/explorer/hover.json."""
+"""How long the explorer takes to answer a hover, at the largest size that is promised: `python
+tests/measure_hover.py` writes results/explorer/hover.json."""
 
 import json
 import os
@@ -64,13 +65,16 @@ def main(out: Path):
         version, pooled = (
             browser.version,
             page.evaluate(
-                "() => document.querySelector('[data-state]').explorer.get('data').panels[0].kinds.raw[0].pool"
+                "() =>"
+                " document.querySelector('[data-state]').explorer.get('data').panels[0].kinds.raw[0].pool"
             ),
         )
         browser.close()
     record = {
-        "what": "milliseconds to draw the answer to a pointer event (draw), from the event to the end of the frame that shows it (answer), "
-        "and from frame to frame when nothing happens (empty)",
+        "what": (
+            "milliseconds to draw the answer to a pointer event (draw), from the event to the end of the"
+            " frame that shows it (answer), and from frame to frame when nothing happens (empty)"
+        ),
         "case": {
             "grid": [GRID, GRID],
             "words": WORDS,

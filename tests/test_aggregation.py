@@ -1,4 +1,5 @@
-"""The aggregations that can stand in HCAM's place, against loops written from their equations, in closed-form cases, and as rows of Tables 2 and 4."""
+"""The aggregations that can stand in HCAM's place, against loops written from their equations, in
+closed-form cases, and as rows of Tables 2 and 4."""
 
 import itertools
 import math
@@ -45,7 +46,8 @@ def inputs(b=2, c=C, h=4, w=5, grad=False):
 
 
 def made(name, c=C):
-    "A module in double precision with weights that are not small, so that no gate is near one half everywhere."
+    """A module in double precision with weights that are not small, so that no gate is near one half
+    everywhere."""
     module = AGGREGATIONS[name](c).double()
     with torch.no_grad():
         for p in module.parameters():
@@ -58,7 +60,8 @@ def sigmoid(x):
 
 
 def conv(x, weight, bias=None):
-    "A convolution of one map [I, H, W] that keeps its size, tap by tap: a list of lists of lists of numbers, [O][H][W]."
+    """A convolution of one map [I, H, W] that keeps its size, tap by tap: a list of lists of lists of
+    numbers, [O][H][W]."""
     o, i, k, _ = weight.shape
     _, h, w = x.shape
     out = torch.zeros(o, h, w, dtype=torch.double)
@@ -531,8 +534,7 @@ def test_operations_of_every_row(row):
         "mgate": 6 * taps * c * p,
         "gbfm": 4 * taps * 2 * c * c * p,
         "conv3d": 3 * taps * c * c * p,
-        "concat": 3 * c * c * p,
-        # fmt: skip
+        "concat": 3 * c * c * p,  # fmt: skip
         "tgfe": 6 * ((3 * c * c + 2 * c) * p + c * c + 2 * c * c + 2 * c * c) + 5 * c * 4 * c * p,
     }
     if config.use_hcam:

@@ -60,7 +60,10 @@ GOOD = dict(weights=rows((2, 2, 9, 9)), words=WORDS, grid=(2, 3))
         (dict(weights=rows((2, 0, 9, 9))), "the head axis is empty"),
         (
             dict(weights=rows((2, 2, 9, 9)) * 1.01),
-            r"must sum to one along the key axis .* layer 0, head 0, query 0 \(pixel row 0, column 0\) sums to 1.01",
+            (
+                r"must sum to one along the key axis .* layer 0, head 0, query 0 \(pixel row 0, column 0\)"
+                r" sums to 1.01"
+            ),
         ),
         (dict(weights=rows((2, 2, 9, 9)).swapaxes(2, 3)), "must sum to one along the key axis"),
         (dict(words=[]), "words must be a list of strings"),
@@ -144,7 +147,8 @@ def test_batches_are_refused(scene):
 
 
 def by_hand(attention, x, where, head, query):
-    "q·k, the scores and the values' lengths of one query, key by key, from an attention's own matrices; x is [N, C]."
+    """q·k, the scores and the values' lengths of one query, key by key, from an attention's own matrices; x
+    is [N, C]."""
     c = x.shape[1]
     d, w, b = c // attention.heads, attention.qkv.weight.detach(), attention.qkv.bias.detach()
     own = slice(head * d, (head + 1) * d)
@@ -423,9 +427,11 @@ LEVELS = {
         }.items()
     },
     "lavt": {i + 1: ((24 >> i, 24 >> i), (24 >> i) ** 2, 4) for i in range(4)},
-    "crossvlt": {f"{i + 1} pixels→words": ((24 >> i, 24 >> i), (24 >> i) ** 2, 4) for i in range(4)}
-    | {f"{i} merged pixels→words": ((24 >> i, 24 >> i), (24 >> i) ** 2, 4) for i in (1, 2, 3)}
-    | {f"{i + 1} words→pixels": ((24 >> i, 24 >> i), 4, (24 >> i) ** 2) for i in (1, 2, 3)},
+    "crossvlt": (
+        {f"{i + 1} pixels→words": ((24 >> i, 24 >> i), (24 >> i) ** 2, 4) for i in range(4)}
+        | {f"{i} merged pixels→words": ((24 >> i, 24 >> i), (24 >> i) ** 2, 4) for i in (1, 2, 3)}
+        | {f"{i + 1} words→pixels": ((24 >> i, 24 >> i), 4, (24 >> i) ** 2) for i in (1, 2, 3)}
+    ),
 }
 
 

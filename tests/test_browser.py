@@ -107,7 +107,8 @@ def test_jupyterlab_runs_the_tour(lab, browser):
         timeout=60_000,
     )
     page.evaluate(
-        f"async () => {{ await {panel}.sessionContext.ready; await {panel}.sessionContext.session.kernel.info; }}"
+        f"async () => {{ await {panel}.sessionContext.ready; await"
+        f" {panel}.sessionContext.session.kernel.info; }}"
     )
     page.evaluate(
         """async panel => {

@@ -1,4 +1,5 @@
-"""The command line as a person uses it: what it prints, what it writes, and one clear line with exit code 2 when the person is mistaken."""
+"""The command line as a person uses it: what it prints, what it writes, and one clear line with exit code 2
+when the person is mistaken."""
 
 import json
 import os
@@ -156,9 +157,9 @@ def test_segment_writes_mask_and_overlay_beside_the_image(picture, model_folder)
 
 def test_segment_imports_only_what_it_needs(picture, model_folder):
     code = (
-        f"import sys; from refseg_nb.cli import app\ntry: app(['segment', {str(picture)!r}, 'the red car', '--model', {str(model_folder)!r}])\n"
-        "except SystemExit: pass\n"
-        "print([m for m in ('nbformat', 'matplotlib.pyplot', 'torchvision', 'torchmetrics', 'scipy.io') if m in sys.modules])"
+        f"import sys; from refseg_nb.cli import app\ntry: app(['segment', {str(picture)!r}, 'the red car',"
+        f" '--model', {str(model_folder)!r}])\nexcept SystemExit: pass\nprint([m for m in ('nbformat',"
+        " 'matplotlib.pyplot', 'torchvision', 'torchmetrics', 'scipy.io') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert done.stdout.strip().endswith("[]") and "mask" in done.stdout, done.stdout + done.stderr

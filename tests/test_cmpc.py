@@ -1,4 +1,5 @@
-"""CMPC: counts of the published program, every step against loops over arrays in TensorFlow's layout, and what the model may and may not depend on."""
+"""CMPC: counts of the published program, every step against loops over arrays in TensorFlow's layout, and
+what the model may and may not depend on."""
 
 import itertools
 import json
@@ -98,7 +99,8 @@ def relu(x):
 
 
 def naive(arrays, levels, numbers):
-    "Logits, shares, and P and Q of each level for one expression without padding; maps are [H, W, channels], everything is tiled and built."
+    """Logits, shares, and P and Q of each level for one expression without padding; maps are [H, W,
+    channels], everything is tiled and built."""
     a = {k: v.numpy() for k, v in arrays.items()}
     dense = lambda name, x: x @ a[name + ".kernel"][0, 0] + a[name + ".bias"]
     joint = lambda name, m: (m - m.mean()) / m.std() * a[name + ".gamma"] + a[name + ".beta"]
@@ -308,8 +310,7 @@ def test_parameters_of_every_part(published):
         "parser": 502_504,
         "laterals": 3_587_000,
         "MUTAN": 3 * 10_050_000,
-        "graph": 3 * 3_007_000,
-        # fmt: skip
+        "graph": 3 * 3_007_000,  # fmt: skip
         "mix": 3 * 1_504_500,
         "scores": 18_004,
         "exchange": 6 * 2_503_500,

@@ -1,4 +1,5 @@
-"""Own data as JSONL, and every layout that circulates: each problem named by line and field, masks equal pixel for pixel, all or nothing."""
+"""Own data as JSONL, and every layout that circulates: each problem named by line and field, masks equal
+pixel for pixel, all or nothing."""
 
 import io
 import json
@@ -576,7 +577,8 @@ def test_it_trains_and_evaluates(folder):
     )
 
 
-# ---------------------------------------------------------------- fuzz: a list of problems, never an exception
+# ---------------------------------------------------------------- fuzz: a list of problems, never an
+# exception
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
@@ -588,8 +590,9 @@ numbers = (
 runs = st.fixed_dictionaries(
     {
         "size": st.just([H, W]) | st.lists(st.integers(-1, 50), max_size=3),
-        "counts": st.lists(st.integers(-2, 1300), max_size=5)
-        | st.text("0123456789:;<=>?@ABCabc", max_size=20),
+        "counts": (
+            st.lists(st.integers(-2, 1300), max_size=5) | st.text("0123456789:;<=>?@ABCabc", max_size=20)
+        ),
     }
 )
 files = st.sampled_from(["masks/a.png", "photos/a.png", "masks/z.png", "", "..", "masks/\0"])
@@ -599,8 +602,9 @@ near = st.builds(good, expression=st.text(max_size=5), mask=masks, split=st.samp
 records = near | st.fixed_dictionaries(
     {},
     optional={
-        "image": st.sampled_from(["photos/a.png", "photos/z.png", "masks/a.png", "../x", "/", "own.jsonl"])
-        | plain,
+        "image": (
+            st.sampled_from(["photos/a.png", "photos/z.png", "masks/a.png", "../x", "/", "own.jsonl"]) | plain
+        ),
         "expression": st.text(max_size=5) | plain,
         "expressions": st.lists(st.text(max_size=3), max_size=3) | plain,
         "mask": masks,
@@ -691,7 +695,8 @@ def test_refer_with_its_accidents(real_data, tmp_path, where):
 
 @pytest.mark.parametrize("layout", ["data/refcoco", "refcoco/data", "refcoco"])
 def test_refs_under_data(real_data, tmp_path, layout):
-    """`data/refcoco/...`, `refcoco/data/refs(unc).p` with instances.json above it, and the folder itself as the source; pictures beside the source."""
+    """`data/refcoco/...`, `refcoco/data/refs(unc).p` with instances.json above it, and the folder itself as
+    the source; pictures beside the source."""
     folder = tmp_path / "up" / layout
     shutil.copytree(real_data / "refcoco", folder)
     if layout == "refcoco/data":

@@ -78,7 +78,8 @@ def test_committed_outputs_are_there(path):
     values = [c for c in read(path).cells if visible(c) and ends_in_a_value(c)]
     without = [c.source for c in values if not c.outputs]
     assert len(without) <= 0.2 * len(values), (
-        f"{len(without)} of {len(values)} cells that end in a value show none: run the chapter. The first:\n{without[0]}"
+        f"{len(without)} of {len(values)} cells that end in a value show none: run the chapter. The"
+        f" first:\n{without[0]}"
     )
 
 

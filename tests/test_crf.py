@@ -1,4 +1,5 @@
-"""The dense CRF: against the exact kernel, against the program of the published numbers, against closed forms, and inside the evaluation."""
+"""The dense CRF: against the exact kernel, against the program of the published numbers, against closed
+forms, and inside the evaluation."""
 
 import math
 from dataclasses import asdict, replace
@@ -133,7 +134,8 @@ def test_agrees_with_the_program_of_the_published_numbers(real_data, kind, size)
 
 
 def test_agrees_with_the_exact_kernel(real_data):
-    """The lattice is an approximation: nearly all pixels agree, and the masks as a whole. Both programs share the rest."""
+    """The lattice is an approximation: nearly all pixels agree, and the masks as a whole. Both programs
+    share the rest."""
     both = either = 0
     for seed, (image, mask) in enumerate(photos(real_data, 4)):
         image, mask = resized(image, mask, 72)
@@ -273,7 +275,8 @@ def test_ties_of_equal_pixels_are_settled():
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_the_filter_is_a_gaussian_where_the_lattice_is_full(d):
-    """One vote in a dense cloud: what arrives, as a function of the distance, and its spread in every direction."""
+    """One vote in a dense cloud: what arrives, as a function of the distance, and its spread in every
+    direction."""
     torch.manual_seed(0)
     f = torch.rand(20000, d) * 12 - 6
     inner = torch.randperm((f.abs() < 1).all(1).sum())[:200]

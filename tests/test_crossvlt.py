@@ -1,4 +1,5 @@
-"""CrossVLT: each block against loops written from its equations, the whole against a plain walk through the stages, and the published layout name by name."""
+"""CrossVLT: each block against loops written from its equations, the whole against a plain walk through the
+stages, and the published layout name by name."""
 
 import math
 from dataclasses import replace
@@ -235,7 +236,8 @@ def test_alignment_at_temperature_one_has_the_floor_that_published_curves_have()
 
 
 def plain_walk(model, image, words):
-    "One picture and one phrase without padding, stage by stage in the published order: logits and similarity maps."
+    """One picture and one phrase without padding, stage by stage in the published order: logits and
+    similarity maps."""
     ones = torch.ones(1, words.shape[1] + 1, dtype=torch.bool)
     maps, similar = [], []
     # lang 1
@@ -570,9 +572,9 @@ def test_every_published_tensor_arrives_where_it_belongs_or_is_left_out_for_a_re
     same = {
         "backbone.0.patch_embed.proj.weight": model.backbone.patch_embed.proj.weight,
         "backbone.1.layers.downsample.norm.bias": model.backbone.stages[2].downsample.norm.bias,
-        "backbone.2.layers.blocks.1.attn.relative_position_bias_table": model.backbone.stages[2]
-        .blocks[1]
-        .attn.relative_position_bias_table,
+        "backbone.2.layers.blocks.1.attn.relative_position_bias_table": (
+            model.backbone.stages[2].blocks[1].attn.relative_position_bias_table
+        ),
         "backbone.0.attn1.l_q.weight": model.fusion[0].key.weight,
         "backbone.0.attn1.values_l.weight": model.fusion[0].value.weight,
         "backbone.2.attn2.l_q.bias": model.merged_fusion[2].key.bias,
@@ -580,9 +582,9 @@ def test_every_published_tensor_arrives_where_it_belongs_or_is_left_out_for_a_re
         "backbone.1.linear2.0.weight": model.merged_gates[1][0].weight,
         "backbone.3.norm3.weight": model.norms[3].weight,
         "backbone.3.proj.weight": model.align_places[3].weight,
-        "lang_stage1.encoder.layer.0.intermediate.dense.weight": model.text[0]
-        .bert.encoder.layer[0]
-        .intermediate.dense.weight,
+        "lang_stage1.encoder.layer.0.intermediate.dense.weight": (
+            model.text[0].bert.encoder.layer[0].intermediate.dense.weight
+        ),
         "lang_stage1.encoder.proj.bias": model.align_words[0].bias,
         "lang_stage2.crossattention.self.key.weight": model.text[1].ask.key.weight,
         "lang_stage3.crossattention.output.LayerNorm.weight": model.text[2].ask.norm1.weight,

@@ -379,7 +379,8 @@ def shard(rank, world, root, folder):
 
 
 def test_two_processes_score_as_one(toy_root, tmp_path):
-    """Seven images for two processes: uneven shards, nothing counted twice, the same numbers to the last bit."""
+    """Seven images for two processes: uneven shards, nothing counted twice, the same numbers to the last
+    bit."""
     context = torch.multiprocessing.get_context("forkserver")
     # imported once, for all processes of the tests
     context.set_forkserver_preload(["accelerate", "refseg_nb.training.learner"])

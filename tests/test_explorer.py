@@ -1,4 +1,5 @@
-"""The attention explorer in a real browser: the exported page from a file with no network, and JupyterLab with a kernel."""
+"""The attention explorer in a real browser: the exported page from a file with no network, and JupyterLab
+with a kernel."""
 
 import json
 import shutil
@@ -55,7 +56,8 @@ def explorer(tiny_root):
 
 @pytest.fixture(scope="module")
 def page_of(browser, tmp_path_factory):
-    "Open an explorer's exported page from a file, with no network; what the page logs or asks for must stay empty."
+    """Open an explorer's exported page from a file, with no network; what the page logs or asks for must
+    stay empty."""
     opened = []
 
     def open_page(explorer, **options):
@@ -88,7 +90,8 @@ def shown(page, panel=0):
 
 def put(page, **traits):
     page.evaluate(
-        "traits => { const m = document.querySelector('[data-state]').explorer; for (const [k, v] of Object.entries(traits)) m.set(k, v); }",
+        "traits => { const m = document.querySelector('[data-state]').explorer; for (const [k, v] of"
+        " Object.entries(traits)) m.set(k, v); }",
         traits,
     )
 
@@ -99,9 +102,10 @@ def locked(page):
 
 def cell(page, row, column, grid=(12, 12), panel=0):
     box = page.locator(".stage").nth(panel).bounding_box()
-    return box["x"] + box["width"] * (column + 0.5) / grid[1], box["y"] + box["height"] * (row + 0.5) / grid[
-        0
-    ]
+    return (
+        box["x"] + box["width"] * (column + 0.5) / grid[1],
+        box["y"] + box["height"] * (row + 0.5) / grid[0],
+    )
 
 
 # ---- without a browser
@@ -609,7 +613,8 @@ def test_axe_finds_nothing(explorer, page_of, axe, scheme, width):
         unfold(page, locked=what, head="mean" if what is None else "1")
         page.wait_for_timeout(120)  # until the chips have their colours
         found = page.evaluate(
-            "async () => (await axe.run()).violations.map(v => [v.id, v.help, v.nodes.map(n => n.html + n.failureSummary).slice(0, 3)])"
+            "async () => (await axe.run()).violations.map(v => [v.id, v.help, v.nodes.map(n => n.html +"
+            " n.failureSummary).slice(0, 3)])"
         )
         assert found == []
 
@@ -663,7 +668,8 @@ def test_jupyterlab_point_click_lock_edit(lab, browser):
     )
     page.wait_for_function(f"() => {panel}?.sessionContext?.isReady", timeout=60_000)
     page.evaluate(
-        f"async () => {{ await {panel}.sessionContext.ready; await {panel}.sessionContext.session.kernel.info; }}"
+        f"async () => {{ await {panel}.sessionContext.ready; await"
+        f" {panel}.sessionContext.session.kernel.info; }}"
     )
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
     page.wait_for_selector(".jp-OutputArea .refseg-explorer .stage canvas", timeout=90_000)

@@ -1,4 +1,5 @@
-"""The systems beside SHNet under the same roof: created, trained, stopped, stored, loaded and asked by the same commands."""
+"""The systems beside SHNet under the same roof: created, trained, stopped, stored, loaded and asked by the
+same commands."""
 
 import json
 
@@ -61,7 +62,8 @@ def settings(name, root, out, **more):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_trained_stopped_resumed_loaded_and_asked(name, tiny_root, tmp_path):
-    "Four steps at once, and two and two: the same weights bit for bit; the stored model answers as the trained one, with its attention."
+    """Four steps at once, and two and two: the same weights bit for bit; the stored model answers as the
+    trained one, with its attention."""
     whole = train(settings(name, tiny_root, tmp_path / "whole", checkpoint_every=2))
     assert whole.steps == 4
     (tmp_path / "parts").mkdir()

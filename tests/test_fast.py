@@ -1,4 +1,5 @@
-"""SHNet as it is published and as it is computed: the same function, one saving at a time and all together; folded norms, export, the benchmark's records."""
+"""SHNet as it is published and as it is computed: the same function, one saving at a time and all together;
+folded norms, export, the benchmark's records."""
 
 import json
 import subprocess
@@ -59,7 +60,8 @@ def test_doubled_conv_is_the_convolution_of_the_doubled_map(shape):
 
 
 def test_taps_of_doubling_by_hand():
-    "Bilinear doubling: the 2i-th of 2n places is a quarter of place i-1 and three of i, the next three of i and one of i+1; at the edge, itself."
+    """Bilinear doubling: the 2i-th of 2n places is a quarter of place i-1 and three of i, the next three of
+    i and one of i+1; at the edge, itself."""
     n = 5
     want = torch.zeros(3, 2 * n, n)
     for k in range(3):
@@ -153,7 +155,8 @@ def test_folded_norms_are_the_same_function_and_the_model_stays():
 
 
 def test_published_paper_size_costs_what_the_facts_say():
-    "Backbone 40.5 and adapters 10.7 GFLOP; gates 18.3, Conv3d 4.6, ASPP 5.6, decoder 44.4; SFM of the paper's preset is a single attention, about 3."
+    """Backbone 40.5 and adapters 10.7 GFLOP; gates 18.3, Conv3d 4.6, ASPP 5.6, decoder 44.4; SFM of the
+    paper's preset is a single attention, about 3."""
     model, batch = fast.make_case(phrases=2, device="meta")
     assert model.config.grid == 18
     published, here = (fast.count(run, *batch) / 2 for run in (fast.AsPublished(model), model))

@@ -1,4 +1,5 @@
-"""Fetching against a server on this computer that lies, breaks off and stalls on request: what ends at its final name is whole, or it is not there."""
+"""Fetching against a server on this computer that lies, breaks off and stalls on request: what ends at its
+final name is whole, or it is not there."""
 
 import hashlib
 import io
@@ -65,7 +66,8 @@ SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server:
-    """Serves `files`; `moods[path]` is a list of how the next answers misbehave; `log` holds (path, Range header) of each request."""
+    """Serves `files`; `moods[path]` is a list of how the next answers misbehave; `log` holds (path, Range
+    header) of each request."""
 
     def __init__(self):
         self.files, self.moods, self.log, self.closed = {}, {}, [], threading.Event()
@@ -344,7 +346,10 @@ def test_another_file_of_the_same_size_is_thrown_away(server, tmp_path):
     server.moods["/a.bin"] = ["other"] * 9
     with pytest.raises(
         Unavailable,
-        match="sha256 begins with .* expected is .*: it is damaged or another file; what came from 127.0.0.1 was thrown away",
+        match=(
+            "sha256 begins with .* expected is .*: it is damaged or another file; what came from 127.0.0.1"
+            " was thrown away"
+        ),
     ):
         download(spec_of(server, sha256=SHA), tmp_path / "a.bin", QUICK)
     assert all_files(tmp_path) == [] and len(server.asked()) == 1
@@ -955,7 +960,8 @@ ARCHIVES = [
     st.floats(0, 1),
 )
 def test_fuzz_archives(tmp_path, content, damages, keep):
-    """Damaged anywhere, cut anywhere: only the module's own error comes out, and nothing appears outside of the folder, nor a part of it."""
+    """Damaged anywhere, cut anywhere: only the module's own error comes out, and nothing appears outside of
+    the folder, nor a part of it."""
     content = bytearray(content)
     for at, junk in damages:
         content[(i := int(at * len(content))) : i + len(junk)] = junk
@@ -1463,7 +1469,8 @@ def test_what_cannot_be_had_is_one_paragraph_and_the_rest_goes_on(world):
     assert not report.ok and statuses(report) == {"refcoco.zip": "missing", "images": "missing"}
     paragraphs, root = [line for line in str(report).splitlines() if line.startswith("By hand: ")], world.root
     assert paragraphs == [
-        f"By hand: Get it from a friend, and put it at {root / 'downloads/refcoco.zip'}, or its contents into {root / 'refcoco'}."
+        f"By hand: Get it from a friend, and put it at {root / 'downloads/refcoco.zip'}, or its contents into"
+        f" {root / 'refcoco'}."
     ]
     assert "not begun" in report.items[1].problems[0] and report.record()["ok"] is False
     world.server.files["/refcoco.zip"] = zip_of(world.members)
@@ -1675,7 +1682,8 @@ def test_unknown_names(tmp_path):
 
 
 def test_the_other_sets(server, tmp_path, monkeypatch, book):
-    """GloVe, backbones, ReferIt and RefCLEF: the real manifest's records with this server's addresses and stand-ins of these formats."""
+    """GloVe, backbones, ReferIt and RefCLEF: the real manifest's records with this server's addresses and
+    stand-ins of these formats."""
     import torch
 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -1686,20 +1694,28 @@ def test_the_other_sets(server, tmp_path, monkeypatch, book):
     queries = {"1_1": ["sky"], "1_2": ["the red house", "house"]}
     pickled = b"\x80\x02]q\x00."
     contents = {
-        name: (tmp_path / "w.pth").read_bytes()
-        if ".pth" in name
-        else json.dumps(queries).encode()
-        if name.endswith(".json")
-        else zip_of({"glove.840B.300d.txt": "the 1 2 3\n"})
-        if "glove" in name
-        else zip_of({"saiapr_tc-12/00/images/1.jpg": b"1", "saiapr_tc-12/00/images/2.jpg": b"2"})
-        if "saiapr" in name
-        else zip_of(
-            {
-                "refclef/instances.json": "{}",
-                "refclef/refs(unc).p": pickled,
-                "refclef/refs(berkeley).p": pickled,
-            }
+        name: (
+            (tmp_path / "w.pth").read_bytes()
+            if ".pth" in name
+            else (
+                json.dumps(queries).encode()
+                if name.endswith(".json")
+                else (
+                    zip_of({"glove.840B.300d.txt": "the 1 2 3\n"})
+                    if "glove" in name
+                    else (
+                        zip_of({"saiapr_tc-12/00/images/1.jpg": b"1", "saiapr_tc-12/00/images/2.jpg": b"2"})
+                        if "saiapr" in name
+                        else zip_of(
+                            {
+                                "refclef/instances.json": "{}",
+                                "refclef/refs(unc).p": pickled,
+                                "refclef/refs(berkeley).p": pickled,
+                            }
+                        )
+                    )
+                )
+            )
         )
         for name in book.files
     }
@@ -1770,7 +1786,8 @@ def test_real_manifest_plans(tmp_path, monkeypatch, book):
 
 
 def test_libraries_fetch_what_they_keep_themselves(tmp_path, monkeypatch, book):
-    """timm and transformers put weights into their own caches; stand-ins for the two, with a connection and without."""
+    """timm and transformers put weights into their own caches; stand-ins for the two, with a connection and
+    without."""
     import types
 
     asked = []
@@ -1797,7 +1814,9 @@ def test_libraries_fetch_what_they_keep_themselves(tmp_path, monkeypatch, book):
     small = replace(book, sets={"backbones": replace(book.sets["backbones"], files=tuple(names))})
     report = fetch("backbones", tmp_path, manifest=small, progress=False)
     assert statuses(report) == dict(zip(names, ("missing", "fetched"))) and not report.ok
-    assert asked == [(names[0], True), (names[1], {}), (names[1], {"use_safetensors": True})], (
-        "weights are read from safetensors, never from a pickle"
-    )
+    assert asked == [
+        (names[0], True),
+        (names[1], {}),
+        (names[1], {"use_safetensors": True}),
+    ], "weights are read from safetensors, never from a pickle"
     assert "no connection" in str(report) and "copy the folder that timm keeps" in str(report)

@@ -1,4 +1,5 @@
-"""The figures of the reproduction: rules against naive ones, causes against pixels counted by hand, and what stands in each panel."""
+"""The figures of the reproduction: rules against naive ones, causes against pixels counted by hand, and what
+stands in each panel."""
 
 import dataclasses
 import itertools
@@ -236,7 +237,8 @@ def test_anchors_of_another_world_are_refused(refer, tmp_path):
 
 
 def test_failure_causes_finds_what_was_put_in(refer, unique):
-    """A segmenter that makes one kind of mistake after the other; where a picture does not allow it, it is right."""
+    """A segmenter that makes one kind of mistake after the other; where a picture does not allow it, it is
+    right."""
     planned = {}
 
     def choose(s):
@@ -333,7 +335,8 @@ def test_regions_without_categories_are_refused():
 
 @pytest.mark.parametrize("name", ["refcoco", "refcocog"])
 def test_causes_on_real_data(real_data, name):
-    """No kinds, no programs, crowds, things that overlap: the table is what the naive rules say, and the figures are drawn."""
+    """No kinds, no programs, crowds, things that overlap: the table is what the naive rules say, and the
+    figures are drawn."""
     refer = Refer(real_data, name, "micro")
     split = refer.splits[-1]
     samples = refer.samples(split)
@@ -488,9 +491,10 @@ def test_failures_are_drawn_by_lot_one_an_image():
         "cause": rng.choice(["right", "the anchor", "sloppy outline"], n),
     }
     chosen = choose_failures(table, 5)
-    assert list(chosen) == ["sloppy outline", "the anchor"], (
-        "in the order of CAUSES; what does not occur is left out"
-    )
+    assert list(chosen) == [
+        "sloppy outline",
+        "the anchor",
+    ], "in the order of CAUSES; what does not occur is left out"
     for cause, places in chosen.items():
         expected, images = [], []
         for i in sorted(
@@ -524,9 +528,11 @@ def summary(labels, paper=True, kinds=True):
         }
         rows[label] = {
             "cells": [None, cell],
-            "by kind": {k: {"value": 50.0 + i, "low": 45.0, "high": 70.0} for k in ("attribute", "relation")}
-            if kinds
-            else {},
+            "by kind": (
+                {k: {"value": 50.0 + i, "low": 45.0, "high": 70.0} for k in ("attribute", "relation")}
+                if kinds
+                else {}
+            ),
         }
     return {
         "rows": rows,

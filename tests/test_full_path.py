@@ -1,4 +1,5 @@
-"""The whole path on real files at the paper's size: RefCOCO, image store, ResNet-101, full SHNet, one step, evaluation."""
+"""The whole path on real files at the paper's size: RefCOCO, image store, ResNet-101, full SHNet, one step,
+evaluation."""
 
 import json
 import os
@@ -123,7 +124,8 @@ def test_refcoco_to_store_to_training_to_evaluation_at_320_pixels(real_data, tmp
 
 
 def small_evaluation(folder):
-    """Settings that have no option of their own: one image of val is scored, and the backbone's outputs are not kept."""
+    """Settings that have no option of their own: one image of val is scored, and the backbone's outputs are
+    not kept."""
     file = folder / "more.json"
     file.write_text(json.dumps({"eval_limit": 1, "cache_features": False}))
     return file

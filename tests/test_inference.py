@@ -1,4 +1,5 @@
-"""The library's answer on every kind of picture that a person has, with a small untrained model: what comes back, and at which size."""
+"""The library's answer on every kind of picture that a person has, with a small untrained model: what comes
+back, and at which size."""
 
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from refseg_nb.training.checkpoint import save_model
 def small_model(prior=0.5):
     torch.manual_seed(0)
     vocabulary = Vocabulary.build(["the red car on the left", "the tree behind the house"])
-    return create_model(
-        "shnet", "refshapes", vocab_size=len(vocabulary), backbone_weights="none", prior=prior
-    ), vocabulary
+    return (
+        create_model("shnet", "refshapes", vocab_size=len(vocabulary), backbone_weights="none", prior=prior),
+        vocabulary,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,8 @@ def test_score_is_the_mean_probability_inside_the_mask():
 
 
 def test_the_short_cuts_are_the_same_as_training_and_evaluation():
-    "inference.py has its own squash and probability_at, to start within seconds: they must not drift from the ones that they stand for."
+    """inference.py has its own squash and probability_at, to start within seconds: they must not drift from
+    the ones that they stand for."""
     from refseg_nb import inference
     from refseg_nb.data import batches
     from refseg_nb.training import evaluation
@@ -221,7 +224,10 @@ def test_the_short_cuts_are_the_same_as_training_and_evaluation():
 
 
 def test_inference_imports_nothing_that_it_does_not_need():
-    code = "import sys, refseg_nb.inference; print([m for m in ('torchvision', 'torchmetrics', 'accelerate', 'matplotlib', 'scipy') if m in sys.modules])"
+    code = (
+        "import sys, refseg_nb.inference; print([m for m in ('torchvision', 'torchmetrics', 'accelerate',"
+        " 'matplotlib', 'scipy') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

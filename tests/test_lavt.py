@@ -1,4 +1,5 @@
-"""LAVT against torchvision's Swin and loops written from its equations, parameter counts, the published layout, WordPieces, and learning two scenes."""
+"""LAVT against torchvision's Swin and loops written from its equations, parameter counts, the published
+layout, WordPieces, and learning two scenes."""
 
 import json
 import math
@@ -223,7 +224,8 @@ def test_stages_equal_torchvisions_swin(size, window, padded):
 
 
 def test_a_map_within_one_window_is_still_shifted():
-    "A naive block on a 3 x 3 map with a window of 4: pad to 4 x 4, roll by 2, attend within the parts that were neighbours."
+    """A naive block on a 3 x 3 map with a window of 4: pad to 4 x 4, roll by 2, attend within the parts that
+    were neighbours."""
     from timm.models.swin_transformer import SwinTransformerStage
 
     from refseg_nb.models.lavt import SwinStage
@@ -255,7 +257,8 @@ def test_a_map_within_one_window_is_still_shifted():
 
 
 def official_swin(window=7):
-    "The weights of a small Swin as its authors name them: merging at the end of a stage, an index in each block, a norm and a head."
+    """The weights of a small Swin as its authors name them: merging at the end of a stage, an index in each
+    block, a norm and a head."""
     ours = swin_backbone("swin-tiny", window, 64, weights="none")
     state = {f"patch_embed.{k}": torch.randn(v.shape) for k, v in ours.patch_embed.state_dict().items()}
     for i, stage in enumerate(ours.stages):
@@ -353,7 +356,8 @@ def instance_norm(x):
 
 
 def pwam_by_hand(p, v, words, mask):
-    "Equations 1 to 4 for one picture and one phrase, in loops; the masks stand where the published code has them."
+    """Equations 1 to 4 for one picture and one phrase, in loops; the masks stand where the published code
+    has them."""
     q, k, u = instance_norm(p.query(v)), p.key(words) * mask[:, None], p.value(words) * mask[:, None]
     n, t, c, d = len(v), len(words), v.shape[1], v.shape[1] // p.heads
     attention, gathered = torch.zeros(p.heads, n, t), torch.zeros(n, c)
@@ -594,7 +598,8 @@ def published_checkpoint(c, depths, heads, window, d, layers, vocab):
 
 
 class Reference(nn.Module):
-    "LAVT from other parts: torchvision's Swin, convolutions of one place, two scores; weights straight from the published names."
+    """LAVT from other parts: torchvision's Swin, convolutions of one place, two scores; weights straight
+    from the published names."""
 
     def __init__(self, state, model, window):
         super().__init__()
@@ -815,10 +820,13 @@ def test_a_saved_model_is_read_back(tiny, tmp_path):
 
     def create(stored):
         assert stored["model"] == "lavt" and stored["backbone_stored"]
-        return LAVT(
-            LAVTConfig.from_dict(stored["config"] | {"backbone_weights": "none", "text_weights": "none"}),
-            VOCAB,
-        ), vocabulary
+        return (
+            LAVT(
+                LAVTConfig.from_dict(stored["config"] | {"backbone_weights": "none", "text_weights": "none"}),
+                VOCAB,
+            ),
+            vocabulary,
+        )
 
     save_model(tmp_path / "model", tiny, vocabulary, {"model": "lavt"})
     model, _, _ = load_model(tmp_path / "model", create)
@@ -848,7 +856,8 @@ def test_a_training_step_at_the_published_size():
 
 def test_word_pieces_equal_greedy_longest_match():
     def by_hand(word):
-        "BERT's WordPiece: the longest piece from the left, again and again; [UNK] for the whole word if that fails."
+        """BERT's WordPiece: the longest piece from the left, again and again; [UNK] for the whole word if
+        that fails."""
         out, start = [], 0
         while start < len(word):
             end = next(

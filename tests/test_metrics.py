@@ -63,7 +63,8 @@ def test_against_loops_and_pycocotools():
     st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_counts_against_fractions(pairs, comparator, empty):
-    """Any counts, both comparators, all empty rules: thresholds that an IoU hits exactly are where floats go wrong."""
+    """Any counts, both comparators, all empty rules: thresholds that an IoU hits exactly are where floats go
+    wrong."""
     counts = [(min(i, u), u) for i, u in pairs]
     ious = [Fraction(i, u) if u else Fraction(empty) for i, u in counts]
     metric = SegmentationMetric(comparator=comparator, empty=empty)

@@ -1,4 +1,5 @@
-"""The model's rooms against versions written from the equations, the counts of the released model, and what must never change."""
+"""The model's rooms against versions written from the equations, the counts of the released model, and what
+must never change."""
 
 import math
 

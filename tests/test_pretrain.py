@@ -1,4 +1,5 @@
-"""The two pre-trainings of the small backbone: what their labels say of place, their measures against other ways to compute them, their files."""
+"""The two pre-trainings of the small backbone: what their labels say of place, their measures against other
+ways to compute them, their files."""
 
 import re
 from importlib.resources import files
@@ -230,7 +231,8 @@ def test_the_recorded_quality_is_the_files():
 
 
 def test_shipped_classifier_ranks_pictures_it_has_not_seen(data):
-    "A linear map from the mean of the last level, fitted on half of the pictures, ranks the other half far above chance: the weights are the trained ones."
+    """A linear map from the mean of the last level, fitted on half of the pictures, ranks the other half far
+    above chance: the weights are the trained ones."""
     net = B.create_backbone("refshapes-classifier")
     with torch.no_grad():
         x = net(data.images)[2].mean((2, 3))

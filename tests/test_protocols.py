@@ -1,4 +1,5 @@
-"""Protocols against naive programs, thresholds, sample files, comparisons, and whether the intervals keep their promise."""
+"""Protocols against naive programs, thresholds, sample files, comparisons, and whether the intervals keep
+their promise."""
 
 import json
 import os
@@ -72,7 +73,8 @@ class Canned(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """Sides of 41, 49 and 57 pixels: odd, so that no sample point of a resize falls exactly on a pixel, where rounding would decide what is above 0."""
+    """Sides of 41, 49 and 57 pixels: odd, so that no sample point of a resize falls exactly on a pixel,
+    where rounding would decide what is above 0."""
     return toy_dataset(make_toy(tmp_path_factory.mktemp("toy"), size=41))
 
 
@@ -254,7 +256,8 @@ def test_a_dilated_mask_holds_the_nearest_one_and_a_point_may_vanish():
 
 
 def test_what_a_perfect_dilated_answer_is_worth():
-    """Against its own truth it is perfect; against the original mask it is not, and less so on a coarser grid."""
+    """Against its own truth it is perfect; against the original mask it is not, and less so on a coarser
+    grid."""
     y, x = np.mgrid[:200, :200]
     true = torch.from_numpy(np.stack([(y - 90) ** 2 + (x - 80) ** 2 < r * r for r in (20, 35, 60)]))
     worth = []
@@ -607,9 +610,11 @@ def test_old_records_are_read_and_compared():
         old, arrays=with_objects(old), protocol=old.protocol | {"threshold_from": "fixed", "ignored": 0}
     )
     c = compare(old, new, resamples=20)
-    assert c.differ == {} and c.groups.keys() >= {"kind", "category", "distractors"}, (
-        "what one of two records knows is enough for both"
-    )
+    assert c.differ == {} and c.groups.keys() >= {
+        "kind",
+        "category",
+        "distractors",
+    }, "what one of two records knows is enough for both"
 
 
 # --- failures
@@ -914,7 +919,8 @@ def test_what_may_differ_is_said(toy):
 
 
 def simulated(seed, images=120, gain=0.04):
-    """Two models on one test set: images of unequal size, a difficulty that their expressions share. The truth: overall IoU 60, difference 100 * gain."""
+    """Two models on one test set: images of unequal size, a difficulty that their expressions share. The
+    truth: overall IoU 60, difference 100 * gain."""
     rng = np.random.default_rng(seed)
     image = np.repeat(np.arange(images), rng.integers(1, 9, images))
     hard, union = rng.beta(6, 4, images)[image] * 0.9 + 0.06, rng.integers(100, 1000, len(image))
@@ -930,7 +936,8 @@ def truth(gain=0.04):
 
 @pytest.fixture(scope="module")
 def experiments():
-    """How often 200 intervals hold the truth: one score, the same with expressions drawn, and the difference."""
+    """How often 200 intervals hold the truth: one score, the same with expressions drawn, and the
+    difference."""
     held, (a, b) = {"images": 0, "expressions": 0, "difference": 0, "closed form": 0}, truth()
     for seed in range(200):
         image, union, inters = simulated(seed)

@@ -1,4 +1,5 @@
-"""The published recipes of CMPC, LAVT and CrossVLT as the learner acts on them: words, weights, optimizer, schedule, unit, and how they are measured."""
+"""The published recipes of CMPC, LAVT and CrossVLT as the learner acts on them: words, weights, optimizer,
+schedule, unit, and how they are measured."""
 
 import json
 import shutil
@@ -183,11 +184,13 @@ def test_a_bert_of_another_vocabulary_is_refused(tmp_path):
 
 
 def test_torch_knows_its_constructors_after_a_bert_was_loaded(tmp_path):
-    "In a process of its own: transformers replaces torch.linspace while it loads, and torch lists its constructors once."
+    """In a process of its own: transformers replaces torch.linspace while it loads, and torch lists its
+    constructors once."""
     bert_encoder(1, 16, 2, 30, weights="none").bert.save_pretrained(tmp_path)
     code = (
-        "import sys, torch; from refseg_nb.models.lavt import bert_encoder; bert_encoder(1, 16, 2, 30, weights=sys.argv[1])\n"
-        "with torch.device('meta'): assert torch.linspace(0, 1, 3).device.type == 'meta'"
+        "import sys, torch; from refseg_nb.models.lavt import bert_encoder; bert_encoder(1, 16, 2, 30,"
+        " weights=sys.argv[1])\nwith torch.device('meta'): assert torch.linspace(0, 1, 3).device.type =="
+        " 'meta'"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 

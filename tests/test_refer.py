@@ -124,7 +124,8 @@ def test_masks_agree_with_an_independent_rasteriser(real_data, name):
 
 
 def test_overlapping_polygons_of_a_real_ref_leave_no_hole(real_data):
-    """One ref of the micro set has polygons that overlap; the sum of its planes holds a 2, the mask does not lose these pixels."""
+    """One ref of the micro set has polygons that overlap; the sum of its planes holds a 2, the mask does not
+    lose these pixels."""
     from pycocotools import mask as coco_mask
 
     overlapping = 0
@@ -217,7 +218,8 @@ def test_whole_wrong_and_partial_counts(tmp_path, monkeypatch):
 
 
 def test_published_totals():
-    """Sums that the papers state: 50,000 refs and 142,210 expressions in RefCOCO; 141,564 in RefCOCO+; 95,010 in RefCOCOg."""
+    """Sums that the papers state: 50,000 refs and 142,210 expressions in RefCOCO; 141,564 in RefCOCO+;
+    95,010 in RefCOCOg."""
     total = lambda key, i: sum(row[i] for row in PUBLISHED[key].values())
     assert total(("refcoco", "unc"), 1) == 50000 and total(("refcoco", "unc"), 2) == 142210
     assert total(("refcoco+", "unc"), 1) == 49856 and total(("refcoco+", "unc"), 2) == 141564
@@ -372,7 +374,8 @@ def test_segmentation_kinds_are_one_mask():
     assert decode_segmentation([], 3, 4).shape == (3, 4)
 
 
-# ---------------------------------------------------------------- fuzz: only the module's own error may come out
+# ---------------------------------------------------------------- fuzz: only the module's own error may come
+# out
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 plain = st.recursive(
     leaves,
@@ -389,10 +392,12 @@ segmentations = (
     | st.lists(st.lists(numbers, max_size=12), max_size=3)
     | st.fixed_dictionaries(
         {
-            "counts": st.lists(st.integers(-3, 140), max_size=6)
-            | st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=30)
-            | st.binary(max_size=30)
-            | plain,
+            "counts": (
+                st.lists(st.integers(-3, 140), max_size=6)
+                | st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=30)
+                | st.binary(max_size=30)
+                | plain
+            ),
             "size": st.just([10, 14]) | st.lists(st.integers(-2, 20), max_size=3) | plain,
         }
     )

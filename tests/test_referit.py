@@ -1,4 +1,5 @@
-"""ReferIt in the Berkeley layout: masks, queries, splits, and hostile files; RefCLEF's lists of run lengths through the REFER reader."""
+"""ReferIt in the Berkeley layout: masks, queries, splits, and hostile files; RefCLEF's lists of run lengths
+through the REFER reader."""
 
 import io
 import json
@@ -86,7 +87,8 @@ def test_negative_and_fractional_values_are_background(tmp_path):
 
 
 def by_hand(values, order):
-    """A file of MATLAB 5 written without a library, in either byte order; class double whatever the numbers are stored as, as MATLAB does."""
+    """A file of MATLAB 5 written without a library, in either byte order; class double whatever the numbers
+    are stored as, as MATLAB does."""
 
     def element(kind, data):
         return struct.pack(order + "II", kind, len(data)) + data + bytes(-len(data) % 8)
@@ -166,7 +168,8 @@ def test_what_is_no_mask_is_refused_in_one_line(tmp_path, name, compress):
 
 
 def declared(shape=(H, W), size=None, tail=b"", kind=2, flags=9, name=b"segimg_t"):
-    """A compressed element that claims a shape and a size of its own, followed by whatever `tail` yields (an iterable of bytes)."""
+    """A compressed element that claims a shape and a size of its own, followed by whatever `tail` yields (an
+    iterable of bytes)."""
     count = H * W if size is None else size
     head = (
         struct.pack("<IIII", 14, min(56 + count, 2**32 - 1), 6, 8)
@@ -180,7 +183,8 @@ def declared(shape=(H, W), size=None, tail=b"", kind=2, flags=9, name=b"segimg_t
 
 
 def test_a_bomb_takes_no_memory(tmp_path):
-    """64 MB of zeros in 64 kB, which claims to be a mask of the right shape, of an absurd one, or another variable."""
+    """64 MB of zeros in 64 kB, which claims to be a mask of the right shape, of an absurd one, or another
+    variable."""
     zeros = [bytes(2**20)] * 64
     bombs = {
         "inside": declared(tail=zeros),
@@ -608,7 +612,8 @@ def test_published_counts_add_up():
     ]
 
 
-# ---------------------------------------------------------------- RefCLEF: the same photographs in the REFER layout
+# ---------------------------------------------------------------- RefCLEF: the same photographs in the REFER
+# layout
 def test_refclef_with_lists_of_run_lengths(tmp_path):
     rng = np.random.default_rng(0)
     masks, annotations, images = {}, [], []

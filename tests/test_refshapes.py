@@ -37,7 +37,8 @@ from refseg_nb.refshapes.scenes import CATEGORIES, HELDOUT, MIN_VISIBLE, occlude
 
 N = 240
 PLACES = set(
-    "left right top bottom middle center centre leftmost rightmost topmost upper lower highest lowest above below".split()
+    "left right top bottom middle center centre leftmost rightmost topmost upper lower highest lowest above"
+    " below".split()
 )
 
 
@@ -253,7 +254,8 @@ def test_blind_readers_stay_under_their_gates(said):
 
 
 def test_shuffled_words_lose_on_order_swap_pairs(said):
-    """Both phrases of a pair hold the same content words, so any reader of shuffled words gives one answer for two: at most half is right."""
+    """Both phrases of a pair hold the same content words, so any reader of shuffled words gives one answer
+    for two: at most half is right."""
     pairs = 0
     for _, _, es in said[1]:
         programs = {e.program: e for e in es}
@@ -281,7 +283,8 @@ def test_no_text_in_pixels(said):
 
 
 def test_no_image_in_pixels(said):
-    """The best fixed region for each word for a place (and one for all other phrases), learnt on one half and measured on the other."""
+    """The best fixed region for each word for a place (and one for all other phrases), learnt on one half
+    and measured on the other."""
     data = [
         (
             next((w for w in e.text.split() if w in PLACES), "") if e.kind == "superlative" else "",

@@ -1,4 +1,5 @@
-"""RefShapes' flavours with long sentences and with regions: the properties that make them worth training on, each over a generated set; and the files."""
+"""RefShapes' flavours with long sentences and with regions: the properties that make them worth training on,
+each over a generated set; and the files."""
 
 import hashlib
 import json
@@ -101,7 +102,8 @@ def best_fixed(masks):
 
 
 def no_picture(data):
-    """(kind, IoU) of a fixed region for each sort of phrase, learnt on one half and measured on the other, both ways; data are (sort, kind, mask)."""
+    """(kind, IoU) of a fixed region for each sort of phrase, learnt on one half and measured on the other,
+    both ways; data are (sort, kind, mask)."""
     out = []
     for known, asked in ((data[::2], data[1::2]), (data[1::2], data[::2])):
         for sort, kind in {(s, k) for s, k, _ in asked}:
@@ -117,7 +119,8 @@ def no_picture(data):
 
 
 def test_golden_hash():
-    """If this fails, the flavour says something else: raise its number in refshapes.dataset.VERSIONS, and put the new values here."""
+    """If this fails, the flavour says something else: raise its number in refshapes.dataset.VERSIONS, and
+    put the new values here."""
     h, g = hashlib.sha256(), hashlib.sha256()
     for i in range(12):
         for e in sample_long(sample_scene(0, i), random.Random(str(i))):
@@ -351,7 +354,8 @@ def test_a_landscape_is_the_same_at_any_size():
 
 @pytest.fixture(scope="module")
 def little():
-    """A landscape by hand: sand, a pond on the left and one on the right; a red ball and a blue ball in the ponds, a red car on the sand."""
+    """A landscape by hand: sand, a pond on the left and one on the right; a red ball and a blue ball in the
+    ponds, a red car on the sand."""
     things = [
         Thing("car", "red", "plain", 0.2, 2.0, 0.5, 0.3),
         Thing("ball", "red", "plain", 0.1, 1.0, 0.2, 0.7),
@@ -533,7 +537,8 @@ def test_single_things_are_asked_about_evenly(lands):
 
 
 def test_region_readers_stay_under_their_gates(lands):
-    """Without text: 1.15 / n, with n things, as in the other flavours. Without anchor: 60 % mean IoU on relations."""
+    """Without text: 1.15 / n, with n things, as in the other flavours. Without anchor: 60 % mean IoU on
+    relations."""
     scores = {}
     for w, _, e in flat(lands):
         for name, v in region_readers(e, w).items():
@@ -576,7 +581,8 @@ def test_no_text_in_pixels(lands):
 
 
 def test_no_picture_in_pixels(lands):
-    """The best fixed region for each sort of phrase. The gate of the other flavours holds over all; stuff and complements keep a prior, which is bounded."""
+    """The best fixed region for each sort of phrase. The gate of the other flavours holds over all; stuff
+    and complements keep a prior, which is bounded."""
     sort = lambda e: (e.kind, parse_program(e.program).op, *(v for v in e.text.split() if v in PLACES))
     scores = no_picture([(sort(e), e.kind, w.mask(e.referent)) for w, _, e in flat(lands)])
     mean = {k: np.mean([v for q, v in scores if k in (q, "all")]) for k in (*REGION_KINDS, "all")}

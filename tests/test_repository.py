@@ -1,4 +1,5 @@
-"""One place for each fact: settings.ini against the files that repeat it for other tools, and what the repository may not contain."""
+"""One place for each fact: settings.ini against the files that repeat it for other tools, and what the
+repository may not contain."""
 
 import re
 import subprocess

@@ -1,4 +1,5 @@
-"""The reproduction: the paper's numbers, experiments and plan, resuming job by job, tables and sentences, the report, and the recorded run."""
+"""The reproduction: the paper's numbers, experiments and plan, resuming job by job, tables and sentences,
+the report, and the recorded run."""
 
 import json
 import os
@@ -26,7 +27,8 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
 def test_the_papers_numbers():
-    "Sums of the printed columns, the differences that section 4.4 states in words, and the one disagreement between tables."
+    """Sums of the printed columns, the differences that section 4.4 states in words, and the one
+    disagreement between tables."""
     rows = E.PAPER["table2"]["rows"]
     overall = {row: v[-1] for row, v in rows.items()}
     assert len(rows) == 8 and all(len(v) == 6 for v in rows.values())
@@ -78,7 +80,8 @@ def test_every_cell_has_an_experiment_and_every_experiment_a_cell():
 
 
 def test_every_difference_of_the_presets_is_an_experiment_or_has_a_reason():
-    "Each row changes one field of the model or one thing of the training, and to a value that the base does not have."
+    """Each row changes one field of the model or one thing of the training, and to a value that the base
+    does not have."""
     from refseg_nb.models.shnet import RECIPES, differences
     from refseg_nb.training.learner import TrainConfig
 
@@ -375,7 +378,8 @@ def test_presets_are_trained_for_a_third_of_the_steps_and_so_is_what_they_are_co
 
 
 def test_plan_of_the_family(tmp_path):
-    "The same trainings but for the model and its learning rate; SHNet's jobs are those of Table 1, cut short; the published presets at the paper's size."
+    """The same trainings but for the model and its learning rate; SHNet's jobs are those of Table 1, cut
+    short; the published presets at the paper's size."""
     from refseg_nb.training.learner import TrainConfig
 
     jobs = E.plan(tmp_path, "family", seeds=(0, 1, 2), data_root=tmp_path)
@@ -419,7 +423,8 @@ def test_plan_of_the_family(tmp_path):
 
 
 def test_cost_of_a_model_against_counts_by_hand():
-    "Parameters: the model's own, less its table of words. Operations: SHNet's parts that an image pays, and the phrase's, as chapter 11 counts them."
+    """Parameters: the model's own, less its table of words. Operations: SHNet's parts that an image pays,
+    and the phrase's, as chapter 11 counts them."""
     from refseg_nb.models.shnet import count_flops, create_model
 
     config = E.model_config({"model": "shnet", "preset": "refshapes", "overrides": {"grid": 8}})
@@ -442,7 +447,8 @@ def test_cost_of_a_model_against_counts_by_hand():
 
 
 def test_the_family_beside_shnet(tmp_path):
-    "Nothing trained: said so. With records: means and intervals are `row_scores`', differences are paired over images, costs are the record's."
+    """Nothing trained: said so. With records: means and intervals are `row_scores`', differences are paired
+    over images, costs are the record's."""
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
     assert T.family_table({}).count("not trained yet") == 8
@@ -490,7 +496,8 @@ def test_the_family_beside_shnet(tmp_path):
 
 def test_cost_of_the_full_reproduction_against_a_count_by_hand():
     """SHNet at 320 px, grid 20: the facts give 40.5 + 13.2 GFLOP an image, 10.2 + 22.6 + 5.7 + 6.9 + 54.8 a phrase for the released model. The gates
-    are split (a quarter); two of the decoder's convolutions, 30.3 and 7.6, mix channels on the small map (a quarter, and 30 n products for the places)."""
+    are split (a quarter); two of the decoder's convolutions, 30.3 and 7.6, mix channels on the small map (a quarter, and 30 n products for the places).
+    """
     small = sum(2 * (9 * 512 + 30 * n) * 512 * n**2 for n in (20, 40)) / 1e9
     line = next(x for x in E.full_cost("released") if x["experiment"] == "shnet")
     by_hand = (
@@ -574,7 +581,8 @@ def test_two_rows_from_nothing_killed_and_resumed(tmp_path):
 
 @pytest.mark.parametrize("how, ends", [(signal.SIGTERM, True), (signal.SIGHUP, True), (signal.SIGHUP, False)])
 def test_no_training_goes_on_alone(how, ends, tmp_path):
-    "A signal to the program that started them ends the trainings too; one that it was told to ignore (nohup) ends nothing."
+    """A signal to the program that started them ends the trainings too; one that it was told to ignore
+    (nohup) ends nothing."""
     code = (
         "import signal, sys, refseg_nb.reproduce.experiments as E; E.JOB = 'import time; time.sleep(60)'\n"
         # whatever this process was told itself
@@ -626,13 +634,20 @@ def test_table_1_on_real_photographs(real_data, tmp_path):
     )
     said = console.export_text()
     assert (
-        "Left out, because they are not there: refclef, refcoco+ testA, refcoco+ testB, refcoco testA, refcoco testB"
-        in said
+        "Left out, because they are not there: refclef, refcoco+ testA, refcoco+ testB, refcoco testA,"
+        " refcoco testB" in said
     )
     cells = found["table1"]["rows"]["SHNet* (320x320)"]["cells"]
-    assert [c is not None for c in cells] == [True, False, False, True, False, False, True, False], (
-        "the micro partition has val, and no testA and testB"
-    )
+    assert [c is not None for c in cells] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ], "the micro partition has val, and no testA and testB"
     runs = T.load_runs(tmp_path / "run")
     for name, data in (("shnet", "refcoco"), ("shnet-uncplus", "refcoco+"), ("shnet-gref", "refcocog")):
         record = runs[name, "val"][0]
@@ -666,7 +681,8 @@ def test_the_recorded_report_is_what_the_records_give(tmp_path):
 
 @recorded
 def test_the_recorded_run_has_what_it_claims():
-    "Every cell of every table has a record, rows of Table 2 and of the family have three seeds, and all are of one recipe but for what a row changes."
+    """Every cell of every table has a record, rows of Table 2 and of the family have three seeds, and all
+    are of one recipe but for what a row changes."""
     runs = T.load_runs(RESULTS)
     for target in E.TARGETS:
         for name, splits in E.wanted(target).items():
@@ -688,7 +704,8 @@ def test_the_recorded_run_has_what_it_claims():
 
 @recorded
 def test_the_recorded_models_are_blind_without_words_or_picture():
-    "The gates of the data, on SHNet: without its words at most 1.15 / n, n = 8 objects; without its picture at most .12; on all four data sets."
+    """The gates of the data, on SHNet: without its words at most 1.15 / n, n = 8 objects; without its
+    picture at most .12; on all four data sets."""
     runs = T.load_runs(RESULTS)
     least = {"no-text": 1.15 / 8, "no-image": 0.12, "shuffled": 1.15 / 8, "other": 1.15 / 8}
     for tag in E.TAGS.values():

@@ -1,4 +1,5 @@
-"""Several processes compute what one computes, the loss of one is said and mended, and the launch configurations start."""
+"""Several processes compute what one computes, the loss of one is said and mended, and the launch
+configurations start."""
 
 import json
 import os
@@ -289,7 +290,8 @@ def test_two_processes_train_as_one(root, two, tmp_path, job):
 
 @pytest.mark.parametrize("loss", GRADIENTS)
 def test_two_processes_have_the_gradient_of_one(root, two, tmp_path, loss):
-    """Of two accumulated batches, unevenly shared: every parameter's, in both processes; a mean over weights is that of the whole batch."""
+    """Of two accumulated batches, unevenly shared: every parameter's, in both processes; a mean over weights
+    is that of the whole batch."""
     one = first_gradient(root, tmp_path / "one", accumulate=2, clip=None, **GRADIENTS[loss])
     scale = torch.stack([g.norm() for g in one.values()]).norm()
     for rank in range(2):
@@ -324,7 +326,8 @@ def train_until(rank, root, folder, die_at, changes):
 
 
 def test_a_killed_process_ends_the_run_and_it_goes_on(root, two, tmp_path):
-    """The other process ends at once and says what to do; called again, the run ends where an undisturbed one does, bit for bit, dropout and all."""
+    """The other process ends at once and says what to do; called again, the run ends where an undisturbed
+    one does, bit for bit, dropout and all."""
     changes = {"overrides": SMALL, "epochs": 3}
     codes = together(2, train_until, root, str(tmp_path), 3, changes, timeout=60)
     assert codes == [3, -signal.SIGKILL]
@@ -407,7 +410,8 @@ def command(root, out, changes) -> list[str]:
 
 
 def test_launched_killed_and_launched_again(root, two, tmp_path):
-    """`accelerate launch` with cpus.yaml; a worker is killed: the launcher ends with an error that names it; the same command ends as the training above."""
+    """`accelerate launch` with cpus.yaml; a worker is killed: the launcher ends with an error that names it;
+    the same command ends as the training above."""
     arguments = [
         "--config_file",
         LAUNCH / "cpus.yaml",
@@ -431,7 +435,8 @@ def test_launched_killed_and_launched_again(root, two, tmp_path):
 
 
 def test_two_machines_and_an_evaluation(root, tmp_path):
-    """nodes.yaml: two machines of one process each, both played by this one. Then `refseg evaluate` by two processes: the record of one, to the last digit."""
+    """nodes.yaml: two machines of one process each, both played by this one. Then `refseg evaluate` by two
+    processes: the record of one, to the last digit."""
     port = free_port()
     nodes = [
         "--config_file",
@@ -512,7 +517,8 @@ def little():
 
 
 def test_weights_in_pieces_make_the_same_step(tmp_path):
-    """FSDP as in fsdp.yaml, of two CPU processes: each holds half of the weights, and the step is that of one process with all of them."""
+    """FSDP as in fsdp.yaml, of two CPU processes: each holds half of the weights, and the step is that of
+    one process with all of them."""
     assert together(2, shard_the_weights, str(tmp_path)) == [0, 0]
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     objective, batch = little()

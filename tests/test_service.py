@@ -1,4 +1,5 @@
-"""Many requests at once: the answers of single calls, each picture encoded once, resumed after SIGKILL, errors where they belong, bounded memory."""
+"""Many requests at once: the answers of single calls, each picture encoded once, resumed after SIGKILL,
+errors where they belong, bounded memory."""
 
 import json
 import os

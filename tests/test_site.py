@@ -1,4 +1,5 @@
-"""The course as pages: every chapter in reading order, every symbol anchored, nothing from another host, and alive in a browser from a file."""
+"""The course as pages: every chapter in reading order, every symbol anchored, nothing from another host, and
+alive in a browser from a file."""
 
 import ast
 import html
@@ -162,7 +163,8 @@ def test_every_public_name_has_its_anchor_and_stands_in_the_list(pages):
 def test_names_in_code_lead_to_the_chapter_that_builds_them(pages):
     text = pages["03_refer_format"].text
     assert re.search(
-        r'<a class="symbol" href="90_course.html#refseg_nb.course.expect_error"><span class="n">expect_error</span></a>',
+        r'<a class="symbol" href="90_course.html#refseg_nb.course.expect_error"><span'
+        r' class="n">expect_error</span></a>',
         text,
     )
     load = r'<span class="n">refseg_nb</span><span class="o">\.</span><span class="n">load</span></a>'
@@ -290,6 +292,8 @@ def test_axe_finds_nothing_serious(visit, axe, scheme, width):
     page = visit("09_sfm.html", color_scheme=scheme, viewport={"width": width, "height": 900})
     page.wait_for_selector("mjx-container svg")
     page.evaluate(axe)
-    found = page.evaluate("""async () => (await axe.run({preload: false})).violations.filter(v => ['serious', 'critical'].includes(v.impact))
-                                         .map(v => [v.id, v.help, v.nodes.map(n => n.html + n.failureSummary).slice(0, 3)])""")
+    found = page.evaluate(
+        """async () => (await axe.run({preload: false})).violations.filter(v => ['serious', 'critical'].includes(v.impact))
+                                         .map(v => [v.id, v.help, v.nodes.map(n => n.html + n.failureSummary).slice(0, 3)])"""
+    )
     assert found == []

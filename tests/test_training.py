@@ -1,4 +1,5 @@
-"""Training: resume after SIGKILL bit for bit, the cache, the recipes, the schedules, checkpoints, processes, and what is refused."""
+"""Training: resume after SIGKILL bit for bit, the cache, the recipes, the schedules, checkpoints, processes,
+and what is refused."""
 
 import json
 import math
@@ -138,7 +139,8 @@ def strip(history):
 
 
 def run_and_die(values, die_at=None):
-    """Train in a process of its own; `die_at` = (name, number): SIGKILL instead of that call of os.fsync, os.rename, rmtree or of an optimizer step."""
+    """Train in a process of its own; `die_at` = (name, number): SIGKILL instead of that call of os.fsync,
+    os.rename, rmtree or of an optimizer step."""
     if die_at:
         name, number = die_at
         count = [0]
@@ -290,7 +292,8 @@ def test_stopped_at_every_step(root, whole, whole_released, impatient, tmp_path,
 
 
 def test_dropout_is_part_of_the_state(root, whole, tmp_path):
-    """Without the stored random state a resumed run would go another way: this is what the two tests above would miss without dropout."""
+    """Without the stored random state a resumed run would go another way: this is what the two tests above
+    would miss without dropout."""
     model = whole.model
     assert (
         any(m.p > 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
@@ -745,7 +748,8 @@ def test_warm_up_and_plateau(root, impatient, tmp_path):
 
 
 def test_which_images_are_grey(root, tmp_path, monkeypatch):
-    """From images and from the cache: a pure function of seed, epoch and image, at the share that was asked for; validation keeps its colours."""
+    """From images and from the cache: a pure function of seed, epoch and image, at the share that was asked
+    for; validation keeps its colours."""
     seen = []
 
     def spy(self, images, *rest):
@@ -900,7 +904,8 @@ def test_history_and_the_rates_used(whole):
 
 
 def test_accumulation_is_the_larger_batch(root, tmp_path):
-    """Without BatchNorm and dropout, two batches of two images with equal numbers of expressions are one of four."""
+    """Without BatchNorm and dropout, two batches of two images with equal numbers of expressions are one of
+    four."""
     still = dict(SMALL, sfm_dropout=0.0, aspp_dropout=0.0, decoder_dropout=0.0)
     learner = Learner(config(root, tmp_path / "a", overrides=still, expressions_per_image=1, clip=None))
     learner.model.eval()
@@ -969,9 +974,11 @@ def test_the_last_batch_and_the_last_epoch(root, tmp_path):
         )
     )
     assert result.steps == 7 and [r["epoch"] for r in result.history] == [1, 2, 3]
-    assert ["overall_iou" in r for r in result.history] == [False, True, True], (
-        "every second epoch, and at the end"
-    )
+    assert ["overall_iou" in r for r in result.history] == [
+        False,
+        True,
+        True,
+    ], "every second epoch, and at the end"
 
 
 def test_tensorboard_if_asked(root, tmp_path):

@@ -1,4 +1,5 @@
-"""Verifying a copy: nothing is found in sound data, every planted damage is found by its kind, and what the strict reader refuses is always a finding."""
+"""Verifying a copy: nothing is found in sound data, every planted damage is found by its kind, and what the
+strict reader refuses is always a finding."""
 
 import copy
 import json
@@ -413,8 +414,8 @@ def test_all_damage_is_found_at_once_and_named_where_it_is(sound):
     where = {f.kind: f.where for f in report.findings if f.kind != "malformed record"}
     assert where["missing image"] == f"{image_folder_of(sound.name)}/{sound.image['file_name']}"
     assert (
-        where["wrong tokens"]
-        == f"{sound.name}/refs(unc).p: ref {sound.ref['ref_id']}, sentence {sound.ref['sentences'][0]['sent_id']}"
+        where["wrong tokens"] == f"{sound.name}/refs(unc).p: ref {sound.ref['ref_id']}, sentence"
+        f" {sound.ref['sentences'][0]['sent_id']}"
     )
     text = str(report)
     assert all(f.where in text and f.message in text for f in report.findings)
@@ -443,7 +444,8 @@ def test_a_script_without_a_main_guard_goes_on_alone(tiny_root, tmp_path):
     sound.verify()
     script = tmp_path / "script.py"
     script.write_text(
-        f"from refseg_nb.data.verify import verify\nprint(verify({str(sound.root)!r}, {sound.name!r}, workers=2, progress=False).kinds)"
+        f"from refseg_nb.data.verify import verify\nprint(verify({str(sound.root)!r}, {sound.name!r},"
+        " workers=2, progress=False).kinds)"
     )
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -512,7 +514,8 @@ def toy(root, refs=None, instances=None, name="mine", split_by="unc", write=True
 
 
 def test_what_the_published_files_hold_is_no_finding(tmp_path):
-    """Two refs of one object, repeated sentences, overlapping polygons, lists of runs, and a crowd that no ref points at."""
+    """Two refs of one object, repeated sentences, overlapping polygons, lists of runs, and a crowd that no
+    ref points at."""
     toy(tmp_path)
     report = check(tmp_path, "mine")
     assert report.findings == [] and report.status == "ok" and report.counts.status == "unpublished"

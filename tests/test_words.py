@@ -195,7 +195,8 @@ def test_changed_files_and_vocabularies_are_filtered_anew(tmp_path):
 
 
 def test_the_process_stays_as_it_was(tmp_path, monkeypatch, capfd):
-    """torchtext's reader switches TLS checks off for the whole process, leaves a cache in the working folder, and draws a bar."""
+    """torchtext's reader switches TLS checks off for the whole process, leaves a cache in the working
+    folder, and draws a bar."""
     monkeypatch.chdir(tmp_path)
     context, state = ssl._create_default_https_context, torch.get_rng_state()
     load_vectors(vectors_file(tmp_path / "v.txt"), small())
@@ -238,7 +239,10 @@ def test_without_a_connection_the_error_says_what_to_fetch(tmp_path, monkeypatch
     monkeypatch.setitem(words_module.GloVe.url, "840B", "http://127.0.0.1:9/glove.840B.300d.zip")
     with pytest.raises(
         VectorsError,
-        match=r"glove.840B.300d could not be downloaded .*Fetch http://127.0.0.1:9/glove.840B.300d.zip .*put it.* into",
+        match=(
+            r"glove.840B.300d could not be downloaded .*Fetch http://127.0.0.1:9/glove.840B.300d.zip .*put"
+            r" it.* into"
+        ),
     ):
         load_vectors("glove.840B.300d", small(), cache=tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []

@@ -412,7 +412,8 @@ POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; sc
 
 
 def _freeze(state: dict) -> str:
-    "A state with bytes in it as one compressed text: its length, JSON, then the bytes that the JSON points at."
+    """A state with bytes in it as one compressed text: its length, JSON, then the bytes that the JSON points
+    at."""
     buffers, at = [], 0
 
     def out(value):
@@ -457,13 +458,15 @@ class _Pages(_State):
         for share in (1, 0.75, 0.6, 0.45, 0.3):
             state["data"] = self._pack(int(limit * share))
             page = (
-                f'<div id="{name}" data-state="{_freeze(state)}"><img src="{url}" alt="{html.escape(self.phrase)}"></div>\n'
-                f'<style>\n{self._css}</style>\n<script type="module">\n{script}{HOST % {"id": name}}</script>\n'
+                f'<div id="{name}" data-state="{_freeze(state)}"><img src="{url}"'
+                f' alt="{html.escape(self.phrase)}"></div>\n<style>\n{self._css}</style>\n<script'
+                f' type="module">\n{script}{HOST % {"id": name}}</script>\n'
             )
             if len(page) < limit:
                 return page
         raise AttentionError(
-            f"the page would have {len(page) / 1e6:.1f} MB, more than {limit / 1e6:g}: show fewer levels, layers or heads"
+            f"the page would have {len(page) / 1e6:.1f} MB, more than {limit / 1e6:g}: show fewer levels,"
+            " layers or heads"
         )
 
     def to_html(
@@ -481,7 +484,8 @@ class _Pages(_State):
         return page
 
     def figure(self):
-        "What is shown, as a matplotlib figure: for each panel the words with their shares, the map, and its scale."
+        """What is shown, as a matplotlib figure: for each panel the words with their shares, the map, and
+        its scale."""
         import matplotlib.pyplot as plt
 
         h, w = self._picture.shape[:2]
@@ -559,7 +563,8 @@ def _name(what: dict, panel: Panel) -> str:
 
 
 def _draw_words(ax, panel: Panel, words, least: float):
-    "The words in a row, each on the colour of its share; the end of the scale is the largest share, or `least`."
+    """The words in a row, each on the colour of its share; the end of the scale is the largest share, or
+    `least`."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
@@ -621,7 +626,8 @@ def _draw_panel(state, k: int, above, ax):
 
 # %% ../../nbs/15_explorer.ipynb #033
 class Explorer(_Pages):
-    "The attention explorer: point at a pixel or a word, click to lock, Esc to free; edit the phrase and compare."
+    """The attention explorer: point at a pixel or a word, click to lock, Esc to free; edit the phrase and
+    compare."""
 
     def __init__(
         self,

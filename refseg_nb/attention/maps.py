@@ -123,7 +123,8 @@ def _check_level(name, level: AttentionLevel, words: list[str], kind: str):
     sums = a.sum(-1, dtype=np.float64)
     if (bad := np.abs(sums - 1) > 1e-3).any():
         raise AttentionError(
-            f"{where}: rows must sum to one along the key axis ({of[level.keys]}), but {first(bad)} sums to {sums[bad][0]:.4g}"
+            f"{where}: rows must sum to one along the key axis ({of[level.keys]}), but {first(bad)} sums to"
+            f" {sums[bad][0]:.4g}"
         )
 
 
@@ -205,7 +206,8 @@ class AttentionMaps:
         a = held.block(queries, keys)
         if a is None:
             raise AttentionError(
-                f"level {level}: no attention from {queries} to {keys} (queries: {held.queries}, keys: {held.keys})"
+                f"level {level}: no attention from {queries} to {keys} (queries: {held.queries}, keys:"
+                f" {held.keys})"
             )
         a = a[layer]
         a = a[head] if isinstance(head, int | np.integer) else {"mean": a.mean, "max": a.max}[head](0)
@@ -239,7 +241,8 @@ def attention_maps(
         )
     if not isinstance(attention, SFMAttention):
         raise AttentionError(
-            f"{type(attention).__name__} is not known: give it a method maps(words), or use AttentionMaps.from_arrays"
+            f"{type(attention).__name__} is not known: give it a method maps(words), or use"
+            " AttentionMaps.from_arrays"
         )
     batch = {len(a) for layers in attention.values() for a in layers}
     if batch != {1}:
@@ -267,13 +270,15 @@ def weight_steps(
     head: int,  # one head: the mean of several softmaxes is none
     query: int,  # the row, in the order of the level's queries: pixels row by row, then words
 ) -> dict[str, np.ndarray]:  # each [key]: product, scaled, exp, weight, length, added
-    "How one query's weights are made: q·k, q·k / sqrt(d), exp(s - max), the softmax; its values' lengths, and each key's share of the lengths that are added."
+    """How one query's weights are made: q·k, q·k / sqrt(d), exp(s - max), the softmax; its values' lengths,
+    and each key's share of the lengths that are added."""
     if level not in maps.levels:
         raise AttentionError(f"there is no level {level!r}; there are {', '.join(map(str, maps.levels))}")
     held = maps.levels[level]
     if held.steps is None:
         raise AttentionError(
-            f"level {level}: it is not known how these weights were made (kind: {maps.kind}); steps need the model's log_sums and lengths"
+            f"level {level}: it is not known how these weights were made (kind: {maps.kind}); steps need the"
+            " model's log_sums and lengths"
         )
     weight, length = (
         held.weights[layer, head, query].astype(np.float64),
@@ -311,7 +316,8 @@ def share_inside(
     heat: np.ndarray,  # [H, W], not negative
     mask: np.ndarray,  # bool [H0, W0]
 ) -> float:
-    "What share of a map lies inside a mask; a map that is spread evenly gives the mask's share of the picture."
+    """What share of a map lies inside a mask; a map that is spread evenly gives the mask's share of the
+    picture."""
     cover = torch.nn.functional.adaptive_avg_pool2d(
         torch.from_numpy(np.ascontiguousarray(mask)).float()[None], heat.shape
     )[0].numpy()
@@ -363,7 +369,8 @@ def figure7(
     layer: int = -1,
     head: int | str = "mean",
 ):
-    "The three blocks of the paper's Figure 7: word→word, pixel→pixel (mean over the region), word→pixel; returns the figure."
+    """The three blocks of the paper's Figure 7: word→word, pixel→pixel (mean over the region), word→pixel;
+    returns the figure."""
     import matplotlib.pyplot as plt
 
     words, held = maps.words, maps.levels[level]
@@ -418,7 +425,8 @@ def rollout(
     for name, level in maps.levels.items():
         if level.queries != level.keys:
             raise AttentionError(
-                f"level {name}: rollout needs the same tokens on the query and the key axis, not {level.queries} and {level.keys}"
+                f"level {name}: rollout needs the same tokens on the query and the key axis, not"
+                f" {level.queries} and {level.keys}"
             )
         eye = np.eye(level.weights.shape[-1], dtype=np.float32)
         rolled = [eye]
@@ -452,7 +460,8 @@ def relevance(
 
 # %% ../../nbs/14_attention.ipynb #064
 def _levels_apart(model):
-    "The same SHNet; where its SFM is shared, it is called once a level, so that gradients reach each level's attention."
+    """The same SHNet; where its SFM is shared, it is called once a level, so that gradients reach each
+    level's attention."""
     if not model.config.sfm_shared:
         return model
     apart = copy.copy(model)
@@ -494,7 +503,8 @@ def look(
 
 # %% ../../nbs/14_attention.ipynb #072
 def _scores(maps, queries, keys, weight):
-    "Mean over levels (and raw: layers) of a block, its queries weighted by `weight(level)`; levels without the block do not count."
+    """Mean over levels (and raw: layers) of a block, its queries weighted by `weight(level)`; levels without
+    the block do not count."""
     layers = slice(None) if maps.kind == "raw" else slice(-1, None)
     blocks = [
         (level, block) for level in maps.levels.values() if (block := level.block(queries, keys)) is not None

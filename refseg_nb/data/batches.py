@@ -72,7 +72,8 @@ UNITS = ("sentence", "ref")  # what an epoch has one of
 
 
 class RISDataset(Dataset):
-    "A split, ready for training or evaluation: images at S x S, words as numbers, soft targets; what is small stays decoded in memory."
+    """A split, ready for training or evaluation: images at S x S, words as numbers, soft targets; what is
+    small stays decoded in memory."""
 
     def __init__(
         self,
@@ -205,7 +206,8 @@ def epoch_batches(
     # "sentence": all of them; "ref": one random sentence of each ref, another one in each epoch
     unit: str = "sentence",
 ) -> list[list[tuple[int, list[int]]]]:  # for each batch, its (group, indices of samples)
-    "The batches of an epoch: a pure function of its arguments, so that a run can be taken up again at any batch."
+    """The batches of an epoch: a pure function of its arguments, so that a run can be taken up again at any
+    batch."""
     if images_per_batch < 1:
         raise ValueError(f"images_per_batch must be at least 1, not {images_per_batch}")
     if expressions_per_image is not None and expressions_per_image < 1:
@@ -252,7 +254,8 @@ def make_loader(
     batches = epoch_batches(dataset, images_per_batch, expressions_per_image, shuffle, seed, epoch)[start:]
     if num_workers:
         dataset.warm()
-    # an own generator: a DataLoader draws a number when it starts, and must not draw it from the one that dropout uses
+    # an own generator: a DataLoader draws a number when it starts, and must not draw it from the one that
+    # dropout uses
     return DataLoader(
         dataset,
         batch_size=None,

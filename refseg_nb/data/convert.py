@@ -184,7 +184,8 @@ def _no_constant(name):
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, object, str]]:
-    "For each line that is not empty: its number, what it holds, and what is wrong with it (or an empty string)."
+    """For each line that is not empty: its number, what it holds, and what is wrong with it (or an empty
+    string)."""
     with open(path, "rb") as file:
         number = 0
         while raw := file.readline(_LONGEST_LINE):
@@ -254,7 +255,8 @@ def _mask_file(path, size):
         values = np.array(image)
     if values.shape != size:
         raise FieldError(
-            f"is {values.shape[0]} x {values.shape[1]} pixels, but its image is {size[0]} x {size[1]} (height x width)"
+            f"is {values.shape[0]} x {values.shape[1]} pixels, but its image is {size[0]} x {size[1]} (height"
+            " x width)"
         )
     if not ((values == 0) | (values == values.max())).all():
         raise FieldError(
@@ -304,7 +306,8 @@ class _OwnData:
         self._pictures, self._splits, self._ids = {}, {}, {}
 
     def __iter__(self) -> Iterator[tuple[dict | None, Path, tuple, np.ndarray, list[Problem]]]:
-        "For each line: the record (None if it is wrong), its picture, (height, width), mask, and the problems."
+        """For each line: the record (None if it is wrong), its picture, (height, width), mask, and the
+        problems."""
         count, splits = 0, set()
         for number, record, wrong in _json_lines(self.path):
             count += 1
@@ -446,7 +449,8 @@ def _put(source: Path, target: Path, images: str):
 
 # %% ../../nbs/03c_own_data.ipynb #055
 class _Staging:
-    "Files on their way to a root: data sets appear at the end, and if anything fails, everything that was put there goes away again."
+    """Files on their way to a root: data sets appear at the end, and if anything fails, everything that was
+    put there goes away again."""
 
     def __init__(self, root, names, images):
         if images not in ("link", "copy"):
@@ -462,7 +466,8 @@ class _Staging:
         for name in self.names:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}", name) or name == "images":
                 raise ValueError(
-                    f"{name!r} cannot be the name of a data set: use letters, digits, and any of _ . + - after the first"
+                    f"{name!r} cannot be the name of a data set: use letters, digits, and any of _ . + -"
+                    " after the first"
                 )
             if (self.root / name).exists():
                 raise FileExistsError(
@@ -613,7 +618,8 @@ _SAIAPR = ("images/saiapr_tc-12", "images/saiaprtc12", "saiapr_tc-12", "saiaprtc
 
 
 def _find(source: Path) -> tuple[dict[Path, str], dict[Path, str]]:
-    "The folders below `source` with refs, and those with ReferIt's query files, each with the name of its data set."
+    """The folders below `source` with refs, and those with ReferIt's query files, each with the name of its
+    data set."""
     refer, berkeley, todo = {}, {}, [(source.resolve(), 0)]
     for folder, depth in todo:
         name = folder.parent.name if folder.name in ("data", "annotations") else folder.name
@@ -655,7 +661,8 @@ def detect_layout(
     if next(source.rglob("*.lmdb"), None) or next(source.rglob("data.mdb"), None):
         raise ConvertError(f"{source}: LMDB is not read; unpack it with the tools of those who made it")
     raise ConvertError(
-        f"{source}: nothing that is known: no refs(<partition>).p, no referit_query_<split>.json, no .parquet file"
+        f"{source}: nothing that is known: no refs(<partition>).p, no referit_query_<split>.json, no .parquet"
+        " file"
     )
 
 # %% ../../nbs/03c_own_data.ipynb #069
@@ -666,7 +673,8 @@ def _stage_refer(stage, source, folder, name, old_name, image_folder):
     )
     if instances is None:
         raise ConvertError(
-            f"{source}: in {folder.relative_to(source)} there is no instances.json beside its refs, nor in the folder above"
+            f"{source}: in {folder.relative_to(source)} there is no instances.json beside its refs, nor in"
+            " the folder above"
         )
     target, partitions = stage.folder / name, sorted(path.name[5:-3] for path in folder.glob("refs(*).p"))
     target.mkdir()
@@ -844,7 +852,8 @@ def convert(
             raise ConvertError(f"{source}: there is no .parquet file in it")
         if name is None:
             raise ValueError(
-                "a parquet file does not say which data set it is: give name='refcoco', 'refcoco+' or 'refcocog'"
+                "a parquet file does not say which data set it is: give name='refcoco', 'refcoco+' or"
+                " 'refcocog'"
             )
         with _Staging(root, [name], images) as stage:
             data = {name: _stage_parquet(stage, source.resolve(), files, name, image_folder)}
@@ -857,9 +866,11 @@ def convert(
     jobs = _choose(source, name)
     with _Staging(root, jobs, images) as stage:
         data = {
-            new: _stage_berkeley(stage, folder, new)
-            if berkeley
-            else _stage_refer(stage, source.resolve(), folder, new, old, image_folder)
+            new: (
+                _stage_berkeley(stage, folder, new)
+                if berkeley
+                else _stage_refer(stage, source.resolve(), folder, new, old, image_folder)
+            )
             for new, (folder, old, berkeley) in jobs.items()
         }
         stage.publish()
@@ -867,7 +878,8 @@ def convert(
 
 
 def _choose(source, name):
-    "Which data sets of a folder are converted: new name -> (folder, its name there, whether it is ReferIt in the Berkeley layout)."
+    """Which data sets of a folder are converted: new name -> (folder, its name there, whether it is ReferIt
+    in the Berkeley layout)."""
     refer, berkeley = _find(source)
     every = [
         (folder, old, kind)

@@ -120,12 +120,14 @@ def body_range(
     if status == 416 and stated == f"bytes */{have}":
         return have, have
     raise Dropped(
-        f"asked for the bytes from {have:,} on, the server answered {status} with Content-Range {stated or 'missing'}"
+        f"asked for the bytes from {have:,} on, the server answered {status} with Content-Range"
+        f" {stated or 'missing'}"
     )
 
 # %% ../../nbs/03d_fetch.ipynb #021
 class Part:
-    "A download that is not whole yet: `<file>.part`, and `<file>.part.json`, which says from which address it came and in which version."
+    """A download that is not whole yet: `<file>.part`, and `<file>.part.json`, which says from which address
+    it came and in which version."""
 
     def __init__(
         self,
@@ -193,7 +195,8 @@ def _session() -> requests.Session:
 
 @contextmanager
 def _open(session, url: str, timeout: float, headers: dict | None = None):
-    "The answer to a GET; whatever goes wrong, also while its body is read, becomes `Unavailable` or `Dropped`."
+    """The answer to a GET; whatever goes wrong, also while its body is read, becomes `Unavailable` or
+    `Dropped`."""
     try:
         with session.get(
             url, headers={"Accept-Encoding": "identity"} | (headers or {}), stream=True, timeout=timeout
@@ -243,7 +246,8 @@ def receive(
     with _open(session, url, timeout, range_request(have, validator)) as answer:
         if answer.url.startswith("http:") and not url.startswith("http:") and size is None and not hashed:
             raise Unavailable(
-                f"{url}: leads to plain http ({urlsplit(answer.url).hostname}), where nothing could verify the file"
+                f"{url}: leads to plain http ({urlsplit(answer.url).hostname}), where nothing could verify"
+                " the file"
             )
         now = validator_of(answer.headers)
         try:
@@ -258,7 +262,8 @@ def receive(
         total = total if size is None else size
         if total is not None and (free := shutil.disk_usage(part.path.parent).free) < total - start:
             raise FetchError(
-                f"{part.dest.name}: {decimal(total - start)} are to come, {decimal(free)} are free on the disk"
+                f"{part.dest.name}: {decimal(total - start)} are to come, {decimal(free)} are free on the"
+                " disk"
             )
         if start == 0:
             part.begin(url, now)
@@ -379,7 +384,8 @@ def _examine(path: Path, spec: FileSpec):
             found = len(queries), sum(map(len, queries.values()))
             if spec.counts and found != spec.counts:
                 raise Mismatch(
-                    f"{spec.name}: has {found[0]:,} regions and {found[1]:,} expressions, expected are {spec.counts[0]:,} and {spec.counts[1]:,}"
+                    f"{spec.name}: has {found[0]:,} regions and {found[1]:,} expressions, expected are"
+                    f" {spec.counts[0]:,} and {spec.counts[1]:,}"
                 )
     except FetchError:
         raise
@@ -402,7 +408,8 @@ def verify(
         digest = hashlib.file_digest(file, spec.algorithm).hexdigest()
     if spec.hash and not digest.startswith(spec.hash):
         raise Mismatch(
-            f"{spec.name}: its {spec.algorithm} begins with {digest[:12]}, expected is {spec.hash[:12]}: it is damaged or another file"
+            f"{spec.name}: its {spec.algorithm} begins with {digest[:12]}, expected is {spec.hash[:12]}: it"
+            " is damaged or another file"
         )
     if not spec.hash:
         _examine(path, spec)
@@ -533,7 +540,8 @@ def _chosen(entries, into: Path, members, wanted) -> dict:
     ]
     if absent:
         raise Mismatch(
-            f"holds no {absent[0]}; it holds {', '.join(others[:4]) or 'nothing'}{', ...' if len(others) > 4 else ''}"
+            f"holds no {absent[0]}; it holds"
+            f" {', '.join(others[:4]) or 'nothing'}{', ...' if len(others) > 4 else ''}"
         )
     return chosen
 
@@ -546,7 +554,8 @@ def unpack(
     wanted: set[str] | None = None,  # only these of them
     overwrite: bool = False,  # whether files that are there and differ are replaced
 ) -> list[str]:  # their paths below `into`
-    "Unpack the members of an archive: none leads out of the folder, and they appear when all are whole. `Mismatch` if the archive is not what it should be."
+    """Unpack the members of an archive: none leads out of the folder, and they appear when all are whole.
+    `Mismatch` if the archive is not what it should be."""
     path, into = Path(path), Path(into).resolve()
     into.parent.mkdir(parents=True, exist_ok=True)
     # of somebody who was killed
@@ -577,7 +586,8 @@ def unpack(
         same = {name for name in here if filecmp.cmp(into / name, temporary / name, shallow=False)}
         if len(same) < len(here) and not overwrite:
             raise FetchError(
-                f"{next(name for name in here if name not in same)} is in {into.name}/ already and differs from the archive's: move it away"
+                f"{next(name for name in here if name not in same)} is in {into.name}/ already and differs"
+                " from the archive's: move it away"
             )
         for name in chosen:
             if name in same:
@@ -711,7 +721,8 @@ def load_manifest(
             value = getattr(spec, key)
             if value is not None and not re.fullmatch(r"[0-9a-f]{%s}" % (digits or "8,63"), value):
                 raise FetchError(
-                    f"{where}: {key} has {len(value)} characters, not {digits or 'at least 8'} hexadecimal digits"
+                    f"{where}: {key} has {len(value)} characters, not {digits or 'at least 8'} hexadecimal"
+                    " digits"
                 )
         if spec.base not in ("root", "hub", "vectors"):
             raise FetchError(f"{where}: base is {spec.base!r}, not root, hub or vectors")
@@ -769,7 +780,8 @@ def _fits(found, spec: FileSpec) -> bool:
 
 
 def _inspect(spec: Unpack, base: Path) -> tuple[list[str], str]:
-    "What was unpacked: its files, and a sentence on their counts; `Mismatch` if there are too few, or the counts are not the published ones."
+    """What was unpacked: its files, and a sentence on their counts; `Mismatch` if there are too few, or the
+    counts are not the published ones."""
     folder = base / spec.into
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     names = sorted(
@@ -792,7 +804,8 @@ def _inspect(spec: Unpack, base: Path) -> tuple[list[str], str]:
 
 
 def _look(spec: FileSpec, base: Path, note: dict) -> tuple[str, str, dict]:
-    "What of a file is on the disk: `there`, `packed`, `wrong`, `refused` or `absent`; what there is to say; and the note that holds from now on."
+    """What of a file is on the disk: `there`, `packed`, `wrong`, `refused` or `absent`; what there is to
+    say; and the note that holds from now on."""
     dest, into = base / spec.to, base / spec.unpack.into if spec.unpack else None
     known, unpacked = _fits(note.get("hash"), spec) or note.get("hash") == "by hand", note.get("unpacked")
     if (
@@ -839,7 +852,8 @@ def check_space(
         need, free = sum(n for *_, n in folders), shutil.disk_usage(folders[0][1]).free
         if need > free:
             raise FetchError(
-                f"{folders[0][0]}: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free on its disk; nothing was fetched"
+                f"{folders[0][0]}: {need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free on its disk;"
+                " nothing was fetched"
             )
 
 # %% ../../nbs/03d_fetch.ipynb #083
@@ -868,7 +882,8 @@ def check_image(
         with Image.open(source, formats=["JPEG"]) as image:
             if image.size != (info.width, info.height):
                 raise Mismatch(
-                    f"{info.file_name}: is {image.width} x {image.height} pixels, instances.json says {info.width} x {info.height}"
+                    f"{info.file_name}: is {image.width} x {image.height} pixels, instances.json says"
+                    f" {info.width} x {info.height}"
                 )
             image.draft(None, (info.width // 8, info.height // 8))  # reads every block, computes few pixels
             image.load()
@@ -1031,7 +1046,8 @@ def _base(kind: str, root: Path) -> Path:
 
 
 def _undouble(folder: Path):
-    "Move the contents of refcoco/refcoco/ up, where somebody has unpacked an archive into a folder of its own name."
+    """Move the contents of refcoco/refcoco/ up, where somebody has unpacked an archive into a folder of its
+    own name."""
     while (folder / folder.name).is_dir() and not [
         path for path in folder.iterdir() if path.name != folder.name and path.name[0] != "."
     ]:
@@ -1066,7 +1082,8 @@ def _pictures_in(folder: Path) -> int:
 
 
 def _images_to_get(book: Manifest, name: str, root: Path, mode: str) -> tuple[int, int]:
-    "How many pictures are missing, and the bytes of disk that they and the archive will take; from their mean size, since no single one is known."
+    """How many pictures are missing, and the bytes of disk that they and the archive will take; from their
+    mean size, since no single one is known."""
     spec = book.images[book.sets[name].images]
     archive = book.files[spec.archive]
     try:
@@ -1110,7 +1127,10 @@ def _planned(spec: FileSpec, base: Path, found: tuple[str, str, dict]) -> Item:
         size = decimal(spec.size or spec.about) if spec.size or spec.about else "size unknown"
         begun = f", {decimal(Part(base / spec.to).have)} of it here" if Part(base / spec.to).have else ""
         item.detail = f"{says}; to be replaced: " if says else ""
-        item.detail += f"{size}{begun}, from {', '.join(dict.fromkeys(urlsplit(url).hostname or 'Google Drive' for url in spec.urls))}"
+        item.detail += (
+            f"{size}{begun}, from"
+            f" {', '.join(dict.fromkeys(urlsplit(url).hostname or 'Google Drive' for url in spec.urls))}"
+        )
     return item
 
 # %% ../../nbs/03d_fetch.ipynb #099
@@ -1171,7 +1191,8 @@ def _get_file(spec: FileSpec, base: Path, found: tuple[str, str, dict], patience
 
 
 def _from_library(spec: FileSpec, base: Path) -> Item:
-    "Weights that a library keeps in a cache of its own: it fetches them now if it is installed, else when it is first used."
+    """Weights that a library keeps in a cache of its own: it fetches them now if it is installed, else when
+    it is first used."""
     item = _planned(spec, base, ("absent", "", {}))
     if importlib.util.find_spec(spec.first_use) is None:
         item.detail += f"; {spec.first_use} is not installed (it comes with refseg_nb[zoo])"
@@ -1280,7 +1301,8 @@ def fetch(
     patience: Patience = Patience(),  # how long to try
     workers: int = 8,  # connections at a time, for pictures
 ) -> FetchReport:  # what was done, and what is left to be done by hand
-    "Fetch a data set or weights: what is there stays, what was begun goes on, what cannot be had is explained."
+    """Fetch a data set or weights: what is there stays, what was begun goes on, what cannot be had is
+    explained."""
     book, root = manifest if isinstance(manifest, Manifest) else load_manifest(manifest), Path(root)
     if name not in book.sets:
         raise ValueError(f"nothing is known of {name!r}; there are {', '.join(book.sets)}")

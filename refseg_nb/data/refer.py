@@ -23,7 +23,8 @@ from pycocotools import mask as coco_mask
 
 # %% ../../nbs/03_refer_format.ipynb #009
 class ReferError(ValueError):
-    "A file of the data set does not hold what the format asks for; the message names the file and what is wrong."
+    """A file of the data set does not hold what the format asks for; the message names the file and what is
+    wrong."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -112,7 +113,8 @@ def _runs_rle(runs, h, w, where):
             raise ReferError(f"{where}: 'counts' is {error}") from None
     if not isinstance(counts, list):
         raise ReferError(
-            f"{where}: 'counts' is {type(counts).__name__}, neither a list of run lengths nor a packed string of them"
+            f"{where}: 'counts' is {type(counts).__name__}, neither a list of run lengths nor a packed string"
+            " of them"
         )
     if any(type(run) is not int or run < 0 for run in counts) or sum(counts) != h * w:
         raise ReferError(
@@ -128,7 +130,8 @@ def decode_segmentation(
     width: int,  # of the image, W
     where: str = "segmentation",  # begins the error message
 ) -> np.ndarray:  # [H, W] bool
-    "The mask of one annotation: the union of all its parts (COCO's segmentation field; RefCLEF's list of run lengths)."
+    """The mask of one annotation: the union of all its parts (COCO's segmentation field; RefCLEF's list of
+    run lengths)."""
     if isinstance(segmentation, dict):
         segmentation = [segmentation]
     if not isinstance(segmentation, list):
@@ -284,7 +287,8 @@ def read_refs(
     images: dict[int, ImageInfo],  # from `read_instances`
     annotations: dict[int, dict],  # from `read_instances`
 ) -> list[Ref]:  # in the order of the file
-    "Read the refs, every sentence of them, and check that each one's annotation is there and lies on its image."
+    """Read the refs, every sentence of them, and check that each one's annotation is there and lies on its
+    image."""
     refs, seen = [], set()
     for number, record in enumerate(load_pickle(path)):
         where = f"{path}: number {number} of its refs"
@@ -373,7 +377,8 @@ class Refer:
         self.root, self.name, self.folder = Path(root), name, Path(root) / name
         if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name"
+                f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this"
+                " name"
             )
         found = sorted(path.name[5:-3] for path in self.folder.glob("refs(*).p"))
         self.split_by = (
@@ -386,7 +391,8 @@ class Refer:
             )
         if self.split_by not in found:
             raise FileNotFoundError(
-                f"{self.folder / f'refs({self.split_by}).p'}: no such file; partitions in this folder: {', '.join(found) or 'none'}"
+                f"{self.folder / f'refs({self.split_by}).p'}: no such file; partitions in this folder:"
+                f" {', '.join(found) or 'none'}"
             )
         self.image_folder = Path(image_folder) if image_folder else self.root / image_folder_of(name)
         self.images, self.annotations, self.categories = read_instances(self.folder / "instances.json")
@@ -410,7 +416,8 @@ class Refer:
         "The samples of a split: one for each sentence, repeated ones too."
         if split not in self._samples:
             raise ValueError(
-                f"{self.name} ({self.split_by}) has no split {split!r}; its splits are {', '.join(self.splits)}"
+                f"{self.name} ({self.split_by}) has no split {split!r}; its splits are"
+                f" {', '.join(self.splits)}"
             )
         return list(self._samples[split])
 
@@ -471,7 +478,8 @@ class Refer:
         except Exception as error:
             raise ReferError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
         raise ReferError(
-            f"{path}: is {size[0]} x {size[1]} pixels, but instances.json says {info.width} x {info.height}; the masks would not fit"
+            f"{path}: is {size[0]} x {size[1]} pixels, but instances.json says {info.width} x {info.height};"
+            " the masks would not fit"
         )
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -486,7 +494,10 @@ class Refer:
         }
 
     def __repr__(self):
-        return f"Refer({self.name}, {self.split_by}: {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)} expressions)"
+        return (
+            f"Refer({self.name}, {self.split_by}:"
+            f" {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)} expressions)"
+        )
 
 # %% ../../nbs/03_refer_format.ipynb #049
 def _replace(path: Path, data: bytes):
@@ -510,7 +521,8 @@ def write_refer(
     instances: dict,  # a COCO dict: images, annotations, categories
     split_by: str = "unc",  # the partition: the name in the brackets
 ) -> Path:  # the folder
-    "Write `refs(<split_by>).p` (pickle protocol 2) and `instances.json`; a reader sees them complete or not at all."
+    """Write `refs(<split_by>).p` (pickle protocol 2) and `instances.json`; a reader sees them complete or
+    not at all."""
     folder = Path(folder)
     files = {
         "instances.json": json.dumps(instances).encode(),
@@ -589,7 +601,8 @@ def published_counts(
 ) -> (
     dict[str, dict[str, int | None]] | None
 ):  # split -> images, refs, expressions; None where nothing was published
-    "The counts that a whole copy has: the papers', or for RefShapes those that were recorded when it was drawn."
+    """The counts that a whole copy has: the papers', or for RefShapes those that were recorded when it was
+    drawn."""
     known = PUBLISHED.get((refer.name, refer.split_by))
     if known:
         return {split: dict(zip(("images", "refs", "expressions"), row)) for split, row in known.items()}

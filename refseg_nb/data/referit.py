@@ -78,14 +78,16 @@ def _mask_in_mat(data, height, width):
         shape = np.frombuffer(shape, order + "i4").tolist()
         if shape != [height, width]:
             raise ValueError(
-                f"holds segimg_t of shape {' x '.join(map(str, shape[:4]))}, but its image is {height} x {width} pixels (height x width)"
+                f"holds segimg_t of shape {' x '.join(map(str, shape[:4]))}, but its image is {height} x"
+                f" {width} pixels (height x width)"
             )
         if kind == _COMPRESSED:
             stream = zlib.decompressobj()
             matrix = stream.decompress(body, limit)
             if not stream.eof:
                 raise ValueError(
-                    f"is cut off, or inflates to more than {limit:,} bytes, the most that {height} x {width} pixels can take"
+                    f"is cut off, or inflates to more than {limit:,} bytes, the most that {height} x {width}"
+                    " pixels can take"
                 )
             if struct.unpack_from(order + "I", matrix) != (_MATRIX,):
                 raise ValueError("holds something compressed that is no matrix")
@@ -248,7 +250,8 @@ def _read_sizes(path):
 
 
 def _read_kinds(path):
-    "RefShapes' `kinds.json`: region -> for each of its expressions kind, program and group; nothing where there is none."
+    """RefShapes' `kinds.json`: region -> for each of its expressions kind, program and group; nothing where
+    there is none."""
     if not path.is_file():
         return {}
     fields = ("kind", "group", "program")
@@ -282,12 +285,14 @@ class ReferIt(Refer):
         self.root, self.name, self.folder, self.split_by = Path(root), name, Path(root) / name, "berkeley"
         if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name"
+                f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this"
+                " name"
             )
         self.query_files = _query_files(self.folder)
         if not self.query_files:
             raise FileNotFoundError(
-                f"{self.folder / _QUERY_FOLDERS[0]}: no referit_query_<split>.json here, nor in {', '.join(_QUERY_FOLDERS[1:3])}"
+                f"{self.folder / _QUERY_FOLDERS[0]}: no referit_query_<split>.json here, nor in"
+                f" {', '.join(_QUERY_FOLDERS[1:3])}"
             )
         self.image_folder = _first(self.folder, ("images", "referit-dataset/images"))
         self.mask_folder = _first(self.folder, ("mask", "referit-dataset/mask"))
@@ -310,13 +315,15 @@ class ReferIt(Refer):
                     continue
                 if key in refs:
                     raise ReferError(
-                        f"{self.query_files[split]}: the region {key!r} is also in the split {refs[key].split}"
+                        f"{self.query_files[split]}: the region {key!r} is also in the split"
+                        f" {refs[key].split}"
                     )
                 ann_id = image_id * 10_000 + region
                 known = kinds.get(key, [()] * len(texts))
                 if len(known) != len(texts):
                     raise ReferError(
-                        f"{self.folder / 'kinds.json'}: {len(known)} entries for the {len(texts)} expressions of {key}"
+                        f"{self.folder / 'kinds.json'}: {len(known)} entries for the {len(texts)} expressions"
+                        f" of {key}"
                     )
                 sentences = tuple(
                     Sentence(ann_id * 1_000 + i, text, text, tuple(text.split()), *more)
@@ -403,7 +410,8 @@ class ReferIt(Refer):
         with _open_image(path) as image:
             if image.size != (info.width, info.height):
                 raise ReferError(
-                    f"{path}: is {image.width} x {image.height} pixels, but referit_imsize.json says {info.width} x {info.height}"
+                    f"{path}: is {image.width} x {image.height} pixels, but referit_imsize.json says"
+                    f" {info.width} x {info.height}"
                 )
             try:
                 return image.convert("RGB")
@@ -415,7 +423,11 @@ class ReferIt(Refer):
             f"; {n} of {split} left out, their image was never distributed"
             for split, n in self.left_out.items()
         )
-        return f"ReferIt({self.name}: {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)} expressions{lost})"
+        return (
+            f"ReferIt({self.name}:"
+            f" {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)}"
+            f" expressions{lost})"
+        )
 
 # %% ../../nbs/03b_referit.ipynb #026
 def write_referit(

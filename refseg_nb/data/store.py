@@ -155,13 +155,15 @@ def _read_index(path: Path) -> dict:
         found = (path / name).stat().st_size if (path / name).is_file() else 0
         if found != size:
             raise StoreError(
-                f"{path / name}: is {found:,} bytes long and should be {size:,}, it was cut or altered; build the store again"
+                f"{path / name}: is {found:,} bytes long and should be {size:,}, it was cut or altered; build"
+                " the store again"
             )
     return index
 
 
 class ImageStore:
-    "Decoded images, soft targets and masks of a data set in memory-mapped files; worker processes share them."
+    """Decoded images, soft targets and masks of a data set in memory-mapped files; worker processes share
+    them."""
 
     def __init__(
         self,
@@ -217,7 +219,8 @@ class ImageStore:
         for s in samples:
             if s.image_id not in self._image_row or s.ann_id not in self._ann_row:
                 raise ValueError(
-                    f"the store {self.path.name} does not hold annotation {s.ann_id} of image {s.image_id}: build one with its split"
+                    f"the store {self.path.name} does not hold annotation {s.ann_id} of image {s.image_id}:"
+                    " build one with its split"
                 )
 
     @property
@@ -232,8 +235,8 @@ class ImageStore:
 
     def __repr__(self):
         return (
-            f"ImageStore({self.name}, {self.split_by}: {len(self):,} images at {self.image_size} px and {len(self._ann_row):,} masks, "
-            f"{self.nbytes / 1e6:,.1f} MB)"
+            f"ImageStore({self.name}, {self.split_by}: {len(self):,} images at {self.image_size} px and"
+            f" {len(self._ann_row):,} masks, {self.nbytes / 1e6:,.1f} MB)"
         )
 
 
@@ -259,7 +262,8 @@ def open_store(
 
 # %% ../../nbs/06b_store.ipynb #045
 def _part(refer, wanted):
-    "A copy of the reader whose tables hold only these images and annotations: small enough to be sent to another process."
+    """A copy of the reader whose tables hold only these images and annotations: small enough to be sent to
+    another process."""
     part, keep = copy.copy(refer), [i for image_id, ann_ids in wanted for i in (image_id, *ann_ids)]
     for name, value in vars(refer).items():
         if isinstance(value, Mapping):
@@ -278,7 +282,8 @@ def _write_rows(path, first, rows):
 
 
 def _fill(job: dict) -> tuple[list[tuple], bytes]:
-    "Decode some images into their rows of the files; returns (ann_id, H, W, y, x, h, w) of each mask, and all bits. It runs in a worker process."
+    """Decode some images into their rows of the files; returns (ann_id, H, W, y, x, h, w) of each mask, and
+    all bits. It runs in a worker process."""
     refer, folder, side = job["refer"], job["folder"], job["target_size"]
     images, targets, masks, bits = [], [], [], []
     for image_id, ann_ids in job["wanted"]:
@@ -350,8 +355,8 @@ def _check_room(folder, refer, wanted, image_size, target_size):
     free = shutil.disk_usage(folder).free
     if need > free:
         raise StoreError(
-            f"{folder}: a store of {refer.name} at {image_size} px takes up to {need / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free: "
-            "make room, or choose another folder"
+            f"{folder}: a store of {refer.name} at {image_size} px takes up to {need / 1e6:,.0f} MB, and"
+            f" {free / 1e6:,.0f} MB are free: make room, or choose another folder"
         )
 
 # %% ../../nbs/06b_store.ipynb #058

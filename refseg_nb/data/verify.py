@@ -150,7 +150,8 @@ def image_faults(
     folder: Path,  # the image folder
     info: ImageInfo,  # file name and size, as `instances.json` has them
 ) -> list[tuple[str, str]]:  # kind and message, empty for a sound file
-    "What is wrong with an image file; its header is compared with the size that it must have before a pixel is decoded."
+    """What is wrong with an image file; its header is compared with the size that it must have before a
+    pixel is decoded."""
     try:
         path = folder / info.file_name
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -164,7 +165,10 @@ def image_faults(
                     return [
                         (
                             "wrong image size",
-                            f"is {image.width} x {image.height} pixels, but the annotations were made for {info.width} x {info.height}",
+                            (
+                                f"is {image.width} x {image.height} pixels, but the annotations were made for"
+                                f" {info.width} x {info.height}"
+                            ),
                         )
                     ]
                 image.convert("RGB")
@@ -204,9 +208,11 @@ def _wrong(record, table) -> str:
     if not isinstance(record, dict):
         return f"is {type(record).__name__}, not a dict"
     wrong = [
-        f"has no {key!r}"
-        if key not in record
-        else f"{key!r} is {type(record[key]).__name__}, not {kind.__name__}"
+        (
+            f"has no {key!r}"
+            if key not in record
+            else f"{key!r} is {type(record[key]).__name__}, not {kind.__name__}"
+        )
         for key, kind in _FIELDS[table].items()
         if key not in record or kind and type(record[key]) is not kind
     ]
@@ -243,7 +249,8 @@ class _Copy:
         )
         if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this name"
+                f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this"
+                " name"
             )
 
     def say(self, kind, where, message):
@@ -276,7 +283,8 @@ class _ReferCopy(_Copy):
         )
         if self.split_by is None:
             raise ValueError(
-                f"{name} has more than one partition: name one with split_by= (in {self.folder}: {', '.join(found) or 'none'})"
+                f"{name} has more than one partition: name one with split_by= (in {self.folder}:"
+                f" {', '.join(found) or 'none'})"
             )
         self.instances_file, self.refs_file = f"{name}/instances.json", f"{name}/refs({self.split_by}).p"
         data = self.load(
@@ -390,7 +398,8 @@ class _ReferCopy(_Copy):
 
 # %% ../../nbs/03e_verify.ipynb #044
 def _check_links(copy: _ReferCopy):
-    "Refs, annotations, images and categories must belong together; a table that could not be read is not compared with."
+    """Refs, annotations, images and categories must belong together; a table that could not be read is not
+    compared with."""
     images, annotations, categories = copy.images, copy.annotations, copy.categories
     for ref in copy.refs:
         where, ann_id, image_id = f"{copy.refs_file}: ref {ref['ref_id']}", ref["ann_id"], ref["image_id"]
@@ -407,13 +416,15 @@ def _check_links(copy: _ReferCopy):
             copy.say(
                 "broken link",
                 where,
-                f"is about image {image_id}, but its annotation {ann_id} lies on image {annotation['image_id']}",
+                f"is about image {image_id}, but its annotation {ann_id} lies on image"
+                f" {annotation['image_id']}",
             )
         if annotation["category_id"] != ref["category_id"]:
             copy.say(
                 "wrong category",
                 where,
-                f"is of category {ref['category_id']}, but its annotation {ann_id} of category {annotation['category_id']}",
+                f"is of category {ref['category_id']}, but its annotation {ann_id} of category"
+                f" {annotation['category_id']}",
             )
     sound = [annotation for annotation in (annotations or {}).values() if annotation]
     for annotation in sound:
@@ -433,7 +444,8 @@ def _check_links(copy: _ReferCopy):
 
 # %% ../../nbs/03e_verify.ipynb #048
 def _splits_of(copy: _Copy, key: str) -> dict:
-    "The splits in which each image (`image_id`) or object (`ann_id`) occurs; RefCLEF's test splits count as one."
+    """The splits in which each image (`image_id`) or object (`ann_id`) occurs; RefCLEF's test splits count
+    as one."""
     splits = defaultdict(set)
     for ref in copy.refs:
         splits[ref[key]].add(
@@ -455,7 +467,8 @@ def _check_splits(copy: _Copy):
 
 
 def _check_pictures(copy: _Copy, digests: dict[int, tuple[str, str]]):
-    "No two image ids of different splits may have the same file; `digests` are file name and SHA-256 of each image id."
+    """No two image ids of different splits may have the same file; `digests` are file name and SHA-256 of
+    each image id."""
     if copy.split_by == "google":
         return
     splits, same = _splits_of(copy, "image_id"), defaultdict(list)
@@ -936,7 +949,10 @@ class Leak:
         return len(self.ids) / self.images
 
     def __str__(self):
-        return f"{self.train} trains on {len(self.ids):,} of the {self.images:,} images ({self.share:.1%}) of {self.held_out} {self.split}"
+        return (
+            f"{self.train} trains on {len(self.ids):,} of the {self.images:,} images ({self.share:.1%}) of"
+            f" {self.held_out} {self.split}"
+        )
 
 
 @dataclass
@@ -994,7 +1010,10 @@ class LeakageReport:
         "A sentence on the leak filter."
         n = f"the leak filter has {len(self.filter_ids):,} of {FILTER_IMAGES:,} image ids"
         if self.missing:
-            return f"{n}: only a part, for {len(self.missing)} of the val and test splits are missing or not whole, such as {self.missing[0]}"
+            return (
+                f"{n}: only a part, for {len(self.missing)} of the val and test splits are missing or not"
+                f" whole, such as {self.missing[0]}"
+            )
         return (
             f"{n}: it is whole"
             if self.whole
@@ -1008,7 +1027,8 @@ class LeakageReport:
         "Write the image ids that a pretraining on COCO must leave out."
         if not self.filter_ids:
             raise ValueError(
-                "no val or test split of refcoco, refcoco+ or refcocog is here: there is nothing to filter out"
+                "no val or test split of refcoco, refcoco+ or refcocog is here: there is nothing to"
+                " filter out"
             )
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1023,7 +1043,10 @@ class LeakageReport:
         lines += [str(leak) for leak in self.leaks] or ["no training set has an image of a held-out split"]
         if {name for name, _ in self.splits} <= set(COCO_SETS):
             lines += [
-                "all of these images are in COCO's train2014: a backbone that was trained there has seen them, unless they were filtered out",
+                (
+                    "all of these images are in COCO's train2014: a backbone that was trained there has seen"
+                    " them, unless they were filtered out"
+                ),
                 self.filter_text(),
             ]
         return "\n".join(lines)
@@ -1053,7 +1076,8 @@ def leakage(
             for number, ref in enumerate(load_pickle(path)):
                 if type(ref.get("image_id")) is not int or type(ref.get("split")) is not str:
                     raise ReferError(
-                        f"{path}: number {number} of its refs has no 'image_id' and 'split'; `verify` lists what is wrong"
+                        f"{path}: number {number} of its refs has no 'image_id' and 'split'; `verify` lists"
+                        " what is wrong"
                     )
                 found[ref["split"]].add(ref["image_id"])
             splits[name, path.name[5:-3]] = {

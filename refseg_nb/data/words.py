@@ -53,8 +53,9 @@ class EncodingReport:
 
     def __str__(self):
         return (
-            f"{self.expressions:,} expressions of {self.words / max(self.expressions, 1):.2f} words; {self.unknown:,} of {self.words:,} words unknown, "
-            f"{self.empty:,} expressions empty, {self.cut:,} cut at {self.max_words} words (the longest has {self.longest})"
+            f"{self.expressions:,} expressions of {self.words / max(self.expressions, 1):.2f} words;"
+            f" {self.unknown:,} of {self.words:,} words unknown, {self.empty:,} expressions empty,"
+            f" {self.cut:,} cut at {self.max_words} words (the longest has {self.longest})"
         )
 
 # %% ../../nbs/04_words.ipynb #019
@@ -199,7 +200,8 @@ def vocabulary_for(
     split: str = "train",  # whose expressions are counted
     min_freq: int = 1,  # rarer tokens are left out
 ) -> Vocabulary:  # the same for the same expressions
-    "The vocabulary of a data set: built once, kept beside it as `vocabulary(<partition>,<split>).json`, and built anew when the expressions change."
+    """The vocabulary of a data set: built once, kept beside it as `vocabulary(<partition>,<split>).json`,
+    and built anew when the expressions change."""
     texts = [sample.sentence.sent for sample in refer.samples(split)]
     key = hashlib.sha256(json.dumps([min_freq, texts]).encode()).hexdigest()
     path = refer.folder / f"vocabulary({refer.split_by},{split}).json"
@@ -234,7 +236,10 @@ class Coverage:
     def __str__(self):
         share = self.tokens_found / max(self.tokens, 1)
         without = f"; without: {', '.join(self.missing)}" if self.missing else ""
-        return f"{self.source}: vectors for {self.types_found:,} of {self.types:,} words, which are {share:.1%} of all words read{without}"
+        return (
+            f"{self.source}: vectors for {self.types_found:,} of {self.types:,} words, which are {share:.1%}"
+            f" of all words read{without}"
+        )
 
 
 class VectorsError(ValueError):
@@ -243,7 +248,8 @@ class VectorsError(ValueError):
 # %% ../../nbs/04_words.ipynb #047
 @contextmanager
 def _open_vectors(path: Path, member: str):
-    "The lines of a vector file, as bytes: plain text, or a text file in a zip (GloVe's own packaging; it is not unpacked)."
+    """The lines of a vector file, as bytes: plain text, or a text file in a zip (GloVe's own packaging; it
+    is not unpacked)."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             texts = [name for name in archive.namelist() if name.endswith(".txt")]
@@ -276,7 +282,8 @@ def filter_vectors(
 
 # %% ../../nbs/04_words.ipynb #053
 def _parse(path: Path) -> Vectors:
-    "torchtext's parser, with its side effects undone: it switches off the checking of TLS certificates for the whole process, and it reports on stderr."
+    """torchtext's parser, with its side effects undone: it switches off the checking of TLS certificates for
+    the whole process, and it reports on stderr."""
     import ssl
 
     context = ssl._create_default_https_context
@@ -306,7 +313,8 @@ def _locate(name: str, cache: Path) -> Path:
         torch.hub.download_url_to_file(url, str(archive), progress=True)
     except (OSError, RuntimeError, urllib.error.URLError) as error:
         raise VectorsError(
-            f"{name} could not be downloaded ({error}). Fetch {url} by other means and put it, zipped or not, into {cache}"
+            f"{name} could not be downloaded ({error}). Fetch {url} by other means and put it, zipped or not,"
+            f" into {cache}"
         ) from error
     return archive
 
@@ -321,7 +329,8 @@ def load_vectors(
 ) -> tuple[
     torch.Tensor, Coverage
 ]:  # [V, D] float32; rows of words without a vector, `<pad>` and `<unk>` are zero
-    "Pretrained vectors for the words of a vocabulary; the large file is read once, and the few rows that are needed are kept beside the data set."
+    """Pretrained vectors for the words of a vocabulary; the large file is read once, and the few rows that
+    are needed are kept beside the data set."""
     source = Path(path_or_name)
     stem = source.name.removesuffix(".txt").removesuffix(".zip")
     kept = Path(folder) / f"vectors({stem},{vocabulary.fingerprint})" if folder else None
@@ -344,7 +353,8 @@ def load_vectors(
         try:
             if not filter_vectors(source, set(words), part, f"{stem}.txt"):
                 raise VectorsError(
-                    "has a vector for none of the words; is it a text file with a word and its numbers on each line?"
+                    "has a vector for none of the words; is it a text file with a word and its numbers on"
+                    " each line?"
                 )
             table = _parse(part)
         except VectorsError as error:

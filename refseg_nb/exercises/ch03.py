@@ -30,13 +30,15 @@ def check_run_lengths(fn):
             ).astype(bool)
             by_rows = mask.ravel().reshape(w, h).T
             assert (~back != mask).any(), (
-                "inside and outside are swapped: the first run counts pixels outside, and is 0 if the mask begins inside"
+                "inside and outside are swapped: the first run counts pixels outside, and is 0 if the mask"
+                " begins inside"
             )
             assert (back == mask).all() or (back != by_rows).any(), (
                 "the runs go down the columns, not along the rows"
             )
             assert (back == mask).all(), (
-                f"these runs are of another mask: {mask.astype(int).tolist()} became {back.astype(int).tolist()}"
+                f"these runs are of another mask: {mask.astype(int).tolist()} became"
+                f" {back.astype(int).tolist()}"
             )
     return "check_run_lengths: correct"
 

@@ -21,15 +21,18 @@ def check_line_of_box(fn):
         line = fn("photos/a.jpg", "the box", (x, y, w, h), "val")
         errors = [error.message for error in Draft202012Validator(SCHEMA).iter_errors(line)]
         assert not errors, f"the line does not fit the schema: {errors[0]}"
-        assert (line["image"], line.get("expression"), line["split"]) == ("photos/a.jpg", "the box", "val"), (
-            "image, expression and split must be those given"
-        )
+        assert (line["image"], line.get("expression"), line["split"]) == (
+            "photos/a.jpg",
+            "the box",
+            "val",
+        ), "image, expression and split must be those given"
         want, got = np.zeros((40, 44), dtype=bool), decode_segmentation(line["mask"], 40, 44)
         want[y : y + h, x : x + w] = True
         short = w > 1 and h > 1 and (got == want * np.pad(want[1:, 1:], ((0, 1), (0, 1)))).all()
         assert not short, "the box is a pixel short: it ends at x + width, not at x + width - 1"
         assert (got == want).all(), (
-            f"the box {(x, y, w, h)} has {want.sum()} pixels, your polygon {got.sum()}, of which {(got & want).sum()} are in the box"
+            f"the box {(x, y, w, h)} has {want.sum()} pixels, your polygon {got.sum()}, of which"
+            f" {(got & want).sum()} are in the box"
         )
     return "check_line_of_box: correct"
 
@@ -38,9 +41,10 @@ def check_split_of(fn):
     "One answer for each picture, about a fifth of them val, and the same on every computer."
     pictures = [f"photos/{i:05d}.jpg" for i in range(2000)]
     first = [fn(picture) for picture in pictures]
-    assert set(first) <= {"train", "val"}, (
-        f"the splits are train and val, not {sorted(set(first) - {'train', 'val'})}"
-    )
+    assert set(first) <= {
+        "train",
+        "val",
+    }, f"the splits are train and val, not {sorted(set(first) - {'train', 'val'})}"
     assert first == [fn(picture) for picture in pictures], (
         "the same picture was in train first and then in val: no random numbers, please"
     )

@@ -28,7 +28,8 @@ def check_leaves_box(fn):
             "a pixel is one pixel wide: column 3 ends at 4"
         )
         assert abs(got - want) < 1e-6, (
-            f"this mask leaves its box {[x, y, w, h]} by {want:.1f} pixels, you say {got:.1f}: {mask.astype(int).tolist()}"
+            f"this mask leaves its box {[x, y, w, h]} by {want:.1f} pixels, you say {got:.1f}:"
+            f" {mask.astype(int).tolist()}"
         )
     return "check_leaves_box: correct"
 

@@ -27,7 +27,8 @@ def check_one_at_a_time(fn):
         a, b = PRESETS[first], PRESETS[second]
         got, wanted = fn(a, b), differences(a, b)
         assert set(got) == set(wanted), (
-            f"{first} -> {second}: missing {sorted(set(wanted) - set(got))}, too many {sorted(set(got) - set(wanted))}"
+            f"{first} -> {second}: missing {sorted(set(wanted) - set(got))}, too many"
+            f" {sorted(set(got) - set(wanted))}"
         )
         for name, config in got.items():
             assert set(differences(a, config)) == {name}, (

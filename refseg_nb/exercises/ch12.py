@@ -58,7 +58,8 @@ def check_batches_left(fn):
                 got = fn(step, batches, accumulate)
                 want = (epoch, list(range(first, batches)))
                 assert (got[0], list(got[1])) == want, (
-                    f"after {step} steps with {batches} batches, {accumulate} to a step: expected {want}, got {got}"
+                    f"after {step} steps with {batches} batches, {accumulate} to a step: expected {want}, got"
+                    f" {got}"
                 )
                 step += 1
     return "check_batches_left: correct"

@@ -59,7 +59,8 @@ def check_sign_flip_p(fn):
         ) / len(signs)
         got = fn(d, signs)
         assert np.isclose(got, want), (
-            f"expected p = {want:.4f}, got {got}; count both tails, and rows that are exactly as far as the observed sum"
+            f"expected p = {want:.4f}, got {got}; count both tails, and rows that are exactly as far as the"
+            " observed sum"
         )
     assert fn(np.zeros(10), signs) == 1, (
         "no difference at all: every row is as far from zero as the observed sum"

@@ -74,6 +74,7 @@ def check_exact_marginals(fn):
             "each pair is charged once: k holds it twice, as k[i, j] and k[j, i]"
         )
         assert torch.allclose(got, want, atol=1e-5), (
-            f"{n} pixels: expected {[round(v, 4) for v in want.tolist()]}, got {[round(v, 4) for v in got.tolist()]}"
+            f"{n} pixels: expected {[round(v, 4) for v in want.tolist()]}, got"
+            f" {[round(v, 4) for v in got.tolist()]}"
         )
     return "check_exact_marginals: correct"

@@ -38,7 +38,8 @@ def check_rolled(fn):
             "the layers stand in the wrong order: the last layer is the leftmost factor"
         )
         assert np.allclose(got, want), (
-            f"{layers} layer(s): the rollout differs from the sum over all paths by up to {np.abs(got - want).max():.2g}"
+            f"{layers} layer(s): the rollout differs from the sum over all paths by up to"
+            f" {np.abs(got - want).max():.2g}"
         )
     return "check_rolled: correct"
 

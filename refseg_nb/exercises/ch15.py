@@ -19,9 +19,10 @@ def check_cell_at(fn):
         row = next(i for i in range(h) if y < top + height * (i + 1) / h)
         column = next(i for i in range(w) if x < left + width * (i + 1) / w)
         got = tuple(fn(x, y, (left, top, width, height), (h, w)))
-        assert got == (row, column) or got != (column, row), (
-            "rows come from y and columns from x: they are swapped"
-        )
+        assert got == (row, column) or got != (
+            column,
+            row,
+        ), "rows come from y and columns from x: they are swapped"
         assert got == (row, column), f"the point is in row {row}, column {column} of {h} x {w}, not in {got}"
         for (px, py), want in {
             (left + width, top + height): (h - 1, w - 1),

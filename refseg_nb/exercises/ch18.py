@@ -44,9 +44,12 @@ def check_word_weights(fn):
                         [q[b, n, part] @ k[b, t, part] / 8**0.5 for t in words]
                     ).softmax(0)
         got = fn(q, k, mask, heads)
-        assert tuple(got.shape) == (2, heads, 5, 4), (
-            f"with {heads} heads the weights should be [2, {heads}, 5, 4], not {list(got.shape)}"
-        )
+        assert tuple(got.shape) == (
+            2,
+            heads,
+            5,
+            4,
+        ), f"with {heads} heads the weights should be [2, {heads}, 5, 4], not {list(got.shape)}"
         assert got.isfinite().all(), "a weight is not finite"
         assert (got[1, ..., 2:] < 1e-6).all(), "padded words must get no weight"
         sharper = torch.allclose(got, (want.clamp(min=1e-30).log() * heads**0.5).softmax(-1), atol=1e-4)

@@ -21,7 +21,8 @@ def check_detectable(fn):
         assert isinstance(n, int), f"return a whole number (int), not {type(n).__name__}"
         width = lambda m: half * (images / m) ** 0.5  # noqa: B023
         assert width(n) < abs(difference) * (1 + 1e-12), (
-            f"{n} images are too few for a difference of {difference:.3f}: the half-width would be {width(n):.3f}"
+            f"{n} images are too few for a difference of {difference:.3f}: the half-width would be"
+            f" {width(n):.3f}"
         )
         assert n == 1 or width(n - 1) >= abs(difference) * (1 - 1e-12), (
             f"{n - 1} images would do for a difference of {difference:.3f}"

@@ -36,6 +36,7 @@ def check_anchor_hits(fn):
         got = fn({"cause": cause, "anchors": anchors, "others": others})
         assert got[0] == hits, f"the anchor was answered {hits} times, not {got[0]}"
         assert abs(got[1] - expected) < 1e-9, (
-            f"by chance it would be {expected:.3f} times, not {got[1]:.3f}: one wrong thing answered, and an anchor named"
+            f"by chance it would be {expected:.3f} times, not {got[1]:.3f}: one wrong thing answered, and an"
+            " anchor named"
         )
     return "check_anchor_hits: correct"

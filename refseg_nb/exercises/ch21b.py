@@ -38,6 +38,7 @@ def check_steps_per_second(fn):
             clock += size / gpus / bandwidth
         got = fn(compute, size, bandwidth, gpus)
         assert np.isclose(got, 1 / clock), (
-            f"{gpus} GPUs, {size:g} bytes over {bandwidth:g} bytes/s: {1 / clock:.4f} steps a second, not {got}"
+            f"{gpus} GPUs, {size:g} bytes over {bandwidth:g} bytes/s: {1 / clock:.4f} steps a second, not"
+            f" {got}"
         )
     return "check_steps_per_second: correct"

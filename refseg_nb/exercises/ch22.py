@@ -23,9 +23,10 @@ def check_call(fn):
         UnicodeError("not text"),
     ):
         got = fn(fails(error))
-        assert got == (2, str(error)), (
-            f"{type(error).__name__}({str(error)!r}) should give (2, {str(error)!r}), not {got!r}"
-        )
+        assert got == (
+            2,
+            str(error),
+        ), f"{type(error).__name__}({str(error)!r}) should give (2, {str(error)!r}), not {got!r}"
     got = fn(fails(ValueError("two\n  lines\tof  text ")))
     assert got == (2, "two lines of text"), f"one line, single spaces: 'two lines of text', not {got[1]!r}"
     assert fn(fails(KeyboardInterrupt())) == (130, "stopped"), "Ctrl-C gives (130, 'stopped')"

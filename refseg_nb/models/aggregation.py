@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/16_aggregations.ipynb #015
 class ConvLSTMLevels(nn.Module):
-    "A convolutional LSTM reads the levels 2, 3, 4; its last state is the map (Shi et al., 2015, without peepholes; Table 2, row 4)."
+    """A convolutional LSTM reads the levels 2, 3, 4; its last state is the map (Shi et al., 2015, without
+    peepholes; Table 2, row 4)."""
 
     def __init__(
         self,
@@ -47,7 +48,8 @@ class ConvLSTMLevels(nn.Module):
 
 # %% ../../nbs/16_aggregations.ipynb #022
 class MGATE(nn.Module):
-    "Gated multi-level fusion of CMSA (Ye et al., 2019): each level's memory gate says what it gives to the others, its reset gate what it takes from them."
+    """Gated multi-level fusion of CMSA (Ye et al., 2019): each level's memory gate says what it gives to the
+    others, its reset gate what it takes from them."""
 
     def __init__(
         self,
@@ -80,7 +82,8 @@ class MGATE(nn.Module):
 
 # %% ../../nbs/16_aggregations.ipynb #029
 class Exchange(nn.Module):
-    "One level's part in one round of TGFE: a summary of itself and the sentence gate the channels of the two other levels."
+    """One level's part in one round of TGFE: a summary of itself and the sentence gate the channels of the
+    two other levels."""
 
     def __init__(
         self,
@@ -114,7 +117,8 @@ class Exchange(nn.Module):
 
 # %% ../../nbs/16_aggregations.ipynb #032
 class TGFE(nn.Module):
-    "Text-guided feature exchange of CMPC (Huang et al., 2020): two rounds in which each level takes channels of the others, then a ConvLSTM."
+    """Text-guided feature exchange of CMPC (Huang et al., 2020): two rounds in which each level takes
+    channels of the others, then a ConvLSTM."""
 
     def __init__(
         self,
@@ -148,7 +152,8 @@ class TGFE(nn.Module):
 
 # %% ../../nbs/16_aggregations.ipynb #039
 class GBFM(nn.Module):
-    "Gated bi-directional fusion, our reading of BRINet's (Hu et al., 2020): a climbing and a descending path, each step through a gate, and their sum."
+    """Gated bi-directional fusion, our reading of BRINet's (Hu et al., 2020): a climbing and a descending
+    path, each step through a gate, and their sum."""
 
     def __init__(
         self,

@@ -26,7 +26,8 @@ from ..data.refer import Refer
 
 # %% ../../nbs/05_pictures.ipynb #009
 class Backbone(nn.Module):
-    "A picture encoder: images in, three raw levels out. Frozen by default: always in eval mode, never with gradients."
+    """A picture encoder: images in, three raw levels out. Frozen by default: always in eval mode, never with
+    gradients."""
 
     def __init__(
         self,
@@ -83,7 +84,8 @@ class Backbone(nn.Module):
 
 # %% ../../nbs/05_pictures.ipynb #017
 class ResNetBackbone(Backbone):
-    "ResNet-101's layers 2, 3 and 4, at output stride 32 (as published), 16 or 8 (the last strides replaced by dilation)."
+    """ResNet-101's layers 2, 3 and 4, at output stride 32 (as published), 16 or 8 (the last strides replaced
+    by dilation)."""
 
     def __init__(
         self,
@@ -122,7 +124,8 @@ def _read_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return load_file(path)
-    # training programs store a numpy scalar (the best score) beside the tensors: harmless, so these are allowed
+    # training programs store a numpy scalar (the best score) beside the tensors: harmless, so these are
+    # allowed
     scalar = np.float64(0).__reduce__()[0]
     allowed = [
         scalar,
@@ -144,7 +147,8 @@ def _read_checkpoint(path: str | Path) -> dict:
 def _check_keys(
     path, state: dict[str, Tensor], expected: dict[str, Tensor], unused: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    "`state` without its known-unused parts; an error that lists every key that is unknown, missing, or of another shape."
+    """`state` without its known-unused parts; an error that lists every key that is unknown, missing, or of
+    another shape."""
     used = {k: v for k, v in state.items() if not k.startswith(unused)} if unused else dict(state)
     unknown = sorted(set(used) - set(expected))
     missing = sorted(k for k in set(expected) - set(used) if not k.endswith("num_batches_tracked"))
@@ -166,7 +170,8 @@ def _check_keys(
 def load_voc_checkpoint(
     path: str | Path,  # deeplab-resnet.pth.tar; a torch file in spite of its name, not to be untarred
 ) -> dict[str, Tensor]:  # a state dict for `ResNetBackbone.body`
-    "The ResNet-101 in a DeepLabv3+ checkpoint (jfzhang95's layout): every key is used, known to be unused, or an error."
+    """The ResNet-101 in a DeepLabv3+ checkpoint (jfzhang95's layout): every key is used, known to be unused,
+    or an error."""
     state = _read_checkpoint(path)
     if not isinstance(state.get("state_dict"), dict):
         raise ValueError(
@@ -259,15 +264,16 @@ def _download(weights) -> dict[str, Tensor]:
     except Exception as error:
         file = weights.url.rsplit("/", 1)[-1]
         raise FileNotFoundError(
-            f"{weights.url} could not be downloaded ({error}); put {file} into {_hub('')}, or pass its path as weights=, "
-            "or weights='none' for random weights"
+            f"{weights.url} could not be downloaded ({error}); put {file} into {_hub('')}, or pass its path"
+            " as weights=, or weights='none' for random weights"
         ) from error
 
 
 def _warn_leak():
     warnings.warn(
-        "these weights were trained on COCO, whose training images include the validation and test images of RefCOCO, RefCOCO+ and "
-        "RefCOCOg: scores on those will be too high and not comparable with the paper's",
+        "these weights were trained on COCO, whose training images include the validation and test images of"
+        " RefCOCO, RefCOCO+ and RefCOCOg: scores on those will be too high and not comparable with the"
+        " paper's",
         LeakWarning,
         stacklevel=3,
     )
@@ -294,7 +300,8 @@ def create_backbone(
             )
             if not path.is_file():
                 raise FileNotFoundError(
-                    f"{path}: no such file; make one with pretrain_backbone(root, out=...), or pass weights='none' for random weights"
+                    f"{path}: no such file; make one with pretrain_backbone(root, out=...), or pass"
+                    " weights='none' for random weights"
                 )
             net.load_state_dict(_check_keys(path, load_file(path), net.state_dict(), ()))
         return net.freeze(frozen)
@@ -322,9 +329,10 @@ def create_backbone(
         path = Path(weights) if weights is not None else _hub(VOC_CHECKPOINT)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: no such file; get {VOC_CHECKPOINT} (DeepLabv3+ ResNet-101 of jfzhang95/pytorch-deeplab-xception, VOC, "
-                f"Google Drive id 1NwcwlWqA-0HqAPk3dSNNPipGMF0iS0Zu) and put it there, or pass its path as weights=, "
-                "or weights='none' for random weights"
+                f"{path}: no such file; get {VOC_CHECKPOINT} (DeepLabv3+ ResNet-101 of"
+                " jfzhang95/pytorch-deeplab-xception, VOC, Google Drive id"
+                " 1NwcwlWqA-0HqAPk3dSNNPipGMF0iS0Zu) and put it there, or pass its path as weights=, or"
+                " weights='none' for random weights"
                 if deeplab
                 else f"{path}: no such file; weights is 'imagenet', 'coco', 'none' or a file of a ResNet-101"
             )
@@ -430,7 +438,8 @@ def mean_iou(
 
 # %% ../../nbs/05_pictures.ipynb #049
 class PixelHeads(nn.Module):
-    "Throwaway heads over the three levels: a category at every second pixel, attributes and appearance at every fourth."
+    """Throwaway heads over the three levels: a category at every second pixel, attributes and appearance at
+    every fourth."""
 
     metric = "mean_iou"
 
@@ -451,7 +460,8 @@ class PixelHeads(nn.Module):
         self.register_buffer("weight", (pixels.sum() / pixels).sqrt(), persistent=False)
 
     def forward(self, levels: list[Tensor]) -> dict[str, Tensor]:
-        "Predictions by name; the category's at half the images' resolution (each place of stride 4 predicts 2 x 2)."
+        """Predictions by name; the category's at half the images' resolution (each place of stride 4
+        predicts 2 x 2)."""
         x = sum(
             F.interpolate(lateral(v), levels[0].shape[-2:], mode="bilinear", align_corners=False)
             for lateral, v in zip(self.lateral, levels)
@@ -523,7 +533,8 @@ def average_precision(
 
 # %% ../../nbs/05_pictures.ipynb #060
 class PresenceHead(nn.Module):
-    "A throwaway head over the mean of the last level: which categories, and which values of each attribute, are in the picture."
+    """A throwaway head over the mean of the last level: which categories, and which values of each
+    attribute, are in the picture."""
 
     metric = "mean_average_precision"
 
@@ -678,7 +689,8 @@ def pretrain_backbone(
     out: str | Path | None = None,  # file for the backbone's weights (.safetensors)
     progress: bool = True,  # a line an epoch
 ) -> PretrainResult:
-    "Train an encoder on the labels of the training images, score its heads and throw them away, and freeze it."
+    """Train an encoder on the labels of the training images, score its heads and throw them away, and freeze
+    it."""
     if task not in TASKS:
         raise ValueError(f"task must be {' or '.join(map(repr, TASKS))}, not {task!r}")
     if out is not None and Path(out).suffix != ".safetensors":

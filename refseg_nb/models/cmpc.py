@@ -111,7 +111,8 @@ class MUTAN(nn.Module):
         v: Float[Tensor, "K C H W"],  # features of the pictures
         where: Float[Tensor, "8 H W"],  # of `coordinates`
     ) -> Float[Tensor, "K H W heads C"]:
-        "The picture's factors: once a picture. Channels stand last: all that follows sums over them, and on a CPU that is a quarter faster."
+        """The picture's factors: once a picture. Channels stand last: all that follows sums over them, and
+        on a CPU that is a quarter faster."""
         return (
             self.visual(torch.cat([v, where.expand(len(v), -1, -1, -1)], dim=1))
             .tanh()
@@ -241,7 +242,8 @@ class PeepholeConvLSTM(nn.Module):
         "The last state."
         if visual[0].shape[1:] != self.peepholes.shape[1:]:
             raise ValueError(
-                f"maps are {list(visual[0].shape[1:])}, but the peepholes were made for {list(self.peepholes.shape[1:])}"
+                f"maps are {list(visual[0].shape[1:])}, but the peepholes were made for"
+                f" {list(self.peepholes.shape[1:])}"
             )
         (w_i, w_f, w_o), (norm_j, norm_i, norm_f, norm_o, norm_c) = self.peepholes, self.norms
         h, c = None, torch.zeros_like(visual[0])
@@ -390,11 +392,13 @@ CMPC_PRESETS: dict[str, CMPCConfig] = {
 def deeplab_backbone(
     weights: str | None = None,  # "none": random; or a file with torchvision's names
 ) -> Backbone:
-    "The published backbone, frozen. Its weights have to be given: they exist as a TensorFlow checkpoint only."
+    """The published backbone, frozen. Its weights have to be given: they exist as a TensorFlow checkpoint
+    only."""
     if weights is None:
         raise FileNotFoundError(
-            "deeplab-resnet101 has no weights to fetch: convert deeplab_resnet_init.ckpt to torchvision's names and pass the file as "
-            "backbone_weights=, or 'none' for random weights; or take backbone='deeplabv3plus-resnet101' or 'resnet101'"
+            "deeplab-resnet101 has no weights to fetch: convert deeplab_resnet_init.ckpt to torchvision's"
+            " names and pass the file as backbone_weights=, or 'none' for random weights; or take"
+            " backbone='deeplabv3plus-resnet101' or 'resnet101'"
         )
     net = DeepLabResNet()
     if weights != "none":
@@ -406,7 +410,8 @@ def deeplab_backbone(
 # %% ../../nbs/17_cmpc.ipynb #061
 @dataclass
 class CMPCAttention:
-    "What the words are for, and how they connect the places; levels are 2, 3, 4 (CMPC's C3, C4, C5), places row by row."
+    """What the words are for, and how they connect the places; levels are 2, 3, 4 (CMPC's C3, C4, C5),
+    places row by row."""
 
     types: Float[Tensor, "B T 4"]  # shares of `WORD_TYPES`: rows sum to one, padding gets 0
     # P: which word a place listens to; rows sum to one, padding gets 0
@@ -440,7 +445,8 @@ class CMPCAttention:
         )
 
     def blocks(self) -> dict[str, tuple[Tensor, tuple[int, int], str, str]]:
-        "By level and direction: weights [B, heads = 1, query, key], their grid, who looks, at what; see `refseg_nb.attention.maps`."
+        """By level and direction: weights [B, heads = 1, query, key], their grid, who looks, at what; see
+        `refseg_nb.attention.maps`."""
         found = {}
         for level in self.to_words:
             found[f"{level} pixels→words"] = (self.to_words[level][:, None], self.grid, "pixels", "words")
@@ -506,7 +512,8 @@ class CMPC(nn.Module):
         if image_index is None and k != b:
             if k != 1:
                 raise ValueError(
-                    f"{k} images and {b} expressions: image_index must say which image each expression is about"
+                    f"{k} images and {b} expressions: image_index must say which image each expression is"
+                    " about"
                 )
             image_index = torch.zeros(b, dtype=torch.long, device=words.device)
         said = self.reader(words)

@@ -117,7 +117,8 @@ BERT_NAMES: dict[str, str] = {  # `BertBlock` -> a layer of `transformers`' BERT
 
 # %% ../../nbs/19_crossvlt.ipynb #025
 class MHCA(nn.Module):
-    "Multi-head cross attention of the vision encoder: each place asks the words, and adds the answer to itself."
+    """Multi-head cross attention of the vision encoder: each place asks the words, and adds the answer to
+    itself."""
 
     def __init__(
         self,
@@ -171,7 +172,8 @@ def alignment_loss(
     similarity: list[Float[Tensor, "B ..."]],  # a map a stage, of any size
     targets: Float[Tensor, "B h w"],  # in [0, 1]
 ) -> Float[Tensor, ""]:
-    "Each map enlarged to the target's size and compared with it as logits; the sum over the stages of the mean binary cross-entropy."
+    """Each map enlarged to the target's size and compared with it as logits; the sum over the stages of the
+    mean binary cross-entropy."""
     larger = (
         F.interpolate(s[:, None], targets.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
         for s in similarity
@@ -251,7 +253,8 @@ class CrossVLTConfig:
         width = SWINS[self.backbone]["embed_dim"]
         if 2 * width % self.head_width:
             raise ValueError(
-                f"head_width {self.head_width} does not divide {2 * width}, twice the channels of {self.backbone}"
+                f"head_width {self.head_width} does not divide {2 * width}, twice the channels of"
+                f" {self.backbone}"
             )
 
     def to_dict(self) -> dict:
@@ -332,7 +335,8 @@ class CrossAttention:
         )
 
     def blocks(self) -> dict[str, tuple[Tensor, tuple[int, int], str, str]]:
-        "By stage and direction: weights [B, heads, query, key], their grid, who looks, at what; see `refseg_nb.attention.maps`."
+        """By stage and direction: weights [B, heads, query, key], their grid, who looks, at what; see
+        `refseg_nb.attention.maps`."""
         found = {}
         for i, a in self.places.items():
             for name, w in ((f"{i}", a), (f"{i} merged", self.merged.get(i))):
@@ -345,7 +349,8 @@ class CrossAttention:
 
 # %% ../../nbs/19_crossvlt.ipynb #049
 class CrossVLT(nn.Module):
-    "CrossVLT (TMM 2023). Words and places inform each other at every stage, so only stage 1 can be shared between the phrases about a picture."
+    """CrossVLT (TMM 2023). Words and places inform each other at every stage, so only stage 1 can be shared
+    between the phrases about a picture."""
 
     def __init__(
         self,
@@ -381,7 +386,8 @@ class CrossVLT(nn.Module):
     adapt, encode, forward, parameter_groups = LAVT.adapt, LAVT.encode, LAVT.forward, LAVT.parameter_groups
 
     def meet(self, fusion, v, words, mask, return_attention):
-        "The places of a map [B, H, W, C] ask the words: F, and the attention [B, heads, H, W, T], as maps again."
+        """The places of a map [B, H, W, C] ask the words: F, and the attention [B, heads, H, W, T], as maps
+        again."""
         f, heard = fusion(v.flatten(1, 2), words, mask, return_attention)
         return f.view_as(v), heard.unflatten(2, v.shape[1:3]) if return_attention else None
 
@@ -399,7 +405,8 @@ class CrossVLT(nn.Module):
         if image_index is None and k != b:
             if k != 1:
                 raise ValueError(
-                    f"{k} images and {b} expressions: image_index must say which image each expression is about"
+                    f"{k} images and {b} expressions: image_index must say which image each expression is"
+                    " about"
                 )
             image_index = torch.zeros(b, dtype=torch.long, device=words.device)
         l, mask, _ = self.text[0](words)
@@ -435,7 +442,8 @@ class CrossVLT(nn.Module):
         image_index: Int[Tensor, " B"] | None = None,
         return_attention: bool = False,  # also give who looked where, in both directions
     ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], CrossAttention]:
-        "Logits for each expression, at the size of stage 1 times `factor`. Everything but stage 1's blocks runs anew for each."
+        """Logits for each expression, at the size of stage 1 times `factor`. Everything but stage 1's blocks
+        runs anew for each."""
         logits, seen = self.run(features, words, image_index, return_attention, align=return_attention)
         return (logits, seen) if return_attention else logits
 
@@ -454,8 +462,10 @@ class CrossVLT(nn.Module):
         if not self.config.alignment_weight:
             return parts
         return parts | {
-            "alignment": self.config.alignment_weight
-            * alignment_loss([s.float() for s in seen.similarity.values()], targets)
+            "alignment": (
+                self.config.alignment_weight
+                * alignment_loss([s.float() for s in seen.similarity.values()], targets)
+            )
         }
 
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -498,7 +508,9 @@ def create_crossvlt(
 # %% ../../nbs/19_crossvlt.ipynb #083
 # a published name -> ours, or after "!" why it is left out; the first row that matches holds
 PUBLISHED_NAMES: dict[str, str] = {
-    r"backbone\.\d\.layers\.blocks\.\d+\.attn\.relative_position_index": "!follows from the size of the window",
+    r"backbone\.\d\.layers\.blocks\.\d+\.attn\.relative_position_index": (
+        "!follows from the size of the window"
+    ),
     r"backbone\.3\.linear1\..*": "!a gate after the last stage: nothing ever used it",
     r"lang_stage1\.embeddings\.position_ids": "!counts from 0",
     r"backbone\.0\.patch_embed\.(.*)": r"backbone.patch_embed.\1",

@@ -66,7 +66,8 @@ class TextEncoder(nn.Module):
 
 # %% ../../nbs/08_baseline.ipynb #021
 class LevelAdapter(nn.Module):
-    "One raw level to C x H x W: adaptive max-pooling, then a 3x3 convolution ('pooling and convolution', section 3.1)."
+    """One raw level to C x H x W: adaptive max-pooling, then a 3x3 convolution ('pooling and convolution',
+    section 3.1)."""
 
     def __init__(
         self,
@@ -101,7 +102,8 @@ def pick(
 
 
 class BaselineFusion(nn.Module):
-    "The sentence feature tiled over the map, concatenated with each level, and mixed by a 1x1 convolution (section 4.4, Baseline)."
+    """The sentence feature tiled over the map, concatenated with each level, and mixed by a 1x1 convolution
+    (section 4.4, Baseline)."""
 
     def __init__(
         self,
@@ -221,7 +223,8 @@ def doubled_conv(
     weight: Float[Tensor, "O C 3 3"],  # of a 3x3 convolution with padding 1
     bias: Float[Tensor, " O"] | None = None,
 ) -> Float[Tensor, "B O 2H 2W"]:
-    "conv(double(x)) with a quarter of the products between channels: they are mixed on the small map, then places are."
+    """conv(double(x)) with a quarter of the products between channels: they are mixed on the small map, then
+    places are."""
     (b, c, h, w), o = x.shape, len(weight)
     rows, columns = (
         doubling_taps(h, x.device).to(x.dtype),
@@ -244,7 +247,8 @@ def doubled_conv(
 
 # %% ../../nbs/08_baseline.ipynb #056
 class UpsampleDecoder(nn.Module):
-    "3x3 convolutions with bilinear doubling between them, down to one channel (section 3.4's up-sampling convolution)."
+    """3x3 convolutions with bilinear doubling between them, down to one channel (section 3.4's up-sampling
+    convolution)."""
 
     def __init__(
         self,

@@ -27,7 +27,8 @@ def constant_conv(
     height: int,  # H >= 2
     width: int,  # W >= 2
 ) -> Float[Tensor, "B O H W"]:
-    "The convolution of a constant map: 9 cases (3 rows x 3 columns: first, inner, last), each one matrix product."
+    """The convolution of a constant map: 9 cases (3 rows x 3 columns: first, inner, last), each one matrix
+    product."""
     if height < 2 or width < 2:
         raise ValueError(f"the map is {height} x {width}: both must be at least 2")
     o, c = weight.shape[:2]
@@ -42,7 +43,8 @@ def constant_conv(
 
 # %% ../../nbs/10_hcam.ipynb #025
 class Gate(nn.Module):
-    "Conv([f^v ; l]) for a map and a vector that is tiled over it, split into a visual convolution and a 9-case language term."
+    """Conv([f^v ; l]) for a map and a vector that is tiled over it, split into a visual convolution and a
+    9-case language term."""
 
     def __init__(
         self,
@@ -71,7 +73,8 @@ class Gate(nn.Module):
 
 # %% ../../nbs/10_hcam.ipynb #029
 class Conv3dLevels(nn.Module):
-    "G = Conv3D([g_2; g_3; g_4]): kernel 3, padding (0, 1, 1), so that three levels become one map (equation 3)."
+    """G = Conv3D([g_2; g_3; g_4]): kernel 3, padding (0, 1, 1), so that three levels become one map
+    (equation 3)."""
 
     def __init__(
         self,

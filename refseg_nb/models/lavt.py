@@ -35,7 +35,8 @@ from .decoder import Language, conv_bn_relu, pick
 
 # %% ../../nbs/18_lavt.ipynb #007
 class WordPieces:
-    "BERT's WordPiece tokens behind the interface of `Vocabulary`: [PAD] is 0, and an expression is [CLS] pieces [SEP]."
+    """BERT's WordPiece tokens behind the interface of `Vocabulary`: [PAD] is 0, and an expression is [CLS]
+    pieces [SEP]."""
 
     def __init__(
         self,
@@ -85,7 +86,8 @@ class WordPieces:
             vocab = AutoTokenizer.from_pretrained(name).get_vocab()
         except OSError as error:
             raise FileNotFoundError(
-                f"the vocabulary of {name} is not here and could not be fetched; put its vocab.txt somewhere and use from_file"
+                f"the vocabulary of {name} is not here and could not be fetched; put its vocab.txt somewhere"
+                " and use from_file"
             ) from error
         return cls(sorted(vocab, key=vocab.get), protocol)
 
@@ -169,7 +171,8 @@ class WordPieces:
 
 # %% ../../nbs/18_lavt.ipynb #020
 class SwinStage(nn.Module):
-    "One stage of timm's Swin, computed as published: patch merging (stages 2 to 4), then blocks that pad the map before they shift it."
+    """One stage of timm's Swin, computed as published: patch merging (stages 2 to 4), then blocks that pad
+    the map before they shift it."""
 
     def __init__(
         self,
@@ -179,7 +182,8 @@ class SwinStage(nn.Module):
         self.downsample, self.blocks = stage.downsample, stage.blocks
 
     def attend(self, block, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
-        "Window attention on a map that is padded to whole windows first, so that timm has nothing left to pad after its shift."
+        """Window attention on a map that is padded to whole windows first, so that timm has nothing left to
+        pad after its shift."""
         h, w = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, -w % block.window_size[1], 0, -h % block.window_size[0]))
         return block._attn(x)[:, :h, :w]
@@ -213,7 +217,8 @@ SHIPPED_SWIN = "refshapes-swin.safetensors"  # in refseg_nb/weights
 
 
 class SwinBackbone(Backbone):
-    "A Swin whose four stages can be called one by one, so that words can enter between them. Maps are [K, H, W, C]."
+    """A Swin whose four stages can be called one by one, so that words can enter between them. Maps are [K,
+    H, W, C]."""
 
     def __init__(
         self,
@@ -230,7 +235,8 @@ class SwinBackbone(Backbone):
         "Images as the pre-training saw them."
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
-                f"this Swin was made for images of {self.image_size} x {self.image_size} pixels, not {' x '.join(map(str, images.shape[-2:]))}"
+                f"this Swin was made for images of {self.image_size} x {self.image_size} pixels, not"
+                f" {' x '.join(map(str, images.shape[-2:]))}"
             )
         return super().normalise(images)
 
@@ -275,7 +281,8 @@ def swin_backbone(
         path = Path(str(files("refseg_nb") / "weights" / SHIPPED_SWIN)) if weights is None else Path(weights)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: no such file; make one with pretrain_swin(root, out=...), or pass weights='none' for random weights"
+                f"{path}: no such file; make one with pretrain_swin(root, out=...), or pass weights='none'"
+                " for random weights"
             )
         net = SwinBackbone(SwinTransformer(**made), wordless)
         net.load_state_dict(_check_keys(path, _read_checkpoint(path), net.state_dict(), ()))
@@ -384,7 +391,8 @@ def bert_encoder(
             )
         except OSError as error:
             raise FileNotFoundError(
-                f"{weights or 'bert-base-uncased'} is not here and could not be fetched; use weights='none' for random weights"
+                f"{weights or 'bert-base-uncased'} is not here and could not be fetched; use weights='none'"
+                " for random weights"
             ) from error
         except RuntimeError as error:  # transformers' word for tensors of another shape
             raise ValueError(
@@ -409,7 +417,8 @@ def over_places(
 
 
 class PWAM(nn.Module):
-    "The pixel-word attention module: every place collects the words that matter to it, and multiplies them with what it sees."
+    """The pixel-word attention module: every place collects the words that matter to it, and multiplies them
+    with what it sees."""
 
     def __init__(
         self,
@@ -449,7 +458,8 @@ class PWAM(nn.Module):
 def language_gate(
     channels: int,  # C
 ) -> nn.Sequential:  # [..., C] -> [..., C] in (-1, 1)
-    "How much of the fused features goes back into the picture encoder: S = tanh(W2 relu(W1 F)), without biases."
+    """How much of the fused features goes back into the picture encoder: S = tanh(W2 relu(W1 F)), without
+    biases."""
     return nn.Sequential(
         nn.Linear(channels, channels, bias=False),
         nn.ReLU(),
@@ -459,7 +469,8 @@ def language_gate(
 
 # %% ../../nbs/18_lavt.ipynb #057
 class TopDownDecoder(nn.Module):
-    "LAVT's decoder: from the coarsest map to the finest, each time up-sample, concatenate, two 3x3 convolutions."
+    """LAVT's decoder: from the coarsest map to the finest, each time up-sample, concatenate, two 3x3
+    convolutions."""
 
     def __init__(
         self,
@@ -538,7 +549,8 @@ def weighted_loss(
 # %% ../../nbs/18_lavt.ipynb #071
 @dataclass
 class PixelWordAttention:
-    "Which words each place of a picture attends to: `attention[stage]` is [B, heads, H, W, T], rows sum to one over T, padded words get 0."
+    """Which words each place of a picture attends to: `attention[stage]` is [B, heads, H, W, T], rows sum to
+    one over T, padded words get 0."""
 
     stages: dict[int, Float[Tensor, "B heads H W T"]]  # stage 1 ... 4, finest first
     mask: Bool[Tensor, "B T"]  # True at real words
@@ -561,7 +573,8 @@ class PixelWordAttention:
         )
 
     def blocks(self) -> dict[int, tuple[Tensor, tuple[int, int], str, str]]:
-        "By stage: weights [B, heads, query, key], their grid, who looks, at what; see `refseg_nb.attention.maps`."
+        """By stage: weights [B, heads, query, key], their grid, who looks, at what; see
+        `refseg_nb.attention.maps`."""
         return {s: (a.flatten(2, 3), tuple(a.shape[2:4]), "pixels", "words") for s, a in self.stages.items()}
 
 # %% ../../nbs/18_lavt.ipynb #073
@@ -603,7 +616,8 @@ class LAVTConfig:
             raise ValueError(f"heads must name a number for each of 4 stages, not {self.heads}")
         if self.trained_layers is not None and not 0 <= self.trained_layers <= self.text_layers:
             raise ValueError(
-                f"trained_layers must be between 0 and text_layers = {self.text_layers}, not {self.trained_layers}"
+                f"trained_layers must be between 0 and text_layers = {self.text_layers}, not"
+                f" {self.trained_layers}"
             )
 
     def to_dict(self) -> dict:
@@ -623,7 +637,8 @@ class LAVTConfig:
 
 # %% ../../nbs/18_lavt.ipynb #077
 class LAVT(nn.Module):
-    "LAVT (CVPR 2022). Words enter after every stage of the Swin, so only stage 1 can be shared between the phrases about a picture."
+    """LAVT (CVPR 2022). Words enter after every stage of the Swin, so only stage 1 can be shared between the
+    phrases about a picture."""
 
     def __init__(
         self,
@@ -683,7 +698,8 @@ class LAVT(nn.Module):
         if image_index is None and k != b:
             if k != 1:
                 raise ValueError(
-                    f"{k} images and {b} expressions: image_index must say which image each expression is about"
+                    f"{k} images and {b} expressions: image_index must say which image each expression is"
+                    " about"
                 )
             image_index = torch.zeros(b, dtype=torch.long, device=words.device)
         language, v = self.text(words), pick(features[0], image_index)
@@ -841,7 +857,8 @@ def parameter_groups(
     model: LAVT,
     weight_decay: float = 1e-2,  # of all but the picture encoder's norms and tables
 ) -> list[dict]:  # AdamW's groups: two, of trained parameters only
-    "The published groups: no weight decay for what is called a norm or a table of relative positions in the picture encoder and its fusion."
+    """The published groups: no weight decay for what is called a norm or a table of relative positions in
+    the picture encoder and its fusion."""
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
     for name, p in model.named_parameters():
         spared = not name.startswith(("text.", "decoder.")) and (
@@ -857,7 +874,9 @@ LAVT.parameter_groups = parameter_groups  # the learner asks the model
 # %% ../../nbs/18_lavt.ipynb #098
 # a published name -> ours, or after "!" why it is left out; the first row that matches holds
 PUBLISHED_NAMES: dict[str, str] = {
-    r"backbone\.layers\.\d\.blocks\.\d+\.attn\.relative_position_index": "!follows from the size of the window",
+    r"backbone\.layers\.\d\.blocks\.\d+\.attn\.relative_position_index": (
+        "!follows from the size of the window"
+    ),
     r"backbone\.layers\.3\.res_gate\..*": "!a gate after the last stage: nothing ever used it",
     r"text_encoder\.embeddings\.position_ids": "!counts from 0",
     r"backbone\.patch_embed\.(.*)": r"backbone.patch_embed.\1",
@@ -880,7 +899,9 @@ PUBLISHED_NAMES: dict[str, str] = {
     r"backbone\.layers\.(\d)\.res_gate\.(\d)\.weight": r"gates.\1.\2.weight",
     r"backbone\.norm(\d)\.(.*)": r"norms.\1.\2",
     **{
-        rf"classifier\.{layer}{half}_{level}\.(.*)": rf"decoder.blocks.{4 - level}.{3 * (half - 1) + place}.\1"
+        rf"classifier\.{layer}{half}_{level}\.(.*)": (
+            rf"decoder.blocks.{4 - level}.{3 * (half - 1) + place}.\1"
+        )
         for level in (4, 3, 2)
         for half in (1, 2)
         for place, layer in enumerate(("conv", "bn"))
@@ -897,7 +918,8 @@ def rename_published(
     what: str,  # the model's name, for the error
     given: dict[str, Tensor] | None = None,  # tensors under our names that a file may lack
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:  # our state, and why published tensors were left out
-    "Published weights under our names: every tensor is used, left out for a reason that the report names, or an error that lists it."
+    """Published weights under our names: every tensor is used, left out for a reason that the report names,
+    or an error that lists it."""
     renamed, unknown, left_out = dict(given or {}), [], {}
     for key, value in published.items():
         key = key.removeprefix("module.")

@@ -130,7 +130,8 @@ class JointAttention(nn.Module):
         self,
         v: Float[Tensor, "B heads N d"],  # values
     ) -> Float[Tensor, "B heads N"]:
-        "How long the values are behind the output's matrix, the norm of Kobayashi et al. (2020) without the weight."
+        """How long the values are behind the output's matrix, the norm of Kobayashi et al. (2020) without
+        the weight."""
         added = torch.einsum("bhnd,chd->bhnc", v, self.out.weight.unflatten(1, (self.heads, -1)))
         return torch.linalg.vector_norm(added, dim=-1)
 
@@ -180,7 +181,8 @@ class SFMLayer(nn.Module):
 
 # %% ../../nbs/09_sfm.ipynb #039
 class SFM(nn.Module):
-    "Synchronous Multi-Modal Fusion (equation 1): attention over the joined sequence of H*W places and T words."
+    """Synchronous Multi-Modal Fusion (equation 1): attention over the joined sequence of H*W places and T
+    words."""
 
     def __init__(
         self,
@@ -226,14 +228,16 @@ class SFM(nn.Module):
         mask: Bool[Tensor, "B T"] | None = None,  # True at real words; padding is never looked at
         return_attention: bool = False,
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B T C"], list[LayerAttention] | None]:
-        "F = MultiHead(LayerNorm(V o L) + (P_v o P_l)): its visual part, its language part, and each layer's attention if asked."
+        """F = MultiHead(LayerNorm(V o L) + (P_v o P_l)): its visual part, its language part, and each
+        layer's attention if asked."""
         b, c, h, w = visual.shape
         t = words.shape[1]
         if h * w != len(self.p_v):
             raise ValueError(f"the map is {h} x {w} but SFM was built for {len(self.p_v)} places")
         if t > self.max_words:
             raise ValueError(
-                f"an expression of {t} words, but SFM has positions for {self.max_words}: shorten it or raise max_words"
+                f"an expression of {t} words, but SFM has positions for {self.max_words}: shorten it or raise"
+                " max_words"
             )
         x = torch.cat([visual.flatten(2).transpose(1, 2), words], dim=1)
         where = torch.cat([self.p_v, self.p_l[:t]])

@@ -79,7 +79,8 @@ class SHNetConfig:
     # without HCAM: "concat" (1x1 convolution; the paper does not say), "convlstm", "conv3d" (Table 2, rows 4
     level_fusion: str = "concat"
     # and 5), or "mgate", "tgfe", "gbfm" (Table 4)
-    # decoder, section 3.4: the paper names ASPP and up-sampling convolution; the numbers are the released code's
+    # decoder, section 3.4: the paper names ASPP and up-sampling convolution; the numbers are the released
+    # code's
     aspp_rates: tuple[int, ...] = (6, 12, 24)
     aspp_dropout: float = 0.25
     decoder_widths: tuple[int, ...] = (512, 512, 512, 256)
@@ -322,7 +323,8 @@ class SHNet(nn.Module):
         return self.adapt(self.backbone(images))
 
     def fuse(self, features, language, image_index=None, return_attention=False):
-        "Pictures meet words: maps [B, C, H, W] and language vectors [B, C], three of each, and the attention if asked."
+        """Pictures meet words: maps [B, C, H, W] and language vectors [B, C], three of each, and the
+        attention if asked."""
         t = language.words.shape[1]
         if not self.config.use_sfm:
             return (
@@ -377,7 +379,8 @@ class SHNet(nn.Module):
         if image_index is None and k != b:
             if k != 1:
                 raise ValueError(
-                    f"{k} images and {b} expressions: image_index must say which image each expression is about"
+                    f"{k} images and {b} expressions: image_index must say which image each expression is"
+                    " about"
                 )
             image_index = torch.zeros(b, dtype=torch.long, device=words.device)
         visual, language, attention = self.fuse(features, self.text(words), image_index, return_attention)
@@ -400,7 +403,8 @@ class SHNet(nn.Module):
         return self.segment(self.encode(images), words, image_index)
 
     def parts(self) -> dict[str, list[nn.Module]]:
-        "The modules of each trained part of the head; the table of word vectors is not counted with the text encoder."
+        """The modules of each trained part of the head; the table of word vectors is not counted with the
+        text encoder."""
         parts = {"text encoder": [self.text.lstm], "level adapters": [self.adapters]}
         parts |= {"SFM": [self.sfm]} if self.config.use_sfm else {"concatenation": [self.fusion]}
         parts |= {"HCAM": [self.hcam]} if self.config.use_hcam else {"level fusion": [self.levels]}

@@ -293,7 +293,8 @@ def make_refshapes(
     progress: bool = True,  # show a bar
     overwrite: bool = False,  # replace a data set that was made with other parameters
 ) -> Path:  # `<root>/<name>`
-    "Draw a RefShapes data set in the layout of its model; a second call with the same parameters does nothing."
+    """Draw a RefShapes data set in the layout of its model; a second call with the same parameters does
+    nothing."""
     names, regions = (*FLAVOURS, *VERSIONS), name == "refshapes-stuff"
     if name not in names:
         raise ValueError(f"name is {name!r}: it must be one of {', '.join(names)}")
@@ -328,7 +329,8 @@ def make_refshapes(
         return home
     if not overwrite and (data is False or data is None and home.exists()):
         raise ValueError(
-            f"{home} holds another data set (see its refshapes.json): choose another root, or pass overwrite=True to replace it"
+            f"{home} holds another data set (see its refshapes.json): choose another root, or pass"
+            " overwrite=True to replace it"
         )
     for folder in (root,) if regions else (root, store):
         folder.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,8 @@ _SIDES = ("left", "right", "top", "bottom", "biggest", "smallest")
 # %% ../../nbs/02_expressions.ipynb #017
 @dataclass(frozen=True)
 class Noun:
-    "A set of things: of a category (or kind of category, or any thing), and of a colour, a texture, a size where they are given."
+    """A set of things: of a category (or kind of category, or any thing), and of a colour, a texture, a size
+    where they are given."""
 
     noun: str = "any"  # a category, "person", "animal", "thing" (not a person), or "any"
     color: str = ""
@@ -209,7 +210,8 @@ class Distances(Orders):
         self.clear = [[_gap(a, b) for b in self.things] for a in self.things]
 
     def near(self, bits: int, anchors: int, far: bool = False) -> int | None:
-        "The thing of a set that is closest to (farthest from) the nearest of the anchors, by centres and by edges alike."
+        """The thing of a set that is closest to (farthest from) the nearest of the anchors, by centres and
+        by edges alike."""
         key = ("far" if far else "near", bits, anchors)
         if key in self.memo:
             return self.memo[key]
@@ -238,7 +240,8 @@ class Relations(Distances):
     "Relations with one side of an anchor, and with two anchors."
 
     def beside(self, side: str, bits: int, anchor: int) -> int | None:
-        "The nearest of those of a set that lie to one side of the anchor; there must be two of them, so that this is not the outermost one in disguise."
+        """The nearest of those of a set that lie to one side of the anchor; there must be two of them, so
+        that this is not the outermost one in disguise."""
         bits &= ~(1 << anchor)
         key = self.key[side]
         here = []
@@ -259,7 +262,8 @@ class Relations(Distances):
         return i if (dy < 0.7 * dx if side in ("left", "right") else dx < 0.7 * dy) else None
 
     def between(self, bits: int, a: int, b: int) -> int | None:
-        "The only one of a set near the middle of the line from one anchor to the other, the rest clearly elsewhere."
+        """The only one of a set near the middle of the line from one anchor to the other, the rest clearly
+        elsewhere."""
         key = ("between", min(a, b), max(a, b))
         if key not in self.memo:
             ax, ay, bx, by = self.things[a].x, self.things[a].y, self.things[b].x, self.things[b].y
@@ -341,7 +345,8 @@ def _nouns_in(part) -> list:
 def shorter(
     program: Program,
 ) -> list[Program]:  # every program with one content word less
-    "Leave out each content word in turn: an attribute, a noun (it becomes any thing), a superlative, a rank, a relation with its anchor."
+    """Leave out each content word in turn: an attribute, a noun (it becomes any thing), a superlative, a
+    rank, a relation with its anchor."""
 
     def of(part):
         if isinstance(part, Noun):
@@ -374,7 +379,8 @@ def is_minimal(
 
 # %% ../../nbs/02_expressions.ipynb #059
 def kind_of(program: Program) -> str:
-    "Attribute, superlative, relation, or composition: a relation with a superlative, another relation, or attributes on both sides."
+    """Attribute, superlative, relation, or composition: a relation with a superlative, another relation, or
+    attributes on both sides."""
     if program.op == "the":
         return "attribute"
     if program.op in ("most", "middle"):
@@ -714,7 +720,8 @@ _WEIGHTS = {
 
 # %% ../../nbs/02_expressions.ipynb #087
 def _frames(program: Program) -> list[str]:
-    "The program with one slot left open, in every way: two programs that share a frame differ in that slot only."
+    """The program with one slot left open, in every way: two programs that share a frame differ in that slot
+    only."""
     out = []
 
     def walk(part, build):
@@ -747,7 +754,8 @@ def flip_share(
     program: Program,
     scene: Scene,
 ) -> float | None:  # None if no other anchor gives a clear answer
-    "How often another anchor gives another referent: over all other things that could be the anchor and for which the answer is clear."
+    """How often another anchor gives another referent: over all other things that could be the anchor and
+    for which the answer is clear."""
     w = world(scene)
     r = w.run(program)
     op = program.op
@@ -818,7 +826,8 @@ def sample_expressions(
     wording=realise,  # (program, scene, rng) -> text
     mix: dict[str, float] = MIX,
 ) -> list[Expression]:
-    "Expressions of one image: referents drawn evenly, kinds drawn from `mix`, and contrast sets wherever two of them can share a frame."
+    """Expressions of one image: referents drawn evenly, kinds drawn from `mix`, and contrast sets wherever
+    two of them can share a frame."""
     if count < 1:
         raise ValueError(f"count is {count}: ask for at least one expression")
     allowed = list(range(len(scene.things))) if referents is None else list(referents)
@@ -1002,7 +1011,8 @@ def reference_execute(
     scene: Scene,  # for the names of things and colours
     rendering: Rendering | None = None,  # for places and sizes: they are measured on the masks
 ) -> int | None:  # index into `scene.things`
-    "Find what a phrase means by reading its words and measuring the drawn silhouettes; shares nothing with `execute`."
+    """Find what a phrase means by reading its words and measuring the drawn silhouettes; shares nothing with
+    `execute`."""
     m = _Measured(scene, rendering or render(scene))
     cx, cy = m.cx, m.cy
 

@@ -74,7 +74,8 @@ LONG_MIX = {"attribute": 0.04, "superlative": 0.05, "relation": 0.60, "compositi
 def enumerate_long(
     scene: Scene,
 ) -> list[tuple[Program, int, str]]:  # program, referent, and a name of the construction
-    "The programs of `enumerate_programs`, and relations whose anchor takes a step of its own; every one minimal."
+    """The programs of `enumerate_programs`, and relations whose anchor takes a step of its own; every one
+    minimal."""
     w = world(scene)
     out = enumerate_programs(scene)
     known = {str(p) for p, _, _ in out}
@@ -135,20 +136,24 @@ _TAILS = ("in the picture", "in the image", "in the scene", "in the photo")
 
 
 def _long_noun(noun: Noun, rng) -> tuple[str, bool]:
-    'A noun phrase, and whether it ends in a clause: "ball that is red", "man who is wearing a striped shirt".'
+    """A noun phrase, and whether it ends in a clause: "ball that is red", "man who is wearing a striped
+    shirt"."""
     front, word = _noun_text(noun, rng, terse=False)
     if rng.random() < 0.45:
         if worn := re.match(r"(\w+) ((?:in|wearing) .*)", word):
             return _join(front, worn[1], "who is", worn[2]), True
         *size, look = front.split() or [""]
         if look and look not in (*_SIZE["big"], *_SIZE["small"]):
-            return _join(
-                *size,
-                word,
-                _pick(rng, ("that is", "which is")),
-                look,
-                "in color" if look in COLORS and rng.random() < 0.4 else "",
-            ), True
+            return (
+                _join(
+                    *size,
+                    word,
+                    _pick(rng, ("that is", "which is")),
+                    look,
+                    "in color" if look in COLORS and rng.random() < 0.4 else "",
+                ),
+                True,
+            )
     return _join(front, word), False
 
 # %% ../../nbs/02c_flavours.ipynb #017
@@ -221,7 +226,8 @@ def sample_long(
     rng: random.Random,  # only `rng.random()` is called
     count: int = 5,  # how many
 ) -> list[Expression]:
-    "Long expressions of one image: referents drawn evenly, kinds drawn from `LONG_MIX`, contrast sets where there are any."
+    """Long expressions of one image: referents drawn evenly, kinds drawn from `LONG_MIX`, contrast sets
+    where there are any."""
     return sample_expressions(
         scene, rng, count=count, programs=enumerate_long(scene), wording=realise_long, mix=LONG_MIX
     )
@@ -559,7 +565,8 @@ def is_minimal_region(
     program: Program,
     regions: Meanings,
 ) -> bool:
-    "Whether the program means a region, no shorter one means about the same, and it is not about the whole picture."
+    """Whether the program means a region, no shorter one means about the same, and it is not about the whole
+    picture."""
     r = regions.run(program)
     if r is None or regions.size(r) > SAME:
         return False
@@ -812,7 +819,8 @@ def sample_regions(
     rng: random.Random,  # only `rng.random()` is called
     count: int = 5,  # how many
 ) -> list[Expression]:  # whose `referent` is a set of atoms, as bits
-    "Expressions about regions of one landscape: kinds drawn from `REGION_MIX`, regions evenly, contrast sets where there are any."
+    """Expressions about regions of one landscape: kinds drawn from `REGION_MIX`, regions evenly, contrast
+    sets where there are any."""
     if count < 1:
         raise ValueError(f"count is {count}: ask for at least one expression")
     pools, framed, used, times, out, sets = {}, {}, set(), Counter(), [], 0
@@ -928,7 +936,8 @@ def read_region(
     scene: Landscape,  # for the names of things and colours
     drawn: Rendering,  # for places, sizes and the ground
 ) -> np.ndarray:  # [H, W] bool
-    "Find the region that a phrase means by reading its words and measuring the picture; shares nothing with `Meanings`."
+    """Find the region that a phrase means by reading its words and measuring the picture; shares nothing
+    with `Meanings`."""
     m = _Seen(scene, drawn)
     things = lambda found: drawn.masks[found].any(0)
 

@@ -802,7 +802,8 @@ def _place(rng, things, scene_horizon):
 
 # %% ../../nbs/01_scenes.ipynb #108
 def _anchored(things) -> int:
-    'How many things are clearly the closest of their category to some other thing: what "the dog closest to the tree" needs.'
+    """How many things are clearly the closest of their category to some other thing: what "the dog closest
+    to the tree" needs."""
     found = set()
     for a in things:
         for kind in {t.category for t in things}:

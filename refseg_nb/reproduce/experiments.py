@@ -304,7 +304,8 @@ BUDGETS = {
     "quick": Budget(
         "large",
         6000,
-        "8,000 scenes of 96 px, a little more than two passes over their phrases: the order of the rows, not their last point",
+        "8,000 scenes of 96 px, a little more than two passes over their phrases: the order of the rows, not"
+        " their last point",
         6.0,
         1.5,
         RECIPE,
@@ -454,7 +455,8 @@ def _savings() -> Table:
 
 @cache
 def tables() -> dict[str, Table]:
-    "The four tables of the paper, the presets' differences, the family on two data sets, and the inexact savings."
+    """The four tables of the paper, the presets' differences, the family on two data sets, and the inexact
+    savings."""
     return {
         "table1": _table1(),
         "table2": _table2(),
@@ -481,7 +483,8 @@ def write_whole(path: Path, text: str | bytes):
 
 
 def _precision() -> str:
-    "bf16 where this machine computes in it: on such a CPU a step takes half the time; elsewhere it would be emulated, and slow."
+    """bf16 where this machine computes in it: on such a CPU a step takes half the time; elsewhere it would
+    be emulated, and slow."""
     import torch
 
     return "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "no"
@@ -605,8 +608,9 @@ def plan(
                     "seed": seed,
                     "budget": budget,
                     "splits": asked[name],
-                    "controls": name in {f"shnet{tag}" for tag in TAGS.values()}
-                    and target in ("table1", "all"),
+                    "controls": (
+                        name in {f"shnet{tag}" for tag in TAGS.values()} and target in ("table1", "all")
+                    ),
                     "draw": {"size": b.size, "resolution": drawn[1]} if drawn else None,
                     "folder": str(out / slug),
                     "record": str(out / "records" / slug),
@@ -616,7 +620,8 @@ def plan(
     if not jobs:
         folders = sorted({WORLDS[data][experiments()[name].dataset][0] for name in asked})
         raise FileNotFoundError(
-            f"{data_root or default_root()} holds none of {', '.join(folders)}: name the data's folder with --root"
+            f"{data_root or default_root()} holds none of {', '.join(folders)}: name the data's folder with"
+            " --root"
         )
     return jobs
 
@@ -735,7 +740,8 @@ def model_cost(
 ) -> dict[
     str, float
 ]:  # parameters without the table of words (all, trained); GFLOP that an image costs once, and each phrase about it
-    "Size and operations, counted without memory: the second phrase about an image costs what cannot be shared."
+    """Size and operations, counted without memory: the second phrase about an image costs what cannot be
+    shared."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -882,7 +888,10 @@ def _device(name: str) -> str:
 
 # %% ../../nbs/20_experiments.ipynb #074
 # what a job's process runs
-JOB = "import json, sys; from refseg_nb.reproduce.experiments import run_job; run_job(json.load(open(sys.argv[1])))"
+JOB = (
+    "import json, sys; from refseg_nb.reproduce.experiments import run_job;"
+    " run_job(json.load(open(sys.argv[1])))"
+)
 
 
 def check_jobs(
@@ -893,7 +902,8 @@ def check_jobs(
         file = Path(job["folder"]) / "job.json"
         if file.exists() and json.loads(file.read_text())["config"] != job["config"]:
             raise ValueError(
-                f"{file.parent} holds a run with other settings: give another output folder, or delete this one"
+                f"{file.parent} holds a run with other settings: give another output folder, or delete"
+                " this one"
             )
 
 # %% ../../nbs/20_experiments.ipynb #078
@@ -1023,6 +1033,7 @@ def leave_out(
         job["splits"] = [split for split in job["splits"] if split in there[where(job)]]
         if not job["splits"]:
             raise ValueError(
-                f"{job['config']['data']} has none of the splits of {job['label']}; it has {', '.join(there[where(job)])}"
+                f"{job['config']['data']} has none of the splits of {job['label']}; it has"
+                f" {', '.join(there[where(job)])}"
             )
     return list(dict.fromkeys(missing))

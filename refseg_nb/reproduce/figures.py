@@ -58,7 +58,8 @@ SPARE = (
 def colors_of(
     labels,  # of one figure
 ) -> dict[str, str]:  # label -> colour
-    "A model's colour is the same in every figure; other labels take what is free, and after that the spare colours again."
+    """A model's colour is the same in every figure; other labels take what is free, and after that the spare
+    colours again."""
     labels = list(labels)
     taken = {COLORS[x] for x in labels if x in COLORS}
     new = [x for x in labels if x not in COLORS]
@@ -97,7 +98,8 @@ def figure_bars(
     # a table: "rows" (label -> "cells"), "columns", "key" (the column that is drawn), "title", "protocol"
     summary: dict,
 ) -> Figure:
-    "The column that counts: ours with its 95 % interval and a dot a training, beside the paper's number where it has one."
+    """The column that counts: ours with its 95 % interval and a dot a training, beside the paper's number
+    where it has one."""
     key, rows, colors = summary["key"], summary["rows"], colors_of(summary["rows"])
     lying = len(rows) > UPRIGHT
     cells = [r["cells"][key] or {} for r in rows.values()]
@@ -257,7 +259,8 @@ def at_quantile(
     sent_ids: np.ndarray,  # [n]
     q: float,  # 0 is the smallest, 1 the largest
 ) -> int:  # place in the arrays
-    "The sample at a quantile (nearest rank, halves up); of several with that value, the one with the lowest sent_id."
+    """The sample at a quantile (nearest rank, halves up); of several with that value, the one with the
+    lowest sent_id."""
     value = np.sort(values)[int(q * (len(values) - 1) + 0.5)]
     same = np.flatnonzero(values == value)
     return int(same[np.argmin(sent_ids[same])])
@@ -265,8 +268,8 @@ def at_quantile(
 # %% ../../nbs/20c_figures.ipynb #028
 QUANTILES = (0.95, 0.8, 0.5, 0.2, 0.05)
 BASELINE_RULE = (
-    "All samples are sorted by the gain, IoU of the second model minus IoU of the first. Shown are those at the quantiles "
-    f"{', '.join(map(str, QUANTILES))} (nearest rank; of equal gains the lowest sent_id)."
+    "All samples are sorted by the gain, IoU of the second model minus IoU of the first. Shown are those at"
+    f" the quantiles {', '.join(map(str, QUANTILES))} (nearest rank; of equal gains the lowest sent_id)."
 )
 
 
@@ -279,7 +282,8 @@ def gains(
     order = [np.lexsort((x["sent_id"], x["ref_id"])) for x in (a, b)]
     if any(len(a[k]) != len(b[k]) or (a[k][order[0]] != b[k][order[1]]).any() for k in ("ref_id", "sent_id")):
         raise ValueError(
-            f"records {first.name!r} and {second.name!r} score different samples: compare runs on the same split"
+            f"records {first.name!r} and {second.name!r} score different samples: compare runs on the same"
+            " split"
         )
     out = np.empty(len(order[0]))
     out[order[0]] = _ious(b)[order[1]] - _ious(a)[order[0]]
@@ -319,7 +323,8 @@ def _find(refer, split: str, arrays: dict, places: list[int]) -> list:
     keys = [(int(arrays["ref_id"][i]), int(arrays["sent_id"][i])) for i in places]
     if missing := [k for k in keys if k not in known]:
         raise ValueError(
-            f"{refer.name} {split} has no sentence {missing[0][1]} of ref {missing[0][0]}: the record was made on another split"
+            f"{refer.name} {split} has no sentence {missing[0][1]} of ref {missing[0][0]}: the record was"
+            " made on another split"
         )
     return [known[k] for k in keys]
 
@@ -396,9 +401,9 @@ def figure_baseline(
 
 # %% ../../nbs/20c_figures.ipynb #047
 EXAMPLE_RULE = (
-    "For each kind of expression (where the data names none: for each length, 1-2, 3-5, 6-10, over 10 words), the sample whose IoU under "
-    "the full model is the median of its kind (nearest rank; of equal IoU the lowest sent_id); "
-    f"then the first sample, by sent_id, with an IoU below {WRONG_BELOW}."
+    "For each kind of expression (where the data names none: for each length, 1-2, 3-5, 6-10, over 10"
+    " words), the sample whose IoU under the full model is the median of its kind (nearest rank; of equal"
+    f" IoU the lowest sent_id); then the first sample, by sent_id, with an IoU below {WRONG_BELOW}."
 )
 
 
@@ -428,7 +433,10 @@ def figure_modules(
     return _compare(models, refer, _find(refer, split, record.arrays, list(chosen.values())), list(chosen))
 
 # %% ../../nbs/20c_figures.ipynb #056
-PHRASES_RULE = "The image of the split with the most expressions (of several, the lowest image_id), with all of them in the order of the file."
+PHRASES_RULE = (
+    "The image of the split with the most expressions (of several, the lowest image_id), with all of them in"
+    " the order of the file."
+)
 
 
 def choose_image(
@@ -446,7 +454,8 @@ def figure_phrases(
     split: str,
     columns: int = 5,  # panels in a row
 ) -> Figure:
-    "The paper's Figure 6: one image, all its phrases, the mask of each with the outline of the truth and the IoU."
+    """The paper's Figure 6: one image, all its phrases, the mask of each with the outline of the truth and
+    the IoU."""
     image_id = choose_image(refer, split)
     samples = [s for s in refer.samples(split) if s.image_id == image_id]
     image = np.asarray(refer.load_image(image_id))
@@ -467,8 +476,14 @@ def figure_phrases(
 TAKEN, HELD = 0.5, 0.2
 CAUSES = {  # of a failure, IoU below RIGHT_FROM: cause -> rule; the first rule that holds decides
     "nothing found": "the mask is empty",
-    "several things": f"at least two annotated things are taken: {TAKEN:.0%} of each is in the mask, and each holds {HELD:.0%} of the mask",
-    "nothing annotated": f"of the thing under most of the mask (largest IoU), the IoU is below {WRONG_BELOW}, and less than half of the mask is on it",
+    "several things": (
+        f"at least two annotated things are taken: {TAKEN:.0%} of each is in the mask, and each holds"
+        f" {HELD:.0%} of the mask"
+    ),
+    "nothing annotated": (
+        f"of the thing under most of the mask (largest IoU), the IoU is below {WRONG_BELOW}, and less than"
+        " half of the mask is on it"
+    ),
     "sloppy outline": "that thing is the one that was meant",
     "the anchor": "that thing is one that the phrase names to say where the other is",
     "same category": "it is another thing, of the category that was meant",
@@ -498,9 +513,13 @@ def cause_of(
         return "nothing annotated", -1
     if best == 0:
         return "sloppy outline", 0
-    return "the anchor" if best in anchors else "same category" if categories[best] == categories[
-        0
-    ] else "other category", best
+    return (
+        "the anchor"
+        if best in anchors
+        else "same category"
+        if categories[best] == categories[0]
+        else "other category"
+    ), best
 
 # %% ../../nbs/20c_figures.ipynb #068
 @lru_cache(64)
@@ -529,7 +548,8 @@ def anchors_of(
         refer.categories[refer.annotation(i)["category_id"]] for i in ids
     ]:
         raise ValueError(
-            f"{record}: image {sample.image_id} is not what its seed draws; draw the data set again with this version"
+            f"{record}: image {sample.image_id} is not what its seed draws; draw the data set again with this"
+            " version"
         )
 
     def named(program):
@@ -556,7 +576,8 @@ def failure_causes(
 ) -> dict[
     str, np.ndarray
 ]:  # sent_id, ref_id, image_id, kind, words, area, pixels, intersection, union, cause, answered, others, anchors
-    "Answer every sample of a split and say of each wrong answer why it is wrong; arrays with one entry a sample."
+    """Answer every sample of a split and say of each wrong answer why it is wrong; arrays with one entry a
+    sample."""
     if isinstance(refer, ReferIt):
         raise ValueError(
             f"{refer.name} has regions without categories: the cause of a failure cannot be told"
@@ -703,7 +724,10 @@ def figure_causes(
     return fig
 
 # %% ../../nbs/20c_figures.ipynb #084
-FAILURE_RULE = "For each cause the first failures in the order of the SHA-256 hash of their sent_id, each image at most once within a cause."
+FAILURE_RULE = (
+    "For each cause the first failures in the order of the SHA-256 hash of their sent_id, each image at most"
+    " once within a cause."
+)
 
 
 def choose_failures(
@@ -728,7 +752,8 @@ def figure_failures(
     table: dict[str, np.ndarray],  # from `failure_causes`
     n: int = 4,  # at most so many a cause
 ) -> Figure | None:  # None without a failure
-    "The gallery of failures: a row a cause, samples by `FAILURE_RULE`; the mask in pink, the outline of the truth, the IoU."
+    """The gallery of failures: a row a cause, samples by `FAILURE_RULE`; the mask in pink, the outline of
+    the truth, the IoU."""
     chosen, wrong = choose_failures(table, n), max(1, int((table["cause"] != "right").sum()))
     if not chosen:
         return None

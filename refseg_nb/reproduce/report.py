@@ -52,9 +52,9 @@ PAPER_CAPTION = {
 }
 
 FAMILY_NOTE = (
-    "SHNet, CMPC, LAVT and CrossVLT at their small sizes, each trained for a third of the steps of Tables 1 to 4, with the same batches and scenes. "
-    "An image's part is paid once, however many phrases ask about it; parameters are without the table of words, "
-    "milliseconds are processor time on one core."
+    "SHNet, CMPC, LAVT and CrossVLT at their small sizes, each trained for a third of the steps of Tables 1"
+    " to 4, with the same batches and scenes. An image's part is paid once, however many phrases ask about"
+    " it; parameters are without the table of words, milliseconds are processor time on one core."
 )
 
 
@@ -75,8 +75,8 @@ def summaries(
 
 def _about(summary: dict) -> str:
     return (
-        f"Measured on {', '.join(summary['measured on'])}. Brackets: {summary['interval']}. The paper's numbers are for photographs: compare the order "
-        "and the steps, not the heights."
+        f"Measured on {', '.join(summary['measured on'])}. Brackets: {summary['interval']}. The paper's"
+        " numbers are for photographs: compare the order and the steps, not the heights."
     )
 
 
@@ -180,7 +180,8 @@ def report(
     found = summaries(runs, resamples)
     if not found:
         raise ValueError(
-            f"{folder}: the records are of a single row, which makes no table yet: run another one, or a whole table"
+            f"{folder}: the records are of a single row, which makes no table yet: run another one, or a"
+            " whole table"
         )
     pictures = {}
 
@@ -210,7 +211,8 @@ def draw_pictures(
     jobs: list[dict],  # from `plan`, of Table 2's rows on UNC
     out: Path,  # figure4.png, ..., and figures.json with their captions
 ):
-    "Draw the figures that show masks, from the models of the first seed; those whose models are not there are left out."
+    """Draw the figures that show masks, from the models of the first seed; those whose models are not there
+    are left out."""
     from refseg_nb.data.referit import open_data
     from refseg_nb.inference import load
     from refseg_nb.reproduce import figures as F
@@ -301,8 +303,9 @@ def reproduce(
         f"{n:,}" for n in sorted({f([j["config"]["max_steps"] for j in jobs]) for f in (min, max)})
     )
     say(
-        f"{len(jobs)} trainings of {steps} steps, {cost['side by side']} side by side on {cores()} cores, "
-        f"{len(jobs) - len(todo)} of them done already: about {cost['minutes']:.0f} minutes at the speed that was measured for this budget."
+        f"{len(jobs)} trainings of {steps} steps, {cost['side by side']} side by side on {cores()} cores,"
+        f" {len(jobs) - len(todo)} of them done already: about {cost['minutes']:.0f} minutes at the speed"
+        " that was measured for this budget."
     )
     if left_out:
         say(f"Left out, because they are not there: {', '.join(left_out)}.")
@@ -379,14 +382,20 @@ def readme_results(
 ) -> str:  # markdown
     "The results of the README, from the records alone."
     out = [
-        "**The shipped SHNet** (`shnet-refshapes`) on RefShapes, 95 % intervals from a bootstrap over images:",
+        (
+            "**The shipped SHNet** (`shnet-refshapes`) on RefShapes, 95 % intervals from a bootstrap over"
+            " images:"
+        ),
         "",
     ]
     out += [
         *_shipped_table(results / "shnet-refshapes"),
         "",
-        "**The paper's tables**, beside ours (on RefShapes, at 96 and 128 px, where the paper has photographs at 320 and 448). The data differ, so compare "
-        "the order and the steps, not the heights:",
+        (
+            "**The paper's tables**, beside ours (on RefShapes, at 96 and 128 px, where the paper has"
+            " photographs at 320 and 448). The data differ, so compare the order and the steps, not the"
+            " heights:"
+        ),
         "",
     ]
     if not (results / "reproduction" / "records").is_dir():
@@ -403,7 +412,10 @@ def readme_results(
             "",
         ]
     out += [
-        "**Paper or released code, cheaper models, the family's differences**: in [chapter 20d](nbs/20d_reproduction.ipynb) and",
+        (
+            "**Paper or released code, cheaper models, the family's differences**: in [chapter"
+            " 20d](nbs/20d_reproduction.ipynb) and"
+        ),
         "[chapter 19b](nbs/19b_family.ipynb).",
         "",
         f"**The family.** {FAMILY_NOTE} Scores are overall IoU with 95 % intervals.",
@@ -419,7 +431,8 @@ def figure_overview(
     split: str = "val",
     count: int = 8,  # pictures, from the first on
 ):
-    "The first images of a split, each with its longest phrase and what the model answers; the IoU stands below."
+    """The first images of a split, each with its longest phrase and what the model answers; the IoU stands
+    below."""
     import textwrap
 
     import matplotlib.pyplot as plt

@@ -161,7 +161,9 @@ def summarise(
         )
     first = next((records[0] for label in rows for c in spec.rows[label] if (records := there(c))), None)
     on = {
-        f"{p.get('dataset')} {p.get('split')} ({len(r.arrays['union']):,} expressions on {len(np.unique(r.arrays['image_id'])):,} images)": None
+        f"{p.get('dataset')} {p.get('split')} ({len(r.arrays['union']):,} expressions on {len(np.unique(r.arrays['image_id'])):,} images)": (
+            None
+        )
         for label in rows
         for c in spec.rows[label]
         for r in there(c) or ()
@@ -260,9 +262,15 @@ def sentence(
         same = (
             ""
             if p["paper"] is None
-            else f" The paper has {p['paper']:+.2f}, {'the same' if d['value'] * p['paper'] > 0 else 'the opposite'} direction."
+            else (
+                f" The paper has {p['paper']:+.2f},"
+                f" {'the same' if d['value'] * p['paper'] > 0 else 'the opposite'} direction."
+            )
         )
-        said = f"{a} is {'better' if d['low'] > 0 else 'worse'} than {b}{' in this pair of trainings' * (len(seeds) == 1)}: {text}.{same}"
+        said = (
+            f"{a} is {'better' if d['low'] > 0 else 'worse'} than"
+            f" {b}{' in this pair of trainings' * (len(seeds) == 1)}: {text}.{same}"
+        )
     ahead = [f"{k} ({v['value']:+.1f})" for k, v in p["by kind"].items() if v["low"] > 0]
     behind = [f"{k} ({v['value']:+.1f})" for k, v in p["by kind"].items() if v["high"] < 0]
     if ahead:
@@ -277,7 +285,8 @@ def seed_spread(
 ) -> (
     dict | None
 ):  # "points": root mean square distance of two trainings; "rows": how many rows it is from; None without any
-    "How far two trainings of the same experiment lie apart in the column that counts, over all rows with several seeds."
+    """How far two trainings of the same experiment lie apart in the column that counts, over all rows with
+    several seeds."""
     each = [
         r["cells"][summary["key"]]["each seed"]
         for r in summary["rows"].values()
@@ -298,7 +307,10 @@ def among_trainings(
         return ""
     [x], others = cells[one]["each seed"], cells[several]["each seed"]
     where = "above them all" if x > max(others) else "below them all" if x < min(others) else "among them"
-    return f" The {len(others)} trainings of {several} reach {min(others):.1f} to {max(others):.1f}; the one of {one}, {x:.1f}, lies {where}."
+    return (
+        f" The {len(others)} trainings of {several} reach {min(others):.1f} to {max(others):.1f}; the one of"
+        f" {one}, {x:.1f}, lies {where}."
+    )
 
 # %% ../../nbs/20b_tables.ipynb #037
 def conclusions(
@@ -309,8 +321,9 @@ def conclusions(
     spread = seed_spread(summary)
     if spread and any(len(p["ours"]["by seed"] or [0, 0]) == 1 for p in summary["differences"]):
         lines.append(
-            f"Two trainings of the same row lie {spread['points']:.1f} points apart (root mean square; {spread['rows']} rows have several): "
-            "a difference between single trainings that is not clearly larger may be the seed's."
+            f"Two trainings of the same row lie {spread['points']:.1f} points apart (root mean square;"
+            f" {spread['rows']} rows have several): a difference between single trainings that is not clearly"
+            " larger may be the seed's."
         )
     key, whole = summary["key"], {row: r for row, r in summary["rows"].items() if r["cells"][summary["key"]]}
     if len(whole) > 1:
@@ -337,7 +350,8 @@ CONTROL_NAMES = {
 def controls_table(
     runs: dict,  # from `load_runs`
 ) -> str:
-    "Mean IoU of SHNet on each data set with its words or its picture taken away, in markdown; empty without records."
+    """Mean IoU of SHNet on each data set with its words or its picture taken away, in markdown; empty
+    without records."""
     found = {}
     for (name, split), records in runs.items():
         base, _, control = split.partition(".")
@@ -360,7 +374,8 @@ def controls_table(
 def cost_table(
     runs: dict,  # from `load_runs`
 ) -> str:
-    "Parameters, operations, time and memory of each training, in markdown; rows without recorded cost are left out."
+    """Parameters, operations, time and memory of each training, in markdown; rows without recorded cost are
+    left out."""
     out = [
         _line("Training", "trained parameters", "GFLOP a phrase", "minutes", "peak memory, GB", "machine"),
         "|---|" + "---|" * 5,
@@ -406,7 +421,8 @@ def family_table(
     runs: dict,  # from `load_runs`; may be empty
     resamples: int = 2000,  # bootstrap draws over images
 ) -> str:
-    "Size, price and score of the four systems, in markdown; what was not trained or measured yet is said to be so."
+    """Size, price and score of the four systems, in markdown; what was not trained or measured yet is said
+    to be so."""
     costs, ms = family_costs(runs), lambda seconds: f"{1000 * seconds:.1f}"
     show = {
         "trained parameters": "{:,}".format,
@@ -435,9 +451,11 @@ def family_table(
         cells = [tables()[name].rows[label][0] for name in ("family", "family+")]
         records = [runs.get((cell.experiment, cell.split)) for cell in cells]
         scores = [
-            f"{_interval(row_scores(r, resamples)['Overall IoU'])}, {len(r)} training{'s' * (len(r) > 1)}"
-            if r
-            else "not trained yet"
+            (
+                f"{_interval(row_scores(r, resamples)['Overall IoU'])}, {len(r)} training{'s' * (len(r) > 1)}"
+                if r
+                else "not trained yet"
+            )
             for r in records
         ]
         out.append(

@@ -48,7 +48,8 @@ SAVINGS = (
 
 
 class AsPublished(nn.Module):
-    "A SHNet's function as the equations and the released program's order of work have it, without the exact savings that are not asked for."
+    """A SHNet's function as the equations and the released program's order of work have it, without the
+    exact savings that are not asked for."""
 
     def __init__(
         self,
@@ -282,7 +283,8 @@ def matmul_peak(
     side: int = 2048,
     repeats: int = 5,
 ) -> float:  # GFLOP/s
-    "What this machine reaches in a large matrix product: the fastest of some. On a CPU a second is one of processor time, all threads together."
+    """What this machine reaches in a large matrix product: the fastest of some. On a CPU a second is one of
+    processor time, all threads together."""
     a, best = torch.randn(side, side, device=device).to(dtype), math.inf
     for _ in range(repeats):
         best = min(best, timed(lambda: a @ a, device)[0 if device.startswith("cuda") else 1])
@@ -362,7 +364,7 @@ def ways_of(
         for name, run in runs.items()
     ]
     return {
-        label: (lambda run=run, precision=precision: step(run, precision)) for run, precision, label in pairs
+        label: lambda run=run, precision=precision: step(run, precision) for run, precision, label in pairs
     }
 
 # %% ../../nbs/21_fast.ipynb #046
@@ -534,7 +536,7 @@ def bench(
 ) -> list[Path]:  # the records
     "Measure what is not measured yet."
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    jobs = {name: (lambda how=how: measure(**how, device=device)) for name, how in cases(quick).items()}
+    jobs = {name: lambda how=how: measure(**how, device=device) for name, how in cases(quick).items()}
     jobs |= (
         {"quick-loader": lambda: measure_loader((96,), (0,), 0.1)} if quick else {"loader": measure_loader}
     )
@@ -603,7 +605,8 @@ def bench_cases(
 def bench_table(
     cases: list[dict],  # of `bench_cases`, or a record that they do not have
 ) -> str:
-    "How many times as fast, expressions a second, share of the peak and memory, in markdown: a line a way, a column a case."
+    """How many times as fast, expressions a second, share of the peak and memory, in markdown: a line a way,
+    a column a case."""
 
     def cell(row):
         parts = [f"{row['times_as_fast']:.2f} ×", f"{row['expressions_per_second']:.2f}/s"]
@@ -627,6 +630,6 @@ def bench_table(
     )
 
 # %% ../../nbs/21_fast.ipynb #082
-#| eval: false
+# | eval: false
 if __name__ == "__main__":
     main()

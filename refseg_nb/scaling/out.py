@@ -59,7 +59,8 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    "BatchNorm2d with the mean and the variance of the whole batch, of which each process holds a part; on any device (Ioffe and Szegedy, 2015)."
+    """BatchNorm2d with the mean and the variance of the whole batch, of which each process holds a part; on
+    any device (Ioffe and Szegedy, 2015)."""
 
     counted = True  # False: this process's rows are a stand-in
 
@@ -76,7 +77,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         n, mean = sums[-1], sums[:-1] / sums[-1]
         if n <= 1:
             raise ValueError(
-                "one value a channel over all processes cannot be normalised while training: give two expressions or more"
+                "one value a channel over all processes cannot be normalised while training: give two"
+                " expressions or more"
             )
         centred = mine - mean.view(each)
         variance = SumOverProcesses.apply(self.counted * centred.square().sum((0, 2, 3))) / n
@@ -91,7 +93,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
 def share_batch_norm(
     model: nn.Module,  # is changed
 ) -> list[SharedBatchNorm2d]:  # those that were put in
-    "Put a `SharedBatchNorm2d` with the same weights in the place of each BatchNorm2d; names in checkpoints stay as they are."
+    """Put a `SharedBatchNorm2d` with the same weights in the place of each BatchNorm2d; names in checkpoints
+    stay as they are."""
     found = []
     for module in list(model.modules()):
         for name, old in list(module.named_children()):
@@ -145,8 +148,9 @@ def notice_lost_process(
             else (os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", "?"))
         )
         raise ProcessLost(
-            f"process {rank} of {world} (counted from 0) has lost another one, and {name} is stopped: see what the lost one wrote, "
-            "or whether it wanted too much memory; the same command again goes on from the last checkpoint"
+            f"process {rank} of {world} (counted from 0) has lost another one, and {name} is stopped: see"
+            " what the lost one wrote, or whether it wanted too much memory; the same command again goes on"
+            " from the last checkpoint"
         ) from error
 
 # %% ../../nbs/21b_scaling_out.ipynb #020
@@ -407,7 +411,8 @@ def growth(
 ) -> (
     dict
 ):  # as in the file: "rows" of {"series", "of", "size", "seconds", "memory"}, and where they were measured
-    "Measure time and memory as phrases, pixels, words, samples and processes grow; what the file holds already is not measured again."
+    """Measure time and memory as phrases, pixels, words, samples and processes grow; what the file holds
+    already is not measured again."""
     import tempfile
 
     from refseg_nb.course import tiny_data
@@ -420,7 +425,10 @@ def growth(
         json.loads(out.read_text())
         if out.exists()
         else {
-            "what": "processor seconds (of processes: of the clock) and bytes taken, each point in a process of its own with one thread, as one thing grows",
+            "what": (
+                "processor seconds (of processes: of the clock) and bytes taken, each point in a process of"
+                " its own with one thread, as one thing grows"
+            ),
             "versions": versions(),
             "machine": machine(),
             "commit": git_commit(),

@@ -81,7 +81,8 @@ def read_requests(
     if source.is_dir():
         if not phrases:
             raise ValueError(
-                f"{source} is a folder: say what to look for in its pictures with --phrase, which may be repeated"
+                f"{source} is a folder: say what to look for in its pictures with --phrase, which may be"
+                " repeated"
             )
         endings = Image.registered_extensions()
         names = sorted(path.name for path in source.iterdir() if path.suffix.lower() in endings)
@@ -112,7 +113,10 @@ def request_index(
             "PRAGMA journal_mode = OFF",
             "PRAGMA synchronous = OFF",
             "PRAGMA cache_size = -20000",
-            "CREATE TABLE request (id TEXT PRIMARY KEY, line INTEGER, image TEXT, phrase TEXT, error TEXT, done INTEGER DEFAULT 0) WITHOUT ROWID",
+            (
+                "CREATE TABLE request (id TEXT PRIMARY KEY, line INTEGER, image TEXT, phrase TEXT, error"
+                " TEXT, done INTEGER DEFAULT 0) WITHOUT ROWID"
+            ),
         ):
             index.execute(line)
         yield index
@@ -277,7 +281,10 @@ class BatchReport:
         return self.failed == 0
 
     def __str__(self):
-        text = f"{self.requests:,} requests: {self.before:,} answered before, {self.done:,} now (of {self.images:,} images), {self.failed:,} failed"
+        text = (
+            f"{self.requests:,} requests: {self.before:,} answered before, {self.done:,} now (of"
+            f" {self.images:,} images), {self.failed:,} failed"
+        )
         return text + (
             f': see "error" in {self.out / "results.jsonl"}; the next call tries them again'
             if self.failed
@@ -292,7 +299,8 @@ def segment_batch(
     phrases: tuple[str, ...] = (),  # asked about each picture of a folder
     progress: bool = False,  # show a bar
 ) -> BatchReport:
-    "Answer all requests that have no answer in `out` yet; a call that was stopped is gone on with by the same call."
+    """Answer all requests that have no answer in `out` yet; a call that was stopped is gone on with by the
+    same call."""
     source, out = Path(source), Path(out)
     base = source if source.is_dir() else source.parent
     requests = read_requests(source, tuple(phrases))

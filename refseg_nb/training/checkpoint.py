@@ -41,7 +41,8 @@ def _fsync(path: Path):
 def atomic_folder(
     path: str | Path,  # the folder as it shall be named in the end
 ) -> Iterator[Path]:  # a temporary folder beside it, to be filled
-    "Fill a temporary folder, then rename it: at every moment `path` is absent, or the old whole, or the new whole."
+    """Fill a temporary folder, then rename it: at every moment `path` is absent, or the old whole, or the
+    new whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
@@ -160,7 +161,8 @@ def load_tensors(
     what: str = "model.safetensors",  # named in the error
     backbone: bool = True,  # whether the backbone's weights are expected
 ):
-    "Load weights; floating tensors are converted to the model's own dtype, and any name or shape that does not fit is an error."
+    """Load weights; floating tensors are converted to the model's own dtype, and any name or shape that does
+    not fit is an error."""
     own = {k: v for k, v in model.state_dict().items() if backbone or not k.startswith("backbone.")}
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
@@ -169,12 +171,15 @@ def load_tensors(
         problem = (
             "is missing"
             if missing
-            else "is unknown to the model"
-            if extra
-            else f"is {tuple(tensors[k].shape)} and should be {tuple(own[k].shape)}"
+            else (
+                "is unknown to the model"
+                if extra
+                else f"is {tuple(tensors[k].shape)} and should be {tuple(own[k].shape)}"
+            )
         )
         raise CheckpointError(
-            f"{what} does not fit the model: {k} {problem} ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} of another shape)"
+            f"{what} does not fit the model: {k} {problem} ({len(missing)} missing, {len(extra)} unknown,"
+            f" {len(wrong)} of another shape)"
         )
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()}, strict=False)
 
@@ -189,7 +194,8 @@ def save_checkpoint(
     backbone: bool = False,  # with the backbone's weights: needed only if it is trained
     keep: int = 2,  # checkpoints kept
 ) -> Path:  # <folder>/step-00000123
-    "Write one checkpoint; it exists under its name only when it is whole, and only then are older ones removed."
+    """Write one checkpoint; it exists under its name only when it is whole, and only then are older ones
+    removed."""
     folder = Path(folder)
     tensors, groups = optimizer_tensors(optimizer)
     path = folder / f"step-{step:08d}"
@@ -312,8 +318,8 @@ def load_model(
         "backbone_print", fingerprint(model.backbone.state_dict())
     ) != fingerprint(model.backbone.state_dict()):
         raise CheckpointError(
-            f"{folder.name} was trained on another {stored['config']['backbone']} than the one that is loaded here: "
-            "give the backbone the weights that it had (backbone_weights in config.json)"
+            f"{folder.name} was trained on another {stored['config']['backbone']} than the one that is loaded"
+            " here: give the backbone the weights that it had (backbone_weights in config.json)"
         )
     meta = {k: stored[k] for k in ("model", "threshold", "image_size", "dtype")} | stored["meta"]
     return model.eval(), vocabulary, meta

@@ -81,7 +81,8 @@ def simplex(
 ) -> tuple[
     Tensor, Tensor, Tensor
 ]:  # v_0 [N, d + 1] int64; order of the rest, smallest first, [N, d + 1]; weights b [N, d + 1]
-    "The simplex around each point: corner v_0, the order that gives the other corners, and the barycentric weights."
+    """The simplex around each point: corner v_0, the order that gives the other corners, and the barycentric
+    weights."""
     n = y.shape[1]
     v = (y / n).round()
     rank = (y - n * v).argsort(1, descending=True).argsort(1) + v.sum(1, keepdim=True)
@@ -92,7 +93,8 @@ def simplex(
 
 # %% ../../nbs/13b_crf.ipynb #044
 class Lattice:
-    "A Gaussian filter with sigma 1 over N points of any dimension, up to a common factor: splat, blur, slice."
+    """A Gaussian filter with sigma 1 over N points of any dimension, up to a common factor: splat, blur,
+    slice."""
 
     def __init__(
         self,
@@ -172,7 +174,8 @@ def mean_field_pydensecrf(
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError:
         raise ValueError(
-            "backend 'pydensecrf' needs the package pydensecrf2 (Python below 3.13): install it or use backend 'torch'"
+            "backend 'pydensecrf' needs the package pydensecrf2 (Python below 3.13): install it or use"
+            " backend 'torch'"
         ) from None
     h, w = image.shape[:2]
     found = []
@@ -202,11 +205,13 @@ def dense_crf(
     p = p.float()
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
-            f"the image must be uint8 [H, W, 3], got {str(image.dtype).removeprefix('torch.')} {list(image.shape)}"
+            f"the image must be uint8 [H, W, 3], got {str(image.dtype).removeprefix('torch.')}"
+            f" {list(image.shape)}"
         )
     if p.ndim not in (2, 3) or p.shape[-2:] != image.shape[:2] or 0 in p.shape:
         raise ValueError(
-            f"probability has shape {list(p.shape)}: give [H, W] or [B, H, W] with the image's {image.shape[0]} x {image.shape[1]} pixels"
+            f"probability has shape {list(p.shape)}: give [H, W] or [B, H, W] with the image's"
+            f" {image.shape[0]} x {image.shape[1]} pixels"
         )
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError("probability must be in [0, 1] everywhere: give probabilities, not logits")

@@ -80,7 +80,8 @@ def controlled_texts(
             ]
             out.append([str(rng.choice(o)) if o else None for o in others])
         return out
-    # shuffled: lay the images out in a random order and move every phrase on by the largest group's size, so that it comes from another image
+    # shuffled: lay the images out in a random order and move every phrase on by the largest group's size, so
+    # that it comes from another image
     order = rng.permutation(len(groups))
     flat = [(g, i) for g in order for i in rng.permutation(len(groups[g]))]
     shift = max(map(len, groups)) if 2 * max(map(len, groups)) <= len(flat) else len(flat) // 2
@@ -92,7 +93,8 @@ def controlled_texts(
 
 # %% ../../nbs/13_evaluation.ipynb #023
 class Evaluator:
-    "Everything of an evaluation that does not depend on the weights, read once: which images, which texts, the true masks."
+    """Everything of an evaluation that does not depend on the weights, read once: which images, which texts,
+    the true masks."""
 
     def __init__(
         self,
@@ -282,7 +284,8 @@ class Evaluator:
         return self.measure(model, ("intersection", "union"), count, features, autocast, device, progress)
 
     def stamp(self) -> dict:
-        "Which data is scored, what of it is left out, and what the model reads: a part of a record's protocol."
+        """Which data is scored, what of it is left out, and what the model reads: a part of a record's
+        protocol."""
         data = self.dataset
         refer = getattr(data, "refer", None)
         return {
@@ -301,7 +304,8 @@ class Evaluator:
         }
 
     def sharpen(self, probability: Tensor, samples: list, crf) -> Tensor:  # [B, H, W]
-        "The probability maps after a dense CRF, at their own size; those of one image are done together. A grey image stays grey here."
+        """The probability maps after a dense CRF, at their own size; those of one image are done together. A
+        grey image stays grey here."""
         from refseg_nb.training.crf import dense_crf
 
         start, by_image, out = time.perf_counter(), {}, torch.empty_like(probability)
@@ -364,7 +368,8 @@ def metrics_of_sums(
     sums: np.ndarray,  # [..., 7 + X] sums of `metric_columns`
     thresholds: tuple[float, ...] = THRESHOLDS,
 ) -> dict[str, np.ndarray]:  # percent, [...]; NaN where there is no sample
-    "Overall IoU, mean IoU, precision@X and the shares of wrong objects, sloppy masks and right answers from sums."
+    """Overall IoU, mean IoU, precision@X and the shares of wrong objects, sloppy masks and right answers
+    from sums."""
     shares = ("mean_iou", *(f"precision@{x:g}" for x in thresholds), *FAILURES)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {"overall_iou": 100 * sums[..., 0] / sums[..., 1]} | {
@@ -423,7 +428,8 @@ def bootstrap(
 ) -> dict[
     str, dict
 ]:  # group -> metric -> {"value", "low", "high"}, and group -> "samples"; the whole is group "all"
-    "Every metric of every group with its 95 % interval; images are drawn with replacement, and all their expressions come along."
+    """Every metric of every group with its 95 % interval; images are drawn with replacement, and all their
+    expressions come along."""
     intersection, union = np.asarray(intersection, dtype=np.int64), np.asarray(union, dtype=np.int64)
     n = len(union)
     if n == 0:
@@ -450,7 +456,8 @@ def bootstrap(
 # %% ../../nbs/13_evaluation.ipynb #049
 @dataclass
 class Record:
-    "What an evaluation leaves behind: what was measured, how, of what, where, and each sample's pixel counts."
+    """What an evaluation leaves behind: what was measured, how, of what, where, and each sample's pixel
+    counts."""
 
     name: str  # of the model or run
     metrics: dict  # metric -> {"value", "low", "high"}, in percent
@@ -472,7 +479,10 @@ class Record:
 
     def __str__(self):
         o, m = self.metrics["overall_iou"], self.metrics["mean_iou"]
-        return f"{self.name}: overall IoU {o['value']:.1f} [{o['low']:.1f}, {o['high']:.1f}], mean IoU {m['value']:.1f}, {self.metrics['samples']} samples"
+        return (
+            f"{self.name}: overall IoU {o['value']:.1f} [{o['low']:.1f}, {o['high']:.1f}], mean IoU"
+            f" {m['value']:.1f}, {self.metrics['samples']} samples"
+        )
 
 # %% ../../nbs/13_evaluation.ipynb #051
 PACKAGES = (
@@ -547,7 +557,8 @@ def sample_groups(
 ) -> dict[
     str, dict[str, np.ndarray]
 ]:  # "kind", "words", "area" and, where known, "distractors", "category" -> name -> [n] bool
-    "Split the samples by kind of expression, number of words, terciles of the object's share of the image, distractors, and the most frequent categories."
+    """Split the samples by kind of expression, number of words, terciles of the object's share of the image,
+    distractors, and the most frequent categories."""
     out = {
         "kind": {str(k): arrays["kind"] == k for k in np.unique(arrays["kind"]) if k},
         "words": {
@@ -653,7 +664,8 @@ def evaluate(
     threshold_from: str | None = None,
     ignore: set[tuple[int, int]] | None = None,  # (ref_id, sent_id) of samples that are left out
 ) -> Record:
-    "Score a model on a split: original resolution, all sentences, one fixed threshold, intervals over images."
+    """Score a model on a split: original resolution, all sentences, one fixed threshold, intervals over
+    images."""
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
     if crf is True:
@@ -720,7 +732,8 @@ def object_arrays(
 ) -> dict[
     str, np.ndarray
 ]:  # "category" [n] str, "distractors" [n] int64; empty where the data set has no categories
-    "What each sample's object is, and how many others of its category the image holds; crowds are not counted."
+    """What each sample's object is, and how many others of its category the image holds; crowds are not
+    counted."""
     if refer is None or isinstance(refer, ReferIt):
         return {}
     found = {}
@@ -782,7 +795,8 @@ def save_record(
     record: Record,
     path: str | Path,  # of the JSON file; the samples go beside it, with the ending .npz
 ) -> Path:  # the JSON file
-    "Write a record: JSON for people, and a small .npz of the per-sample counts from which every number can be made again."
+    """Write a record: JSON for people, and a small .npz of the per-sample counts from which every number can
+    be made again."""
     path = Path(path).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays, lists = dict(record.arrays), {}
@@ -824,11 +838,15 @@ def load_record(
             arrays = {k: stored[k] for k in stored.files}
         lists = {k: arrays.pop(name) for k, name in _WORDS.items() if name in arrays}
         arrays = {
-            k: lists[k][v]
-            if k in lists
-            else np.cumsum(v, dtype=np.int64)
-            if k in ("sent_id", "ref_id", "image_id")
-            else v.astype(np.int64)
+            k: (
+                lists[k][v]
+                if k in lists
+                else (
+                    np.cumsum(v, dtype=np.int64)
+                    if k in ("sent_id", "ref_id", "image_id")
+                    else v.astype(np.int64)
+                )
+            )
             for k, v in arrays.items()
         }
     return Record(**fields, arrays=arrays)
@@ -850,7 +868,8 @@ def paired_groups(
     for r, k in zip((*a, *b), keys):
         if not np.array_equal(k, keys[0]):
             raise ValueError(
-                f"records {a[0].name!r} and {r.name!r} score different samples: compare runs on the same split"
+                f"records {a[0].name!r} and {r.name!r} score different samples: compare runs on the same"
+                " split"
             )
     order = [np.lexsort((r.arrays["sent_id"], r.arrays["ref_id"])) for r in (*a, *b)]
     image = a[0].arrays["image_id"][order[0]]

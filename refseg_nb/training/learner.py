@@ -199,7 +199,8 @@ class TrainConfig:
         if self.class_weights is not None:
             if len(self.class_weights) != 2 or min(self.class_weights) <= 0:
                 raise ValueError(
-                    f"class_weights must be two positive numbers, of background and referent, got {self.class_weights}"
+                    "class_weights must be two positive numbers, of background and referent, got"
+                    f" {self.class_weights}"
                 )
             self.class_weights = tuple(map(float, self.class_weights))
         choices = {
@@ -237,12 +238,15 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
         if self.images_per_batch and self.batch_size:
             raise ValueError(
-                "images_per_batch and batch_size exclude each other: a batch is counted in images or in expressions"
+                "images_per_batch and batch_size exclude each other: a batch is counted in images or in"
+                " expressions"
             )
         least = 1 if self.model == "cmpc" else 2  # CMPC has no BatchNorm, and is published with 1
         if self.batch_size is not None and self.batch_size < least:
             raise ValueError(
-                f"batch_size must be at least {least}{' (one expression alone cannot be normalised)' * (least > 1)}, got {self.batch_size}"
+                "batch_size must be at least"
+                f" {least}{' (one expression alone cannot be normalised)' * (least > 1)}, got"
+                f" {self.batch_size}"
             )
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
@@ -254,13 +258,15 @@ class TrainConfig:
             raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}")
         if self.val_split is None and self.schedule == "plateau":
             raise ValueError(
-                "schedule='plateau' follows the loss on the validation split: name a val_split, or use schedule='polynomial'"
+                "schedule='plateau' follows the loss on the validation split: name a val_split, or use"
+                " schedule='polynomial'"
             )
         if self.keep == "best" and self.val_split is None:
             raise ValueError("keep='best' needs a val_split")
         if self.cache_features is True and self.train_backbone:
             raise ValueError(
-                "cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs change"
+                "cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs"
+                " change"
             )
 
     def recipe(self):
@@ -365,7 +371,8 @@ def polynomial_decay(
     warmup: int = 0,  # steps of linear rise
     end_lr: float = 0.0,  # smallest one, from `total` on
 ) -> float:  # the learning rate of this step
-    "(lr − end) · (1 − step/total)^power + end, with end = 0 in section 4.2 of the paper; with warm-up, the smaller of it and the rise."
+    """(lr − end) · (1 − step/total)^power + end, with end = 0 in section 4.2 of the paper; with warm-up, the
+    smaller of it and the rise."""
     decayed = end_lr + (lr - end_lr) * max(0.0, 1 - step / total) ** power
     return min(decayed, lr * (step + 1) / warmup) if step < warmup else decayed
 
@@ -488,7 +495,8 @@ def kept_tensors(
                 need, free = sum(map(math.prod, shapes)) * dtype.itemsize, shutil.disk_usage(new).free
                 if need > free:
                     raise OSError(
-                        f"{path.parent}: the features take {need / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free: choose another cache_folder"
+                        f"{path.parent}: the features take {need / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are"
+                        " free: choose another cache_folder"
                     )
                 whole = np.dtype(f"i{dtype.itemsize}")  # NumPy has no bfloat16
                 files.extend(
@@ -505,7 +513,8 @@ def kept_tensors(
 
 # %% ../../nbs/12_training.ipynb #049
 class FeatureCache:
-    "The frozen backbone's outputs for every image of a data set, computed once and kept in memory or on the disk."
+    """The frozen backbone's outputs for every image of a data set, computed once and kept in memory or on
+    the disk."""
 
     def __init__(
         self,
@@ -667,7 +676,7 @@ def check_same_config(
         if now.get(k) != stored.get(k):
             raise CheckpointError(
                 f"{Path(config.out).name} was begun with {k}={stored.get(k)!r}, and now {k}={now.get(k)!r}: "
-                f"use the old value, another `out`, or resume=False to begin again"
+                "use the old value, another `out`, or resume=False to begin again"
             )
 
 
@@ -743,8 +752,8 @@ class LearnerParts:
         self.device = self.accelerator.device
         if str(self.accelerator.distributed_type.value) not in ("NO", "MULTI_CPU", "MULTI_GPU"):
             raise ValueError(
-                f"the launcher asks for {self.accelerator.distributed_type.value}, and the learner only averages gradients: "
-                "use one of refseg_nb/scaling/launch/cpus.yaml, gpus.yaml or nodes.yaml"
+                f"the launcher asks for {self.accelerator.distributed_type.value}, and the learner only"
+                " averages gradients: use one of refseg_nb/scaling/launch/cpus.yaml, gpus.yaml or nodes.yaml"
             )
         if c.mixed_precision == "fp16" and self.device.type == "cpu":
             raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
@@ -822,7 +831,8 @@ class LearnerParts:
         torch.manual_seed(c.seed + 1000 * self.rank)  # from here on the only random numbers are dropout's
 
     def read_vocabulary(self, model: nn.Module | None = None):
-        "The words of the training expressions; for a model that reads with BERT, BERT's WordPieces, cut as its recipe says."
+        """The words of the training expressions; for a model that reads with BERT, BERT's WordPieces, cut as
+        its recipe says."""
         c = self.config
         if model is not None:
             made = vars(model.config)
@@ -832,7 +842,8 @@ class LearnerParts:
         if made.get("begin", True):
             if c.pieces:
                 raise ValueError(
-                    f"pieces={c.pieces!r}: this model reads the words of {c.data}, not BERT's pieces; lavt's and crossvlt's base do"
+                    f"pieces={c.pieces!r}: this model reads the words of {c.data}, not BERT's pieces; lavt's"
+                    " and crossvlt's base do"
                 )
             return vocabulary_for(self.refer, c.train_split)
         if c.vectors:
@@ -864,13 +875,15 @@ class LearnerParts:
         )
 
     def start_from(self, name: str):
-        "Take the weights of a trained model. Only what has no weights may differ, such as the size of the grid."
+        """Take the weights of a trained model. Only what has no weights may differ, such as the size of the
+        grid."""
         from refseg_nb.inference import load
 
         trained = load(name)
         if trained.vocabulary != self.vocabulary:
             raise ValueError(
-                f"start={name!r} was trained with other words than those of {self.config.data}: its word vectors cannot be taken over"
+                f"start={name!r} was trained with other words than those of {self.config.data}: its word"
+                " vectors cannot be taken over"
             )
         load_tensors(self.model, trained.model.state_dict(), str(name))
 
@@ -890,7 +903,8 @@ class LearnerParts:
         )
 
     def plan(self, epoch: int) -> list:
-        "The batches of an epoch, of several processes this one's part of each, as groups and samples: a pure function of seed and epoch."
+        """The batches of an epoch, of several processes this one's part of each, as groups and samples: a
+        pure function of seed and epoch."""
         c = self.config
         if c.batch_size:
             batches = expression_batches(
@@ -950,7 +964,8 @@ class LearnerParts:
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator:
         "This process's batches of an epoch, from number `skip` on."
-        # an own generator: a DataLoader draws a number when it starts, and must not draw it from the one that dropout uses
+        # an own generator: a DataLoader draws a number when it starts, and must not draw it from the one that
+        # dropout uses
         return iter(
             DataLoader(
                 self.train_data,
@@ -995,7 +1010,8 @@ class LearnerSteps(LearnerParts):
         return min(lr, c.lr * (self.step + 1) / c.warmup) if self.step < c.warmup else lr
 
     def share_weights(self, batch, share: float):
-        "Tell the loss the mean weight of a pixel over all processes' parts of a batch: then their shares add up to the weighted mean of the whole."
+        """Tell the loss the mean weight of a pixel over all processes' parts of a batch: then their shares
+        add up to the weighted mean of the whole."""
         mine = share * mean_weight(batch.targets.to(self.device), self.config.class_weights)
         self.accelerator.unwrap_model(self.objective).mean_weight = self.accelerator.reduce(mine, "sum")
 
@@ -1117,7 +1133,8 @@ class LearnerState(LearnerSteps):
         for name, now in (("words", len(self.vocabulary)), ("images", len(self.train_data.groups))):
             if state[name] != now:
                 raise CheckpointError(
-                    f"the checkpoint was made with {name}={state[name]}, and now it is {now}: the data changed"
+                    f"the checkpoint was made with {name}={state[name]}, and now it is {now}: the data"
+                    " changed"
                 )
         if state.get("vocabulary", self.vocabulary.fingerprint) != self.vocabulary.fingerprint:
             raise CheckpointError(
@@ -1126,7 +1143,8 @@ class LearnerState(LearnerSteps):
             )
         if state["backbone"] != self.backbone_print and not self.backbone_trained:
             raise CheckpointError(
-                "the checkpoint was made with other weights of the frozen backbone: use those, or begin again with resume=False"
+                "the checkpoint was made with other weights of the frozen backbone: use those, or begin again"
+                " with resume=False"
             )
         load_tensors(
             self.model, found["model"], f"checkpoint step-{state['step']:08d}", self.backbone_trained
@@ -1142,7 +1160,8 @@ class LearnerState(LearnerSteps):
             torch.manual_seed(random.Random(f"{self.config.seed} {self.rank} {self.step}").getrandbits(63))
             if self.main and not self.config.quiet:
                 print(
-                    f"begun with {state['world']} processes, going on with {self.world}: same batches, other dropout"
+                    f"begun with {state['world']} processes, going on with {self.world}: same batches, other"
+                    " dropout"
                 )
             return {}
         return {k.split(".")[0]: v for k, v in found["rng"].items() if k.endswith(f".{self.rank}")}
@@ -1339,7 +1358,8 @@ def train(
     # train this one instead of `create_model(config.model, config.preset, ...)`
     model: nn.Module | None = None,
 ) -> TrainResult:
-    "Train as the configuration says; a run that was stopped goes on where its last checkpoint was, with the same result bit for bit (on a CPU)."
+    """Train as the configuration says; a run that was stopped goes on where its last checkpoint was, with
+    the same result bit for bit (on a CPU)."""
     with notice_lost_process(config.out):
         learner = Learner(config, model)
         with learner.alone():

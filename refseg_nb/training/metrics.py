@@ -24,7 +24,8 @@ def intersection_union(
         )
     if pred.shape != target.shape:
         raise ValueError(
-            f"pred is {tuple(pred.shape)} but target is {tuple(target.shape)}: resize the prediction to the original size of the image first"
+            f"pred is {tuple(pred.shape)} but target is {tuple(target.shape)}: resize the prediction to the"
+            " original size of the image first"
         )
     return (pred & target).sum((-2, -1)), (pred | target).sum((-2, -1))
 
@@ -53,7 +54,8 @@ COMPARATORS = {">": torch.gt, ">=": torch.ge}
 
 
 class SegmentationMetric(Metric):
-    "Overall IoU, mean IoU and precision@X over all samples seen, in percent; exact sums, the same on any number of processes."
+    """Overall IoU, mean IoU and precision@X over all samples seen, in percent; exact sums, the same on any
+    number of processes."""
 
     full_state_update = False
     higher_is_better = True

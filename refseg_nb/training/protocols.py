@@ -41,7 +41,10 @@ RESOLUTIONS = {
     "original": "at the size of the image",
     "squash": "both masks at side x side pixels, the true one by its nearest pixels",
     "dilated": "both masks at side x side pixels, the true one bilinear, then everything above 0",
-    "binary": "at the size of the image; the prediction is thresholded with `side` pixels on its longer side, then resized bilinearly, then everything above 0",
+    "binary": (
+        "at the size of the image; the prediction is thresholded with `side` pixels on its longer side, then"
+        " resized bilinearly, then everything above 0"
+    ),
 }
 SENTENCES = ("all", "first", "last")
 
@@ -116,7 +119,9 @@ PROTOCOLS = {
             "dilated",
             160,
             empty=0.0,
-            source="SHNet's released code with its README's mask_dim; its value for two empty masks is assumed",
+            source=(
+                "SHNet's released code with its README's mask_dim; its value for two empty masks is assumed"
+            ),
         ),
         Protocol(
             "shnet-56",
@@ -124,7 +129,9 @@ PROTOCOLS = {
             "dilated",
             56,
             empty=0.0,
-            source="SHNet's released code with its default mask_dim; its value for two empty masks is assumed",
+            source=(
+                "SHNet's released code with its default mask_dim; its value for two empty masks is assumed"
+            ),
         ),
         Protocol(
             "lavt",
@@ -157,7 +164,10 @@ PROTOCOLS = {
             320,
             ">=",
             0.0,
-            source="CMPC's test program, its DenseCRF if `crf` says so; theirs divides by zero for two empty masks",
+            source=(
+                "CMPC's test program, its DenseCRF if `crf` says so; theirs divides by zero for two empty"
+                " masks"
+            ),
         ),
     )
 }
@@ -213,8 +223,8 @@ def compared_masks(
         return decide(size), true
     if protocol.resolution == "binary":
         return dilated(decide(tuple(max(1, round(n * protocol.side / max(size))) for n in size)), size), true
-    return decide(square), nearest(true, protocol.side) if protocol.resolution == "squash" else dilated(
-        true, square
+    return decide(square), (
+        nearest(true, protocol.side) if protocol.resolution == "squash" else dilated(true, square)
     )
 
 # %% ../../nbs/13c_protocols.ipynb #021
@@ -300,7 +310,10 @@ class ThresholdChoice:
     counts: dict[float, tuple[int, int]]  # threshold -> sums of intersections and unions
 
     def __str__(self):
-        return f"threshold {self.threshold:g}, chosen on {self.chosen_on}: overall IoU {self.curve[self.threshold]:.1f}"
+        return (
+            f"threshold {self.threshold:g}, chosen on {self.chosen_on}: overall IoU"
+            f" {self.curve[self.threshold]:.1f}"
+        )
 
 
 def choose_threshold(
@@ -375,7 +388,8 @@ def write_samples(
     record: Record,
     path: str | Path,  # usually .jsonl
 ) -> Path:
-    "Write a record's samples, one JSON object a line, with the keys of `SAMPLE_FIELDS`; the file is written whole or not at all."
+    """Write a record's samples, one JSON object a line, with the keys of `SAMPLE_FIELDS`; the file is
+    written whole or not at all."""
     sample_keys(record)  # says it if there are no samples
     path, names = Path(path), [k for k in SAMPLE_FIELDS if k in record.arrays]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -496,7 +510,10 @@ class Comparison:
 
         def row(label, d):
             star = "*" if d["low"] > 0 or d["high"] < 0 else " "
-            return f"{label:30.30} {d['a']:6.1f} {d['b']:6.1f} {d['difference']:+7.2f} {star} [{d['low']:+.2f}, {d['high']:+.2f}]"
+            return (
+                f"{label:30.30} {d['a']:6.1f} {d['b']:6.1f} {d['difference']:+7.2f} {star} [{d['low']:+.2f},"
+                f" {d['high']:+.2f}]"
+            )
 
         lines += [
             "",
@@ -516,7 +533,10 @@ class Comparison:
             [
                 *lines,
                 "",
-                f"* the interval over images does not hold 0; of {n} groups about {n / 20:.1f} would be marked if nothing differed",
+                (
+                    f"* the interval over images does not hold 0; of {n} groups about {n / 20:.1f} would be"
+                    " marked if nothing differed"
+                ),
             ]
         )
 
@@ -544,18 +564,21 @@ def compare(
             x, y = first.protocol.get(key), r.protocol.get(key)
             if x != y:
                 raise ValueError(
-                    f"records {first.name!r} and {r.name!r} cannot be compared: {key} is {x!r} in one and {y!r} in the other"
+                    f"records {first.name!r} and {r.name!r} cannot be compared: {key} is {x!r} in one and"
+                    f" {y!r} in the other"
                 )
         if not np.array_equal(sample_keys(r), sample_keys(first)):
             raise ValueError(
-                f"records {first.name!r} and {r.name!r} cannot be compared: they score different samples ({len(first.arrays['union']):,} "
-                f"and {len(r.arrays['union']):,}); look at limit and ignored in their protocols"
+                f"records {first.name!r} and {r.name!r} cannot be compared: they score different samples"
+                f" ({len(first.arrays['union']):,} and {len(r.arrays['union']):,}); look at limit and ignored"
+                " in their protocols"
             )
         for key in ("image_id", "area", "pixels"):
             if (wrong := np.flatnonzero(r.arrays[key] != first.arrays[key])).size:
                 k = first.arrays["ref_id"][wrong[0]]
                 raise ValueError(
-                    f"records {first.name!r} and {r.name!r} cannot be compared: {key} of ref {k} differs, so they were scored on different data"
+                    f"records {first.name!r} and {r.name!r} cannot be compared: {key} of ref {k} differs, so"
+                    " they were scored on different data"
                 )
     values = {
         key: [[str(r.protocol[key]) for r in side if key in r.protocol] for side in (a, b)]

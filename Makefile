@@ -51,7 +51,7 @@ growth: $(READY)
 
 # SHNet as published against SHNet as computed here (chapter 21); a record in results/bench is not measured again
 bench: $(READY)
-	$(BIN)/python -m refseg_nb.scaling.fast
+	$(BIN)/python -m refseg_nb.bench.savings
 
 # From the notebooks to the package, and to the README
 export: $(READY)

@@ -395,7 +395,8 @@ def pretrain(
     device: Device = "cpu",
 ):
     "Pre-train the small RefShapes backbone; `refseg train --set backbone_weights=FILE` uses it."
-    from refseg_nb.models.backbones import SHIPPED_BACKBONES, TASKS, pretrain_backbone
+    from refseg_nb.models.backbones import SHIPPED_BACKBONES
+    from refseg_nb.training.pretrain import TASKS, pretrain_backbone
 
     if task not in TASKS:
         raise typer.BadParameter(f"{task!r} is not one of {', '.join(TASKS)}", param_hint="--task")
@@ -552,7 +553,7 @@ def train(
     overrides = dict(values.get("overrides", {})) | parse_overrides(set_ or [])
     from dataclasses import fields
 
-    from refseg_nb.training.learner import TrainConfig
+    from refseg_nb.training.config import TrainConfig
     from refseg_nb.training.learner import train as run
 
     name = values.setdefault("data", "refshapes")
@@ -567,7 +568,7 @@ def train(
     known = [f.name for f in fields(TrainConfig)]
     if strange := [k for k in values if k not in known]:
         raise ValueError(f"the configuration has no field {strange[0]!r}; it has {', '.join(known)}")
-    from refseg_nb.scaling.out import first_process
+    from refseg_nb.training.distributed import first_process
 
     result = run(TrainConfig(**values), resume=False if fresh else "auto")
     if not first_process():
@@ -636,18 +637,18 @@ def evaluate(
 
     from refseg_nb.data.batches import RISDataset
     from refseg_nb.data.referit import open_data
-    from refseg_nb.inference import load
-    from refseg_nb.training.evaluation import evaluate as run
-    from refseg_nb.training.evaluation import save_record
-    from refseg_nb.training.crf import CrfConfig
-    from refseg_nb.training.protocols import (
+    from refseg_nb.inference.segmenter import load
+    from refseg_nb.evaluation.evaluator import evaluate as run
+    from refseg_nb.evaluation.evaluator import save_record
+    from refseg_nb.evaluation.crf import CrfConfig
+    from refseg_nb.evaluation.protocols import (
         choose_threshold,
         evaluate_protocols,
         find_protocols,
         read_ignore,
         write_samples,
     )
-    from refseg_nb.scaling.out import first_process, join_processes
+    from refseg_nb.training.distributed import first_process, join_processes
 
     rule = find_protocols([protocol])[0] if protocol else None
     seg = load(model, join_processes(_device(device)))
@@ -751,8 +752,8 @@ def compare(
     resamples: Annotated[int, typer.Option(help="Bootstrap draws over images.")] = 2000,
 ):
     "Differences between two models (B - A) with paired intervals, overall and by group."
-    from refseg_nb.training.evaluation import load_record
-    from refseg_nb.training.protocols import compare as run
+    from refseg_nb.evaluation.evaluator import load_record
+    from refseg_nb.evaluation.protocols import compare as run
 
     read = lambda path: (
         [load_record(file) for file in sorted(path.glob("*.json"))] if path.is_dir() else load_record(path)
@@ -810,7 +811,7 @@ def segment(
         raise FileNotFoundError(f"there is no image at {image}")
     from PIL import Image
 
-    from refseg_nb.inference import load
+    from refseg_nb.inference.segmenter import load
 
     answer = load(model, _device(device)).segment(image, phrase)
     folder = out or image.parent
@@ -849,8 +850,8 @@ def _segment_batch(
         raise typer.BadParameter("--batch needs --out, a folder for results.jsonl and the masks")
     if not batch.exists():
         raise FileNotFoundError(f"there is no file or folder {batch}")
-    from refseg_nb.inference import load
-    from refseg_nb.scaling.service import segment_batch
+    from refseg_nb.inference.segmenter import load
+    from refseg_nb.inference.requests import segment_batch
 
     report = segment_batch(
         load(model, _device(device)), batch, out, tuple(phrases or ()), progress=sys.stderr.isatty()
@@ -908,7 +909,7 @@ def explore(
     if not image.exists():
         raise FileNotFoundError(f"there is no image at {image}")
     from refseg_nb.attention.explorer import Explorer
-    from refseg_nb.inference import load
+    from refseg_nb.inference.segmenter import load
 
     first, *second = (name for name in (model, beside) if name)
     explorer = Explorer(

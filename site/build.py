@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_markdown_cell
 
-from refseg_nb.course import readme_from
+from refseg_nb.course.tools import readme_from
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -251,7 +251,7 @@ def prepare(
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     known = {s.name: f"{c.name}.html#{s.name}" for c in chapters for s in c.symbols}
-    known["refseg_nb.load"] = known["refseg_nb.inference.load"]
+    known["refseg_nb.load"] = known["refseg_nb.inference.segmenter.load"]
     (source / "symbols.json").write_text(
         json.dumps({"symbols": known, "names": {c.name: links(c) for c in chapters}}), encoding="utf-8"
     )

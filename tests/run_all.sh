@@ -21,7 +21,7 @@ if [ "$before" != "$(fingerprint)" ]; then
 fi
 
 step "the tiny data set"
-python -c 'from refseg_nb.course import tiny_data; tiny_data("refshapes"); tiny_data("refshapes+")'
+python -c 'from refseg_nb.refshapes.dataset import tiny_data; tiny_data("refshapes"); tiny_data("refshapes+")'
 
 step "every notebook runs"
 nbdev_test --n_workers "$jobs" --do_print --timing

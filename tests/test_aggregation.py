@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from refseg_nb.data.words import Vocabulary
-from refseg_nb.inference import load
+from refseg_nb.inference.segmenter import load
 from refseg_nb.models.aggregation import AGGREGATIONS, GBFM, MGATE, TGFE, ConvLSTMLevels, Exchange
 from refseg_nb.models.backbones import create_backbone
 from refseg_nb.models.decoder import ConcatLevels
@@ -27,7 +27,7 @@ from refseg_nb.models.shnet import (
     model_name,
 )
 from refseg_nb.reproduce.experiments import PAPER, ROWS
-from refseg_nb.training.checkpoint import load_model, save_model
+from refseg_nb.models.hub import load_model, save_model
 
 NAMES = sorted(AGGREGATIONS)
 every = pytest.mark.parametrize("name", NAMES)

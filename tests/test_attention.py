@@ -26,7 +26,7 @@ from refseg_nb.attention.maps import (
     word_scores,
 )
 from refseg_nb.data.refer import Refer
-from refseg_nb.inference import Segmenter
+from refseg_nb.inference.segmenter import Segmenter
 from refseg_nb.models.sfm import SFM, JointAttention
 from refseg_nb.models.shnet import create_model
 
@@ -483,7 +483,7 @@ def test_a_batch_of_theirs_is_refused(name, tiny_root):
 
 def test_pieces_of_words_are_named_as_they_are(tiny_root):
     pytest.importorskip("transformers")
-    from refseg_nb.models.lavt import WordPieces
+    from refseg_nb.data.words import WordPieces
 
     pieces = WordPieces(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "tall", "##er", "ball"])
     seg, image, _ = asked("lavt", tiny_root, pieces, begin=False, max_words=6)

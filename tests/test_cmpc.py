@@ -34,8 +34,8 @@ from refseg_nb.models.cmpc import (
     parameter_groups,
     published_layout,
 )
-from refseg_nb.training.checkpoint import load_model, save_model
-from refseg_nb.training.protocols import PROTOCOLS
+from refseg_nb.models.hub import load_model, save_model
+from refseg_nb.evaluation.protocols import PROTOCOLS
 
 TINY = CMPCConfig(
     backbone="refshapes",
@@ -612,7 +612,8 @@ def test_it_survives_saving(tmp_path):
 
 
 def test_the_learner_trains_it(tiny_root, tmp_path):
-    from refseg_nb.training.learner import TrainConfig, train
+    from refseg_nb.training.config import TrainConfig
+    from refseg_nb.training.learner import train
 
     vocabulary = vocabulary_for(Refer(tiny_root, "refshapes"))
     model = create_cmpc(vocab_size=len(vocabulary))

@@ -536,8 +536,9 @@ def test_pictures_of_an_earlier_attempt_are_used_and_others_never_overwritten(fo
 
 
 def test_it_trains_and_evaluates(folder):
-    from refseg_nb.training.evaluation import evaluate
-    from refseg_nb.training.learner import TrainConfig, train
+    from refseg_nb.evaluation.evaluator import evaluate
+    from refseg_nb.training.config import TrainConfig
+    from refseg_nb.training.learner import train
 
     lines = [
         good(

@@ -26,7 +26,8 @@ from refseg_nb.models.crossvlt import (
     load_published,
     similarity_map,
 )
-from refseg_nb.models.lavt import SWINS, parameter_groups, weighted_loss
+from refseg_nb.models.lavt import SWINS, parameter_groups
+from refseg_nb.models.losses import weighted_loss
 from refseg_nb.models.shnet import count_parameters
 
 DEAD = 2 * 1024**2  # the released gate after the last stage, which nothing reads
@@ -660,7 +661,7 @@ def test_bad_input_is_named():
 
 def test_a_saved_model_comes_back(tmp_path):
     from refseg_nb.data.words import Vocabulary
-    from refseg_nb.training.checkpoint import load_model, save_model
+    from refseg_nb.models.hub import load_model, save_model
 
     vocabulary = Vocabulary.build(["the red ball", "a tree"])
     model = CrossVLT(TINY, len(vocabulary)).eval()

@@ -9,8 +9,9 @@ import torch
 import refseg_nb
 from refseg_nb.data.refer import Refer
 from refseg_nb.models.shnet import FAMILY, create_from_config, create_model, family, recipes_of
-from refseg_nb.training.checkpoint import load_model
-from refseg_nb.training.learner import TrainConfig, train
+from refseg_nb.models.hub import load_model
+from refseg_nb.training.config import TrainConfig
+from refseg_nb.training.learner import train
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")

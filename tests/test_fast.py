@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refseg_nb.models.decoder import UpsampleDecoder, double, doubled_conv, doubling_taps
 from refseg_nb.models.shnet import create_model
-from refseg_nb.scaling import fast
+from refseg_nb.bench import savings as fast
 
 SMALL = dict(
     vocab_size=30,
@@ -213,7 +213,7 @@ def test_benchmark_is_taken_up_where_it_was_stopped(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "refseg_nb.scaling.fast",
+        "refseg_nb.bench.savings",
         "--quick",
         "--device",
         "cpu",

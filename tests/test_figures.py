@@ -41,7 +41,7 @@ from refseg_nb.reproduce.figures import (
     gains,
     png,
 )
-from refseg_nb.training.evaluation import Record
+from refseg_nb.evaluation.evaluator import Record
 
 
 class MadeUp:

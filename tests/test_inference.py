@@ -11,9 +11,10 @@ from PIL import Image
 
 import refseg_nb
 from refseg_nb.data.words import Vocabulary
-from refseg_nb.inference import LONGEST_SIDE, ImageError, Segmenter, load, read_image
+from refseg_nb.data.images import resize_square, LONGEST_SIDE, ImageError, read_image
+from refseg_nb.inference.segmenter import Segmenter, load
 from refseg_nb.models.shnet import create_model
-from refseg_nb.training.checkpoint import save_model
+from refseg_nb.models.hub import save_model
 
 
 def small_model(prior=0.5):
@@ -206,21 +207,14 @@ def test_score_is_the_mean_probability_inside_the_mask():
     assert everything.mask.all() and np.isclose(everything.score, everything.probability.mean())
 
 
-def test_the_short_cuts_are_the_same_as_training_and_evaluation():
-    """inference.py has its own squash and probability_at, to start within seconds: they must not drift from
-    the ones that they stand for."""
-    from refseg_nb import inference
-    from refseg_nb.data import batches
-    from refseg_nb.training import evaluation
+def test_the_square_is_what_torchvision_makes():
+    "Published weights were trained on torchvision's antialiased resize; `resize_square` must give the same bytes."
+    from torchvision.transforms import v2
 
     for h, w in ((37, 53), (300, 200), (96, 96), (500, 31)):
         image = picture(h, w)
-        assert torch.equal(inference.squash(image, 96), batches.squash(Image.fromarray(image), 96))
-        logits = torch.randn(48, 48, generator=torch.Generator().manual_seed(h))
-        assert np.array_equal(
-            inference.probability_at(logits, (h, w)),
-            evaluation.probability_at(logits[None], (h, w))[0].numpy(),
-        )
+        theirs = v2.Resize((96, 96), antialias=True)(torch.from_numpy(image).permute(2, 0, 1))
+        assert torch.equal(resize_square(image, 96), theirs)
 
 
 def test_inference_imports_nothing_that_it_does_not_need():

@@ -11,20 +11,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from refseg_nb.models import backbones as B
-from refseg_nb.models.decoder import ASPP, BaselineFusion, LevelAdapter, TextEncoder, UpsampleDecoder
+from refseg_nb.models.decoder import ASPP, BaselineFusion, LevelAdapter, UpsampleDecoder
+from refseg_nb.models.text import TextEncoder
 from refseg_nb.models.hcam import HCAM, Conv3dLevels, average_words, constant_conv
 from refseg_nb.models.sfm import SFM, pixel_positions, sinusoid, word_positions
-from refseg_nb.models.shnet import (
-    ABLATIONS,
-    MODELS,
-    PRESETS,
-    RECIPES,
-    SHNetConfig,
-    count_parameters,
-    create_model,
-    differences,
-    training_target,
-)
+from refseg_nb.models.losses import training_target
+from refseg_nb.models.shnet import ABLATIONS, MODELS, PRESETS, RECIPES, SHNetConfig, count_parameters, create_model, differences
 
 RELEASED = {
     "text encoder": 1_667_072,

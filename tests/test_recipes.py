@@ -21,20 +21,15 @@ from refseg_nb.data.batches import RISDataset, epoch_batches
 from refseg_nb.data.refer import Refer
 from refseg_nb.data.words import tokenize, vocabulary_for
 from refseg_nb.models.cmpc import CMPCRecipe
-from refseg_nb.models.lavt import LAVTRecipe, WordPieces, bert_encoder, mean_weight, weighted_loss
+from refseg_nb.data.words import WordPieces
+from refseg_nb.models.lavt import LAVTRecipe
+from refseg_nb.models.losses import mean_weight, weighted_loss
+from refseg_nb.models.text import bert_encoder
 from refseg_nb.models.shnet import Recipe
-from refseg_nb.training.checkpoint import CheckpointError, load_model
-from refseg_nb.training.learner import (
-    Learner,
-    LearnerParts,
-    Objective,
-    TrainConfig,
-    check_same_config,
-    comparable,
-    expression_batches,
-    polynomial_decay,
-    train,
-)
+from refseg_nb.models.hub import load_model
+from refseg_nb.models.hub import CheckpointError
+from refseg_nb.training.config import TrainConfig
+from refseg_nb.training.learner import Learner, LearnerParts, Objective, check_same_config, comparable, expression_batches, polynomial_decay, train
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
@@ -142,7 +137,7 @@ def test_published_sizes_read_word_pieces(name, typed_root, pieces, tmp_path):
     assert ids[0] == 2 and (ids[-1] == 3 or len(ids) == seg.max_words)
     with torch.no_grad():
         logits = seg.model.segment(scene.features, torch.tensor([ids]), torch.zeros(1, dtype=torch.long))
-    from refseg_nb.training.evaluation import probability_at
+    from refseg_nb.evaluation.evaluator import probability_at
 
     np.testing.assert_allclose(answer.probability, probability_at(logits, (96, 96))[0].numpy(), atol=1e-6)
     other = pieces.with_name("other.txt")
@@ -188,7 +183,7 @@ def test_torch_knows_its_constructors_after_a_bert_was_loaded(tmp_path):
     constructors once."""
     bert_encoder(1, 16, 2, 30, weights="none").bert.save_pretrained(tmp_path)
     code = (
-        "import sys, torch; from refseg_nb.models.lavt import bert_encoder; bert_encoder(1, 16, 2, 30,"
+        "import sys, torch; from refseg_nb.models.text import bert_encoder; bert_encoder(1, 16, 2, 30,"
         " weights=sys.argv[1])\nwith torch.device('meta'): assert torch.linspace(0, 1, 3).device.type =="
         " 'meta'"
     )
@@ -506,8 +501,8 @@ def test_trained_and_measured_from_the_command_line(name, typed_root, pieces, tm
         model.config.max_words,
         sentence="sent" if name == "cmpc" else "raw",
     )
-    from refseg_nb.training.crf import dense_crf
-    from refseg_nb.training.evaluation import load_record, probability_at
+    from refseg_nb.evaluation.crf import dense_crf
+    from refseg_nb.evaluation.evaluator import load_record, probability_at
 
     record = load_record(tmp_path / "r.json")
     from PIL import Image

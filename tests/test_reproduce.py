@@ -19,7 +19,7 @@ from refseg_nb.models.shnet import FAMILY, PRESETS, SHNetConfig, family
 from refseg_nb.reproduce import experiments as E
 from refseg_nb.reproduce import report as R
 from refseg_nb.reproduce import tables as T
-from refseg_nb.training.evaluation import make_record, save_record
+from refseg_nb.evaluation.evaluator import make_record, save_record
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "results" / "reproduction"
@@ -83,7 +83,7 @@ def test_every_difference_of_the_presets_is_an_experiment_or_has_a_reason():
     """Each row changes one field of the model or one thing of the training, and to a value that the base
     does not have."""
     from refseg_nb.models.shnet import RECIPES, differences
-    from refseg_nb.training.learner import TrainConfig
+    from refseg_nb.training.config import TrainConfig
 
     fields = {
         *differences(PRESETS["paper"], PRESETS["released"]),
@@ -326,7 +326,7 @@ def test_plan_of_everything(tmp_path):
         jobs["shnet-resnet"]["config"]["overrides"]["backbone"] == "refshapes-classifier"
         and jobs["shnet-gref"]["config"]["data"] == "refshapes-g"
     )
-    from refseg_nb.training.learner import TrainConfig
+    from refseg_nb.training.config import TrainConfig
 
     for job in jobs.values():
         c = TrainConfig(**job["config"], out="x")  # every field is known
@@ -380,7 +380,7 @@ def test_presets_are_trained_for_a_third_of_the_steps_and_so_is_what_they_are_co
 def test_plan_of_the_family(tmp_path):
     """The same trainings but for the model and its learning rate; SHNet's jobs are those of Table 1, cut
     short; the published presets at the paper's size."""
-    from refseg_nb.training.learner import TrainConfig
+    from refseg_nb.training.config import TrainConfig
 
     jobs = E.plan(tmp_path, "family", seeds=(0, 1, 2), data_root=tmp_path)
     assert {j["experiment"] for j in jobs} == {

@@ -163,12 +163,12 @@ def test_every_public_name_has_its_anchor_and_stands_in_the_list(pages):
 def test_names_in_code_lead_to_the_chapter_that_builds_them(pages):
     text = pages["03_refer_format"].text
     assert re.search(
-        r'<a class="symbol" href="90_course.html#refseg_nb.course.expect_error"><span'
+        r'<a class="symbol" href="90_course.html#refseg_nb.course.tools.expect_error"><span'
         r' class="n">expect_error</span></a>',
         text,
     )
     load = r'<span class="n">refseg_nb</span><span class="o">\.</span><span class="n">load</span></a>'
-    assert re.search(rf'href="00_tour.html#refseg_nb.inference.load">{load}', pages["00_tour"].text)
+    assert re.search(rf'href="00_tour.html#refseg_nb.inference.segmenter.load">{load}', pages["00_tour"].text)
     assert not re.search(
         r'<span class="o">\.</span><a class="symbol"', "".join(p.text for p in pages.values())
     )

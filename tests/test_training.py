@@ -31,30 +31,15 @@ from refseg_nb.models.backbones import Backbone
 from refseg_nb.models.shnet import RECIPES, Recipe, create_model
 from refseg_nb.training import checkpoint as module
 from refseg_nb.training import learner as learner_module
-from refseg_nb.training.checkpoint import (
-    CheckpointError,
-    atomic_folder,
-    checkpoints,
-    load_checkpoint,
-    load_model,
-    model_tensors,
-    save_model,
-)
-from refseg_nb.training.learner import (
-    FeatureCache,
-    Learner,
-    Objective,
-    TargetDataset,
-    TrainConfig,
-    available_memory,
-    cut_log,
-    dice_loss,
-    expression_batches,
-    peak_memory,
-    polynomial_decay,
-    read_history,
-    train,
-)
+from refseg_nb.files import atomic_folder
+from refseg_nb.models.hub import load_model, model_tensors, save_model
+from refseg_nb.models.hub import CheckpointError
+from refseg_nb.training.checkpoint import checkpoints, load_checkpoint
+from refseg_nb.models.losses import dice_loss
+from refseg_nb.training.config import TrainConfig
+from refseg_nb.system import available_memory, peak_memory
+from refseg_nb.training.features import FeatureCache
+from refseg_nb.training.learner import Learner, Objective, TargetDataset, cut_log, expression_batches, polynomial_decay, read_history, train
 
 CONTEXT = torch.multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["accelerate", "refseg_nb.training.learner"])

@@ -34,7 +34,8 @@ from refseg_nb.attention.maps import (
     rollout,
     show_heat,
 )
-from ..inference import Segmenter, load, read_image
+from ..data.images import read_image
+from ..inference.segmenter import Segmenter, load
 
 # %% ../../nbs/15_explorer.ipynb #009
 def pack_rows(
@@ -475,12 +476,12 @@ class _Pages(_State):
         limit: int = PAGE_BYTES,  # bytes; pixel → pixel is pooled until it fits
     ) -> str:
         "One page that works from a file, without a kernel and without a network."
-        from refseg_nb.data.refer import _replace
+        from refseg_nb.files import write_file
 
         title = html.escape(f"Attention: {self.phrase}")
         page = PAGE.format(policy=POLICY, title=title, fragment=self.to_fragment(limit - 2000))
         if path is not None:
-            _replace(Path(path), page.encode())
+            write_file(Path(path), page.encode())
         return page
 
     def figure(self):
@@ -506,13 +507,13 @@ class _Pages(_State):
     def _save(self, path, **options) -> bytes:
         from matplotlib import rc_context
 
-        from refseg_nb.data.refer import _replace
+        from refseg_nb.files import write_file
 
         buffer = io.BytesIO()
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "refseg"}):
             self.figure().savefig(buffer, **options)
         if path is not None:
-            _replace(Path(path), buffer.getvalue())
+            write_file(Path(path), buffer.getvalue())
         return buffer.getvalue()
 
     def to_png(

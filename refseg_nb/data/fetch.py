@@ -49,7 +49,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from .refer import ImageInfo, Refer, _replace, read_instances, verify_counts
+from .refer import ImageInfo, Refer, read_instances, verify_counts
+from ..files import write_file
 
 # %% ../../nbs/03d_fetch.ipynb #017
 class FetchError(OSError):
@@ -152,7 +153,7 @@ class Part:
 
     def sign(self, url: str, validator: str | None):
         "Write down where the bytes come from."
-        _replace(self.note, json.dumps({"url": url, "validator": validator}).encode())
+        write_file(self.note, json.dumps({"url": url, "validator": validator}).encode())
 
     def begin(self, url: str, validator: str | None):
         "Begin with byte 0."
@@ -771,7 +772,7 @@ class _Notes:
 
     def write(self, name: str, note: dict):
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / f"{name}.json", json.dumps(note).encode())
+        write_file(self.folder / f"{name}.json", json.dumps(note).encode())
 
 
 def _fits(found, spec: FileSpec) -> bool:
@@ -948,7 +949,7 @@ def fetch_images(
             try:
                 data = patiently(lambda: ask(url + name, 3 * info.width * info.height + 100_000), patience)  # noqa: B023
                 check_image(BytesIO(data), info)
-                _replace(folder / name, data)
+                write_file(folder / name, data)
                 return
             except (Unavailable, Mismatch) as error:
                 reasons.append(str(error))

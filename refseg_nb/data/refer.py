@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
+from ..files import write_file
 
 # %% ../../nbs/03_refer_format.ipynb #009
 class ReferError(ValueError):
@@ -500,21 +501,6 @@ class Refer:
         )
 
 # %% ../../nbs/03_refer_format.ipynb #049
-def _replace(path: Path, data: bytes):
-    "Write a file as a whole: under a temporary name, then renamed."
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def write_refer(
     folder: str | Path,  # the data set's own folder, `<root>/<name>`; made if it is not there
     refs: list[dict],  # plain dicts in REFER's keys (see the toy ref)
@@ -530,14 +516,14 @@ def write_refer(
     }
     if folder.exists():
         for name, data in files.items():
-            _replace(folder / name, data)
+            write_file(folder / name, data)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
     try:
         os.chmod(temporary, 0o755)
         for name, data in files.items():
-            _replace(temporary / name, data)
+            write_file(temporary / name, data)
         os.rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -28,7 +28,8 @@ import torch
 from filelock import FileLock
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .batches import soft_target, squash
+from .batches import soft_target
+from .images import resize_square
 from .refer import Refer, Sample
 
 # %% ../../nbs/06b_store.ipynb #024
@@ -287,7 +288,7 @@ def _fill(job: dict) -> tuple[list[tuple], bytes]:
     refer, folder, side = job["refer"], job["folder"], job["target_size"]
     images, targets, masks, bits = [], [], [], []
     for image_id, ann_ids in job["wanted"]:
-        images.append(squash(refer.load_image(image_id), job["image_size"]).numpy())
+        images.append(resize_square(np.array(refer.load_image(image_id)), job["image_size"]).numpy())
         for ann_id in ann_ids:
             mask = refer.mask(ann_id)
             box, packed = pack_mask(mask)

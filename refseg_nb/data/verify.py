@@ -31,12 +31,12 @@ from refseg_nb.data.refer import (
     CountReport,
     ImageInfo,
     ReferError,
-    _replace,
     decode_segmentation,
     image_folder_of,
     load_pickle,
     verify_counts,
 )
+from ..files import write_file
 
 # %% ../../nbs/03e_verify.ipynb #009
 KINDS = {  # kind of finding -> what it does to a number
@@ -870,7 +870,7 @@ class VerifyReport:
         "Write the record as a whole."
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, (json.dumps(self.record(), indent=1) + "\n").encode())
+        write_file(path, (json.dumps(self.record(), indent=1) + "\n").encode())
         return path
 
 # %% ../../nbs/03e_verify.ipynb #074
@@ -1032,7 +1032,7 @@ class LeakageReport:
             )
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, "".join(f"{i}\n" for i in self.filter_ids).encode())
+        write_file(path, "".join(f"{i}\n" for i in self.filter_ids).encode())
         return self.filter_text()
 
     def __str__(self):

@@ -29,7 +29,8 @@ from refseg_nb.models.backbones import (
     _read_checkpoint,
     create_backbone,
 )
-from .decoder import TextEncoder, pick
+from .decoder import pick
+from .text import TextEncoder
 from .shnet import Recipe
 
 # %% ../../nbs/17_cmpc.ipynb #007

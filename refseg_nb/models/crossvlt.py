@@ -26,13 +26,13 @@ from refseg_nb.models.lavt import (
     LAVTRecipe,
     SwinBackbone,
     TopDownDecoder,
-    bert_encoder,
     difference,
     language_gate,
     over_places,
     rename_published,
     swin_backbone,
 )
+from .text import bert_encoder
 from .lavt import PUBLISHED_NAMES as LAVT_NAMES
 
 # %% ../../nbs/19_crossvlt.ipynb #011

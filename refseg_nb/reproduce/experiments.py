@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TABLE2_COLUMNS', 'PAPER', 'WORLDS', 'SCALES', 'ROWS', 'TAGS', 'THIRD', 'FAMILY_DATA', 'NOT_TRAINED', 'FAMILY_LR',
            'FAMILY_PRESETS', 'RECIPE', 'PAPER_RECIPE', 'BUDGETS', 'TARGETS', 'CONTROLS', 'REAL_SIZES', 'JOB',
-           'Experiment', 'experiments', 'Budget', 'Cell', 'Table', 'tables', 'default_root', 'write_whole', 'wanted',
-           'plan', 'records_of', 'is_done', 'cores', 'estimate', 'full_cost', 'model_config', 'model_cost',
-           'model_seconds', 'thin_curve', 'run_job', 'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
+           'Experiment', 'experiments', 'Budget', 'Cell', 'Table', 'tables', 'default_root', 'wanted', 'plan',
+           'records_of', 'is_done', 'cores', 'estimate', 'full_cost', 'model_config', 'model_cost', 'model_seconds',
+           'thin_curve', 'run_job', 'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
 
 # %% ../../nbs/20_experiments.ipynb #003
 import json
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from ..files import write_file
 
 # %% ../../nbs/20_experiments.ipynb #005
 TABLE2_COLUMNS = ("prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9", "Overall IoU")
@@ -474,14 +475,6 @@ def default_root() -> Path:
     return Path(os.environ.get("REFSEG_DATA") or "data")
 
 
-def write_whole(path: Path, text: str | bytes):
-    "Write a file whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + f".{os.getpid()}.tmp")
-    part.write_bytes(text if isinstance(text, bytes) else text.encode())
-    os.replace(part, path)
-
-
 def _precision() -> str:
     """bf16 where this machine computes in it: on such a CPU a step takes half the time; elsewhere it would
     be emulated, and slow."""
@@ -813,7 +806,7 @@ def model_seconds(
 
 def _training_cost(folder: Path) -> dict:
     "Seconds, memory and size of a training, from what it left; then what its model costs to ask."
-    from refseg_nb.training.checkpoint import load_model
+    from refseg_nb.models.hub import load_model
 
     model, _, meta = load_model(folder / "model")
     result = json.loads((folder / "result.json").read_text())
@@ -844,9 +837,10 @@ def run_job(
     "Train one experiment, resuming where it was stopped, and evaluate it; nothing is done twice."
     from refseg_nb.data.batches import RISDataset
     from refseg_nb.data.referit import open_data
-    from refseg_nb.training.checkpoint import load_model
-    from refseg_nb.training.evaluation import evaluate, save_record
-    from refseg_nb.training.learner import TrainConfig, read_history, train
+    from refseg_nb.models.hub import load_model
+    from refseg_nb.evaluation.evaluator import evaluate, save_record
+    from refseg_nb.training.config import TrainConfig
+    from refseg_nb.training.learner import read_history, train
 
     folder, config = Path(job["folder"]), TrainConfig(**job["config"], out=job["folder"], quiet=True)
     if not (folder / "result.json").exists():
@@ -947,7 +941,7 @@ def run_jobs(
     waiting, running, seconds, shown = list(jobs), [], {}, time.time()
     check_jobs(jobs)
     for job in jobs:
-        write_whole(Path(job["folder"]) / "job.json", json.dumps(job, indent=1))
+        write_file(Path(job["folder"]) / "job.json", json.dumps(job, indent=1))
     name = lambda job: f"{job['label']} (seed {job['seed']})"
     try:
         while waiting or running:

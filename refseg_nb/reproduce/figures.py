@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..course import overlay
+from ..viz import overlay
 from ..data.referit import ReferIt
 from ..data.words import tokenize
-from ..training.evaluation import RIGHT_FROM, WRONG_BELOW, Record, sample_groups
-from ..training.metrics import iou, iou_of_counts
+from ..evaluation.evaluator import RIGHT_FROM, WRONG_BELOW, Record, sample_groups
+from ..evaluation.metrics import iou, iou_of_counts
 
 # %% ../../nbs/20c_figures.ipynb #005
 COLORS = {

@@ -13,6 +13,7 @@ import re
 import time
 from pathlib import Path
 
+from ..files import write_file
 from refseg_nb.reproduce.experiments import (
     BUDGETS,
     PAPER,
@@ -25,7 +26,6 @@ from refseg_nb.reproduce.experiments import (
     plan,
     run_jobs,
     tables,
-    write_whole,
 )
 from .figures import figure_bars, figure_curves, figure_kinds, png
 from refseg_nb.reproduce.tables import (
@@ -187,7 +187,7 @@ def report(
 
     def draw(name, caption, fig):
         if fig is not None:
-            write_whole(folder / f"{name}.png", png(fig))
+            write_file(folder / f"{name}.png", png(fig))
             pictures[f"{name}.png"] = caption
 
     for name, summary in found.items():
@@ -201,9 +201,9 @@ def report(
     if captions.exists():
         pictures |= json.loads(captions.read_text())
     text = report_text(found, runs, pictures)
-    write_whole(folder / "tables.json", json.dumps(found, indent=1) + "\n")
-    write_whole(folder / "report.md", text)
-    write_whole(folder / "report.html", html_page(text, folder))
+    write_file(folder / "tables.json", json.dumps(found, indent=1) + "\n")
+    write_file(folder / "report.md", text)
+    write_file(folder / "report.html", html_page(text, folder))
     return found
 
 # %% ../../nbs/20d_reproduction.ipynb #015
@@ -214,9 +214,9 @@ def draw_pictures(
     """Draw the figures that show masks, from the models of the first seed; those whose models are not there
     are left out."""
     from refseg_nb.data.referit import open_data
-    from refseg_nb.inference import load
+    from refseg_nb.inference.segmenter import load
     from refseg_nb.reproduce import figures as F
-    from refseg_nb.training.evaluation import load_record
+    from refseg_nb.evaluation.evaluator import load_record
 
     names = {"Baseline": "baseline", "Only HCAM": "only-hcam", "Only SFM": "only-sfm", "SHNet": "shnet"}
     first = {j["experiment"]: j for j in reversed(jobs) if (Path(j["folder"]) / "model").is_dir()}
@@ -253,8 +253,8 @@ def draw_pictures(
     )
     drawn = {name: pair for name, pair in drawn.items() if pair[1] is not None}
     for name, (_, fig) in drawn.items():
-        write_whole(out / f"{name}.png", png(fig))
-    write_whole(
+        write_file(out / f"{name}.png", png(fig))
+    write_file(
         out / "figures.json",
         json.dumps({f"{name}.png": caption for name, (caption, _) in drawn.items()}, indent=1) + "\n",
     )
@@ -334,10 +334,10 @@ def _missing(data_root: Path | None) -> list[str]:
         if not (Path(data_root or default_root()) / folder).is_dir()
     ]
 
-# %% ../../nbs/20d_reproduction.ipynb #042
+# %% ../../nbs/20d_reproduction.ipynb #051
 def _shipped_table(folder: Path) -> list[str]:
     "The shipped model on each split and under each control, as lines of markdown."
-    from refseg_nb.training.evaluation import load_record
+    from refseg_nb.evaluation.evaluator import load_record
 
     names = {
         "val": "val",
@@ -424,7 +424,7 @@ def readme_results(
     ]
     return "\n".join(out).rstrip() + "\n"
 
-# %% ../../nbs/20d_reproduction.ipynb #046
+# %% ../../nbs/20d_reproduction.ipynb #055
 def figure_overview(
     segmenter,  # from `refseg_nb.load`
     refer,  # an open data set
@@ -438,7 +438,7 @@ def figure_overview(
     import matplotlib.pyplot as plt
     import torch
 
-    from refseg_nb.training.metrics import iou
+    from refseg_nb.evaluation.metrics import iou
 
     longest = {}
     for s in refer.samples(split):

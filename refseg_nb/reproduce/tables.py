@@ -26,7 +26,7 @@ def load_runs(
     tuple[str, str], list
 ]:  # (experiment, split) -> records, one a seed; a blind control's split is "val.no-text" and the like
     "Read the records of a run."
-    from refseg_nb.training.evaluation import load_record
+    from refseg_nb.evaluation.evaluator import load_record
 
     folder = Path(folder)
     folder = folder / "records" if (folder / "records").is_dir() else folder
@@ -53,7 +53,7 @@ def row_scores(
     resamples: int = 2000,  # bootstrap draws over images
 ) -> dict[str, dict]:  # the paper's column -> {"value", "low", "high"}: the mean over seeds
     "The metrics of an experiment on a split."
-    from refseg_nb.training.evaluation import (
+    from refseg_nb.evaluation.evaluator import (
         cluster_sums,
         interval,
         metric_columns,
@@ -89,7 +89,7 @@ def difference(
     resamples: int = 2000,
 ) -> dict:  # "value", "low", "high", and "by seed" (None where the seeds are not the same)
     "Overall IoU of a minus that of b, with its interval over images."
-    from refseg_nb.training.evaluation import paired_bootstrap
+    from refseg_nb.evaluation.evaluator import paired_bootstrap
 
     seeds = sorted({r.seeds["training"] for r in a} & {r.seeds["training"] for r in b})
     # the same seeds on both sides

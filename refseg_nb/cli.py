@@ -17,6 +17,8 @@ from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
+from .errors import InputError
+from .errors import NotFoundError
 
 # %% ../nbs/22_command_line.ipynb #005
 # typer's own copy of click, or click's
@@ -118,7 +120,7 @@ def _device(
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"device {device!r} is not available here: use cpu, or auto") from None
+        raise InputError(f"device {device!r} is not available here: use cpu, or auto") from None
     return device
 
 
@@ -419,15 +421,15 @@ def read_config(
     import tomllib
 
     if not file.is_file():
-        raise FileNotFoundError(f"there is no configuration file {file}")
+        raise NotFoundError(f"there is no configuration file {file}")
     try:
         values = tomllib.loads(file.read_text()) if file.suffix == ".toml" else json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{file} is not valid {'TOML' if file.suffix == '.toml' else 'JSON'}: {error}"
         ) from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold one table of settings")
+        raise InputError(f"{file} must hold one table of settings")
     return values
 
 
@@ -441,7 +443,7 @@ def parse_overrides(
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign or not key:
-            raise ValueError(f"--set needs FIELD=VALUE, got {pair!r}")
+            raise InputError(f"--set needs FIELD=VALUE, got {pair!r}")
         try:
             out[key.strip()] = json.loads(value)
         except ValueError:
@@ -567,7 +569,7 @@ def train(
     values.setdefault("quiet", not sys.stdout.isatty())  # no progress bar into a file
     known = [f.name for f in fields(TrainConfig)]
     if strange := [k for k in values if k not in known]:
-        raise ValueError(f"the configuration has no field {strange[0]!r}; it has {', '.join(known)}")
+        raise InputError(f"the configuration has no field {strange[0]!r}; it has {', '.join(known)}")
     from refseg_nb.training.distributed import first_process
 
     result = run(TrainConfig(**values), resume=False if fresh else "auto")
@@ -654,7 +656,7 @@ def evaluate(
     seg = load(model, join_processes(_device(device)))
     refer = open_data(_root(root, data), data, split_by)
     if split not in refer.splits:
-        raise ValueError(
+        raise InputError(
             f"{data} ({refer.split_by}) has no split {split!r}: it has {', '.join(refer.splits)}"
         )
     data_of = lambda split: RISDataset(
@@ -806,9 +808,9 @@ def segment(
             "--phrase goes with --batch FOLDER; a single phrase stands after the picture"
         )
     if not phrase.strip():
-        raise ValueError('the phrase is empty: say what to look for, as in "the red car on the left"')
+        raise InputError('the phrase is empty: say what to look for, as in "the red car on the left"')
     if not image.exists():
-        raise FileNotFoundError(f"there is no image at {image}")
+        raise NotFoundError(f"there is no image at {image}")
     from PIL import Image
 
     from refseg_nb.inference.segmenter import load
@@ -849,7 +851,7 @@ def _segment_batch(
     if not out:
         raise typer.BadParameter("--batch needs --out, a folder for results.jsonl and the masks")
     if not batch.exists():
-        raise FileNotFoundError(f"there is no file or folder {batch}")
+        raise NotFoundError(f"there is no file or folder {batch}")
     from refseg_nb.inference.segmenter import load
     from refseg_nb.inference.requests import segment_batch
 
@@ -907,7 +909,7 @@ def explore(
     """Write a page on which you point at pixels and words and see the attention; it needs no kernel and no
     network."""
     if not image.exists():
-        raise FileNotFoundError(f"there is no image at {image}")
+        raise NotFoundError(f"there is no image at {image}")
     from refseg_nb.attention.explorer import Explorer
     from refseg_nb.inference.segmenter import load
 

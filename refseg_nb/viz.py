@@ -9,6 +9,7 @@ __all__ = ['set_style', 'overlay', 'show_images']
 import textwrap
 
 import numpy as np
+from .errors import InputError
 
 # %% ../nbs/library/viz.ipynb #005
 def set_style():
@@ -47,7 +48,7 @@ def overlay(
     image = np.asarray(image)
     mask = np.asarray(mask, dtype=float)
     if image.shape[:2] != mask.shape:
-        raise ValueError(
+        raise InputError(
             f"image is {image.shape[:2]} but mask is {mask.shape}: they must have the same height and width"
         )
     if image.dtype == np.uint8:

@@ -173,9 +173,7 @@ def test_resize_square_is_the_antialiased_resize():
     rng = np.random.default_rng(0)
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert abs(resize_square(stripes, 16).float() - 127.5).max() < 20, (
-        "fine stripes become grey, not stripes"
-    )
+    assert abs(resize_square(stripes, 16).float() - 127.5).max() < 20, "fine stripes become grey, not stripes"
     image = Image.fromarray(rng.integers(0, 255, (70, 40, 3), dtype=np.uint8))
     pil = np.asarray(image.resize((32, 32), Image.BILINEAR)).astype(float)
     assert abs(resize_square(np.array(image), 32).permute(1, 2, 0).numpy() - pil).max() <= 2

@@ -12,7 +12,15 @@ from test_evaluation import toy_dataset, toy_model
 from toy_refer import make_toy
 
 from refseg_nb.data.refer import Refer
-from refseg_nb.evaluation.crf import CrfConfig, Lattice, dense_crf, gaussian_matrix, lift, pixel_features, simplex
+from refseg_nb.evaluation.crf import (
+    CrfConfig,
+    Lattice,
+    dense_crf,
+    gaussian_matrix,
+    lift,
+    pixel_features,
+    simplex,
+)
 from refseg_nb.evaluation.evaluator import evaluate, load_record, probability_at, save_record
 
 CMPC = CrfConfig()

@@ -13,7 +13,19 @@ from refseg_nb.data.batches import RISDataset
 from refseg_nb.data.refer import Refer
 from refseg_nb.data.words import UNK, vocabulary_for
 from refseg_nb.models.shnet import create_model
-from refseg_nb.evaluation.evaluator import Evaluator, Record, bootstrap, controlled_texts, evaluate, gather_rows, load_record, make_record, paired_bootstrap, probability_at, save_record
+from refseg_nb.evaluation.evaluator import (
+    Evaluator,
+    Record,
+    bootstrap,
+    controlled_texts,
+    evaluate,
+    gather_rows,
+    load_record,
+    make_record,
+    paired_bootstrap,
+    probability_at,
+    save_record,
+)
 from refseg_nb.evaluation.metrics import SegmentationMetric
 
 

@@ -19,7 +19,23 @@ from refseg_nb.data.batches import RISDataset
 from refseg_nb.data.refer import Refer
 from refseg_nb.data.words import Vocabulary, vocabulary_for
 from refseg_nb.data.words import WordPieces
-from refseg_nb.models.lavt import LAVT, LAVT_PRESETS, LAVT_RECIPES, PWAM, SWINS, LAVTConfig, SwinBackbone, TopDownDecoder, count_flops, create_lavt, difference, language_gate, load_published, parameter_groups, swin_backbone
+from refseg_nb.models.lavt import (
+    LAVT,
+    LAVT_PRESETS,
+    LAVT_RECIPES,
+    PWAM,
+    SWINS,
+    LAVTConfig,
+    SwinBackbone,
+    TopDownDecoder,
+    count_flops,
+    create_lavt,
+    difference,
+    language_gate,
+    load_published,
+    parameter_groups,
+    swin_backbone,
+)
 from refseg_nb.models.losses import weighted_loss
 from refseg_nb.models.text import bert_encoder
 from refseg_nb.training.pretrain import pretrain_swin

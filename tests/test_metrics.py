@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from refseg_nb.evaluation.metrics import THRESHOLDS, SegmentationMetric, intersection_union, iou, iou_of_counts
+from refseg_nb.evaluation.metrics import (
+    THRESHOLDS,
+    SegmentationMetric,
+    intersection_union,
+    iou,
+    iou_of_counts,
+)
 
 
 def random_masks(n=40, h=31, w=47, seed=0):

@@ -16,7 +16,16 @@ from refseg_nb.models.text import TextEncoder
 from refseg_nb.models.hcam import HCAM, Conv3dLevels, average_words, constant_conv
 from refseg_nb.models.sfm import SFM, pixel_positions, sinusoid, word_positions
 from refseg_nb.models.losses import training_target
-from refseg_nb.models.shnet import ABLATIONS, MODELS, PRESETS, RECIPES, SHNetConfig, count_parameters, create_model, differences
+from refseg_nb.models.shnet import (
+    ABLATIONS,
+    MODELS,
+    PRESETS,
+    RECIPES,
+    SHNetConfig,
+    count_parameters,
+    create_model,
+    differences,
+)
 
 RELEASED = {
     "text encoder": 1_667_072,

@@ -46,6 +46,7 @@ USUAL = {
     "expressions_per_image": 3,
     "limit": 6,
     "max_steps": 5,
+    "lr": 1e-4,
     "val_split": None,
     "cache_features": True,
 }
@@ -55,6 +56,7 @@ ROWS = ("shnet", "baseline", "only-hcam", "only-sfm", "sfm-convlstm", "sfm-conv3
 ROWS += ("shnet-without-pe", "mgate", "tgfe", "gbfm", "cmpc", "lavt", "crossvlt")
 RUNS = {row: {"model": row} for row in ROWS} | {
     "shnet, all expressions": {"expressions_per_image": None},
+    "shnet, the recipe's rate": {"lr": None},
     "shnet, bce+dice": {"loss": "bce+dice"},
     "shnet, bf16": {"mixed_precision": "bf16"},
     "shnet, class weights": {"class_weights": (0.9, 1.1)},
@@ -77,7 +79,7 @@ RUNS = {row: {"model": row} for row in ROWS} | {
         "optimizer": "adam",
         "warmup": 2,
         "clip": 1.0,
-        "end_lr": 1e-4,
+        "end_lr": 1e-5,
     },
     "shnet, paper's parts": {
         "preset": "paper",
@@ -198,6 +200,13 @@ def trained(root: Path, out: Path, run: str) -> dict:
         "parameters": sum(p.numel() for p in result.model.parameters()),
         "weights": fingerprint(result.model.state_dict()),
     }
+
+
+def tolerance(run: str, step: int) -> float:
+    """How far a step's loss may be off on another processor: Adam's first steps enlarge every last bit."""
+    if "bf16" in run or "the recipe's rate" in run:
+        return 1e-3 if step == 0 and "bf16" not in run else 1e-1
+    return (1e-5, 1e-4)[step] if step < 2 else 2e-2
 
 
 def has_bfloat16() -> bool:
@@ -385,8 +394,9 @@ def test_losses_of_the_first_steps(tiny_root, tmp_path, run):
     if "bf16" in run and not has_bfloat16():
         pytest.skip("this processor computes no LSTM in bfloat16")
     found, golden = trained(tiny_root, tmp_path / "run", run), GOLDEN["runs"][run]
-    tolerance = 1e-2 if "bf16" in run else 1e-4
-    assert found["losses"] == pytest.approx(golden["losses"], rel=tolerance)
+    assert len(found["losses"]) == len(golden["losses"])
+    for step, (now, loss) in enumerate(zip(found["losses"], golden["losses"], strict=True)):
+        assert now == pytest.approx(loss, rel=tolerance(run, step)), f"step {step}"
     assert found["parameters"] == golden["parameters"]
     assert len(found["history"]) == len(golden["history"])
     for now, row in zip(found["history"], golden["history"], strict=True):

@@ -20,9 +20,34 @@ from refseg_nb.data.refer import Refer, write_refer
 from refseg_nb.data.referit import ReferIt, write_referit
 from refseg_nb.data.words import PAD, vocabulary_for
 from refseg_nb.evaluation import protocols
-from refseg_nb.evaluation.evaluator import FAILURES, Record, bootstrap, evaluate, load_record, make_record, metric_columns, metrics_of_sums, object_arrays, paired_bootstrap, sample_groups, save_record
+from refseg_nb.evaluation.evaluator import (
+    FAILURES,
+    Record,
+    bootstrap,
+    evaluate,
+    load_record,
+    make_record,
+    metric_columns,
+    metrics_of_sums,
+    object_arrays,
+    paired_bootstrap,
+    sample_groups,
+    save_record,
+)
 from refseg_nb.evaluation.metrics import THRESHOLDS
-from refseg_nb.evaluation.protocols import PROTOCOLS, Protocol, choose_threshold, compare, compared_masks, dilated, evaluate_protocols, nearest, read_ignore, read_samples, write_samples
+from refseg_nb.evaluation.protocols import (
+    PROTOCOLS,
+    Protocol,
+    choose_threshold,
+    compare,
+    compared_masks,
+    dilated,
+    evaluate_protocols,
+    nearest,
+    read_ignore,
+    read_samples,
+    write_samples,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 

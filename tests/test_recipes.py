@@ -29,7 +29,16 @@ from refseg_nb.models.shnet import Recipe
 from refseg_nb.models.hub import load_model
 from refseg_nb.models.hub import CheckpointError
 from refseg_nb.training.config import TrainConfig
-from refseg_nb.training.learner import Learner, LearnerParts, Objective, check_same_config, comparable, expression_batches, polynomial_decay, train
+from refseg_nb.training.learner import (
+    Learner,
+    LearnerParts,
+    Objective,
+    check_same_config,
+    comparable,
+    expression_batches,
+    polynomial_decay,
+    train,
+)
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")

@@ -22,7 +22,13 @@ from typer.testing import CliRunner
 from refseg_nb.cli import app
 from refseg_nb.models.shnet import create_model
 from refseg_nb.bench.growth import GROWTH, fitted_slope, growth
-from refseg_nb.training.distributed import ProcessLost, SharedBatchNorm2d, launch_folder, share_batch_norm, share_of_batch
+from refseg_nb.training.distributed import (
+    ProcessLost,
+    SharedBatchNorm2d,
+    launch_folder,
+    share_batch_norm,
+    share_of_batch,
+)
 from refseg_nb.training.checkpoint import checkpoints
 from refseg_nb.evaluation.evaluator import load_record
 from refseg_nb.training.config import TrainConfig

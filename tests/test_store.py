@@ -63,7 +63,9 @@ def holds(store, refer, splits=None):
     """Everything in the store is what decoding gives."""
     samples = [s for split in splits or refer.splits for s in refer.samples(split)]
     for s in samples:
-        assert torch.equal(store.image(s.image_id), resize_square(np.array(refer.load_image(s.image_id)), store.image_size))
+        assert torch.equal(
+            store.image(s.image_id), resize_square(np.array(refer.load_image(s.image_id)), store.image_size)
+        )
         assert (store.mask(s.ann_id) == refer.mask(s.ann_id)).all() and store.mask(s.ann_id).dtype == bool
         if store.target_size:
             assert torch.equal(

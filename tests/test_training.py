@@ -39,7 +39,16 @@ from refseg_nb.models.losses import dice_loss
 from refseg_nb.training.config import TrainConfig
 from refseg_nb.system import available_memory, peak_memory
 from refseg_nb.training.features import FeatureCache
-from refseg_nb.training.learner import Learner, Objective, TargetDataset, cut_log, expression_batches, polynomial_decay, read_history, train
+from refseg_nb.training.learner import (
+    Learner,
+    Objective,
+    TargetDataset,
+    cut_log,
+    expression_batches,
+    polynomial_decay,
+    read_history,
+    train,
+)
 
 CONTEXT = torch.multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["accelerate", "refseg_nb.training.learner"])

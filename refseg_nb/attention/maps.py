@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models.sfm import SFMAttention
+from ..errors import InputError
 
 # %% ../../nbs/14_attention.ipynb #011
 KINDS = {  # what the numbers are -> over what a row sums to one
@@ -26,7 +27,7 @@ KINDS = {  # what the numbers are -> over what a row sums to one
 TOKENS = ("pixels", "words", "both")  # "both": the pixels row by row, then the words
 
 
-class AttentionError(ValueError):
+class AttentionError(InputError):
     "Attention that cannot be what it says it is; the message names the level and the axis."
 
 

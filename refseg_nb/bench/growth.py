@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from ..errors import InputError
 
 # %% ../../nbs/21d_growth.ipynb #005
 def fitted_slope(
@@ -25,7 +26,7 @@ def fitted_slope(
     "The slope of a straight line through log cost over log size (least squares)."
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(x) < 2 or (x <= 0).any() or (y <= 0).any():
-        raise ValueError("a slope needs two points or more, all positive")
+        raise InputError("a slope needs two points or more, all positive")
     first = min(len(x) // 2, len(x) - 2) if upper else 0
     return float(np.polyfit(np.log(x[first:]), np.log(y[first:]), 1)[0])
 

@@ -34,6 +34,7 @@ from ..models.hcam import average_words
 from ..models.shnet import SHNet, create_model
 from ..system import git_commit, machine, versions
 from ..system import peak_memory, reset_peak_memory
+from ..errors import InputError
 
 # %% ../../nbs/21_fast.ipynb #005
 SAVINGS = (
@@ -58,9 +59,9 @@ class AsPublished(nn.Module):
     ):
         super().__init__()
         if unknown := set(savings) - set(SAVINGS):
-            raise ValueError(f"no saving called {min(unknown)!r}; there are {', '.join(SAVINGS)}")
+            raise InputError(f"no saving called {min(unknown)!r}; there are {', '.join(SAVINGS)}")
         if not (getattr(model.config, "use_sfm", False) and model.config.use_hcam):
-            raise ValueError("the published way is written for SHNet with SFM and HCAM")
+            raise InputError("the published way is written for SHNet with SFM and HCAM")
         self.model, self.savings = model, set(savings)
 
     def forward(
@@ -223,7 +224,7 @@ def fold_norms(
 ) -> nn.Module:  # a copy
     "A copy in which each BatchNorm that directly follows a convolution has become part of it."
     if model.training:
-        raise ValueError("fold_norms is for inference: call model.eval() first")
+        raise InputError("fold_norms is for inference: call model.eval() first")
     model = copy.deepcopy(model)
     for part in model.modules():
         children = list(part.named_children())

@@ -13,7 +13,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-
 # %% ../../nbs/90_course.ipynb #004
 @contextmanager
 def expect_error(

@@ -20,6 +20,7 @@ from .words import Vocabulary, pad_words
 if TYPE_CHECKING:
     from refseg_nb.data.store import ImageStore
 from .images import resize_square
+from ..errors import InputError
 
 # %% ../../nbs/06_batches.ipynb #018
 def soft_target(
@@ -77,13 +78,13 @@ class RISDataset(Dataset):
         sentence: str = "sent",  # which text is read: "sent", cleaned, or "raw", as somebody typed it
     ):
         if sentence not in SENTENCES:
-            raise ValueError(f"sentence must be one of {', '.join(map(repr, SENTENCES))}, not {sentence!r}")
+            raise InputError(f"sentence must be one of {', '.join(map(repr, SENTENCES))}, not {sentence!r}")
         if image_size < 1 or (target_size is not None and target_size < 1):
-            raise ValueError(
+            raise InputError(
                 f"image_size and target_size must be positive, not {image_size} and {target_size}"
             )
         if max_words < 1:
-            raise ValueError(f"max_words must be at least 1, not {max_words}")
+            raise InputError(f"max_words must be at least 1, not {max_words}")
         self.refer, self.split, self.vocabulary = refer, split, vocabulary
         self.image_size, self.target_size, self.max_words = image_size, target_size, max_words
         self.samples, self.store, self.sentence = refer.samples(split), store, sentence
@@ -198,11 +199,11 @@ def epoch_batches(
     """The batches of an epoch: a pure function of its arguments, so that a run can be taken up again at any
     batch."""
     if images_per_batch < 1:
-        raise ValueError(f"images_per_batch must be at least 1, not {images_per_batch}")
+        raise InputError(f"images_per_batch must be at least 1, not {images_per_batch}")
     if expressions_per_image is not None and expressions_per_image < 1:
-        raise ValueError(f"expressions_per_image must be at least 1 or None, not {expressions_per_image}")
+        raise InputError(f"expressions_per_image must be at least 1 or None, not {expressions_per_image}")
     if unit not in UNITS:
-        raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, not {unit!r}")
+        raise InputError(f"unit must be one of {', '.join(map(repr, UNITS))}, not {unit!r}")
     groups = (
         [indices for _, indices in dataset.groups]
         if unit == "sentence"

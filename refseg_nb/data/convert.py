@@ -36,6 +36,9 @@ from refseg_nb.data.refer import (
     write_refer,
 )
 from .referit import ReferIt, _once, _query_files
+from ..errors import ExistsError
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/03c_own_data.ipynb #010
 SCHEMA = {
@@ -118,7 +121,7 @@ class Problem:
         return f"{where or 'the file'} {self.message}" + (" (warning)" if self.level == "warning" else "")
 
 # %% ../../nbs/03c_own_data.ipynb #016
-class ConvertError(ValueError):
+class ConvertError(InputError):
     "Data that cannot be converted; the message names the file and what is wrong, `problems` holds all of it."
 
     def __init__(self, message, problems=()):
@@ -180,7 +183,7 @@ _LONGEST_LINE = 4 * 2**20  # bytes
 
 
 def _no_constant(name):
-    raise ValueError(f"{name} is no number")
+    raise InputError(f"{name} is no number")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, object, str]]:
@@ -218,7 +221,7 @@ _MOST_PIXELS = 2**26  # of a picture: 67 million
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 
-class FieldError(ValueError):
+class FieldError(InputError):
     "What is wrong with a picture or a mask, and in which part of the field."
 
     def __init__(self, message, *parts):
@@ -302,7 +305,7 @@ class _OwnData:
     def __init__(self, path, images):
         self.path, self.look, self.base = Path(path), images, Path(path).resolve().parent
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such file")
+            raise NotFoundError(f"{self.path}: no such file")
         self._pictures, self._splits, self._ids = {}, {}, {}
 
     def __iter__(self) -> Iterator[tuple[dict | None, Path, tuple, np.ndarray, list[Problem]]]:
@@ -454,7 +457,7 @@ class _Staging:
 
     def __init__(self, root, names, images):
         if images not in ("link", "copy"):
-            raise ValueError(f"images must be 'link' or 'copy', not {images!r}")
+            raise InputError(f"images must be 'link' or 'copy', not {images!r}")
         self.root, self.names, self.images, self.made, self.linked, self.missing = (
             Path(root),
             list(names),
@@ -465,12 +468,12 @@ class _Staging:
         )
         for name in self.names:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}", name) or name == "images":
-                raise ValueError(
+                raise InputError(
                     f"{name!r} cannot be the name of a data set: use letters, digits, and any of _ . + -"
                     " after the first"
                 )
             if (self.root / name).exists():
-                raise FileExistsError(
+                raise ExistsError(
                     f"{self.root / name} is there already; choose another name or root, or remove it"
                 )
 
@@ -496,7 +499,7 @@ class _Staging:
         if target.exists():
             if os.path.samefile(source, target) or filecmp.cmp(source, target):
                 return
-            raise FileExistsError(f"{target} is there already and is not the same picture as {source}")
+            raise ExistsError(f"{target} is there already and is not the same picture as {source}")
         self._folder(target.parent)
         self.made.append(target)
         _put(source.resolve(), target, self.images)
@@ -530,7 +533,7 @@ def convert_jsonl(
 ) -> Refer:  # the data set, opened
     "Write a data set of your own in the REFER layout, with the partition `own`; as a whole or not at all."
     if name in PARTITIONS or name in ("refcocog", "refclef", "referit"):
-        raise ValueError(f"{name!r} is the name of a published data set; choose another")
+        raise InputError(f"{name!r} is the name of a published data set; choose another")
     data, errors, pictures, annotations, refs, categories = _OwnData(path, True), [], {}, {}, {}, {}
     sentence = 0
     with _Staging(root, [name], images) as stage:
@@ -644,7 +647,7 @@ def detect_layout(
     "Say in which layout some data is."
     source = Path(source)
     if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file or folder")
+        raise NotFoundError(f"{source}: no such file or folder")
     if source.is_file():
         if source.suffix in (".jsonl", ".parquet"):
             return source.suffix[1:]
@@ -840,10 +843,10 @@ def convert(
     source = Path(source)
     found = detect_layout(source) if layout == "auto" else layout
     if image_folder is not None and not Path(image_folder).is_dir():
-        raise FileNotFoundError(f"{image_folder}: no such folder of images")
+        raise NotFoundError(f"{image_folder}: no such folder of images")
     if found == "jsonl":
         if name is None:
-            raise ValueError("give the new data set a name: name=...")
+            raise InputError("give the new data set a name: name=...")
         own = convert_jsonl(source, root, name, images)
         return Conversion(found, {name: [own.split_by]}, len(own.images), 0)
     if found == "parquet":
@@ -851,7 +854,7 @@ def convert(
         if not files:
             raise ConvertError(f"{source}: there is no .parquet file in it")
         if name is None:
-            raise ValueError(
+            raise InputError(
                 "a parquet file does not say which data set it is: give name='refcoco', 'refcoco+' or"
                 " 'refcocog'"
             )
@@ -860,9 +863,9 @@ def convert(
             stage.publish()
         return Conversion(found, data, stage.linked, stage.missing)
     if found not in ("refer", "shnet", "referit"):
-        raise ValueError(f"no layout is called {found!r}: there are jsonl, parquet, refer, shnet and referit")
+        raise InputError(f"no layout is called {found!r}: there are jsonl, parquet, refer, shnet and referit")
     if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such folder")
+        raise NotFoundError(f"{source}: no such folder")
     jobs = _choose(source, name)
     with _Staging(root, jobs, images) as stage:
         data = {

@@ -51,9 +51,12 @@ from rich.progress import (
 
 from .refer import ImageInfo, Refer, read_instances, verify_counts
 from ..files import write_file
+from ..errors import InputError
+from ..errors import NotFoundError
+from ..errors import RefsegError
 
 # %% ../../nbs/03d_fetch.ipynb #017
-class FetchError(OSError):
+class FetchError(RefsegError, OSError):
     "A file could not be had, verified or unpacked; the message is one line that names it."
 
 
@@ -790,7 +793,7 @@ def _inspect(spec: Unpack, base: Path) -> tuple[list[str], str]:
     )
     for pattern in spec.members:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise FileNotFoundError(f"{folder}: holds no {pattern}")
+            raise NotFoundError(f"{folder}: holds no {pattern}")
     says = f"{len(names):,} files in {spec.into}/"
     if spec.count and len(names) < spec.count:
         raise Mismatch(f"{spec.into}/ holds {len(names):,} of {spec.count:,} files")
@@ -1306,9 +1309,9 @@ def fetch(
     explained."""
     book, root = manifest if isinstance(manifest, Manifest) else load_manifest(manifest), Path(root)
     if name not in book.sets:
-        raise ValueError(f"nothing is known of {name!r}; there are {', '.join(book.sets)}")
+        raise InputError(f"nothing is known of {name!r}; there are {', '.join(book.sets)}")
     if images not in ("needed", "zip", "all", "none"):
-        raise ValueError(f"images is 'needed', 'zip', 'all' or 'none', not {images!r}")
+        raise InputError(f"images is 'needed', 'zip', 'all' or 'none', not {images!r}")
     specs = [
         book.files[file]
         for file in book.sets[name].files

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/library/images.ipynb #006
-class ImageError(ValueError):
+class ImageError(InputError):
     "A picture that cannot be read; the message names it and says what to do."
 
 # %% ../../nbs/library/images.ipynb #008
@@ -95,7 +97,7 @@ def read_image(
         path = Path(image)
         name = str(path)
         if not path.exists():
-            raise FileNotFoundError(f"there is no image at {name}")
+            raise NotFoundError(f"there is no image at {name}")
         if path.is_dir():
             raise ImageError(f"{name} is a folder: give one image file")
         try:

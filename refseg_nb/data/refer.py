@@ -21,9 +21,11 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 from ..files import write_file
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/03_refer_format.ipynb #009
-class ReferError(ValueError):
+class ReferError(InputError):
     """A file of the data set does not hold what the format asks for; the message names the file and what is
     wrong."""
 
@@ -49,7 +51,7 @@ def load_pickle(
     "Read a pickled list of dicts and nothing else: no global is ever loaded."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise NotFoundError(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             refs = _PlainUnpickler(file, path).load()
@@ -239,7 +241,7 @@ def read_instances(
     "Read a COCO instances file, and check the fields that referring segmentation needs."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise NotFoundError(f"{path}: no such file")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:
@@ -377,7 +379,7 @@ class Refer:
     ):
         self.root, self.name, self.folder = Path(root), name, Path(root) / name
         if not self.folder.is_dir():
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this"
                 " name"
             )
@@ -386,12 +388,12 @@ class Refer:
             split_by or PARTITIONS.get(name) or (found[0] if len(found) == 1 and name != "refcocog" else None)
         )
         if self.split_by is None:
-            raise ValueError(
+            raise InputError(
                 f"{name} has more than one partition, whose numbers cannot be compared: "
                 f"name one with split_by= (in {self.folder}: {', '.join(found) or 'none'})"
             )
         if self.split_by not in found:
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{self.folder / f'refs({self.split_by}).p'}: no such file; partitions in this folder:"
                 f" {', '.join(found) or 'none'}"
             )
@@ -416,7 +418,7 @@ class Refer:
     ) -> list[Sample]:  # every sentence of every ref of the split, in the file's order
         "The samples of a split: one for each sentence, repeated ones too."
         if split not in self._samples:
-            raise ValueError(
+            raise InputError(
                 f"{self.name} ({self.split_by}) has no split {split!r}; its splits are"
                 f" {', '.join(self.splits)}"
             )
@@ -470,7 +472,7 @@ class Refer:
         "The image in RGB (a few of COCO's are grey), checked against its size in `instances.json`."
         path, info = self.image_path(image_id), self.image(image_id)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: the file of image {image_id} is missing")
+            raise NotFoundError(f"{path}: the file of image {image_id} is missing")
         try:
             with Image.open(path) as image:
                 if image.size == (info.width, info.height):

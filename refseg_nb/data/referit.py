@@ -21,6 +21,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from .refer import ImageInfo, Ref, Refer, ReferError, Sample, Sentence
+from ..errors import ExistsError
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/03b_referit.ipynb #015
 # type of an element -> NumPy's
@@ -47,7 +50,7 @@ def _elements(data, order):
         if kind >> 16:
             kind, size, start, step = kind & 0xFFFF, kind >> 16, at + 4, 0
         if start + size > len(data) or (step == 0 and size > 4):
-            raise ValueError("is cut off: an element states more bytes than there are")
+            raise InputError("is cut off: an element states more bytes than there are")
         yield kind, data[start : start + size]
         at += 8 + step
 
@@ -55,10 +58,10 @@ def _elements(data, order):
 def _mask_in_mat(data, height, width):
     "What `read_mat_mask` does, for the bytes of a file."
     if data.startswith(b"MATLAB 7.3") or _HDF5 in (data[:8], data[512:520]):
-        raise ValueError("is a MATLAB 7.3 (HDF5) file, which is not read; save it again with -v7")
+        raise InputError("is a MATLAB 7.3 (HDF5) file, which is not read; save it again with -v7")
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
     if order is None:
-        raise ValueError("is not a .mat file of MATLAB 5 to 7")
+        raise InputError("is not a .mat file of MATLAB 5 to 7")
     limit, others = 8 * height * width + 4096, []
     for kind, body in _elements(memoryview(data)[128:], order):
         if kind not in (_MATRIX, _COMPRESSED):
@@ -72,12 +75,12 @@ def _mask_in_mat(data, height, width):
             others.append(repr(name)[:40])
             continue
         if flags & 0xFF in _CLASSES:
-            raise ValueError(f"holds segimg_t as {_CLASSES[flags & 0xFF]}, not as an array of numbers")
+            raise InputError(f"holds segimg_t as {_CLASSES[flags & 0xFF]}, not as an array of numbers")
         if flags & 0x800:
-            raise ValueError("holds segimg_t as complex numbers")
+            raise InputError("holds segimg_t as complex numbers")
         shape = np.frombuffer(shape, order + "i4").tolist()
         if shape != [height, width]:
-            raise ValueError(
+            raise InputError(
                 f"holds segimg_t of shape {' x '.join(map(str, shape[:4]))}, but its image is {height} x"
                 f" {width} pixels (height x width)"
             )
@@ -85,28 +88,28 @@ def _mask_in_mat(data, height, width):
             stream = zlib.decompressobj()
             matrix = stream.decompress(body, limit)
             if not stream.eof:
-                raise ValueError(
+                raise InputError(
                     f"is cut off, or inflates to more than {limit:,} bytes, the most that {height} x {width}"
                     " pixels can take"
                 )
             if struct.unpack_from(order + "I", matrix) != (_MATRIX,):
-                raise ValueError("holds something compressed that is no matrix")
+                raise InputError("holds something compressed that is no matrix")
             parts = _elements(memoryview(matrix)[8:], order)
             for _ in range(3):
                 next(parts)
         number, values = next(parts, (0, b""))
         if number not in _NUMBERS:
-            raise ValueError(f"holds segimg_t as numbers of the unknown type {number}")
+            raise InputError(f"holds segimg_t as numbers of the unknown type {number}")
         dtype = np.dtype(order + _NUMBERS[number])
         if len(values) != height * width * dtype.itemsize:
-            raise ValueError(
+            raise InputError(
                 f"holds {len(values):,} bytes for {height} x {width} numbers of {dtype.itemsize}"
             )
         values = np.frombuffer(values, dtype).reshape(width, height).T  # MATLAB stores columns
         if dtype.kind == "f" and not np.isfinite(values).all():
-            raise ValueError("holds a segimg_t with NaN or infinity in it")
+            raise InputError("holds a segimg_t with NaN or infinity in it")
         return np.ascontiguousarray(values == 0)
-    raise ValueError(f"holds no variable segimg_t (it holds {', '.join(others[:5]) or 'none at all'})")
+    raise InputError(f"holds no variable segimg_t (it holds {', '.join(others[:5]) or 'none at all'})")
 
 
 def read_mat_mask(
@@ -117,7 +120,7 @@ def read_mat_mask(
     "Read the mask of a region; a file cannot take more memory than a mask of this size needs."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: the mask of this region is missing")
+        raise NotFoundError(f"{path}: the mask of this region is missing")
     size, most = path.stat().st_size, 8 * height * width + 2**20
     if size > most:
         raise ReferError(
@@ -139,7 +142,7 @@ def _once(pairs):
     found = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key[:60]!r} is there twice")
+            raise InputError(f"the key {key[:60]!r} is there twice")
         found[key] = value
     return found
 
@@ -152,7 +155,7 @@ def read_queries(
     "Read a query file and check each entry."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise NotFoundError(f"{path}: no such file")
     try:
         queries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except Exception as error:
@@ -223,7 +226,7 @@ class _Images(Mapping):
 def _open_image(path):
     "Open an image without decoding it."
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: this image of ReferIt is missing")
+        raise NotFoundError(f"{path}: this image of ReferIt is missing")
     try:
         return Image.open(path)
     except Exception as error:
@@ -284,13 +287,13 @@ class ReferIt(Refer):
     ):
         self.root, self.name, self.folder, self.split_by = Path(root), name, Path(root) / name, "berkeley"
         if not self.folder.is_dir():
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this"
                 " name"
             )
         self.query_files = _query_files(self.folder)
         if not self.query_files:
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{self.folder / _QUERY_FOLDERS[0]}: no referit_query_<split>.json here, nor in"
                 f" {', '.join(_QUERY_FOLDERS[1:3])}"
             )
@@ -440,9 +443,9 @@ def write_referit(
     "Write a data set in the Berkeley layout, as a whole or not at all."
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} is there already; choose another name or remove it")
+        raise ExistsError(f"{folder} is there already; choose another name or remove it")
     if not queries or not set(queries) <= {"train", "val", "test"}:
-        raise ValueError(f"the splits are {list(queries)}; give some of train, val, test")
+        raise InputError(f"the splits are {list(queries)}; give some of train, val, test")
     if {"train", "val"} <= queries.keys():
         queries = queries | {"trainval": queries["train"] | queries["val"]}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -464,7 +467,7 @@ def write_referit(
             path = data.mask_path(ann_id)
             found, size = np.asarray(mask(path.stem), dtype=bool), sizes[f"{ann_id // 10_000}.jpg"]
             if found.shape != size[::-1]:
-                raise ValueError(
+                raise InputError(
                     f"the mask of {path.stem} is {found.shape}, but its image is {size[::-1]} (height, width)"
                 )
             savemat(path, {"segimg_t": np.where(found, 0, 255).astype(np.uint8)}, do_compression=True)
@@ -495,7 +498,7 @@ def open_data(
     if not (_query_files(folder) or (name == "referit" and not list(folder.glob("refs(*).p")))):
         return Refer(root, name, split_by)
     if split_by not in (None, "berkeley"):
-        raise ValueError(
+        raise InputError(
             f"{name} is in the Berkeley layout, whose one partition is 'berkeley', not {split_by!r}"
         )
     return ReferIt(root, name)

@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .batches import soft_target
 from .images import resize_square
 from .refer import Refer, Sample
+from ..errors import InputError
 
 # %% ../../nbs/06b_store.ipynb #024
 def pack_mask(
@@ -61,7 +62,7 @@ def unpack_mask(
 FORMAT = 1  # of the store's files: raise it whenever they, or what is in them, would be read in another way
 
 
-class StoreError(ValueError):
+class StoreError(InputError):
     "A store that cannot be used or built; the message says which and what to do."
 
 
@@ -214,12 +215,12 @@ class ImageStore:
         }
         for what, value in asked.items():
             if value != getattr(self, what):
-                raise ValueError(
+                raise InputError(
                     f"the store {self.path.name} was built with {what}={getattr(self, what)!r}, not {value!r}"
                 )
         for s in samples:
             if s.image_id not in self._image_row or s.ann_id not in self._ann_row:
-                raise ValueError(
+                raise InputError(
                     f"the store {self.path.name} does not hold annotation {s.ann_id} of image {s.image_id}:"
                     " build one with its split"
                 )
@@ -243,7 +244,7 @@ class ImageStore:
 
 def _place(refer, image_size, target_size, folder, splits) -> Path:
     if image_size < 1 or (target_size is not None and target_size < 1):
-        raise ValueError(f"image_size and target_size must be positive, not {image_size} and {target_size}")
+        raise InputError(f"image_size and target_size must be positive, not {image_size} and {target_size}")
     return (
         Path(folder)
         / f"{refer.name}-{refer.split_by}-{image_size}-{target_size or 0}-{store_key(refer, image_size, target_size, splits)}"

@@ -37,6 +37,8 @@ from refseg_nb.data.refer import (
     verify_counts,
 )
 from ..files import write_file
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/03e_verify.ipynb #009
 KINDS = {  # kind of finding -> what it does to a number
@@ -248,7 +250,7 @@ class _Copy:
             [],
         )
         if not self.folder.is_dir():
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this"
                 " name"
             )
@@ -282,7 +284,7 @@ class _ReferCopy(_Copy):
             split_by or PARTITIONS.get(name) or (found[0] if len(found) == 1 and name != "refcocog" else None)
         )
         if self.split_by is None:
-            raise ValueError(
+            raise InputError(
                 f"{name} has more than one partition: name one with split_by= (in {self.folder}:"
                 f" {', '.join(found) or 'none'})"
             )
@@ -1026,7 +1028,7 @@ class LeakageReport:
     ) -> str:  # a sentence: the whole published filter, or only a part
         "Write the image ids that a pretraining on COCO must leave out."
         if not self.filter_ids:
-            raise ValueError(
+            raise InputError(
                 "no val or test split of refcoco, refcoco+ or refcocog is here: there is nothing to"
                 " filter out"
             )
@@ -1061,16 +1063,16 @@ def leakage(
     root = Path(root).expanduser()
     names = list(names or [name for name in COCO_SETS if list((root / name).glob("refs(*).p"))])
     if not names:
-        raise FileNotFoundError(f"{root}: none of {', '.join(COCO_SETS)} is here with a refs file")
+        raise NotFoundError(f"{root}: none of {', '.join(COCO_SETS)} is here with a refs file")
     if len({image_folder_of(name) for name in names}) > 1:
-        raise ValueError(
+        raise InputError(
             f"{', '.join(names)} have their images in different folders: their image ids cannot be compared"
         )
     splits = {}
     for name in names:
         paths = sorted((root / name).glob("refs(*).p"))
         if not paths:
-            raise FileNotFoundError(f"{root / name}: no refs(<partition>).p here")
+            raise NotFoundError(f"{root / name}: no refs(<partition>).p here")
         for path in paths:
             found = defaultdict(set)
             for number, ref in enumerate(load_pickle(path)):

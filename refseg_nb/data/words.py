@@ -25,6 +25,7 @@ from torchtext.vocab import GloVe, Vectors, Vocab
 
 from .refer import Refer
 from ..files import write_file
+from ..errors import InputError
 
 # %% ../../nbs/04_words.ipynb #009
 PAD = 0  # fills short expressions up to the longest of the batch
@@ -152,11 +153,11 @@ class Vocabulary:
             words, counts, min_freq = data["words"], data["counts"], data["min_freq"]
             vocabulary = cls(Counter(dict(zip(words, counts, strict=True))), min_freq)
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"not a vocabulary as to_json writes it ({type(error).__name__}: {error})"
             ) from error
         if vocabulary.itos[len(_SPECIALS) :] != words:
-            raise ValueError(
+            raise InputError(
                 "not a vocabulary as to_json writes it: its words are not in the order of their counts"
             )
         return vocabulary
@@ -242,7 +243,7 @@ class Coverage:
         )
 
 
-class VectorsError(ValueError):
+class VectorsError(InputError):
     "A file of word vectors is missing or damaged; the message says which, and what to do."
 
 # %% ../../nbs/04_words.ipynb #047
@@ -389,6 +390,10 @@ def load_vectors(
     return vectors, coverage
 
 # %% ../../nbs/18_lavt.ipynb #007
+from ..errors import InputError
+from ..errors import NotFoundError
+
+# %% ../../nbs/18_lavt.ipynb #008
 class WordPieces:
     """BERT's WordPiece tokens behind the interface of `Vocabulary`: [PAD] is 0, and an expression is [CLS]
     pieces [SEP]."""
@@ -401,12 +406,12 @@ class WordPieces:
         protocol: str = "refseg",
     ):
         if protocol not in ("refseg", "lavt"):
-            raise ValueError(f"protocol must be 'refseg' or 'lavt', not {protocol!r}")
+            raise InputError(f"protocol must be 'refseg' or 'lavt', not {protocol!r}")
         missing = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if t not in pieces]
         if missing:
-            raise ValueError(f"not a vocabulary of BERT: it has no {', '.join(missing)}")
+            raise InputError(f"not a vocabulary of BERT: it has no {', '.join(missing)}")
         if pieces[0] != "[PAD]":
-            raise ValueError(f"the first piece must be [PAD], so that padding is 0; it is {pieces[0]!r}")
+            raise InputError(f"the first piece must be [PAD], so that padding is 0; it is {pieces[0]!r}")
         from transformers import BertTokenizer
 
         self.itos, self.protocol = list(pieces), protocol
@@ -422,11 +427,11 @@ class WordPieces:
         "Read BERT's own vocabulary file."
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; it is the vocab.txt of bert-base-uncased")
+            raise NotFoundError(f"{path}: no such file; it is the vocab.txt of bert-base-uncased")
         try:
             return cls(path.read_text(encoding="utf-8").splitlines(), protocol)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise InputError(f"{path}: {error}") from error
 
     @classmethod
     def pretrained(
@@ -440,7 +445,7 @@ class WordPieces:
         try:
             vocab = AutoTokenizer.from_pretrained(name).get_vocab()
         except OSError as error:
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"the vocabulary of {name} is not here and could not be fetched; put its vocab.txt somewhere"
                 " and use from_file"
             ) from error
@@ -466,7 +471,7 @@ class WordPieces:
     ]:  # their numbers, and what was unknown, empty or cut; its words are tokens
         "Encode many expressions and say what was lost."
         if max_words < 3:
-            raise ValueError(f"max_words must be at least 3 ([CLS], a piece, [SEP]), not {max_words}")
+            raise InputError(f"max_words must be at least 3 ([CLS], a piece, [SEP]), not {max_words}")
         tokens = self.tokenizer(list(texts))["input_ids"] if texts else []
         lengths, unknown = [len(t) for t in tokens], self.stoi["[UNK]"]
         report = EncodingReport(
@@ -510,7 +515,7 @@ class WordPieces:
             data = json.loads(text)
             return cls(data["pieces"], data["protocol"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"not word pieces as to_json writes them ({type(error).__name__}: {error})"
             ) from error
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from ..errors import InputError
 
 # %% ../../nbs/13b_crf.ipynb #009
 @dataclass(frozen=True)
@@ -31,16 +32,16 @@ class CrfConfig:
     def __post_init__(self):
         for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("gaussian_compat", "bilateral_compat"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.iterations < 0:
-            raise ValueError(f"iterations must be 0 or more, got {self.iterations}")
+            raise InputError(f"iterations must be 0 or more, got {self.iterations}")
         if not 0 < self.epsilon < 0.5:
-            raise ValueError(f"epsilon must be between 0 and 0.5, got {self.epsilon}")
+            raise InputError(f"epsilon must be between 0 and 0.5, got {self.epsilon}")
         if self.backend not in ("torch", "pydensecrf"):
-            raise ValueError(f"backend must be 'torch' or 'pydensecrf', got {self.backend!r}")
+            raise InputError(f"backend must be 'torch' or 'pydensecrf', got {self.backend!r}")
 
 # %% ../../nbs/13b_crf.ipynb #012
 def pixel_features(
@@ -105,7 +106,7 @@ class Lattice:
         radix = (v.amax(0) - v.amin(0) + 4 * n).tolist()
         place = [math.prod(radix[:i]) for i in range(n)]
         if place[-1] >= 2**62:
-            raise ValueError("the lattice has too many cells: sxy or srgb is too small for this picture")
+            raise InputError("the lattice has too many cells: sxy or srgb is too small for this picture")
         # the last coordinate follows from the others
         place = torch.tensor([*place[:-1], 0], device=features.device)
         first, steps = (v * place).sum(1, keepdim=True), place.sum() - n * place[order[:, :-1]]
@@ -173,7 +174,7 @@ def mean_field_pydensecrf(
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError:
-        raise ValueError(
+        raise InputError(
             "backend 'pydensecrf' needs the package pydensecrf2 (Python below 3.13): install it or use"
             " backend 'torch'"
         ) from None
@@ -204,17 +205,17 @@ def dense_crf(
     )
     p = p.float()
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
+        raise InputError(
             f"the image must be uint8 [H, W, 3], got {str(image.dtype).removeprefix('torch.')}"
             f" {list(image.shape)}"
         )
     if p.ndim not in (2, 3) or p.shape[-2:] != image.shape[:2] or 0 in p.shape:
-        raise ValueError(
+        raise InputError(
             f"probability has shape {list(p.shape)}: give [H, W] or [B, H, W] with the image's"
             f" {image.shape[0]} x {image.shape[1]} pixels"
         )
     if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError("probability must be in [0, 1] everywhere: give probabilities, not logits")
+        raise InputError("probability must be in [0, 1] everywhere: give probabilities, not logits")
     solve = mean_field_pydensecrf if config.backend == "pydensecrf" else mean_field
     Q = solve(
         p.reshape(-1, *p.shape[-2:]).clamp(config.epsilon, 1 - config.epsilon), image.to(p.device), config

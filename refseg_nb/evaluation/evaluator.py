@@ -36,6 +36,8 @@ from .metrics import COMPARATORS, THRESHOLDS, intersection_union
 from ..system import git_commit
 from ..system import machine
 from ..system import versions
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/13_evaluation.ipynb #009
 def probability_at(
@@ -63,7 +65,7 @@ def controlled_texts(
 ) -> list[list[str | None]]:  # for each sample the text that the model reads; None: leave this sample out
     "The text of each sample under a blind control."
     if control not in TEXT_CONTROLS:
-        raise ValueError(f"text_control must be one of {TEXT_CONTROLS}, got {control!r}")
+        raise InputError(f"text_control must be one of {TEXT_CONTROLS}, got {control!r}")
     texts = [[s.text for s in group] for group in groups]
     if control is None:
         return texts
@@ -114,7 +116,7 @@ class Evaluator:
         ignore: set[tuple[int, int]] | None = None,
     ):
         if image_control not in IMAGE_CONTROLS:
-            raise ValueError(f"image_control must be one of {IMAGE_CONTROLS}, got {image_control!r}")
+            raise InputError(f"image_control must be one of {IMAGE_CONTROLS}, got {image_control!r}")
         self.image_control, self.images_per_batch, self.step, self.num_workers = (
             image_control,
             images_per_batch,
@@ -149,7 +151,7 @@ class Evaluator:
         self.text = {(s.ref_id, s.sent_id): t for s, t in zip(self.samples, texts)}
         self.index = {(s.ref_id, s.sent_id): i for i, s in enumerate(self.samples)}
         if len(self.index) != len(self.samples):
-            raise ValueError("the split lists a sentence twice: (ref_id, sent_id) is not unique")
+            raise InputError("the split lists a sentence twice: (ref_id, sent_id) is not unique")
         self.dataset = copy.copy(dataset)
         # whole batches, so that each is what one process computes
         batches = [groups[i : i + images_per_batch] for i in range(0, len(groups), images_per_batch)]
@@ -433,7 +435,7 @@ def bootstrap(
     intersection, union = np.asarray(intersection, dtype=np.int64), np.asarray(union, dtype=np.int64)
     n = len(union)
     if n == 0:
-        raise ValueError("no samples to evaluate")
+        raise InputError("no samples to evaluate")
     columns = metric_columns(intersection, union, thresholds, comparator, empty)
     _, number = np.unique(np.arange(n) if clusters is None else np.asarray(clusters), return_inverse=True)
     groups = {"all": np.ones(n, dtype=bool)} | (groups or {})
@@ -533,9 +535,9 @@ def make_record(
 ) -> Record:
     "Metrics with intervals, by group, from per-sample counts."
     if comparator not in COMPARATORS:
-        raise ValueError(f"comparator must be one of {', '.join(COMPARATORS)}, got {comparator!r}")
+        raise InputError(f"comparator must be one of {', '.join(COMPARATORS)}, got {comparator!r}")
     if len(arrays["union"]) == 0:
-        raise ValueError("no samples to evaluate: the controls or the list of ignored samples leave none")
+        raise InputError("no samples to evaluate: the controls or the list of ignored samples leave none")
     families = sample_groups(arrays)
     flat = {f"{family}/{part}": keep for family, parts in families.items() for part, keep in parts.items()}
     found = bootstrap(
@@ -604,7 +606,7 @@ def evaluate(
     """Score a model on a split: original resolution, all sentences, one fixed threshold, intervals over
     images."""
     if not 0 < threshold < 1:
-        raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
+        raise InputError(f"threshold must be between 0 and 1, got {threshold}")
     if crf is True:
         from refseg_nb.evaluation.crf import CrfConfig
 
@@ -626,7 +628,7 @@ def evaluate(
         ignore=ignore,
     )
     if not evaluator.samples:
-        raise ValueError(f"split {getattr(dataset, 'split', '?')!r} has no samples")
+        raise InputError(f"split {getattr(dataset, 'split', '?')!r} has no samples")
     device = next(model.parameters()).device
     rows = evaluator.run(
         model,
@@ -766,7 +768,7 @@ def load_record(
     "Read a record that `save_record` wrote."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no record {path.name}: expected a .json file that `save_record` wrote")
+        raise NotFoundError(f"no record {path.name}: expected a .json file that `save_record` wrote")
     fields = json.loads(path.read_text())
     samples = path.parent / fields.pop("samples_file", path.with_suffix(".npz").name)
     arrays = {}
@@ -800,11 +802,11 @@ def paired_groups(
     "`paired_bootstrap` for several groups of samples, on the same resamples."
     a, b = ([r] if isinstance(r, Record) else list(r) for r in (a, b))
     if not a or not b:
-        raise ValueError("paired_bootstrap needs at least one record on each side")
+        raise InputError("paired_bootstrap needs at least one record on each side")
     keys = [sample_keys(r) for r in (*a, *b)]
     for r, k in zip((*a, *b), keys):
         if not np.array_equal(k, keys[0]):
-            raise ValueError(
+            raise InputError(
                 f"records {a[0].name!r} and {r.name!r} score different samples: compare runs on the same"
                 " split"
             )
@@ -877,7 +879,7 @@ def paired_bootstrap(
 def sample_keys(record: Record) -> np.ndarray:  # [n, 2] sorted
     "Which samples a record scored."
     if "ref_id" not in record.arrays:
-        raise ValueError(
+        raise InputError(
             f"record {record.name!r} has no per-sample file beside it: a paired comparison needs it"
         )
     keys = np.stack([record.arrays["ref_id"], record.arrays["sent_id"]], axis=1)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from torchmetrics import Metric
+from ..errors import InputError
 
 # %% ../../nbs/07_metrics.ipynb #010
 def intersection_union(
@@ -19,11 +20,11 @@ def intersection_union(
     "Count the pixels of the intersection and of the union of each pair of masks, in int64."
     pred, target = torch.as_tensor(pred), torch.as_tensor(target)
     if pred.dtype != torch.bool or target.dtype != torch.bool:
-        raise ValueError(
+        raise InputError(
             f"masks must be bool, got {pred.dtype} and {target.dtype}: threshold the probabilities first"
         )
     if pred.shape != target.shape:
-        raise ValueError(
+        raise InputError(
             f"pred is {tuple(pred.shape)} but target is {tuple(target.shape)}: resize the prediction to the"
             " original size of the image first"
         )
@@ -70,9 +71,9 @@ class SegmentationMetric(Metric):
     ):
         super().__init__(**kwargs)
         if comparator not in COMPARATORS:
-            raise ValueError(f"comparator must be one of {', '.join(COMPARATORS)}, got {comparator!r}")
+            raise InputError(f"comparator must be one of {', '.join(COMPARATORS)}, got {comparator!r}")
         if not 0 <= empty <= 1:
-            raise ValueError(f"empty must be in [0, 1], got {empty}")
+            raise InputError(f"empty must be in [0, 1], got {empty}")
         self.thresholds, self.comparator, self.empty = tuple(thresholds), comparator, empty
         for name in ("intersection", "union", "samples", "iou_units"):
             self.add_state(name, default=torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
@@ -89,7 +90,7 @@ class SegmentationMetric(Metric):
         if isinstance(pred, Tensor):
             pred, target = [pred], [target]
         if len(pred) != len(target):
-            raise ValueError(f"{len(pred)} predicted masks but {len(target)} true ones")
+            raise InputError(f"{len(pred)} predicted masks but {len(target)} true ones")
         for p, y in zip(pred, target):
             self._add(*intersection_union(p, y))
 

@@ -35,6 +35,8 @@ from refseg_nb.evaluation.evaluator import (
     this_process,
 )
 from .metrics import COMPARATORS, intersection_union
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/13c_protocols.ipynb #008
 RESOLUTIONS = {
@@ -85,7 +87,7 @@ class Protocol:
         if self.resolution != "original" and not (self.side or 0) >= 1:
             wrong.append(f"resolution {self.resolution!r} needs a side of 1 pixel or more")
         if wrong:
-            raise ValueError(f"protocol {self.name!r}: {wrong[0]}")
+            raise InputError(f"protocol {self.name!r}: {wrong[0]}")
 
     def asks(self, sample) -> bool:
         "Whether this sample is scored: all sentences of a ref, or one of them."
@@ -180,10 +182,10 @@ def find_protocols(
     found = []
     for p in PROTOCOLS if protocols is None else protocols:
         if not isinstance(p, Protocol) and p not in PROTOCOLS:
-            raise ValueError(f"there is no protocol {p!r}: choose from {', '.join(PROTOCOLS)}")
+            raise InputError(f"there is no protocol {p!r}: choose from {', '.join(PROTOCOLS)}")
         found.append(p if isinstance(p, Protocol) else PROTOCOLS[p])
     if len({p.name for p in found}) < len(found):
-        raise ValueError("two protocols have the same name: rename one with dataclasses.replace")
+        raise InputError("two protocols have the same name: rename one with dataclasses.replace")
     return found
 
 # %% ../../nbs/13c_protocols.ipynb #017
@@ -334,7 +336,7 @@ def choose_threshold(
     "The threshold with the best overall IoU at original resolution, from one pass over the model."
     thresholds, (rank, world) = sorted(set(map(float, thresholds))), this_process()
     if not thresholds or not 0 < thresholds[0] <= thresholds[-1] < 1:
-        raise ValueError(f"thresholds must lie between 0 and 1, got {thresholds}")
+        raise InputError(f"thresholds must lie between 0 and 1, got {thresholds}")
     evaluator = Evaluator(
         dataset,
         None,
@@ -357,7 +359,7 @@ def choose_threshold(
     bar = "Choosing a threshold" if progress and rank == 0 else None
     rows = gather_rows(evaluator.measure(model, names, count, features, autocast, None, bar))
     if len(rows["index"]) == 0:
-        raise ValueError(f"split {getattr(dataset, 'split', '?')!r} has no samples to choose a threshold on")
+        raise InputError(f"split {getattr(dataset, 'split', '?')!r} has no samples to choose a threshold on")
     counts = {t: (int(rows[t, "I"].sum()), int(rows[t, "U"].sum())) for t in thresholds}
     exact = {t: Fraction(i, u) if u else Fraction(0) for t, (i, u) in counts.items()}
     best = max(thresholds, key=lambda t: (exact[t], -abs(t - 0.5)))
@@ -406,21 +408,21 @@ def _sample_in(line: bytes, names: tuple | None) -> dict:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON: {error}") from error
+        raise InputError(f"is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"is {type(row).__name__}, not an object")
+        raise InputError(f"is {type(row).__name__}, not an object")
     if lacking := [k for k in SAMPLE_FIELDS if k not in row and k not in _MAY_LACK]:
-        raise ValueError(f"has no {lacking[0]!r}")
+        raise InputError(f"has no {lacking[0]!r}")
     row = {k: row[k] for k in SAMPLE_FIELDS if k in row}
     if names and tuple(row) != names:
-        raise ValueError(f"has the keys {', '.join(row)}, the first line has {', '.join(names)}")
+        raise InputError(f"has the keys {', '.join(row)}, the first line has {', '.join(names)}")
     for k, v in row.items():
         if k in _TEXTS and not isinstance(v, str):
-            raise ValueError(f"{k} is {v!r}, not text")
+            raise InputError(f"{k} is {v!r}, not text")
         if k not in _TEXTS and (type(v) is not int or v < 0 or v >= 2**63):
-            raise ValueError(f"{k} is {v!r}, not a whole number from 0 on")
+            raise InputError(f"{k} is {v!r}, not a whole number from 0 on")
     if row["intersection"] > row["union"]:
-        raise ValueError(f"the intersection, {row['intersection']}, is larger than the union, {row['union']}")
+        raise InputError(f"the intersection, {row['intersection']}, is larger than the union, {row['union']}")
     return row
 
 
@@ -430,7 +432,7 @@ def read_samples(
     "Read and check samples, one JSON object a line; keys that are not in `SAMPLE_FIELDS` are skipped."
     path, rows, names = Path(path), {}, None
     if not path.is_file():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{path}: no such file; it should hold one JSON object a line, as `write_samples` writes them"
         )
     with open(path, "rb") as file:
@@ -440,13 +442,13 @@ def read_samples(
             try:
                 row = _sample_in(line, names)
             except ValueError as error:
-                raise ValueError(f"{path}: line {number}: {error}") from error
+                raise InputError(f"{path}: line {number}: {error}") from error
             key, names = (row["ref_id"], row["sent_id"]), tuple(row)
             if key in rows:
-                raise ValueError(f"{path}: line {number}: repeats ref {key[0]}, sentence {key[1]}")
+                raise InputError(f"{path}: line {number}: repeats ref {key[0]}, sentence {key[1]}")
             rows[key] = row
     if not rows:
-        raise ValueError(f"{path}: holds no samples")
+        raise InputError(f"{path}: holds no samples")
     arrays = {
         k: np.array([row[k] for row in rows.values()], dtype=str if k in _TEXTS else np.int64) for k in names
     }
@@ -459,16 +461,16 @@ def read_ignore(
     "Read a list of samples to leave out."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it should hold a JSON list of [ref_id, sent_id]")
+        raise NotFoundError(f"{path}: no such file; it should hold a JSON list of [ref_id, sent_id]")
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from error
+        raise InputError(f"{path}: is not JSON: {error}") from error
     if not isinstance(pairs, list):
-        raise ValueError(f"{path}: holds {type(pairs).__name__}, not a list of [ref_id, sent_id]")
+        raise InputError(f"{path}: holds {type(pairs).__name__}, not a list of [ref_id, sent_id]")
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, list) or [type(x) for x in pair] != [int, int]:
-            raise ValueError(f"{path}: entry {number} is {pair!r}, not [ref_id, sent_id]")
+            raise InputError(f"{path}: entry {number} is {pair!r}, not [ref_id, sent_id]")
     return {(ref_id, sent_id) for ref_id, sent_id in pairs}
 
 # %% ../../nbs/13c_protocols.ipynb #055
@@ -557,18 +559,18 @@ def compare(
     "How much better b is than a, in every metric and group, if the two can be compared."
     a, b = ([_by_sample(r) for r in ([x] if isinstance(x, Record) else x)] for x in (a, b))
     if not a or not b:
-        raise ValueError("compare needs at least one record on each side")
+        raise InputError("compare needs at least one record on each side")
     first = a[0]
     for r in (*a[1:], *b):
         for key in MUST_AGREE:
             x, y = first.protocol.get(key), r.protocol.get(key)
             if x != y:
-                raise ValueError(
+                raise InputError(
                     f"records {first.name!r} and {r.name!r} cannot be compared: {key} is {x!r} in one and"
                     f" {y!r} in the other"
                 )
         if not np.array_equal(sample_keys(r), sample_keys(first)):
-            raise ValueError(
+            raise InputError(
                 f"records {first.name!r} and {r.name!r} cannot be compared: they score different samples"
                 f" ({len(first.arrays['union']):,} and {len(r.arrays['union']):,}); look at limit and ignored"
                 " in their protocols"
@@ -576,7 +578,7 @@ def compare(
         for key in ("image_id", "area", "pixels"):
             if (wrong := np.flatnonzero(r.arrays[key] != first.arrays[key])).size:
                 k = first.arrays["ref_id"][wrong[0]]
-                raise ValueError(
+                raise InputError(
                     f"records {first.name!r} and {r.name!r} cannot be compared: {key} of ref {k} differs, so"
                     " they were scored on different data"
                 )

@@ -22,6 +22,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/21c_service.ipynb #005
 @dataclass
@@ -80,23 +82,23 @@ def read_requests(
     source = Path(source)
     if source.is_dir():
         if not phrases:
-            raise ValueError(
+            raise InputError(
                 f"{source} is a folder: say what to look for in its pictures with --phrase, which may be"
                 " repeated"
             )
         endings = Image.registered_extensions()
         names = sorted(path.name for path in source.iterdir() if path.suffix.lower() in endings)
         if not names:
-            raise ValueError(f"there is no picture in {source}")
+            raise InputError(f"there is no picture in {source}")
         pairs = ((name, phrase) for name in names for phrase in phrases)
         yield from (Request(n, request_id(*pair), *pair) for n, pair in enumerate(pairs, 1))
     elif source.is_file():
         if phrases:
-            raise ValueError(f"{source} names its phrases itself: --phrase is for a folder of pictures")
+            raise InputError(f"{source} names its phrases itself: --phrase is for a folder of pictures")
         with open(source, encoding="utf-8-sig", errors="replace") as file:
             yield from (parse_request(n, line) for n, line in enumerate(file, 1) if line.strip())
     else:
-        raise FileNotFoundError(f"there is no file or folder {source}")
+        raise NotFoundError(f"there is no file or folder {source}")
 
 # %% ../../nbs/21c_service.ipynb #012
 @contextmanager
@@ -199,7 +201,7 @@ def own_folder(
     try:
         lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout:
-        raise ValueError(
+        raise InputError(
             f"{out}: another call is writing there: wait for it, or choose another --out"
         ) from None
     with lock:
@@ -210,7 +212,7 @@ def own_folder(
         if not file.exists():
             write_json(file, {"format": 1, **model})
         elif json.loads(file.read_text()) != {"format": 1, **model}:
-            raise ValueError(f"{out} was begun with another model: choose another --out, or use that model")
+            raise InputError(f"{out} was begun with another model: choose another --out, or use that model")
         yield
 
 # %% ../../nbs/21c_service.ipynb #021

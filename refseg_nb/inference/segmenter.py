@@ -19,6 +19,8 @@ from ..models.hub import load_model
 from ..evaluation.evaluator import probability_at
 from ..data.images import read_image
 from ..data.images import resize_square
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/library/segmenter.ipynb #005
 @dataclass
@@ -163,13 +165,13 @@ class Segmenter:
         """Split a phrase into words, without the punctuation that the model never saw; an empty phrase is an
         error."""
         if not isinstance(phrase, str):
-            raise ValueError(f"the phrase must be a string, not {type(phrase).__name__}")
+            raise InputError(f"the phrase must be a string, not {type(phrase).__name__}")
         if self.sentence == "raw":
             words = phrase.split() if any(c.isalnum() for c in phrase) else []
         else:
             words = [w for w in tokenize(phrase) if w in self.vocabulary or any(c.isalnum() for c in w)]
         if not words:
-            raise ValueError('the phrase is empty: say what to look for, as in "the red car on the left"')
+            raise InputError('the phrase is empty: say what to look for, as in "the red car on the left"')
         return words
 
     def unknown(
@@ -217,7 +219,7 @@ def load(
         folder = folder / "model"
     if not (folder / "config.json").is_file():
         names = ", ".join(known) or "none is shipped"
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"there is no model at {name}: give a folder with config.json and model.safetensors, or a shipped"
             f" model ({names})"
         )

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/05_pictures.ipynb #009
 class Backbone(nn.Module):
@@ -57,11 +59,11 @@ class Backbone(nn.Module):
     ) -> Float[Tensor, "K 3 S S"]:  # zero mean, unit variance, roughly
         "Images as the pre-training saw them."
         if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be [K, 3, S, S], not {list(images.shape)}")
+            raise InputError(f"images must be [K, 3, S, S], not {list(images.shape)}")
         if images.dtype == torch.uint8:
             images = images.to(self.mean.dtype) / 255
         elif not images.is_floating_point():
-            raise ValueError(f"images must be uint8 or floats in [0, 1], not {images.dtype}")
+            raise InputError(f"images must be uint8 or floats in [0, 1], not {images.dtype}")
         return (images - self.mean) / self.std
 
     def levels(self, x: Float[Tensor, "K 3 S S"]) -> list[Tensor]:
@@ -87,7 +89,7 @@ class ResNetBackbone(Backbone):
         multi_grid: tuple[int, int, int] | None = None,
     ):
         if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride must be 8, 16 or 32, not {output_stride}")
+            raise InputError(f"output_stride must be 8, 16 or 32, not {output_stride}")
         # here, not above: the import takes seconds, and only a ResNet needs it
         from torchvision.models import resnet101
 
@@ -114,7 +116,7 @@ def _read_checkpoint(path: str | Path) -> dict:
     "A torch file, read without running anything that is stored in it."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise NotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return load_file(path)
     # training programs store a numpy scalar (the best score) beside the tensors: harmless, so these are
@@ -132,7 +134,7 @@ def _read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0]})"
         ) from error
 
@@ -156,7 +158,7 @@ def _check_keys(
         if keys
     ]
     if problems:
-        raise ValueError(f"{path}: not the expected layout: {'; '.join(problems)}")
+        raise InputError(f"{path}: not the expected layout: {'; '.join(problems)}")
     return used
 
 
@@ -167,7 +169,7 @@ def load_voc_checkpoint(
     or an error."""
     state = _read_checkpoint(path)
     if not isinstance(state.get("state_dict"), dict):
-        raise ValueError(
+        raise InputError(
             f"{path}: no 'state_dict' in it; expected jfzhang95's DeepLabv3+ checkpoint, which has one"
         )
     state = {k.removeprefix("module."): v for k, v in state["state_dict"].items()}
@@ -256,7 +258,7 @@ def _download(weights) -> dict[str, Tensor]:
         return weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
         file = weights.url.rsplit("/", 1)[-1]
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{weights.url} could not be downloaded ({error}); put {file} into {_hub('')}, or pass its path"
             " as weights=, or weights='none' for random weights"
         ) from error
@@ -281,7 +283,7 @@ def create_backbone(
 ) -> Backbone:
     "A frozen picture encoder by name, with its pre-trained weights."
     if name not in BACKBONES:
-        raise ValueError(f"no backbone called {name!r}; there are {', '.join(BACKBONES)}")
+        raise InputError(f"no backbone called {name!r}; there are {', '.join(BACKBONES)}")
     random = weights is not None and str(weights) == "none"
     if name in SHIPPED_BACKBONES:
         net = RefShapesBackbone()
@@ -292,7 +294,7 @@ def create_backbone(
                 else Path(weights)
             )
             if not path.is_file():
-                raise FileNotFoundError(
+                raise NotFoundError(
                     f"{path}: no such file; make one with pretrain_backbone(root, out=...), or pass"
                     " weights='none' for random weights"
                 )
@@ -321,7 +323,7 @@ def create_backbone(
     else:
         path = Path(weights) if weights is not None else _hub(VOC_CHECKPOINT)
         if not path.is_file():
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{path}: no such file; get {VOC_CHECKPOINT} (DeepLabv3+ ResNet-101 of"
                 " jfzhang95/pytorch-deeplab-xception, VOC, Google Drive id"
                 " 1NwcwlWqA-0HqAPk3dSNNPipGMF0iS0Zu) and put it there, or pass its path as weights=, or"

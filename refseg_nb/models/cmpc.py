@@ -32,6 +32,8 @@ from refseg_nb.models.backbones import (
 from .decoder import pick
 from .text import TextEncoder
 from .shnet import Recipe
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/17_cmpc.ipynb #007
 WORD_TYPES = ("entity", "attribute", "relation", "unnecessary")
@@ -242,7 +244,7 @@ class PeepholeConvLSTM(nn.Module):
     ) -> Float[Tensor, "B D H W"]:
         "The last state."
         if visual[0].shape[1:] != self.peepholes.shape[1:]:
-            raise ValueError(
+            raise InputError(
                 f"maps are {list(visual[0].shape[1:])}, but the peepholes were made for"
                 f" {list(self.peepholes.shape[1:])}"
             )
@@ -348,9 +350,9 @@ class CMPCConfig:
     def __post_init__(self):
         known = ("deeplab-resnet101", *BACKBONES)
         if self.backbone not in known:
-            raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(known)}")
+            raise InputError(f"no backbone called {self.backbone!r}; there are {', '.join(known)}")
         if not 0 <= self.auxiliary < 1 / 3:
-            raise ValueError(f"auxiliary must be at least 0 and less than one third, not {self.auxiliary}")
+            raise InputError(f"auxiliary must be at least 0 and less than one third, not {self.auxiliary}")
 
     @property
     def output_size(self) -> int:
@@ -369,7 +371,7 @@ class CMPCConfig:
         "The configuration again; unknown fields are an error."
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"CMPCConfig has no field {', '.join(sorted(unknown))}")
+            raise InputError(f"CMPCConfig has no field {', '.join(sorted(unknown))}")
         return cls(**values)
 
 
@@ -396,7 +398,7 @@ def deeplab_backbone(
     """The published backbone, frozen. Its weights have to be given: they exist as a TensorFlow checkpoint
     only."""
     if weights is None:
-        raise FileNotFoundError(
+        raise NotFoundError(
             "deeplab-resnet101 has no weights to fetch: convert deeplab_resnet_init.ckpt to torchvision's"
             " names and pass the file as backbone_weights=, or 'none' for random weights; or take"
             " backbone='deeplabv3plus-resnet101' or 'resnet101'"
@@ -512,7 +514,7 @@ class CMPC(nn.Module):
         k, b = len(features[0]), len(words)
         if image_index is None and k != b:
             if k != 1:
-                raise ValueError(
+                raise InputError(
                     f"{k} images and {b} expressions: image_index must say which image each expression is"
                     " about"
                 )
@@ -599,9 +601,9 @@ def create_cmpc(
 ) -> CMPC:
     "CMPC by preset, with single fields changed."
     if preset not in CMPC_PRESETS:
-        raise ValueError(f"no preset called {preset!r}; there are {', '.join(CMPC_PRESETS)}")
+        raise InputError(f"no preset called {preset!r}; there are {', '.join(CMPC_PRESETS)}")
     if vocab_size is None and vectors is None:
-        raise ValueError("vocab_size is needed: how many words the vocabulary has")
+        raise InputError("vocab_size is needed: how many words the vocabulary has")
     if isinstance(backbone, str):
         overrides["backbone"], backbone = backbone, None
     config = CMPCConfig.from_dict(CMPC_PRESETS[preset].to_dict() | overrides)

@@ -34,6 +34,7 @@ from refseg_nb.models.lavt import (
 )
 from .text import bert_encoder
 from .lavt import PUBLISHED_NAMES as LAVT_NAMES
+from ..errors import InputError
 
 # %% ../../nbs/19_crossvlt.ipynb #011
 def attend(
@@ -245,14 +246,14 @@ class CrossVLTConfig:
 
     def __post_init__(self):
         if self.backbone not in SWINS:
-            raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(SWINS)}")
+            raise InputError(f"no backbone called {self.backbone!r}; there are {', '.join(SWINS)}")
         if self.text_width % self.text_heads:
-            raise ValueError(
+            raise InputError(
                 f"text_width {self.text_width} cannot be divided among text_heads {self.text_heads}"
             )
         width = SWINS[self.backbone]["embed_dim"]
         if 2 * width % self.head_width:
-            raise ValueError(
+            raise InputError(
                 f"head_width {self.head_width} does not divide {2 * width}, twice the channels of"
                 f" {self.backbone}"
             )
@@ -269,7 +270,7 @@ class CrossVLTConfig:
         "The configuration again; unknown fields are an error."
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"CrossVLTConfig has no field {', '.join(sorted(unknown))}")
+            raise InputError(f"CrossVLTConfig has no field {', '.join(sorted(unknown))}")
         return cls(**values)
 
 # %% ../../nbs/19_crossvlt.ipynb #044
@@ -404,7 +405,7 @@ class CrossVLT(nn.Module):
         k, b = len(features[0]), len(words)
         if image_index is None and k != b:
             if k != 1:
-                raise ValueError(
+                raise InputError(
                     f"{k} images and {b} expressions: image_index must say which image each expression is"
                     " about"
                 )
@@ -491,13 +492,13 @@ def create_crossvlt(
 ) -> CrossVLT:
     "CrossVLT by preset, with single fields changed."
     if preset not in CROSSVLT_PRESETS:
-        raise ValueError(f"no preset called {preset!r}; there are {', '.join(CROSSVLT_PRESETS)}")
+        raise InputError(f"no preset called {preset!r}; there are {', '.join(CROSSVLT_PRESETS)}")
     if isinstance(backbone, str):
         overrides["backbone"], backbone = backbone, None
     if vocab_size is None and vectors is not None:
         vocab_size = len(vectors)
     if vocab_size is None and preset == "refshapes":
-        raise ValueError("vocab_size is needed: how many words the vocabulary has")
+        raise InputError("vocab_size is needed: how many words the vocabulary has")
     return CrossVLT(
         CrossVLTConfig.from_dict(CROSSVLT_PRESETS[preset].to_dict() | overrides),
         vocab_size or 30_522,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from ..errors import InputError
 
 # %% ../../nbs/08_baseline.ipynb #012
 class LevelAdapter(nn.Module):
@@ -29,7 +30,7 @@ class LevelAdapter(nn.Module):
     ):
         super().__init__()
         if pool not in (1, 2):
-            raise ValueError(f"pool must be 1 or 2, not {pool}")
+            raise InputError(f"pool must be 1 or 2, not {pool}")
         self.size = pool * grid
         self.conv = nn.Conv2d(in_channels, channels, 3, stride=pool, padding=1)
         self.after = nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU()) if norm else nn.Identity()
@@ -137,7 +138,7 @@ class ASPP(nn.Module):
         "The same map, each place now knowing places far away."
         # a shared one (chapter 21b) sees the other processes' rows, too
         if self.training and len(x) == 1 and type(self.pool[1]) is nn.BatchNorm2d:
-            raise ValueError(
+            raise InputError(
                 "a batch of one expression cannot be normalised while training: give two or more"
             )
         pooled = self.pool(x.mean((2, 3), keepdim=True)).expand_as(x)
@@ -210,7 +211,7 @@ class UpsampleDecoder(nn.Module):
     ):
         super().__init__()
         if doublings > len(widths):
-            raise ValueError(
+            raise InputError(
                 f"{doublings} doublings need at least as many widths, but there are {len(widths)}"
             )
         self.doublings = doublings

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from ..errors import InputError
 
 # %% ../../nbs/10_hcam.ipynb #007
 def average_words(
@@ -30,7 +31,7 @@ def constant_conv(
     """The convolution of a constant map: 9 cases (3 rows x 3 columns: first, inner, last), each one matrix
     product."""
     if height < 2 or width < 2:
-        raise ValueError(f"the map is {height} x {width}: both must be at least 2")
+        raise InputError(f"the map is {height} x {width}: both must be at least 2")
     o, c = weight.shape[:2]
     # case x tap: does the tap fall inside the map?
     inside = weight.new_tensor([[0, 1, 1], [1, 1, 1], [1, 1, 0]])
@@ -88,7 +89,7 @@ class Conv3dLevels(nn.Module):
     def forward(self, maps: list[Float[Tensor, "B C H W"]]) -> Float[Tensor, "B C H W"]:
         "Over exactly three levels a 3-D convolution is a 2-D one on the concatenated channels."
         if len(maps) != 3:
-            raise ValueError(f"three levels, not {len(maps)}")
+            raise InputError(f"three levels, not {len(maps)}")
         return self.after(
             F.conv2d(
                 torch.cat(maps, 1), self.conv.weight.transpose(1, 2).flatten(1, 2), self.conv.bias, padding=1
@@ -109,7 +110,7 @@ class HCAM(nn.Module):
     ):
         super().__init__()
         if gates not in ("pair", "level", "one"):
-            raise ValueError(f"gates must be 'pair', 'level' or 'one', not {gates!r}")
+            raise InputError(f"gates must be 'pair', 'level' or 'one', not {gates!r}")
         self.kind = gates
         self.gates = nn.ModuleList(
             Gate(channels, norm, dropout) for _ in range({"pair": 6, "level": 3, "one": 1}[gates])

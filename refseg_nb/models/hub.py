@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from ..files import atomic_folder
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/library/hub.ipynb #004
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     "A checkpoint or model folder that cannot be used; the message says which and what to do."
 
 # %% ../../nbs/library/hub.ipynb #006
@@ -124,7 +126,7 @@ def load_model(
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a model folder: it has no {name}")
+            raise NotFoundError(f"{folder} is not a model folder: it has no {name}")
     try:
         stored = json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:

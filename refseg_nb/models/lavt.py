@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from .backbones import Backbone, _check_keys, _read_checkpoint
 from .decoder import conv_bn_relu, pick
 from .text import bert_encoder
+from ..errors import InputError
+from ..errors import NotFoundError
 
-# %% ../../nbs/18_lavt.ipynb #020
+# %% ../../nbs/18_lavt.ipynb #021
 class SwinStage(nn.Module):
     """One stage of timm's Swin, computed as published: patch merging (stages 2 to 4), then blocks that pad
     the map before they shift it."""
@@ -59,7 +61,7 @@ class SwinStage(nn.Module):
         "Patch merging, then the blocks."
         return self.run(self.downsample(x))
 
-# %% ../../nbs/18_lavt.ipynb #027
+# %% ../../nbs/18_lavt.ipynb #028
 SWINS: dict[str, dict] = {
     "swin-tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
     "swin-small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
@@ -88,7 +90,7 @@ class SwinBackbone(Backbone):
     def normalise(self, images):
         "Images as the pre-training saw them."
         if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
+            raise InputError(
                 f"this Swin was made for images of {self.image_size} x {self.image_size} pixels, not"
                 f" {' x '.join(map(str, images.shape[-2:]))}"
             )
@@ -116,7 +118,7 @@ def swin_backbone(
 ) -> SwinBackbone:  # thawed: its weights are trained
     "timm's Swin as four stages that compute what the published one computes, at any size."
     if name not in SWINS:
-        raise ValueError(f"no Swin called {name!r}; there are {', '.join(SWINS)}")
+        raise InputError(f"no Swin called {name!r}; there are {', '.join(SWINS)}")
     from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 
     made = (
@@ -134,7 +136,7 @@ def swin_backbone(
     if name == "swin-refshapes":
         path = Path(str(files("refseg_nb") / "weights" / SHIPPED_SWIN)) if weights is None else Path(weights)
         if not path.is_file():
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{path}: no such file; make one with pretrain_swin(root, out=...), or pass weights='none'"
                 " for random weights"
             )
@@ -160,13 +162,13 @@ def swin_backbone(
     try:
         swin = timm.create_model(f"{tag}.ms_in22k", pretrained=True, **made)
     except Exception as error:
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"the weights {tag}.ms_in22k could not be fetched ({error}); put {path.name} into {path.parent}, "
             "or pass its path as weights=, or weights='none' for random weights"
         ) from error
     return SwinBackbone(swin, wordless).freeze(False)
 
-# %% ../../nbs/18_lavt.ipynb #049
+# %% ../../nbs/18_lavt.ipynb #050
 def over_places(
     norm: nn.InstanceNorm1d,  # without weights
     x: Float[Tensor, "B N C"],  # one row a place
@@ -187,7 +189,7 @@ class PWAM(nn.Module):
     ):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"{channels} channels cannot be divided among {heads} heads")
+            raise InputError(f"{channels} channels cannot be divided among {heads} heads")
         self.heads = heads
         self.visual, self.query, self.out, self.mix = (nn.Linear(channels, channels) for _ in range(4))
         self.key, self.value = nn.Linear(text_channels, channels), nn.Linear(text_channels, channels)
@@ -213,7 +215,7 @@ class PWAM(nn.Module):
         g = over_places(self.norm, self.out((attention @ u).transpose(1, 2).flatten(2)))
         return F.gelu(self.mix(F.gelu(self.visual(v)) * g)), attention
 
-# %% ../../nbs/18_lavt.ipynb #055
+# %% ../../nbs/18_lavt.ipynb #056
 def language_gate(
     channels: int,  # C
 ) -> nn.Sequential:  # [..., C] -> [..., C] in (-1, 1)
@@ -226,7 +228,7 @@ def language_gate(
         nn.Tanh(),
     )
 
-# %% ../../nbs/18_lavt.ipynb #059
+# %% ../../nbs/18_lavt.ipynb #060
 class TopDownDecoder(nn.Module):
     """LAVT's decoder: from the coarsest map to the finest, each time up-sample, concatenate, two 3x3
     convolutions."""
@@ -265,7 +267,7 @@ class TopDownDecoder(nn.Module):
             )
         return self.classify(x)
 
-# %% ../../nbs/18_lavt.ipynb #065
+# %% ../../nbs/18_lavt.ipynb #066
 def difference(
     scores: Float[Tensor, "B 2 h w"],  # of background and referent
     factor: int = 1,  # times the size
@@ -276,7 +278,7 @@ def difference(
         logits if factor == 1 else F.interpolate(logits[:, None], scale_factor=factor, mode="bilinear")[:, 0]
     )
 
-# %% ../../nbs/18_lavt.ipynb #069
+# %% ../../nbs/18_lavt.ipynb #070
 @dataclass
 class PixelWordAttention:
     """Which words each place of a picture attends to: `attention[stage]` is [B, heads, H, W, T], rows sum to
@@ -307,7 +309,7 @@ class PixelWordAttention:
         `refseg_nb.attention.maps`."""
         return {s: (a.flatten(2, 3), tuple(a.shape[2:4]), "pixels", "words") for s, a in self.stages.items()}
 
-# %% ../../nbs/18_lavt.ipynb #071
+# %% ../../nbs/18_lavt.ipynb #072
 @dataclass(frozen=True)
 class LAVTConfig:
     "What LAVT is made of. Defaults are the published LAVT's."
@@ -340,12 +342,12 @@ class LAVTConfig:
 
     def __post_init__(self):
         if self.backbone not in SWINS:
-            raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(SWINS)}")
+            raise InputError(f"no backbone called {self.backbone!r}; there are {', '.join(SWINS)}")
         object.__setattr__(self, "heads", tuple(self.heads))
         if len(self.heads) != 4:
-            raise ValueError(f"heads must name a number for each of 4 stages, not {self.heads}")
+            raise InputError(f"heads must name a number for each of 4 stages, not {self.heads}")
         if self.trained_layers is not None and not 0 <= self.trained_layers <= self.text_layers:
-            raise ValueError(
+            raise InputError(
                 f"trained_layers must be between 0 and text_layers = {self.text_layers}, not"
                 f" {self.trained_layers}"
             )
@@ -362,10 +364,10 @@ class LAVTConfig:
         "The configuration again; unknown fields are an error."
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"LAVTConfig has no field {', '.join(sorted(unknown))}")
+            raise InputError(f"LAVTConfig has no field {', '.join(sorted(unknown))}")
         return cls(**values)
 
-# %% ../../nbs/18_lavt.ipynb #075
+# %% ../../nbs/18_lavt.ipynb #076
 class LAVT(nn.Module):
     """LAVT (CVPR 2022). Words enter after every stage of the Swin, so only stage 1 can be shared between the
     phrases about a picture."""
@@ -427,7 +429,7 @@ class LAVT(nn.Module):
         k, b = len(features[0]), len(words)
         if image_index is None and k != b:
             if k != 1:
-                raise ValueError(
+                raise InputError(
                     f"{k} images and {b} expressions: image_index must say which image each expression is"
                     " about"
                 )
@@ -469,7 +471,7 @@ class LAVT(nn.Module):
             "decoder": [self.decoder],
         }
 
-# %% ../../nbs/18_lavt.ipynb #077
+# %% ../../nbs/18_lavt.ipynb #078
 LAVT_PRESETS: dict[str, LAVTConfig] = {
     "base": LAVTConfig(),  # the published one
     "tiny": LAVTConfig(backbone="swin-tiny", window=7),
@@ -540,13 +542,13 @@ def create_lavt(
 ) -> LAVT:
     "LAVT by preset, with single fields changed."
     if preset not in LAVT_PRESETS:
-        raise ValueError(f"no preset called {preset!r}; there are {', '.join(LAVT_PRESETS)}")
+        raise InputError(f"no preset called {preset!r}; there are {', '.join(LAVT_PRESETS)}")
     if isinstance(backbone, str):
         overrides["backbone"], backbone = backbone, None
     if vocab_size is None and vectors is not None:
         vocab_size = len(vectors)
     if vocab_size is None and preset == "refshapes":
-        raise ValueError("vocab_size is needed: how many words the vocabulary has")
+        raise InputError("vocab_size is needed: how many words the vocabulary has")
     return LAVT(
         LAVTConfig.from_dict(LAVT_PRESETS[preset].to_dict() | overrides),
         vocab_size or 30_522,
@@ -554,7 +556,7 @@ def create_lavt(
         backbone,
     )
 
-# %% ../../nbs/18_lavt.ipynb #083
+# %% ../../nbs/18_lavt.ipynb #084
 def count_flops(
     config: LAVTConfig,  # any size
     words: int = 20,  # T
@@ -582,7 +584,7 @@ def count_flops(
         "decoder": of["LAVT.decoder"],
     }
 
-# %% ../../nbs/18_lavt.ipynb #092
+# %% ../../nbs/18_lavt.ipynb #093
 def parameter_groups(
     model: LAVT,
     weight_decay: float = 1e-2,  # of all but the picture encoder's norms and tables
@@ -601,7 +603,7 @@ def parameter_groups(
 
 LAVT.parameter_groups = parameter_groups  # the learner asks the model
 
-# %% ../../nbs/18_lavt.ipynb #096
+# %% ../../nbs/18_lavt.ipynb #097
 # a published name -> ours, or after "!" why it is left out; the first row that matches holds
 PUBLISHED_NAMES: dict[str, str] = {
     r"backbone\.layers\.\d\.blocks\.\d+\.attn\.relative_position_index": (
@@ -675,7 +677,7 @@ def rename_published(
         if keys
     ]
     if problems:
-        raise ValueError(f"not a published {what} of this size: {'; '.join(problems)}")
+        raise InputError(f"not a published {what} of this size: {'; '.join(problems)}")
     return renamed, left_out
 
 

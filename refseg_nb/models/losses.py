@@ -9,6 +9,7 @@ __all__ = ['training_target', 'dice_loss', 'aligned', 'mean_weight', 'weighted_l
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from ..errors import InputError
 
 # %% ../../nbs/11c_losses.ipynb #005
 def training_target(
@@ -21,7 +22,7 @@ def training_target(
     if policy == "dilated":
         return (F.interpolate(masks, (size, size), mode="bilinear", align_corners=False) > 0).float()[:, 0]
     if policy not in ("soft", "hard"):
-        raise ValueError(f"target must be 'soft', 'hard' or 'dilated', not {policy!r}")
+        raise InputError(f"target must be 'soft', 'hard' or 'dilated', not {policy!r}")
     soft = F.adaptive_avg_pool2d(masks, size)[:, 0]
     return soft if policy == "soft" else (soft >= 0.5).float()
 

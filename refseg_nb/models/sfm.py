@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from ..errors import InputError
 
 # %% ../../nbs/09_sfm.ipynb #009
 def sinusoid(
@@ -23,7 +24,7 @@ def sinusoid(
 ) -> Float[Tensor, "N D"]:  # sines in the even channels, cosines in the odd
     "P[n, 2k] = sin(n / base^(2k/D)), P[n, 2k+1] = cos of the same (Vaswani et al., 2017)."
     if channels % 2:
-        raise ValueError(f"channels must be even, not {channels}")
+        raise InputError(f"channels must be even, not {channels}")
     k = torch.arange(channels // 2, device=positions.device)
     angles = positions[:, None] / base ** (2 * k / channels)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
@@ -48,7 +49,7 @@ def pixel_positions(
 ) -> Float[Tensor, "HW C"]:  # row by row
     "P_v: half of the channels tell x, half tell y."
     if channels % 4:
-        raise ValueError(f"channels must be a multiple of 4, not {channels}")
+        raise InputError(f"channels must be a multiple of 4, not {channels}")
     centres = lambda n: (torch.arange(n, dtype=torch.float32) + 0.5) * ((extent or n) / n) - 0.5
     x, y = (sinusoid(centres(n), channels // 2, base) for n in (width, height))
     return torch.cat([x[None].expand(height, -1, -1), y[:, None].expand(-1, width, -1)], dim=-1).flatten(0, 1)
@@ -75,9 +76,9 @@ class JointAttention(nn.Module):
     ):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"{channels} channels cannot be shared by {heads} heads")
+            raise InputError(f"{channels} channels cannot be shared by {heads} heads")
         if positions not in ("qkv", "qk", "none"):
-            raise ValueError(f"positions must be 'qkv', 'qk' or 'none', not {positions!r}")
+            raise InputError(f"positions must be 'qkv', 'qk' or 'none', not {positions!r}")
         self.heads, self.dropout, self.positions = heads, dropout, positions
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
@@ -152,7 +153,7 @@ class SFMLayer(nn.Module):
     ):
         super().__init__()
         if norm not in ("pre", "post"):
-            raise ValueError(f"norm must be 'pre' or 'post', not {norm!r}")
+            raise InputError(f"norm must be 'pre' or 'post', not {norm!r}")
         self.norm, self.residual = norm, residual
         self.attention = JointAttention(
             channels, heads, dropout if attention_dropout is None else attention_dropout, positions
@@ -204,7 +205,7 @@ class SFM(nn.Module):
     ):
         super().__init__()
         if embedding not in ("sinusoid", "learned"):
-            raise ValueError(f"embedding must be 'sinusoid' or 'learned', not {embedding!r}")
+            raise InputError(f"embedding must be 'sinusoid' or 'learned', not {embedding!r}")
         self.layers = nn.ModuleList(
             SFMLayer(channels, heads, ffn, dropout, attention_dropout, norm, residual, positions)
             for _ in range(layers)
@@ -233,9 +234,9 @@ class SFM(nn.Module):
         b, c, h, w = visual.shape
         t = words.shape[1]
         if h * w != len(self.p_v):
-            raise ValueError(f"the map is {h} x {w} but SFM was built for {len(self.p_v)} places")
+            raise InputError(f"the map is {h} x {w} but SFM was built for {len(self.p_v)} places")
         if t > self.max_words:
-            raise ValueError(
+            raise InputError(
                 f"an expression of {t} words, but SFM has positions for {self.max_words}: shorten it or raise"
                 " max_words"
             )

@@ -22,6 +22,7 @@ from .decoder import ASPP, BaselineFusion, ConcatLevels, LevelAdapter, UpsampleD
 from .text import TextEncoder
 from .hcam import HCAM, Conv3dLevels, average_words
 from .sfm import SFM, LayerAttention, SFMAttention
+from ..errors import InputError
 
 # %% ../../nbs/11_shnet.ipynb #005
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ class SHNetConfig:
 
     def __post_init__(self):
         if self.backbone not in BACKBONES:
-            raise ValueError(f"no backbone called {self.backbone!r}; there are {', '.join(BACKBONES)}")
+            raise InputError(f"no backbone called {self.backbone!r}; there are {', '.join(BACKBONES)}")
         fusions = ("concat", "conv3d", *AGGREGATIONS)
         if self.level_fusion not in fusions:
-            raise ValueError(f"level_fusion must be one of {', '.join(fusions)}, not {self.level_fusion!r}")
+            raise InputError(f"level_fusion must be one of {', '.join(fusions)}, not {self.level_fusion!r}")
         for name in ("aspp_rates", "decoder_widths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -106,7 +107,7 @@ class SHNetConfig:
         "The configuration again; unknown fields are an error."
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"SHNetConfig has no field {', '.join(sorted(unknown))}")
+            raise InputError(f"SHNetConfig has no field {', '.join(sorted(unknown))}")
         return cls(**values)
 
 
@@ -355,7 +356,7 @@ class SHNet(nn.Module):
         k, b = len(features[0]), len(words)
         if image_index is None and k != b:
             if k != 1:
-                raise ValueError(
+                raise InputError(
                     f"{k} images and {b} expressions: image_index must say which image each expression is"
                     " about"
                 )
@@ -434,7 +435,7 @@ def recipes_of(
 ) -> dict:  # preset -> its recipe
     "How a model is trained, by preset."
     if name not in MODELS and name not in FAMILY:
-        raise ValueError(f"no model called {name!r}; there are {', '.join([*MODELS, *FAMILY])}")
+        raise InputError(f"no model called {name!r}; there are {', '.join([*MODELS, *FAMILY])}")
     return family(name).recipes if name in FAMILY else RECIPES
 
 
@@ -462,11 +463,11 @@ def create_model(
     if name in FAMILY:
         return family(name).create(preset, vocab_size, vectors, backbone, **overrides)
     if name not in MODELS:
-        raise ValueError(f"no model called {name!r}; there are {', '.join([*MODELS, *FAMILY])}")
+        raise InputError(f"no model called {name!r}; there are {', '.join([*MODELS, *FAMILY])}")
     if preset not in PRESETS:
-        raise ValueError(f"no preset called {preset!r}; there are {', '.join(PRESETS)}")
+        raise InputError(f"no preset called {preset!r}; there are {', '.join(PRESETS)}")
     if vocab_size is None and vectors is None:
-        raise ValueError("vocab_size is needed: how many words the vocabulary has")
+        raise InputError("vocab_size is needed: how many words the vocabulary has")
     if isinstance(backbone, str):
         overrides["backbone"], backbone = backbone, None
     config = SHNetConfig.from_dict(PRESETS[preset].to_dict() | MODELS[name] | overrides)

@@ -37,7 +37,7 @@ class TextEncoder(nn.Module):
         if one_hot:
             vectors, train_words = torch.eye(vocab_size), False
         if vectors is not None and len(vectors) != vocab_size:
-            raise ValueError(f"vectors has {len(vectors)} rows but the vocabulary has {vocab_size} words")
+            raise InputError(f"vectors has {len(vectors)} rows but the vocabulary has {vocab_size} words")
         if vectors is not None:
             word_dim = vectors.shape[1]
         self.embedding = nn.Embedding(vocab_size, word_dim, padding_idx=0)
@@ -54,17 +54,19 @@ class TextEncoder(nn.Module):
     ) -> Language:
         "The language features L, their mask, and the sentence feature."
         if words.dim() != 2:
-            raise ValueError(f"words must be [B, T], not {list(words.shape)}")
+            raise InputError(f"words must be [B, T], not {list(words.shape)}")
         mask = words != 0
         states, _ = self.lstm(self.embedding(words))
         last = (mask.sum(1) - 1).clamp(min=0)
         sentence = states[torch.arange(len(words), device=words.device), last]
         return Language(states * mask.unsqueeze(-1), mask, sentence)
 
-# %% ../../nbs/18_lavt.ipynb #040
-import torch.nn.functional as F
-
 # %% ../../nbs/18_lavt.ipynb #041
+import torch.nn.functional as F
+from ..errors import InputError
+from ..errors import NotFoundError
+
+# %% ../../nbs/18_lavt.ipynb #042
 class BertText(nn.Module):
     "A BERT on padded token numbers."
 
@@ -86,7 +88,7 @@ class BertText(nn.Module):
     ):  # words [B, T, D], mask [B, T], sentence [B, D]: the state of [CLS]; T is one more with `begin`
         "The states of the last layer."
         if words.dim() != 2:
-            raise ValueError(f"words must be [B, T], not {list(words.shape)}")
+            raise InputError(f"words must be [B, T], not {list(words.shape)}")
         if self.begin:
             words = F.pad(words, (1, 0), value=self.bert.config.vocab_size - 1)
         mask = words != 0
@@ -132,18 +134,18 @@ def bert_encoder(
                 weights or "bert-base-uncased", config=config, add_pooling_layer=False
             )
         except OSError as error:
-            raise FileNotFoundError(
+            raise NotFoundError(
                 f"{weights or 'bert-base-uncased'} is not here and could not be fetched; use weights='none'"
                 " for random weights"
             ) from error
         except RuntimeError as error:  # transformers' word for tensors of another shape
-            raise ValueError(
+            raise InputError(
                 f"{weights or 'bert-base-uncased'} is no BERT of {vocab_size:,} pieces and {width} channels: "
                 "is it another one's vocab.txt?"
             ) from error
     if vectors is not None:
         if vectors.shape != (vocab_size, width):
-            raise ValueError(f"vectors must be [{vocab_size}, {width}], not {list(vectors.shape)}")
+            raise InputError(f"vectors must be [{vocab_size}, {width}], not {list(vectors.shape)}")
         with torch.no_grad():
             bert.embeddings.word_embeddings.weight[:vocab_size] = vectors
     # transformers hands it out in eval mode: who trains without noticing has no dropout

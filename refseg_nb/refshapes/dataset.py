@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .expressions import FLAVOURS, sample_expressions
 from .scenes import CATEGORIES, GENERATOR_VERSION, HELDOUT, render, sample_scene
+from ..errors import InputError
 
 # %% ../../nbs/02b_dataset.ipynb #006
 SPLITS = ("train", "val", "testA", "testB", "heldout")
@@ -297,9 +298,9 @@ def make_refshapes(
     nothing."""
     names, regions = (*FLAVOURS, *VERSIONS), name == "refshapes-stuff"
     if name not in names:
-        raise ValueError(f"name is {name!r}: it must be one of {', '.join(names)}")
+        raise InputError(f"name is {name!r}: it must be one of {', '.join(names)}")
     if size not in SIZES:
-        raise ValueError(f"size is {size!r}: it must be one of {', '.join(SIZES)}")
+        raise InputError(f"size is {size!r}: it must be one of {', '.join(SIZES)}")
     resolution = resolution or SIZES[size]["resolution"]
     root = Path(root).expanduser()
     home = root / name
@@ -328,7 +329,7 @@ def make_refshapes(
     if data and drawn:
         return home
     if not overwrite and (data is False or data is None and home.exists()):
-        raise ValueError(
+        raise InputError(
             f"{home} holds another data set (see its refshapes.json): choose another root, or pass"
             " overwrite=True to replace it"
         )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .scenes import CATEGORIES, COLORS, HELDOUT, Rendering, Scene, render
+from ..errors import InputError
 
 # %% ../../nbs/02_expressions.ipynb #015
 KINDS = ("attribute", "superlative", "relation", "composition")
@@ -85,7 +86,7 @@ def parse_program(
     def value():
         nonlocal at
         if at >= len(tokens):
-            raise ValueError(f"the program {text!r} ends too early")
+            raise InputError(f"the program {text!r} ends too early")
         head = tokens[at]
         at += 1
         if at < len(tokens) and tokens[at] == "(":
@@ -95,7 +96,7 @@ def parse_program(
                 at += 1
                 args.append(value())
             if at >= len(tokens) or tokens[at] != ")":
-                raise ValueError(f"the program {text!r} lacks a closing bracket")
+                raise InputError(f"the program {text!r} lacks a closing bracket")
             at += 1
             return Program(head, tuple(args))
         if head.isdigit():
@@ -110,7 +111,7 @@ def parse_program(
 
     program = value()
     if not isinstance(program, Program):
-        raise ValueError(f"{text!r} is not a program: it has no operation")
+        raise InputError(f"{text!r} is not a program: it has no operation")
     return program
 
 # %% ../../nbs/02_expressions.ipynb #029
@@ -313,7 +314,7 @@ class World(Relations):
         if op == "between":
             a, b = self.run(args[1]), self.run(args[2])
             return None if a is None or b is None or a == b else self.between(bits, a, b)
-        raise ValueError(f"unknown operation {op!r} in the program {program}")
+        raise InputError(f"unknown operation {op!r} in the program {program}")
 
 # %% ../../nbs/02_expressions.ipynb #045
 def world(scene: Scene) -> World:
@@ -471,7 +472,7 @@ def enumerate_programs(
 ) -> list[tuple[Program, int, str]]:  # program, referent, and a name of the construction
     "Every minimal program of the grammar that has a referent in this scene."
     if flavour not in FLAVOURS:
-        raise ValueError(f"flavour is {flavour!r}: it must be one of {FLAVOURS}")
+        raise InputError(f"flavour is {flavour!r}: it must be one of {FLAVOURS}")
     w = world(scene)
     places = flavour == "refshapes"
     sides = _SIDES if places else _SIDES[4:]
@@ -829,7 +830,7 @@ def sample_expressions(
     """Expressions of one image: referents drawn evenly, kinds drawn from `mix`, and contrast sets wherever
     two of them can share a frame."""
     if count < 1:
-        raise ValueError(f"count is {count}: ask for at least one expression")
+        raise InputError(f"count is {count}: ask for at least one expression")
     allowed = list(range(len(scene.things))) if referents is None else list(referents)
     pools, frames = {}, {}
     for p, r, name in programs or enumerate_programs(scene, flavour):

@@ -65,6 +65,7 @@ from refseg_nb.refshapes.scenes import (
     sample_scene,
     silhouettes,
 )
+from ..errors import InputError
 
 # %% ../../nbs/02c_flavours.ipynb #009
 # what is drawn; contrast sets, and what a scene allows, shift it
@@ -822,7 +823,7 @@ def sample_regions(
     """Expressions about regions of one landscape: kinds drawn from `REGION_MIX`, regions evenly, contrast
     sets where there are any."""
     if count < 1:
-        raise ValueError(f"count is {count}: ask for at least one expression")
+        raise InputError(f"count is {count}: ask for at least one expression")
     pools, framed, used, times, out, sets = {}, {}, set(), Counter(), [], 0
     for p, r, name in enumerate_regions(regions):
         item = (p, r, kind := region_kind(p), _region_weight(regions, p, r, kind))

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.path import Path as Outline
 from matplotlib.transforms import Affine2D, TransformedPath
+from ..errors import InputError
 
 # %% ../../nbs/01_scenes.ipynb #005
 # part of every scene's seed: raise it whenever the same (seed, index) would give another scene or other
@@ -644,7 +645,7 @@ def render(
 ) -> Rendering:
     "Draw a scene and the mask of each of its things."
     if not 16 <= size <= 4096:
-        raise ValueError(f"size is {size}: a scene can be drawn at 16 to 4096 pixels a side")
+        raise InputError(f"size is {size}: a scene can be drawn at 16 to 4096 pixels a side")
     renderer = RendererAgg(size, size, 72)
     gc = renderer.new_gc()
     gc.set_snap(False)

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from ..files import write_file
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/20_experiments.ipynb #005
 TABLE2_COLUMNS = ("prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9", "Overall IoU")
@@ -499,7 +501,7 @@ def wanted(
 ) -> dict[str, list[str]]:  # experiment -> splits that are read
     "The experiments behind a table."
     if target not in TARGETS:
-        raise ValueError(f"there is no target {target!r}: choose one of {', '.join(TARGETS)}")
+        raise InputError(f"there is no target {target!r}: choose one of {', '.join(TARGETS)}")
     chosen = (
         list(tables())
         if target == "all"
@@ -509,7 +511,7 @@ def wanted(
         rows = ROWS
     there = [row for name in chosen for row in tables()[name].rows]
     if unknown := [row for row in rows or () if row not in there]:
-        raise ValueError(f"there is no row {unknown[0]!r} in {target}: choose from {', '.join(there)}")
+        raise InputError(f"there is no row {unknown[0]!r} in {target}: choose from {', '.join(there)}")
     found = {}
     asked = [
         cells for name in chosen for row, cells in tables()[name].rows.items() if rows is None or row in rows
@@ -551,7 +553,7 @@ def plan(
         ("preset", preset, SCALES),
     ):
         if name not in there:
-            raise ValueError(f"there is no {kind} {name!r}: choose one of {', '.join(there)}")
+            raise InputError(f"there is no {kind} {name!r}: choose one of {', '.join(there)}")
     b, out, root, jobs = (
         BUDGETS[budget],
         Path(out).absolute(),
@@ -612,7 +614,7 @@ def plan(
             )
     if not jobs:
         folders = sorted({WORLDS[data][experiments()[name].dataset][0] for name in asked})
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{data_root or default_root()} holds none of {', '.join(folders)}: name the data's folder with"
             " --root"
         )
@@ -858,7 +860,7 @@ def run_job(
         if Path(file).exists():
             continue
         if split not in refer.splits:
-            raise ValueError(
+            raise InputError(
                 f"{config.data} ({refer.split_by}) has no split {split!r}; it has {', '.join(refer.splits)}"
             )
         dataset = RISDataset(refer, split, vocabulary, model.config.image_size, None, model.config.max_words)
@@ -895,7 +897,7 @@ def check_jobs(
     for job in jobs:
         file = Path(job["folder"]) / "job.json"
         if file.exists() and json.loads(file.read_text())["config"] != job["config"]:
-            raise ValueError(
+            raise InputError(
                 f"{file.parent} holds a run with other settings: give another output folder, or delete"
                 " this one"
             )
@@ -1026,7 +1028,7 @@ def leave_out(
         ]
         job["splits"] = [split for split in job["splits"] if split in there[where(job)]]
         if not job["splits"]:
-            raise ValueError(
+            raise InputError(
                 f"{job['config']['data']} has none of the splits of {job['label']}; it has"
                 f" {', '.join(there[where(job)])}"
             )

@@ -28,6 +28,7 @@ from ..data.referit import ReferIt
 from ..data.words import tokenize
 from ..evaluation.evaluator import RIGHT_FROM, WRONG_BELOW, Record, sample_groups
 from ..evaluation.metrics import iou, iou_of_counts
+from ..errors import InputError
 
 # %% ../../nbs/20c_figures.ipynb #005
 COLORS = {
@@ -281,7 +282,7 @@ def gains(
     a, b = first.arrays, second.arrays
     order = [np.lexsort((x["sent_id"], x["ref_id"])) for x in (a, b)]
     if any(len(a[k]) != len(b[k]) or (a[k][order[0]] != b[k][order[1]]).any() for k in ("ref_id", "sent_id")):
-        raise ValueError(
+        raise InputError(
             f"records {first.name!r} and {second.name!r} score different samples: compare runs on the same"
             " split"
         )
@@ -322,7 +323,7 @@ def _find(refer, split: str, arrays: dict, places: list[int]) -> list:
     known = {(s.ref_id, s.sent_id): s for s in refer.samples(split)}
     keys = [(int(arrays["ref_id"][i]), int(arrays["sent_id"][i])) for i in places]
     if missing := [k for k in keys if k not in known]:
-        raise ValueError(
+        raise InputError(
             f"{refer.name} {split} has no sentence {missing[0][1]} of ref {missing[0][0]}: the record was"
             " made on another split"
         )
@@ -547,7 +548,7 @@ def anchors_of(
     if [t.category for t in scene.things] != [
         refer.categories[refer.annotation(i)["category_id"]] for i in ids
     ]:
-        raise ValueError(
+        raise InputError(
             f"{record}: image {sample.image_id} is not what its seed draws; draw the data set again with this"
             " version"
         )
@@ -579,7 +580,7 @@ def failure_causes(
     """Answer every sample of a split and say of each wrong answer why it is wrong; arrays with one entry a
     sample."""
     if isinstance(refer, ReferIt):
-        raise ValueError(
+        raise InputError(
             f"{refer.name} has regions without categories: the cause of a failure cannot be told"
         )
     samples = refer.samples(split)

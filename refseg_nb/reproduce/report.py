@@ -38,6 +38,7 @@ from refseg_nb.reproduce.tables import (
     print_table,
     summarise,
 )
+from ..errors import InputError
 
 # %% ../../nbs/20d_reproduction.ipynb #006
 PAPER_CAPTION = {
@@ -179,7 +180,7 @@ def report(
     runs = load_runs(folder)
     found = summaries(runs, resamples)
     if not found:
-        raise ValueError(
+        raise InputError(
             f"{folder}: the records are of a single row, which makes no table yet: run another one, or a"
             " whole table"
         )

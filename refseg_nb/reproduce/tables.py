@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from .experiments import TABLE2_COLUMNS, Table, model_config, model_cost, plan, tables
+from ..errors import InputError
+from ..errors import NotFoundError
 
 # %% ../../nbs/20b_tables.ipynb #005
 # the paper's column -> the record's metric
@@ -34,17 +36,15 @@ def load_runs(
     for file in sorted(folder.glob("*-seed*.json")):
         record = load_record(file)
         if not record.arrays:
-            raise FileNotFoundError(
-                f"{file}: its samples ({file.with_suffix('.npz').name}) are not beside it"
-            )
+            raise NotFoundError(f"{file}: its samples ({file.with_suffix('.npz').name}) are not beside it")
         name, _, rest = file.stem.rpartition("-seed")
         seed, _, split = rest.partition("-")
         if (record.config.get("experiment", name), record.seeds.get("training")) != (name, int(seed)):
             says = f"{record.config.get('experiment')}, seed {record.seeds.get('training')}"
-            raise ValueError(f"{file}: the name says {name}, seed {seed}; the record is of {says}")
+            raise InputError(f"{file}: the name says {name}, seed {seed}; the record is of {says}")
         found.setdefault((name, split), []).append(record)
     if not found:
-        raise FileNotFoundError(f"there are no records in {folder}: run `refseg reproduce` first")
+        raise NotFoundError(f"there are no records in {folder}: run `refseg reproduce` first")
     return {key: sorted(records, key=lambda r: r.seeds["training"]) for key, records in found.items()}
 
 # %% ../../nbs/20b_tables.ipynb #011

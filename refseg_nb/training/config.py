@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ..data.batches import SENTENCES, UNITS
 from ..models.shnet import Recipe, recipes_of
+from ..errors import InputError
 
 # %% ../../nbs/library/train_config.ipynb #005
 @dataclass
@@ -143,7 +144,7 @@ class TrainConfig:
                 setattr(self, mine, theirs)
         if self.class_weights is not None:
             if len(self.class_weights) != 2 or min(self.class_weights) <= 0:
-                raise ValueError(
+                raise InputError(
                     "class_weights must be two positive numbers, of background and referent, got"
                     f" {self.class_weights}"
                 )
@@ -163,12 +164,12 @@ class TrainConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
+                raise InputError(
                     f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
                 )
         for name in ("epochs", "accumulate", "eval_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in (
             "images_per_batch",
             "max_steps",
@@ -180,36 +181,36 @@ class TrainConfig:
             "decay_steps",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
         if self.images_per_batch and self.batch_size:
-            raise ValueError(
+            raise InputError(
                 "images_per_batch and batch_size exclude each other: a batch is counted in images or in"
                 " expressions"
             )
         least = 1 if self.model == "cmpc" else 2  # CMPC has no BatchNorm, and is published with 1
         if self.batch_size is not None and self.batch_size < least:
-            raise ValueError(
+            raise InputError(
                 "batch_size must be at least"
                 f" {least}{' (one expression alone cannot be normalised)' * (least > 1)}, got"
                 f" {self.batch_size}"
             )
         if self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+            raise InputError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.end_lr <= self.lr:
-            raise ValueError(f"end_lr must be between 0 and lr = {self.lr}, got {self.end_lr}")
+            raise InputError(f"end_lr must be between 0 and lr = {self.lr}, got {self.end_lr}")
         if not 0 <= self.grayscale <= 1:
-            raise ValueError(f"grayscale is a probability, got {self.grayscale}")
+            raise InputError(f"grayscale is a probability, got {self.grayscale}")
         if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold must be between 0 and 1, got {self.threshold}")
+            raise InputError(f"threshold must be between 0 and 1, got {self.threshold}")
         if self.val_split is None and self.schedule == "plateau":
-            raise ValueError(
+            raise InputError(
                 "schedule='plateau' follows the loss on the validation split: name a val_split, or use"
                 " schedule='polynomial'"
             )
         if self.keep == "best" and self.val_split is None:
-            raise ValueError("keep='best' needs a val_split")
+            raise InputError("keep='best' needs a val_split")
         if self.cache_features is True and self.train_backbone:
-            raise ValueError(
+            raise InputError(
                 "cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs"
                 " change"
             )
@@ -218,7 +219,7 @@ class TrainConfig:
         "The recipe of the model's preset."
         recipes = recipes_of(self.model)
         if self.preset not in recipes:
-            raise ValueError(
+            raise InputError(
                 f"{self.model} has no preset called {self.preset!r}; there are {', '.join(recipes)}"
             )
         return recipes[self.preset]

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from ..errors import InputError
+from ..errors import RefsegError
 
 # %% ../../nbs/21b_scaling_out.ipynb #005
 def share_of_batch(
@@ -27,7 +29,7 @@ def share_of_batch(
 ]:  # this process's part, never empty; and its share of the batch's expressions, 0 for a stand-in
     "Deal a batch out: whole images where there are enough of them, else single expressions."
     if not 0 <= rank < world:
-        raise ValueError(f"rank must be between 0 and {world - 1}, got {rank}")
+        raise InputError(f"rank must be between 0 and {world - 1}, got {rank}")
     part, total = batch[rank::world], sum(len(indices) for _, indices in batch)
     if len(batch) < world:
         part = {}
@@ -72,7 +74,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         sums = SumOverProcesses.apply(self.counted * torch.cat([mine.sum((0, 2, 3)), count]))
         n, mean = sums[-1], sums[:-1] / sums[-1]
         if n <= 1:
-            raise ValueError(
+            raise InputError(
                 "one value a channel over all processes cannot be normalised while training: give two"
                 " expressions or more"
             )
@@ -121,7 +123,7 @@ def first_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 # %% ../../nbs/21b_scaling_out.ipynb #017
-class ProcessLost(ConnectionError):
+class ProcessLost(RefsegError, ConnectionError):
     "Another process of this run is gone."
 
 

@@ -26,6 +26,8 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 from ..data.batches import RISDataset, make_loader
 from ..files import atomic_folder, write_json
 from ..models.hub import fingerprint
+from ..errors import InputError
+from ..errors import SpaceError
 
 # %% ../../nbs/library/features.ipynb #006
 def turns_grey(
@@ -76,7 +78,7 @@ def map_tensors(
     sums = json.loads((path / "sums.json").read_text())
     files = [np.load(path / f"{i}.npy", mmap_mode="c") for i in range(len(sums))]
     if sums != [int(v.sum(dtype=np.int64)) for v in files]:
-        raise ValueError("the numbers do not have the sum that they had")
+        raise InputError("the numbers do not have the sum that they had")
     return [torch.from_numpy(v).view(dtype) for v in files]
 
 
@@ -102,7 +104,7 @@ def kept_tensors(
             def make(shapes):
                 need, free = sum(map(math.prod, shapes)) * dtype.itemsize, shutil.disk_usage(new).free
                 if need > free:
-                    raise OSError(
+                    raise SpaceError(
                         f"{path.parent}: the features take {need / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are"
                         " free: choose another cache_folder"
                     )

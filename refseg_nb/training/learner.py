@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Objective', 'TargetDataset', 'polynomial_decay', 'logits_size', 'first_images', 'expression_batches', 'TrainResult',
-           'comparable', 'check_same_config', 'read_history', 'cut_log', 'unfreeze', 'LearnerParts', 'LearnerSteps',
-           'LearnerState', 'Learner', 'train']
+           'comparable', 'check_same_config', 'read_history', 'cut_log', 'unfreeze', 'DivergedError', 'LearnerParts',
+           'LearnerSteps', 'LearnerState', 'Learner', 'train']
 
 # %% ../../nbs/12_training.ipynb #002
 import json
@@ -65,6 +65,9 @@ from ..system import available_memory
 from ..models.losses import dice_loss
 from ..system import peak_memory
 from .features import turns_grey
+from ..errors import InputError
+from ..errors import NotFoundError
+from ..errors import RefsegError
 
 # %% ../../nbs/12_training.ipynb #013
 class Objective(nn.Module):
@@ -301,6 +304,10 @@ def unfreeze(model: nn.Module):
     model.backbone.freeze(False)
 
 
+class DivergedError(RefsegError, FloatingPointError):
+    "The loss is no longer a number."
+
+
 class LearnerParts:
     "Data, model and optimizer of one training: what does not change while it runs."
 
@@ -321,18 +328,18 @@ class LearnerParts:
         elif PartialState._shared_state:
             AcceleratorState._reset_state()
         if c.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is 'cuda' but torch sees no GPU: use device='cpu' or 'auto'")
+            raise InputError("device is 'cuda' but torch sees no GPU: use device='cpu' or 'auto'")
         self.out = Path(c.out)
         options = {"log_with": c.tracker, "project_dir": str(self.out)} if c.tracker else {}
         self.accelerator = Accelerator(cpu=c.device == "cpu", mixed_precision=c.mixed_precision, **options)
         self.device = self.accelerator.device
         if str(self.accelerator.distributed_type.value) not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-            raise ValueError(
+            raise InputError(
                 f"the launcher asks for {self.accelerator.distributed_type.value}, and the learner only"
                 " averages gradients: use one of refseg_nb/training/launch/cpus.yaml, gpus.yaml or nodes.yaml"
             )
         if c.mixed_precision == "fp16" and self.device.type == "cpu":
-            raise ValueError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
+            raise InputError("mixed_precision='fp16' needs a GPU: use 'bf16' or 'no' on a CPU")
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.main, self.rank, self.world = (
@@ -368,7 +375,7 @@ class LearnerParts:
                 )
         self.train_data = first_images(self.dataset(c.train_split), c.limit)
         if not self.train_data.groups:
-            raise ValueError(f"split {c.train_split!r} of {c.data} has no samples")
+            raise InputError(f"split {c.train_split!r} of {c.data} has no samples")
         self.val = self.dataset(c.val_split) if c.val_split else None
         self.backbone_print = fingerprint(self.model.backbone.state_dict())
         self.norms, self.shares = share_batch_norm(self.model) if self.world > 1 else [], (None, [])
@@ -417,13 +424,13 @@ class LearnerParts:
         # a model of BERT's kind that puts a [CLS] of its own before the course's words, or no BERT at all
         if made.get("begin", True):
             if c.pieces:
-                raise ValueError(
+                raise InputError(
                     f"pieces={c.pieces!r}: this model reads the words of {c.data}, not BERT's pieces; lavt's"
                     " and crossvlt's base do"
                 )
             return vocabulary_for(self.refer, c.train_split)
         if c.vectors:
-            raise ValueError(
+            raise InputError(
                 f"vectors={c.vectors!r}: a model that reads with BERT has BERT's own vectors; leave it away"
             )
         protocol, bert = getattr(c.recipe(), "protocol", "refseg"), made.get("text_weights")
@@ -434,9 +441,7 @@ class LearnerParts:
                 bert if bert not in (None, "none") else "bert-base-uncased", protocol
             )
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{error}: pieces='vocab.txt', or refseg train --pieces vocab.txt"
-            ) from error
+            raise NotFoundError(f"{error}: pieces='vocab.txt', or refseg train --pieces vocab.txt") from error
 
     def create_model(self) -> nn.Module:
         "The model that the configuration names."
@@ -457,7 +462,7 @@ class LearnerParts:
 
         trained = load(name)
         if trained.vocabulary != self.vocabulary:
-            raise ValueError(
+            raise InputError(
                 f"start={name!r} was trained with other words than those of {self.config.data}: its word"
                 " vectors cannot be taken over"
             )
@@ -762,7 +767,7 @@ class LearnerState(LearnerSteps):
     def open_run(self, resume: bool | str) -> dict | None:
         "The checkpoint to go on from, after the old run was cleared if it is not wanted."
         if resume not in (True, False, "auto", "never"):
-            raise ValueError(f"resume must be 'auto', True or False, got {resume!r}")
+            raise InputError(f"resume must be 'auto', True or False, got {resume!r}")
         if resume == "never":
             resume = False
         self.accelerator.wait_for_everyone()
@@ -835,9 +840,7 @@ class Learner(LearnerState):
                 while group and self.step < self.total:
                     loss = self.optimizer_step(group)
                     if not math.isfinite(loss):
-                        raise FloatingPointError(
-                            f"the loss is {loss} at step {self.step}: lower lr, or set clip"
-                        )
+                        raise DivergedError(f"the loss is {loss} at step {self.step}: lower lr, or set clip")
                     log.write(json.dumps({"step": self.step, "loss": round(loss, 5)}) + "\n")
                     self.epoch_loss = [self.epoch_loss[0] + loss, self.epoch_loss[1] + 1]
                     best = f"  IoU {self.best['overall_iou']:.1f}" if self.best else ""

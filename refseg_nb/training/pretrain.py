@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..data.refer import Refer
 from ..models.backbones import Backbone
 from ..models.backbones import RefShapesBackbone
+from ..errors import InputError
 
 # %% ../../nbs/05b_pretraining.ipynb #005
 @dataclass
@@ -369,13 +370,13 @@ def pretrain_backbone(
     """Train an encoder on the labels of the training images, score its heads and throw them away, and freeze
     it."""
     if task not in TASKS:
-        raise ValueError(f"task must be {' or '.join(map(repr, TASKS))}, not {task!r}")
+        raise InputError(f"task must be {' or '.join(map(repr, TASKS))}, not {task!r}")
     if out is not None and Path(out).suffix != ".safetensors":
-        raise ValueError(f"{out}: the weights file must end in .safetensors")
+        raise InputError(f"{out}: the weights file must end in .safetensors")
     refer = Refer(root, name)
     data, held = pixel_labels(refer, "train", limit), pixel_labels(refer, "val", 300)
     if data.images.shape[-1] % 16:
-        raise ValueError(f"images of {data.images.shape[-1]} px: the side must be a multiple of 16")
+        raise InputError(f"images of {data.images.shape[-1]} px: the side must be a multiple of 16")
     torch.manual_seed(seed)
     net = make().to(device, memory_format=torch.channels_last)
     heads = TASKS[task](net.channels, data).to(device)
@@ -412,11 +413,11 @@ def pretrain_backbone(
         )
     return result
 
-# %% ../../nbs/18_lavt.ipynb #033
+# %% ../../nbs/18_lavt.ipynb #034
 from functools import partial
 from ..models.lavt import swin_backbone
 
-# %% ../../nbs/18_lavt.ipynb #034
+# %% ../../nbs/18_lavt.ipynb #035
 def pretrain_swin(
     root: str | Path,  # where the data set is
     out: str | Path | None = None,  # file for the weights (.safetensors)

@@ -11,7 +11,6 @@ __all__ = ['TEXT_CONTROLS', 'IMAGE_CONTROLS', 'WRONG_BELOW', 'RIGHT_FROM', 'FAIL
 
 # %% ../../nbs/13_evaluation.ipynb #002
 import copy
-import importlib.metadata
 import json
 import os
 import time

@@ -27,8 +27,8 @@ from refseg_nb.attention.maps import (
 )
 from refseg_nb.data.refer import Refer
 from refseg_nb.inference.segmenter import Segmenter
+from refseg_nb.models.registry import create_model
 from refseg_nb.models.sfm import SFM, JointAttention
-from refseg_nb.models.shnet import create_model
 
 WORDS = ["the", "red", "ball"]
 

@@ -1018,7 +1018,7 @@ _CUES = [
 class _Measured:
     "Centres and sizes of a scene's objects, as measured on their silhouettes; and plain noun phrases."
 
-    def __init__(self, scene, rendering):
+    def __init__(self, scene: Scene, rendering: Rendering):
         self.objects = scene.objects
         side = rendering.image.shape[0]
         boxes = [
@@ -1026,28 +1026,25 @@ class _Measured:
             for ys, xs in map(np.nonzero, rendering.full)
         ]
         left, top, right, bottom = np.array(boxes).T
-        self.cx, self.cy, self.size = (
-            (left + right) / 2,
-            (top + bottom) / 2,
-            np.sqrt((right - left) * (bottom - top)),
-        )
+        self.cx, self.cy = (left + right) / 2, (top + bottom) / 2
+        self.size = np.sqrt((right - left) * (bottom - top))
 
-    def called(self, text) -> list[int]:
+    def called(self, text: str) -> list[int]:
         "Indices of the objects that a plain noun phrase can mean."
-        words, out = {_SAYS.get(v, v) for v in text.split()}, []
-        nouns, colors, textures = (
-            words & ({"person", "animal", "thing"} | set(CATEGORIES)),
-            words & set(COLORS),
-            words & {"striped", "dotted", "checked"},
+        words = {_SAYS.get(word, word) for word in text.split()}
+        asked = words & (
+            {"person", "animal", "thing", "striped", "dotted", "checked"} | set(CATEGORIES) | set(COLORS)
         )
-        for i, t in enumerate(self.objects):
-            names = {t.category, CATEGORIES[t.category]} | (
-                {"thing"} if CATEGORIES[t.category] != "person" else set()
-            )
-            wrong_size = "big" in words and self.size[i] < 0.243 or "small" in words and self.size[i] > 0.177
-            if nouns <= names and colors <= {t.color} and textures <= {t.texture} and not wrong_size:
-                out.append(i)
-        return out
+        return [i for i in range(len(self.objects)) if asked <= self._said_of(i) and self._has_size(i, words)]
+
+    def _said_of(self, i):
+        t = self.objects[i]
+        kind = CATEGORIES[t.category]
+        return {t.category, kind, t.color, t.texture} | ({"thing"} if kind != "person" else set())
+
+    def _has_size(self, i, words):
+        too_small = "big" in words and self.size[i] < 0.243
+        return not (too_small or "small" in words and self.size[i] > 0.177)
 
 
 def _first(indices, value, ratio=0.0):
@@ -1058,141 +1055,144 @@ def _first(indices, value, ratio=0.0):
     return order[0] if order else None
 
 # %% ../../nbs/02_expressions.ipynb #117
+_FIRST = (  # how one asks for the first
+    r" on the far (left|right) ",
+    r" (left|right)(?:most)? ",
+    r" (top|bottom|highest|lowest|biggest|largest|smallest|tiniest) ",
+)
+
+
+def _cut(text: str, *patterns: str) -> tuple[re.Match | None, str]:
+    "The first pattern that is found, and the text without it."
+    for pattern in patterns:
+        if found := re.search(pattern, text):
+            return found, text.replace(found[0], " ")
+    return None, text
+
+
 def _superlative(m: _Measured, text: str) -> int | None:
     "Read a noun phrase that may hold a superlative."
-    words, cx, cy, size = f" {text} ", m.cx, m.cy, m.size
-    axis = {
-        "left": cx,
-        "right": -cx,
-        "top": cy,
-        "bottom": -cy,
-        "highest": cy,
-        "lowest": -cy,
-        "biggest": -size,
-        "largest": -size,
-        "smallest": size,
-        "tiniest": size,
-    }
+    text = f" {text} "
+    axis = {"left": m.cx, "right": -m.cx, "biggest": -m.size, "largest": -m.size}
+    axis |= {"top": m.cy, "bottom": -m.cy, "highest": m.cy, "lowest": -m.cy}
+    axis |= {"smallest": m.size, "tiniest": m.size}
 
-    def take(pattern):
-        nonlocal words
-        found = re.search(pattern, words)
-        if found:
-            words = words.replace(found[0], " ")
-        return found
+    def second(words, value):
+        return sorted(m.called(words), key=lambda i: value[i])[1]
 
-    def second(by):
-        return sorted(m.called(words), key=lambda i: by[i])[1]
-
-    if take(r" in the middle ") or take(r" middle "):
-        return second(cx)
-    if f := take(r" from (?:the )?(left|right|bottom) "):
-        return take(" second ") and second(axis[f[1]])
-    if f := take(r" second (biggest|smallest) "):
-        return second(axis[f[1]])
-    if f := take(r" (?:on|at) the (left|right|top|bottom) "):
-        half = [i for i in m.called(words) if axis[f[1]][i] < (0.5 if f[1] in ("left", "top") else -0.5)]
+    found, rest = _cut(text, r" in the middle ", r" middle ")
+    if found:
+        return second(rest, m.cx)
+    found, rest = _cut(text, r" from (?:the )?(left|right|bottom) ")
+    if found:
+        ordinal, rest = _cut(rest, r" second ")
+        return second(rest, axis[found[1]]) if ordinal else None
+    found, rest = _cut(text, r" second (biggest|smallest) ")
+    if found:
+        return second(rest, axis[found[1]])
+    found, rest = _cut(text, r" (?:on|at) the (left|right|top|bottom) ")
+    if found:
+        edge = 0.5 if found[1] in ("left", "top") else -0.5
+        half = [i for i in m.called(rest) if axis[found[1]][i] < edge]
         return half[0] if len(half) == 1 else None
-    f = (
-        take(r" on the far (left|right) ")
-        or take(r" (left|right)(?:most)? ")
-        or take(r" (top|bottom|highest|lowest|biggest|largest|smallest|tiniest) ")
-    )
-    if f:
-        return _first(m.called(words), axis[f[1]])
-    found = m.called(words)
-    return found[0] if len(found) == 1 else None
+    found, rest = _cut(text, *_FIRST)
+    if found:
+        return _first(m.called(rest), axis[found[1]])
+    alone = m.called(text)
+    return alone[0] if len(alone) == 1 else None
 
 # %% ../../nbs/02_expressions.ipynb #119
+class _Reader(_Measured):
+    "Reads phrases with relations."
+
+    def meaning(self, words: str) -> int | None:
+        "The object that a phrase means."
+        cues = [(found, name) for pattern, name in _CUES if (found := re.match(pattern, words))]
+        if not cues:
+            return _superlative(self, words)
+        # what comes first is the relation; what follows it is about the anchor
+        found, name = min(cues, key=lambda cue: len(cue[0][1]))
+        if name == "between":
+            a, b = self.anchors(found[2]), self.anchors(found[3])
+            return self.between(found[1], a[0], b[0]) if len(a) == len(b) == 1 else None
+        anchors = self.anchors(found[found.lastindex])
+        heads = [i for i in self.called(found[1]) if i not in anchors]
+        if not anchors or len(heads) < 2:
+            return None
+        if name == "just":
+            ahead = self.ahead(found[2], anchors[0])
+            heads = [i for i in heads if ahead[i] > 0]
+        sign = -1 if name == "far" else 1
+        return _first(heads, {i: sign * self.distance(i, anchors) for i in heads}, 0.05)
+
+    def anchors(self, words: str) -> list[int]:
+        "What an anchor can mean: any of a category, or one object."
+        words = words.strip()
+        if re.match(r"an? ", words):
+            return self.called(words)
+        found = self.meaning(words)
+        return [] if found is None else [found]
+
+    def ahead(self, way: str, anchor: int) -> np.ndarray:
+        "How far each object lies on one side of the anchor."
+        x, y = self.cx - self.cx[anchor], self.cy - self.cy[anchor]
+        return {"left of": -x, "right of": x, "above": -y, "below": y}[way]
+
+    def distance(self, i: int, anchors: list[int]) -> float:
+        "From an object to the nearest of the anchors."
+        return min(math.hypot(self.cx[i] - self.cx[j], self.cy[i] - self.cy[j]) for j in anchors)
+
+    def between(self, head: str, a: int, b: int) -> int | None:
+        "The one nearest to the middle of the line between two anchors."
+
+        def opening(i):  # cosine of the angle under which the object sees the anchors: -1 on the line
+            u = np.array([self.cx[a] - self.cx[i], self.cy[a] - self.cy[i]])
+            v = np.array([self.cx[b] - self.cx[i], self.cy[b] - self.cy[i]])
+            return u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+
+        return min((i for i in self.called(head) if i not in (a, b)), key=opening, default=None)
+
+
 def reference_execute(
     text: str,  # the phrase itself, not its program
     scene: Scene,  # for the names of objects and colours
-    rendering: Rendering | None = None,  # for places and sizes: they are measured on the masks
+    rendering: Rendering | None = None,  # for positions and sizes: they are measured on the masks
 ) -> int | None:  # index into `scene.objects`
     """Find what a phrase means by reading its words and measuring the drawn silhouettes; shares nothing with
     `execute`."""
-    m = _Measured(scene, rendering or render(scene))
-    cx, cy = m.cx, m.cy
-
-    def anchors(words):
-        words = words.strip()
-        if re.match(r"an? ", words):
-            return m.called(words)
-        found = meaning(words)
-        return [] if found is None else [found]
-
-    def between(head, a, b):
-        # cosine of the angle under which the object sees the two anchors: -1 in the middle of the line
-        def opening(i):
-            u, v = np.array([cx[a] - cx[i], cy[a] - cy[i]]), np.array([cx[b] - cx[i], cy[b] - cy[i]])
-            return u @ v / np.linalg.norm(u) / np.linalg.norm(v)
-
-        return min((i for i in m.called(head) if i not in (a, b)), key=opening, default=None)
-
-    def meaning(words):
-        cues = [(f, name) for pattern, name in _CUES if (f := re.match(pattern, words))]
-        if not cues:
-            return _superlative(m, words)
-        # what comes first is the relation; what follows it is about the anchor
-        f, name = min(cues, key=lambda c: len(c[0][1]))
-        if name == "between":
-            a, b = anchors(f[2]), anchors(f[3])
-            return between(f[1], a[0], b[0]) if len(a) == len(b) == 1 else None
-        around = anchors(f[f.lastindex])
-        heads = [i for i in m.called(f[1]) if i not in around]
-        if not around or len(heads) < 2:
-            return None
-        if name == "just":
-            a = around[0]
-            ahead = {"left of": cx[a] - cx, "right of": cx - cx[a], "above": cy[a] - cy, "below": cy - cy[a]}[
-                f[2]
-            ]
-            heads = [i for i in heads if ahead[i] > 0]
-        distance = {
-            i: min(math.hypot(cx[i] - cx[j], cy[i] - cy[j]) for j in around) * (-1 if name == "far" else 1)
-            for i in heads
-        }
-        return _first(heads, distance, 0.05)
-
-    return meaning(text)
+    return _Reader(scene, rendering or render(scene)).meaning(text)
 
 # %% ../../nbs/02_expressions.ipynb #127
 def blind_readers(
     expression: Expression,
     scene: Scene,
-) -> dict[
-    str, float
-]:  # reader -> the weight that it gives to the referent, 0..1; the anchor-blind ones only where there is an anchor
-    "How well readers do that lack something."
+) -> dict[str, float]:  # reader -> the weight that it gives to the referent, 0..1
+    "How well readers do that lack something; those without the anchor only where there is one."
     w = world(scene)
-    p = parse_program(expression.program)
-    r = expression.referent
-    everything = range(w.n)
+    program, referent = parse_program(expression.program), expression.referent
 
     def share(indices):
         indices = list(indices)
-        return (r in indices) / len(indices) if indices else 1 / w.n
+        return (referent in indices) / len(indices) if indices else 1 / w.n
 
     def best(score):
-        top = max(map(score, everything))
-        return share(i for i in everything if score(i) == top)
+        top = max(map(score, range(w.n)))
+        return share(i for i in range(w.n) if score(i) == top)
 
-    nouns = _nouns_in(p)
-    head = next(a for a in p.args if isinstance(a, Noun))
-    true = [v for n in nouns for v in (n.noun, n.color, n.texture, n.size) if v]
+    nouns = _nouns_in(program)
+    said = [word for n in nouns for word in (n.noun, n.color, n.texture, n.size) if word]
     out = {
         "no text: any": 1 / w.n,
         "no text: largest": best(lambda i: w.objects[i].size),
         "no text: central": best(lambda i: -math.hypot(w.objects[i].x - 0.5, w.objects[i].y - 0.5)),
-        "head noun only": share(w.members(w.words[head.noun])),
-        "bag of words": best(lambda i: sum(w.words.get(v, 0) >> i & 1 for v in true)),
-        "true program": float(w.run(p) == r),
+        "head noun only": share(w.members(w.words[nouns[0].noun])),
+        "bag of words": best(lambda i: sum(w.words.get(word, 0) >> i & 1 for word in said)),
+        "true program": float(w.run(program) == referent),
     }
-    if kind_of(p) in ("relation", "composition"):
-        candidates = w.set_of(head)
-        out["anchor-blind: any"] = share(w.members(candidates))
-        votes = [w.near(candidates, 1 << i, p.op == "farthest") for i in everything]
-        count = {i: votes.count(i) for i in w.members(candidates)}
-        top = max(count.values())
-        out["anchor-blind: usual"] = share(i for i, n in count.items() if n == top)
+    if kind_of(program) in ("relation", "composition"):
+        heads = w.set_of(nouns[0])
+        out["anchor-blind: any"] = share(w.members(heads))
+        votes = [w.near(heads, 1 << i, program.op == "farthest") for i in range(w.n)]
+        count = {i: votes.count(i) for i in w.members(heads)}
+        out["anchor-blind: usual"] = share(i for i, n in count.items() if n == max(count.values()))
     return out

@@ -620,7 +620,8 @@ def _dressed(word: str, noun: Noun, texture: str, rng, terse: bool) -> str:
     'A person, and what colour and texture say about the clothes: "man in the striped red shirt".'
     worn = _join(noun.texture if texture.startswith("with") else texture, noun.color)
     if not worn:
-        return word
+        # a string of its own, not the table's: a pickle tells them apart, and the files shall stay as they are
+        return f"{word} ".strip()
     garment = _GARMENTS.get(noun.noun, "shirt")
     plural = garment == "clothes"
     u = rng.random()

@@ -245,7 +245,7 @@ class Landscape(Scene):
 
 
 def _line(rng, low, high, bend=0.05):
-    "A wavy line across the picture, from left to right."
+    "A wavy line across the image, from left to right."
     x = np.linspace(-0.05, 1.05, 24)
     a, b = (low + (high - low) * rng.random() for _ in "ab")
     often, start = 3 + 5 * rng.random(), 6.28 * rng.random()
@@ -280,7 +280,7 @@ def _patch(rng):
     return polygon[:, ::-1] if rng.random() < 0.6 else polygon
 
 
-def _patchwork(rng, ground, things):
+def _patchwork(rng, ground, objects):
     "Patches, as (background, polygon)."
     kinds = _shuffled(rng, [k for k in LAND if k != ground])
     out = []
@@ -292,7 +292,7 @@ def _patchwork(rng, ground, things):
         ]
     else:
         out = [(_pick(rng, kinds), _patch(rng)) for _ in range(1 + int(3 * rng.random()))]
-        feet = [(t.x, t.box[3]) for t in things if t.category not in FLYERS]
+        feet = [(t.x, t.box[3]) for t in objects if t.category not in FLYERS]
         lines = [_line(rng, 0.05, 0.6, 0.03) for _ in range(12)]
         clear = [line for line in lines if all(y > np.interp(x, *line.T) + 0.05 for x, y in feet)]
         if clear and rng.random() < 0.6:
@@ -308,7 +308,7 @@ def patch_kinds(scene: Landscape) -> list[str]:
 def patch_labels(
     scene: Landscape,
     size: int = 96,  # pixels a side
-) -> np.ndarray:  # [H, W] uint8: number of the patch behind the things
+) -> np.ndarray:  # [H, W] uint8: number of the patch behind the objects
     "Which patch lies where."
     labels = np.zeros((size, size), np.uint8)
     for number, (_, polygon) in enumerate(scene.patches, 1):
@@ -322,7 +322,7 @@ def _as_patchwork(base, patches):
         base.index,
         base.background,
         float(base.background == "sky"),
-        base.things,
+        base.objects,
         [],
         base.shade,
         patches,
@@ -330,9 +330,9 @@ def _as_patchwork(base, patches):
 
 # %% ../../nbs/02c_flavours.ipynb #042
 def _standing(scene, labels) -> list[int | None]:
-    "For each thing the number of the patch that it stands on; None if that is not clear."
+    "For each object the number of the patch that it stands on; None if that is not clear."
     size, kinds, out = len(labels), patch_kinds(scene), []
-    for t in scene.things:
+    for t in scene.objects:
         left, top, right, bottom = t.box
         feet = [
             (t.x + step * t.width + dx, bottom - 0.01 + dy)
@@ -374,19 +374,19 @@ def sample_landscape(
     seed: int,  # the world
     index: int,  # which of its landscapes
 ) -> Landscape:
-    "Draw a landscape's description: the things of `sample_scene`, on another ground."
+    "Draw a landscape's description: the objects of `sample_scene`, on another ground."
     base = sample_scene(seed, index)
     free = ~silhouettes(base).any(0)
     found = []
     rng = random.Random(f"landscape {GENERATOR_VERSION} {seed} {index}")
     while len(found) < 3:
-        scene = _as_patchwork(base, _patchwork(rng, base.background, base.things))
+        scene = _as_patchwork(base, _patchwork(rng, base.background, base.objects))
         labels = patch_labels(scene)
         kinds = patch_kinds(scene)
         if not _in_order(scene, labels, free):
             continue
         stand = [
-            (t.category, kinds[k]) for t, k in zip(scene.things, _standing(scene, labels)) if k is not None
+            (t.category, kinds[k]) for t, k in zip(scene.objects, _standing(scene, labels)) if k is not None
         ]
         found.append((sum(a == b and j != k for a, j in stand for b, k in stand), len(found), scene, labels))
     _, _, scene, labels = max(found, key=lambda f: f[:2])
@@ -404,9 +404,9 @@ def atoms(
     size: int = 96,  # pixels a side
 ) -> (
     np.ndarray
-):  # [H, W] uint8: number of the thing that is seen here, or number of things + number of the patch
+):  # [H, W] uint8: number of the object that is seen here, or number of objects + number of the patch
     "The landscape cut into disjoint pieces."
-    out = patch_labels(scene, size) + np.uint8(len(scene.things))
+    out = patch_labels(scene, size) + np.uint8(len(scene.objects))
     for number, mask in enumerate(silhouettes(scene, size)):
         out[mask] = number
     return out
@@ -420,9 +420,9 @@ class Atoms:
     "The atoms of a landscape, their areas, and sets of them as bits of an int."
 
     def __init__(self, scene: Landscape):
-        self.scene, self.kinds, self.map, self.n = scene, patch_kinds(scene), atoms(scene), len(scene.things)
+        self.scene, self.kinds, self.map, self.n = scene, patch_kinds(scene), atoms(scene), len(scene.objects)
         self.count = self.n + len(self.kinds)
-        self.things, self.all = (1 << self.n) - 1, (1 << self.count) - 1
+        self.objects, self.all = (1 << self.n) - 1, (1 << self.count) - 1
         self.area = (np.bincount(self.map.ravel(), minlength=self.count) / self.map.size).tolist()
 
     def members(self, bits: int) -> list[int]:
@@ -439,7 +439,7 @@ class Atoms:
 
 # %% ../../nbs/02c_flavours.ipynb #054
 class Grounds(Atoms):
-    "What is true about things and the ground."
+    "What is true about objects and the ground."
 
     def __init__(self, scene: Landscape):
         super().__init__(scene)
@@ -461,14 +461,14 @@ class Grounds(Atoms):
             return None
         return sum(1 << i for i in self.members(bits) if ground >> self.base[i] & 1)
 
-    def under(self, thing):
-        return None if thing is None or self.base[thing] is None else 1 << self.base[thing]
+    def under(self, obj):
+        return None if obj is None or self.base[obj] is None else 1 << self.base[obj]
 
-    def beyond(self, side, bits, thing):
-        if not bits or thing is None:
+    def beyond(self, side, bits, obj):
+        if not bits or obj is None:
             return None
         key = self.world.key[side]
-        step = {i: key[thing] - key[i] for i in self.members(bits & ~(1 << thing))}
+        step = {i: key[obj] - key[i] for i in self.members(bits & ~(1 << obj))}
         return (
             None
             if any(abs(d) < GAP for d in step.values())
@@ -505,10 +505,10 @@ class Meanings(Grounds):
             self.memo[key] = self._run(program.op, program.args, program) or None
         return self.memo[key]
 
-    def thing(self, program):
-        "Index of the one thing that a program means."
+    def referent(self, program):
+        "Index of the one object that a program means."
         bits = self.run(program)
-        return bits.bit_length() - 1 if _single(bits) and bits <= self.things else None
+        return bits.bit_length() - 1 if _single(bits) and bits <= self.objects else None
 
     def _run(self, op, args, program):
         if op in ("not", "but", "or"):
@@ -517,21 +517,21 @@ class Meanings(Grounds):
                 return None
             if op == "or":
                 return None if first & second[0] else first | second[0]
-            return (self.all if op == "not" else self.things) & ~first
+            return (self.all if op == "not" else self.objects) & ~first
         if op in ("all", "one"):
             bits = self.run(args[0]) if isinstance(args[0], Program) else self.set_of(args[0])
             return bits if bits and _single(bits) == (op == "one") else None
         if op == "on":
             return self.on(*map(self.set_of, args))
         if op == "under":
-            return self.under(self.thing(args[0]))
+            return self.under(self.referent(args[0]))
         if op == "side":
-            return self.beyond(args[0], self.set_of(args[1]), self.thing(args[2]))
+            return self.beyond(args[0], self.set_of(args[1]), self.referent(args[2]))
         if isinstance(args[-1], Noun) and args[-1].noun in self.stuff:
             bits = self.set_of(args[-1])
             return self.extreme(args[0], bits) if op == "most" else bits if _single(bits) else None
-        thing = self.world.run(program)
-        return None if thing is None else 1 << thing
+        obj = self.world.run(program)
+        return None if obj is None else 1 << obj
 
 # %% ../../nbs/02c_flavours.ipynb #062
 SAME = 0.75  # two regions with a larger IoU are taken for the same
@@ -567,7 +567,7 @@ def is_minimal_region(
     regions: Meanings,
 ) -> bool:
     """Whether the program means a region, no shorter one means about the same, and it is not about the whole
-    picture."""
+    image."""
     r = regions.run(program)
     if r is None or regions.size(r) > SAME:
         return False
@@ -746,10 +746,10 @@ class Regions(Meanings):
         op, args = program.op, program.args
         others = lambda i: [j for j in range(self.n) if j != i]
         if op == "under":
-            found = [self.under(j) for j in others(self.thing(args[0]))]
+            found = [self.under(j) for j in others(self.referent(args[0]))]
         elif op == "nearest":
             anchors = self.set_of(args[1].args[0]) if args[1].op == "a" else self.run(args[1])
-            r = self.thing(program)
+            r = self.referent(program)
             near = [self.world.near(self.set_of(args[0]), 1 << j) for j in others(r) if not anchors >> j & 1]
             found = [1 << i for i in near if i is not None]
         elif args[0].op == "on":
@@ -761,7 +761,7 @@ class Regions(Meanings):
             ]
         else:
             side, noun, anchor = args[0].args
-            sets = [self.beyond(side, self.set_of(noun), j) for j in others(self.thing(anchor))]
+            sets = [self.beyond(side, self.set_of(noun), j) for j in others(self.referent(anchor))]
             found = [bits for bits in sets if bits and not _single(bits)]
         return [bits for bits in found if bits]
 
@@ -806,7 +806,7 @@ _REGION_WEIGHTS = {
 
 def _region_weight(regions, program, r, kind) -> float:
     # what is mostly everything is easily guessed
-    weight = 1.0 if _single(r) else (1 - max(regions.iou(r, regions.things), regions.size(r))) ** 2
+    weight = 1.0 if _single(r) else (1 - max(regions.iou(r, regions.objects), regions.size(r))) ** 2
     if kind == "relation":
         f = regions.flip(program)
         weight *= 0.05 if f is None else 1e-3 if f < 0.4 else f**2
@@ -883,7 +883,7 @@ _COMPLEMENT = (
 
 
 class _Seen(_Measured):
-    "What can be measured in a picture: things and where they stand, patches of ground."
+    "What can be measured in an image: objects and where they stand, patches of ground."
 
     def __init__(self, scene, drawn):
         super().__init__(scene, drawn)
@@ -901,7 +901,7 @@ class _Seen(_Measured):
     def feet(self, i):
         mask = self.drawn.full[i].copy()
         rows = np.flatnonzero(mask.any(1))
-        if self.things[i].category not in FLYERS:
+        if self.objects[i].category not in FLYERS:
             mask[: int(rows[-1] - 0.1 * len(rows))] = False
         return mask
 
@@ -934,13 +934,13 @@ def _stuff_mask(m, kind, words):
 
 def read_region(
     text: str,  # the phrase itself, not its program
-    scene: Landscape,  # for the names of things and colours
+    scene: Landscape,  # for the names of objects and colours
     drawn: Rendering,  # for places, sizes and the ground
 ) -> np.ndarray:  # [H, W] bool
-    """Find the region that a phrase means by reading its words and measuring the picture; shares nothing
+    """Find the region that a phrase means by reading its words and measuring the image; shares nothing
     with `Meanings`."""
     m = _Seen(scene, drawn)
-    things = lambda found: drawn.masks[found].any(0)
+    objects = lambda found: drawn.masks[found].any(0)
 
     def meaning(words):
         words = words.removeprefix("the ")
@@ -960,9 +960,9 @@ def read_region(
                 "above": m.cy[a] - m.cy,
                 "below": m.cy - m.cy[a],
             }[f[2]]
-            return things([i for i in m.all_called(f[1]) if ahead[i] > 0])
+            return objects([i for i in m.all_called(f[1]) if ahead[i] > 0])
         if f := re.match(rf"(.*) (?:on|in) (?:the )?({'|'.join(BACKGROUNDS)})$", words):
-            return things([i for i in m.all_called(f[1]) if m.ground_of(i) == f[2]])
+            return objects([i for i in m.all_called(f[1]) if m.ground_of(i) == f[2]])
         if f := re.match(r"(.*) (?:and|or) (.*)", words):
             return meaning(f"all {f[1]}") | meaning(f"all {f[2]}")
         if kind:
@@ -971,8 +971,8 @@ def read_region(
             _ONE.keys() - {"fish"} | {"ones"}
         )
         if several:
-            return things(m.all_called(words))
-        return things(m.one_called(words) or m.all_called(words))  # "the fish" may be one or several
+            return objects(m.all_called(words))
+        return objects(m.one_called(words) or m.all_called(words))  # "the fish" may be one or several
 
     return meaning(text)
 
@@ -985,12 +985,12 @@ def region_readers(
     p, n = parse_program(expression.program), regions.n
     largest = lambda start, stop: 1 << max(range(start, stop), key=lambda i: regions.area[i])
     answers = {
-        "no text: every thing": [regions.things],
+        "no text: every thing": [regions.objects],
         "no text: largest thing": [largest(0, n)],
-        "no text: background": [regions.all & ~regions.things],
+        "no text: background": [regions.all & ~regions.objects],
         "no text: largest patch": [largest(n, regions.count)],
         "no text: whole picture": [regions.all],
-        "head noun only": [regions.set_of(Noun(_nouns_in(p)[0].noun)) or regions.things],
+        "head noun only": [regions.set_of(Noun(_nouns_in(p)[0].noun)) or regions.objects],
         "true program": [regions.run(p)],
     }
     if expression.kind == "relation":

@@ -409,7 +409,7 @@ def test_sums_beyond_32_bits():
 def test_a_threshold_is_chosen_on_exact_sums(toy, monkeypatch):
     """Sums that differ by one pixel in 10^17: float64 would call it a tie and take 0.5."""
 
-    def measure(self, model, names, count, *_):
+    def measure(self, model, names, count, **_):
         n = np.arange(len(self.samples))
         return {
             k: n if k == "index" else 10**17 // len(n) - ((k == (0.5, "I")) & (n == 0))
@@ -861,7 +861,7 @@ def test_a_comparison_of_trainings_shows_each():
     )
     c = compare(a, b, resamples=50)
     assert c.a == "one (2 runs)" and c.metrics == paired_bootstrap(a, b, resamples=50)
-    assert "b - a for each training: " + ", ".join(
+    assert "b - a for each run: " + ", ".join(
         f"{x:+.2f}" for x in c.metrics["overall_iou"]["by_seed"]
     ) in str(c)
 

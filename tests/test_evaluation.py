@@ -25,7 +25,7 @@ from refseg_nb.evaluation.evaluator import (
     probability_at,
     save_record,
 )
-from refseg_nb.evaluation.metrics import SegmentationMetric
+from refseg_nb.evaluation.segmentation_metric import SegmentationMetric
 from refseg_nb.models.registry import create_model
 
 

@@ -331,12 +331,14 @@ def _model_point(preset, training, series, size):
     return picture_cost(preset, training, **{series: size}, repeats=1 if preset == "paper" else 5)
 
 # %% ../../nbs/21d_growth.ipynb #018
-def main(arguments: list[str] | None = None):
-    "`python -m refseg_nb.scaling [--quick] [--out FILE]`"
+def main(
+    arguments: list[str] | None = None,  # of the command line; None: those of this process
+) -> None:
+    "`python -m refseg_nb.bench.growth [--quick] [--out FILE]`"
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="python -m refseg_nb.scaling", description="Measure how time and memory grow."
+        prog="python -m refseg_nb.bench.growth", description="Measure how time and memory grow."
     )
     parser.add_argument("--quick", action="store_true", help="a few small points, to see that it works")
     parser.add_argument(
@@ -344,3 +346,8 @@ def main(arguments: list[str] | None = None):
     )
     options = parser.parse_args(arguments)
     growth(options.out, QUICK if options.quick else GROWTH)
+
+# %% ../../nbs/21d_growth.ipynb #019
+# | eval: false
+if __name__ == "__main__":
+    main()

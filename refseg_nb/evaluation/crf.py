@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from ..errors import InputError
+from ..errors import InputError, require
 
 # %% ../../nbs/13b_crf.ipynb #009
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class CrfConfig:
             raise InputError(f"epsilon must be between 0 and 0.5, got {self.epsilon}")
         if self.backend not in ("torch", "pydensecrf"):
             raise InputError(f"backend must be 'torch' or 'pydensecrf', got {self.backend!r}")
+
+    def require_backend(self) -> None:
+        "Raise `MissingExtra` if the backend is a package that is not installed."
+        if self.backend == "pydensecrf":
+            require("pydensecrf.densecrf", "CRF backend 'pydensecrf' (backend 'torch' needs nothing more)")
 
 # %% ../../nbs/13b_crf.ipynb #012
 def pixel_features(
@@ -171,13 +176,9 @@ def mean_field_pydensecrf(
     config: CrfConfig,
 ) -> Tensor:  # [B, H, W]
     "The same by the program of the published numbers."
-    try:
-        from pydensecrf.densecrf import DenseCRF2D
-    except ImportError:
-        raise InputError(
-            "backend 'pydensecrf' needs the package pydensecrf2 (Python below 3.13): install it or use"
-            " backend 'torch'"
-        ) from None
+    config.require_backend()
+    from pydensecrf.densecrf import DenseCRF2D
+
     h, w = image.shape[:2]
     found = []
     for p in probability.cpu():

@@ -60,7 +60,7 @@ CATEGORY_IDS = {name: i for i, name in enumerate(CATEGORIES, 1)}
 
 # %% ../../nbs/02b_dataset.ipynb #008
 def _scene_of(split: str, i: int, seed: int):
-    "The i-th scene of a split, and the things in it that the split's expressions may mean."
+    "The i-th scene of a split, and the objects in it that the split's expressions may mean."
     scene = sample_scene(
         seed, SPLITS.index(split) * _APART + i, people=split == "testA", heldout=split == "heldout"
     )
@@ -69,7 +69,7 @@ def _scene_of(split: str, i: int, seed: int):
         "testB": lambda t: CATEGORIES[t.category] != "person",
         "heldout": lambda t: HELDOUT[t.category] == t.color,
     }.get(split, lambda t: True)
-    return scene, [i for i, t in enumerate(scene.things) if keep(t)]
+    return scene, [i for i, t in enumerate(scene.objects) if keep(t)]
 
 # %% ../../nbs/02b_dataset.ipynb #012
 def _encode(masks):
@@ -102,7 +102,7 @@ def _draw(job: dict) -> list[dict]:
                 "attributes": {"color": t.color, "texture": t.texture},
                 "size": round(t.size, 4),
             }
-            for k, (t, rle, area, box) in enumerate(zip(scene.things, *_encode(drawn.masks)))
+            for k, (t, rle, area, box) in enumerate(zip(scene.objects, *_encode(drawn.masks)))
         ]
         rng = random.Random(f"expressions {GENERATOR_VERSION} {job['name']} {job['seed']} {scene.index}")
         if long:
@@ -281,7 +281,7 @@ def _write_refs(folder: Path, name: str, results: list) -> dict:
 
 # %% ../../nbs/02b_dataset.ipynb #042
 def make_refshapes(
-    # the data folder; `<root>/<name>` is written, and the shared pictures in `<root>/images/refshapes`
+    # the data folder; `<root>/<name>` is written, and the shared images in `<root>/images/refshapes`
     root: str | Path,
     # or "refshapes+" (no words for places), "refshapes-g" (long sentences), "refshapes-stuff" (regions, in
     # ReferIt's layout)

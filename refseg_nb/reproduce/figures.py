@@ -545,7 +545,7 @@ def anchors_of(
     scene = _scene(json.loads(record.read_text(encoding="utf-8"))["seed"], sample.image_id)
     w = world(scene)
     ids = sorted(a["id"] for a in refer.annotations_of(sample.image_id))
-    if [t.category for t in scene.things] != [
+    if [t.category for t in scene.objects] != [
         refer.categories[refer.annotation(i)["category_id"]] for i in ids
     ]:
         raise InputError(

@@ -154,4 +154,4 @@ def notice_lost_process(
 # %% ../../nbs/21b_scaling_out.ipynb #020
 def launch_folder() -> Path:
     "Where the configurations for `accelerate launch --config_file` are."
-    return Path(str(files("refseg_nb") / "scaling" / "launch"))
+    return Path(str(files("refseg_nb") / "training" / "launch"))

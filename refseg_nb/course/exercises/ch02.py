@@ -13,14 +13,14 @@ from ...refshapes.scenes import sample_scene
 
 # %% ../../../nbs/exercises/ch02.ipynb #005
 def check_right_of(fn):
-    "Compare with a count on drawn scenes, and show that every answer is the rightmost thing."
+    "Compare with a count on drawn scenes, and show that every answer is the rightmost object."
     answers = 0
     for index in range(40):
         scene = sample_scene(3, index)
-        for head in {t.category for t in scene.things}:
-            for anchor, a in enumerate(scene.things):
+        for head in {t.category for t in scene.objects}:
+            for anchor, a in enumerate(scene.objects):
                 right = [
-                    i for i, t in enumerate(scene.things) if t.category == head and i != anchor and t.x > a.x
+                    i for i, t in enumerate(scene.objects) if t.category == head and i != anchor and t.x > a.x
                 ]
                 got, wanted = fn(scene, head, anchor), right[0] if len(right) == 1 else None
                 if len(right) > 1 and got in right:
@@ -33,9 +33,9 @@ def check_right_of(fn):
                 if got is None:
                     continue
                 others = [
-                    t.x for i, t in enumerate(scene.things) if t.category == head and i not in (got, anchor)
+                    t.x for i, t in enumerate(scene.objects) if t.category == head and i not in (got, anchor)
                 ]
-                assert all(x < scene.things[got].x for x in others), "this answer is not the rightmost one"
+                assert all(x < scene.objects[got].x for x in others), "this answer is not the rightmost one"
                 answers += 1
     return f"check_right_of: correct; all {answers} answers were the rightmost of their category"
 

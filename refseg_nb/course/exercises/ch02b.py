@@ -10,7 +10,7 @@ import numpy as np
 
 # %% ../../../nbs/exercises/ch02b.ipynb #005
 def check_union_reader(fn):
-    "Compare with a loop over the pixels of random pictures."
+    "Compare with a loop over the pixels of random images."
     rng = np.random.default_rng(0)
     pictures = [[rng.random((6, 7)) < share for share in rng.uniform(0.1, 0.9, n)] for n in (1, 2, 4)]
     ious, inter, union = [], 0, 0

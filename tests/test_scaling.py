@@ -19,9 +19,12 @@ from torch import nn
 from toy_refer import SMALL, make_toy
 from typer.testing import CliRunner
 
-from refseg_nb.cli import app
-from refseg_nb.models.shnet import create_model
 from refseg_nb.bench.growth import GROWTH, fitted_slope, growth
+from refseg_nb.cli import app
+from refseg_nb.evaluation.evaluator import load_record
+from refseg_nb.models.shnet import create_model
+from refseg_nb.training.checkpoint import checkpoints
+from refseg_nb.training.config import TrainConfig
 from refseg_nb.training.distributed import (
     ProcessLost,
     SharedBatchNorm2d,
@@ -29,9 +32,6 @@ from refseg_nb.training.distributed import (
     share_batch_norm,
     share_of_batch,
 )
-from refseg_nb.training.checkpoint import checkpoints
-from refseg_nb.evaluation.evaluator import load_record
-from refseg_nb.training.config import TrainConfig
 from refseg_nb.training.learner import Learner, Objective, read_history, train
 
 CONTEXT = torch.multiprocessing.get_context("forkserver")

@@ -12,12 +12,14 @@ __all__ = ['KINDS', 'FLAVOURS', 'GAP', 'DISTANCE_RATIO', 'SIZE_RATIO', 'BIG', 'N
 import math
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
-from .scenes import CATEGORIES, COLORS, HELDOUT, Rendering, Scene, render
 from ..errors import InputError
+from .scenes import CATEGORIES, COLORS, HELDOUT, Rendering, Scene, _pick, render
 
 # %% ../../nbs/02_expressions.ipynb #015
 KINDS = ("attribute", "superlative", "relation", "composition")
@@ -27,7 +29,8 @@ DISTANCE_RATIO = 1.35
 SIZE_RATIO = 1.25  # of `Thing.size`; 1.56 in area
 # sizes between them are neither: phrases that need to know are rejected
 BIG, NOT_BIG, SMALL, NOT_SMALL = 0.25, 0.205, 0.145, 0.18
-_SIDES = ("left", "right", "top", "bottom", "biggest", "smallest")
+_POSITIONS, _EXTENTS = ("left", "right", "top", "bottom"), ("biggest", "smallest")
+_SIDES = _POSITIONS + _EXTENTS
 
 # %% ../../nbs/02_expressions.ipynb #017
 @dataclass(frozen=True)
@@ -41,14 +44,16 @@ class Noun:
     size: str = ""
 
     def __str__(self):
-        return ".".join([self.noun] + [a for a in (self.size, self.texture, self.color) if a])
+        return ".".join(word for word in (self.noun, self.size, self.texture, self.color) if word)
 
     @property
     def attributes(self) -> tuple[str, ...]:
+        "The slots that are given besides the noun."
         return tuple(k for k in ("color", "texture", "size") if getattr(self, k))
 
-    def without(self, slot) -> "Noun":
-        return Noun(**{**self.__dict__, slot: "any" if slot == "noun" else ""})
+    def without(self, slot: str) -> "Noun":
+        "The same with one slot left open."
+        return replace(self, **{slot: "any" if slot == "noun" else ""})
 
 # %% ../../nbs/02_expressions.ipynb #021
 @dataclass(frozen=True)
@@ -76,38 +81,42 @@ class Expression:
 _ATOM = re.compile(r"\s*([(),]|[^(),\s]+)")
 
 
+def _word_of_program(atom: str) -> int | str | Noun:
+    "What one word of a program's text stands for: a number, a side, or a noun with its attributes."
+    if atom.isdigit():
+        return int(atom)
+    if atom in _SIDES:
+        return atom
+    noun, *attributes = atom.split(".")
+    slots = {}
+    for word in attributes:
+        slots["color" if word in COLORS else "size" if word in ("big", "small") else "texture"] = word
+    return Noun(noun, **slots)
+
+
 def parse_program(
     text: str,  # such as "nearest(ball.red, the(house))"
 ) -> Program:
     "Read a program back from its text."
-    tokens = _ATOM.findall(text)
-    at = 0
+    atoms = [*reversed(_ATOM.findall(text))]  # the next one is the last
+
+    def follows(atom):
+        return bool(atoms) and atoms[-1] == atom
 
     def value():
-        nonlocal at
-        if at >= len(tokens):
+        if not atoms:
             raise InputError(f"the program {text!r} ends too early")
-        head = tokens[at]
-        at += 1
-        if at < len(tokens) and tokens[at] == "(":
-            at += 1
-            args = [value()]
-            while at < len(tokens) and tokens[at] == ",":
-                at += 1
-                args.append(value())
-            if at >= len(tokens) or tokens[at] != ")":
-                raise InputError(f"the program {text!r} lacks a closing bracket")
-            at += 1
-            return Program(head, tuple(args))
-        if head.isdigit():
-            return int(head)
-        if head in _SIDES:
-            return head
-        noun, *rest = head.split(".")
-        slots = {}
-        for a in rest:
-            slots["color" if a in COLORS else "size" if a in ("big", "small") else "texture"] = a
-        return Noun(noun, **slots)
+        head = atoms.pop()
+        if not follows("("):
+            return _word_of_program(head)
+        args = []
+        while not args or follows(","):
+            atoms.pop()  # the bracket or the comma
+            args.append(value())
+        if not follows(")"):
+            raise InputError(f"the program {text!r} lacks a closing bracket")
+        atoms.pop()
+        return Program(head, tuple(args))
 
     program = value()
     if not isinstance(program, Program):
@@ -120,38 +129,39 @@ class Sets:
 
     def __init__(self, scene: Scene):
         self.objects = scene.objects
-        self.n = n = len(scene.objects)
-        self.all = (1 << n) - 1
+        self.n = len(scene.objects)
+        self.all = (1 << self.n) - 1
         self.memo = {}
-        bits = lambda test: sum(1 << i for i, t in enumerate(self.objects) if test(t))
-        self.words = {
-            "any": self.all,
-            "thing": bits(lambda t: CATEGORIES[t.category] != "person"),
+        # what can be said of each object
+        names = [{t.category, CATEGORIES[t.category], t.color, t.texture} for t in self.objects]
+        self.words = {word: self.where(word in said for said in names) for said in names for word in said}
+        self.words |= {
             "": self.all,
+            "any": self.all,
+            "thing": self.where(CATEGORIES[t.category] != "person" for t in self.objects),
+            "big": self.where(t.size >= BIG for t in self.objects),
+            "small": self.where(t.size <= SMALL for t in self.objects),
         }
-        for t in self.objects:
-            for w in (t.category, CATEGORIES[t.category], t.color, t.texture):
-                if w not in self.words:
-                    self.words[w] = bits(
-                        lambda u: w in (u.category, CATEGORIES[u.category], u.color, u.texture)
-                    )  # noqa: B023 - used at once
-        self.words["big"], self.words["small"] = (
-            bits(lambda t: t.size >= BIG),
-            bits(lambda t: t.size <= SMALL),
-        )
         self.unsure = {
             "": 0,
-            "big": bits(lambda t: NOT_BIG < t.size < BIG),
-            "small": bits(lambda t: SMALL < t.size < NOT_SMALL),
+            "big": self.where(NOT_BIG < t.size < BIG for t in self.objects),
+            "small": self.where(SMALL < t.size < NOT_SMALL for t in self.objects),
         }
 
+    def where(self, true: Iterable[bool]) -> int:
+        "The set of the objects for which something is true."
+        return sum(1 << i for i, holds in enumerate(true) if holds)
+
     def members(self, bits: int) -> list[int]:
+        "Indices of the objects in a set."
         return [i for i in range(self.n) if bits >> i & 1]
 
-    def one(self, bits):
+    def one(self, bits: int) -> int | None:
+        "The only member of a set; None if it has none or several."
         return bits.bit_length() - 1 if bits and not bits & (bits - 1) else None
 
     def set_of(self, noun: Noun) -> int | None:
+        "The objects that a noun names; None if for one of them the size is hard to tell."
         w = self.words
         bits = w.get(noun.noun, 0) & w.get(noun.color, 0) & w.get(noun.texture, 0)
         if bits & self.unsure[noun.size]:
@@ -171,7 +181,7 @@ class Orders(Sets):
         }
         for side, other in (("right", "left"), ("bottom", "top"), ("biggest", "smallest")):
             self.key[side] = [-v for v in self.key[other]]
-        self.gap = dict.fromkeys(_SIDES[:4], GAP) | dict.fromkeys(_SIDES[4:], math.log(SIZE_RATIO))
+        self.gap = dict.fromkeys(_POSITIONS, GAP) | dict.fromkeys(_EXTENTS, math.log(SIZE_RATIO))
 
     def most(self, side: str, rank: int, bits: int) -> int | None:
         "The `rank`-th of a set from one side, if its neighbours in that order keep their distance."
@@ -188,18 +198,16 @@ class Orders(Sets):
     def middle(self, bits: int) -> int | None:
         "Of exactly three, the one between the other two in the horizontal."
         order = sorted((self.key["left"][i], i) for i in self.members(bits))
-        return (
-            order[1][1]
-            if len(order) == 3 and min(order[1][0] - order[0][0], order[2][0] - order[1][0]) >= GAP
-            else None
-        )
+        if len(order) != 3:
+            return None
+        (left, _), (centre, found), (right, _) = order
+        return found if min(centre - left, right - centre) >= GAP else None
 
 # %% ../../nbs/02_expressions.ipynb #037
 def _gap(a, b):
     "Distance between the boxes of two objects."
-    return math.hypot(
-        max(a.box[0] - b.box[2], b.box[0] - a.box[2], 0), max(a.box[1] - b.box[3], b.box[1] - a.box[3], 0)
-    )
+    (left, top, right, bottom), (left2, top2, right2, bottom2) = a.box, b.box
+    return math.hypot(max(left - right2, left2 - right, 0), max(top - bottom2, top2 - bottom, 0))
 
 
 class Distances(Orders):
@@ -214,27 +222,28 @@ class Distances(Orders):
         """The object of a set that is closest to (farthest from) the nearest of the anchors, by centres and
         by edges alike."""
         key = ("far" if far else "near", bits, anchors)
-        if key in self.memo:
-            return self.memo[key]
-        found, a = None, self.members(anchors)
-        if len(a) == 1:
-            bits &= ~anchors
-        cands = []
+        if key not in self.memo:
+            self.memo[key] = self._near(bits, self.members(anchors), far)
+        return self.memo[key]
+
+    def _near(self, bits, anchors, far):
+        if len(anchors) == 1:
+            bits &= ~(1 << anchors[0])
+        rivals = []  # (distance of the centres, of the edges, object)
         for i in self.members(bits):
-            rest = [j for j in a if j != i]
-            if not rest:
-                cands = []
-                break
-            cands.append((min(self.centre[i][j] for j in rest), min(self.clear[i][j] for j in rest), i))
-        if len(cands) > 1:
-            cands.sort(reverse=far)
-            (d, e, i), (d2, _, _) = cands[:2]
-            if far:
-                found = i if d >= DISTANCE_RATIO * d2 and all(e >= c[1] + 0.03 for c in cands[1:]) else None
-            else:
-                found = i if d * DISTANCE_RATIO <= d2 and all(e + 0.03 <= c[1] for c in cands[1:]) else None
-        self.memo[key] = found
-        return found
+            others = [j for j in anchors if j != i]
+            if not others:
+                return None
+            rivals.append((min(self.centre[i][j] for j in others), min(self.clear[i][j] for j in others), i))
+        if len(rivals) < 2:
+            return None
+        (centre, edge, found), *others = sorted(rivals, reverse=far)
+        second = others[0][0]
+        if far:
+            clear = centre >= DISTANCE_RATIO * second and all(edge >= e + 0.03 for _, e, _ in others)
+        else:
+            clear = centre * DISTANCE_RATIO <= second and all(edge + 0.03 <= e for _, e, _ in others)
+        return found if clear else None
 
 # %% ../../nbs/02_expressions.ipynb #039
 class Relations(Distances):
@@ -245,44 +254,43 @@ class Relations(Distances):
         that this is not the outermost one in disguise."""
         bits &= ~(1 << anchor)
         key = self.key[side]
-        here = []
-        for i in self.members(bits):
-            step = key[anchor] - key[i]
-            if abs(step) < GAP:
-                return None
-            if step > 0:
-                here.append((self.centre[i][anchor], i))
-        here.sort()
+        step = {i: key[anchor] - key[i] for i in self.members(bits)}
+        if any(abs(d) < GAP for d in step.values()):
+            return None
+        here = sorted((self.centre[i][anchor], i) for i, d in step.items() if d > 0)
         if len(here) < 2 or here[0][0] * DISTANCE_RATIO > here[1][0]:
             return None
-        i = here[0][1]
-        dx, dy = (
-            abs(self.key["left"][i] - self.key["left"][anchor]),
-            abs(self.key["top"][i] - self.key["top"][anchor]),
-        )
-        return i if (dy < 0.7 * dx if side in ("left", "right") else dx < 0.7 * dy) else None
+        found = here[0][1]
+        dx, dy = (abs(self.key[axis][found] - self.key[axis][anchor]) for axis in ("left", "top"))
+        along, across = (dx, dy) if side in ("left", "right") else (dy, dx)
+        return found if across < 0.7 * along else None
 
     def between(self, bits: int, a: int, b: int) -> int | None:
         """The only one of a set near the middle of the line from one anchor to the other, the rest clearly
         elsewhere."""
         key = ("between", min(a, b), max(a, b))
         if key not in self.memo:
-            ax, ay, bx, by = self.objects[a].x, self.objects[a].y, self.objects[b].x, self.objects[b].y
-            L = math.hypot(bx - ax, by - ay)
-            inside = unsure = 0
-            for i, t in enumerate(self.objects):
-                if i in (a, b):
-                    continue
-                along = ((t.x - ax) * (bx - ax) + (t.y - ay) * (by - ay)) / L**2
-                off = abs((t.x - ax) * (by - ay) - (t.y - ay) * (bx - ax)) / L**2
-                if 0.2 < along < 0.8 and off < 0.25:
-                    inside |= 1 << i
-                elif 0 < along < 1 and off < 0.38:
-                    unsure |= 1 << i
-            self.memo[key] = (inside, unsure, L)
-        inside, unsure, L = self.memo[key]
+            self.memo[key] = self._corridor(a, b)
+        inside, unsure, length = self.memo[key]
         bits &= ~(1 << a | 1 << b)
-        return self.one(inside & bits) if L >= 0.28 and not unsure & bits and bits & (bits - 1) else None
+        clear = length >= 0.28 and not unsure & bits and bits & (bits - 1)
+        return self.one(inside & bits) if clear else None
+
+    def _corridor(self, a, b):
+        "The objects near the middle of a line, those of which one cannot say, and the line's length."
+        ax, ay, bx, by = self.objects[a].x, self.objects[a].y, self.objects[b].x, self.objects[b].y
+        length = math.hypot(bx - ax, by - ay)
+        inside = unsure = 0
+        for i, t in enumerate(self.objects):
+            if i in (a, b):
+                continue
+            along = ((t.x - ax) * (bx - ax) + (t.y - ay) * (by - ay)) / length**2
+            off = abs((t.x - ax) * (by - ay) - (t.y - ay) * (bx - ax)) / length**2
+            if 0.2 < along < 0.8 and off < 0.25:
+                inside |= 1 << i
+            elif 0 < along < 1 and off < 0.38:
+                unsure |= 1 << i
+        return inside, unsure, length
 
 # %% ../../nbs/02_expressions.ipynb #043
 class World(Relations):
@@ -290,31 +298,34 @@ class World(Relations):
 
     def run(self, program: Program) -> int | None:
         "Execute a program."
-        op, args = program.op, program.args
-        if op == "most":
-            bits = self.set_of(args[2])
-            return None if bits is None else self.most(args[0], args[1], bits)
-        if op == "beside":
-            bits, anchor = self.set_of(args[1]), self.run(args[2])
-            return None if bits is None or anchor is None else self.beside(args[0], bits, anchor)
-        bits = self.set_of(args[0])
-        if bits is None:
-            return None
-        if op == "the":
-            return self.one(bits)
-        if op == "middle":
-            return self.middle(bits)
-        if op in ("nearest", "farthest"):
-            if args[1].op == "a":
-                anchors = self.set_of(args[1].args[0])
-            else:
-                i = self.run(args[1])
-                anchors = None if i is None else 1 << i
-            return None if not anchors else self.near(bits, anchors, op == "farthest")
-        if op == "between":
-            a, b = self.run(args[1]), self.run(args[2])
-            return None if a is None or b is None or a == b else self.between(bits, a, b)
-        raise InputError(f"unknown operation {op!r} in the program {program}")
+        if program.op not in self._OPERATIONS:
+            raise InputError(f"unknown operation {program.op!r} in the program {program}")
+        values = [self._value(arg) for arg in program.args]
+        return None if None in values else self._OPERATIONS[program.op](self, *values)
+
+    def _value(self, arg):
+        "A noun's set, and the set of what an anchor means; words and numbers stand for themselves."
+        if isinstance(arg, Noun):
+            return self.set_of(arg)
+        if not isinstance(arg, Program):
+            return arg
+        if arg.op == "a":
+            return self.set_of(arg.args[0]) or None
+        found = self.run(arg)
+        return None if found is None else 1 << found
+
+    def _between(self, bits, a, b):
+        return None if a == b else self.between(bits, self.one(a), self.one(b))
+
+    _OPERATIONS = {  # of sets, as bits
+        "the": Sets.one,
+        "most": Orders.most,
+        "middle": Orders.middle,
+        "nearest": Distances.near,
+        "farthest": lambda self, bits, anchors: self.near(bits, anchors, far=True),
+        "beside": lambda self, side, bits, anchor: self.beside(side, bits, self.one(anchor)),
+        "between": _between,
+    }
 
 # %% ../../nbs/02_expressions.ipynb #045
 def world(scene: Scene) -> World:
@@ -337,10 +348,22 @@ def _slots(noun: Noun) -> tuple[str, ...]:
     return noun.attributes + ("noun",) * (noun.noun not in ("thing", "any"))
 
 
-def _nouns_in(part) -> list:
+def _nouns_in(part) -> list[Noun]:
+    "The nouns of a program, in order."
     if isinstance(part, Noun):
         return [part]
     return [n for a in part.args for n in _nouns_in(a)] if isinstance(part, Program) else []
+
+
+def _without_operation(program: Program) -> list[Program]:
+    "What remains without the superlative, the rank, or the relation and its anchor."
+    op, args = program.op, program.args
+    if op == "most":
+        side, rank, noun = args
+        return [Program("the", (noun,))] + [Program("most", (side, 1, noun))] * (rank > 1)
+    if op == "beside":
+        return [Program("the", args[1:2]), Program("nearest", args[1:])]
+    return [Program("the", args[:1])] if op in ("nearest", "farthest", "between", "middle") else []
 
 
 def shorter(
@@ -348,25 +371,15 @@ def shorter(
 ) -> list[Program]:  # every program with one content word less
     """Leave out each content word in turn: an attribute, a noun (it becomes any object), a superlative, a
     rank, a relation with its anchor."""
-
-    def of(part):
-        if isinstance(part, Noun):
-            return [part.without(s) for s in _slots(part)]
-        out = []
-        if part.op == "most":
-            out.append(Program("the", part.args[2:]))
-            if part.args[1] > 1:
-                out.append(Program("most", (part.args[0], 1, part.args[2])))
-        if part.op in ("nearest", "farthest", "between", "middle"):
-            out.append(Program("the", part.args[:1]))
-        if part.op == "beside":
-            out += [Program("the", part.args[1:2]), Program("nearest", part.args[1:])]
-        for k, a in enumerate(part.args):
-            if isinstance(a, (Noun, Program)):
-                out += [Program(part.op, part.args[:k] + (b,) + part.args[k + 1 :]) for b in of(a)]
-        return out
-
-    return of(program)
+    found = _without_operation(program)
+    for k, arg in enumerate(program.args):
+        less = []
+        if isinstance(arg, Noun):
+            less = [arg.without(slot) for slot in _slots(arg)]
+        elif isinstance(arg, Program):
+            less = shorter(arg)
+        found += [Program(program.op, (*program.args[:k], one, *program.args[k + 1 :])) for one in less]
+    return found
 
 # %% ../../nbs/02_expressions.ipynb #055
 def is_minimal(
@@ -386,164 +399,201 @@ def kind_of(program: Program) -> str:
         return "attribute"
     if program.op in ("most", "middle"):
         return "superlative"
-    nouns, anchors = (
-        [a for a in program.args if isinstance(a, Noun)],
-        [a for a in program.args if isinstance(a, Program)],
-    )
-    if any(a.op not in ("the", "a") for a in anchors):
-        return "composition"
-    return (
-        "composition"
-        if nouns[0].attributes and any(n.attributes for a in anchors for n in _nouns_in(a))
-        else "relation"
-    )
+    head = next(a for a in program.args if isinstance(a, Noun))
+    anchors = [a for a in program.args if isinstance(a, Program)]
+    nested = any(a.op not in ("the", "a") for a in anchors)
+    both_sides = head.attributes and any(n.attributes for a in anchors for n in _nouns_in(a))
+    return "composition" if nested or both_sides else "relation"
 
 # %% ../../nbs/02_expressions.ipynb #063
-def _noun_phrases(w: World):
+def _names_of(w: World, t) -> list[str]:
+    "What an object can be called: its category, its kind where that says less, and `thing`."
+    kind = CATEGORIES[t.category]
+    wider = kind in ("person", "animal") and w.words[kind] != w.words[t.category]
+    return [t.category] + [kind] * wider + ["thing"] * (kind != "person")
+
+
+def _noun_phrases(w: World) -> list[tuple[Noun, int]]:
     "Every noun with at most two attributes, each of which narrows the set down; as (noun, set)."
     out = {}
     for t in w.objects:
-        big = "big" if t.size >= BIG else "small" if t.size <= SMALL else ""
-        supers = [
-            s
-            for s in (CATEGORIES[t.category],)
-            if s in ("person", "animal") and w.words[s] != w.words[t.category]
-        ]
-        for noun in [t.category] + supers + ["thing"] * (CATEGORIES[t.category] != "person"):
-            for color in ("", t.color):
-                for texture in ("", t.texture) if t.texture != "plain" else ("",):
-                    for size in ("", big) if big else ("",):
-                        if bool(color) + bool(texture) + bool(size) > 2:
-                            continue
-                        phrase = Noun(noun, color, texture, size)
-                        if phrase in out or noun == "thing" and (size or not (color or texture)):
-                            continue
-                        bits = w.set_of(phrase)
-                        if bits and all(w.set_of(phrase.without(s)) != bits for s in _slots(phrase)):
-                            out[phrase] = bits
+        texture = "" if t.texture == "plain" else t.texture
+        size = "big" if t.size >= BIG else "small" if t.size <= SMALL else ""
+        slots = product(*(dict.fromkeys(("", word)) for word in (t.color, texture, size)))
+        for noun, (color, texture, size) in product(_names_of(w, t), list(slots)):
+            phrase = Noun(noun, color, texture, size)
+            too_vague = noun == "thing" and (size or not phrase.attributes)
+            if len(phrase.attributes) > 2 or too_vague or phrase in out:
+                continue
+            bits = w.set_of(phrase)
+            if bits and all(w.set_of(phrase.without(slot)) != bits for slot in _slots(phrase)):
+                out[phrase] = bits
     return list(out.items())
 
 # %% ../../nbs/02_expressions.ipynb #067
-def _compositions(w, several, drops, supers, keep, out):
-    "Relations whose anchor is found by a superlative or by another relation."
-    nested = [
-        (p, r)
-        for p, r, name in out
-        if name == "nearest" and not p.args[0].attributes and len(p.args[1].args[0].attributes) < 2
-    ]
-    for p, b in several:
-        if len(p.attributes) > 1:
-            continue
-        ds = [d for d in drops[p] if d]
-        for program, a in supers:
-            side, _, q = program.args
-            r = w.near(b, 1 << a)
-            if r is None or r == a:
-                continue
-            tests = [w.near(d, 1 << a) for d in ds]
-            for s in _slots(q):
-                d = w.set_of(q.without(s))
-                a2 = None if d is None else w.most(side, 1, d)
-                tests.append(None if a2 is None else w.near(b, 1 << a2))
-            keep(
-                Program("nearest", (p, program)),
-                r,
-                "nearest " + ("size" if side in _SIDES[4:] else "place"),
-                tests,
-            )
-        if p.attributes:
-            continue
-        for program, a in nested:
-            if program.args[0] == p:
-                continue
-            r = w.near(b, 1 << a)
-            if r is None or r == a:
-                continue
-            c = w.run(program.args[1])
-            a2 = w.near(w.all, 1 << c)
-            tests = [w.near(d, 1 << a) for d in ds] + [None if a2 is None else w.near(b, 1 << a2)]
-            if c != r:
-                keep(Program("nearest", (p, program)), r, "nested", tests)
+class _Grammar:
+    "The noun phrases of a scene, and the minimal programs that were found with them."
+
+    def __init__(self, w: World):
+        self.w, self.found = w, []  # (program, referent, name of the construction)
+        phrases = _noun_phrases(w)
+        self._shorter = {noun: [w.set_of(noun.without(slot)) for slot in _slots(noun)] for noun, _ in phrases}
+        self.anchors = [(noun, w.one(bits)) for noun, bits in phrases if self._is_name(noun, bits)]
+        self.heads = [(noun, bits) for noun, bits in phrases if bits & (bits - 1)]
+
+    def _is_name(self, noun, bits):
+        "Whether a noun phrase names one object, and needs all of its words to do so."
+        less = [bits for bits in self._shorter[noun] if bits is not None]
+        return self.w.one(bits) is not None and all(self.w.one(bits) is None for bits in less)
+
+    def wider(self, noun: Noun) -> list[int]:
+        "The sets that a noun phrase names with one word less, where they are clear."
+        return [bits for bits in self._shorter[noun] if bits]
+
+    def keep(
+        self,
+        name: str,  # of the construction
+        program: Program,
+        referent: int | None,
+        rivals: Iterable[int | None],  # referents of the programs with one word less
+    ) -> bool:  # whether it was kept
+        "Keep a program that has a referent, unless a shorter one has the same."
+        minimal = referent is not None and all(rival != referent for rival in rivals)
+        if minimal:
+            self.found.append((program, referent, name))
+        return minimal
 
 # %% ../../nbs/02_expressions.ipynb #069
+def _superlatives(g: _Grammar, noun: Noun, bits: int, sides) -> list[tuple[Program, int]]:
+    "Superlatives of one head. Those that ask for the first are returned: they can be anchors."
+    w, firsts = g.w, []
+    for side, rank in product(sides, (1, 2)):
+        if (side, rank) == ("top", 2):
+            continue  # nobody counts from the top
+        name = "size" if side in _EXTENTS else "place" if rank == 1 else "rank"
+        program, referent = Program("most", (side, rank, noun)), w.most(side, rank, bits)
+        shorter = [(rank, wider) for wider in g.wider(noun)] + [(1, bits)] * (rank > 1)
+        kept = g.keep(name, program, referent, (w.most(side, k, some) for k, some in shorter))
+        if kept and rank == 1:
+            firsts.append((program, referent))
+    return firsts
+
+
+def _middle(g: _Grammar, noun: Noun, bits: int) -> None:
+    "The middle one of three."
+    g.keep("middle", Program("middle", (noun,)), g.w.middle(bits), map(g.w.middle, g.wider(noun)))
+
+# %% ../../nbs/02_expressions.ipynb #071
+def _the(noun: Noun) -> Program:
+    return Program("the", (noun,))
+
+
+def _near_one(g: _Grammar, noun: Noun, bits: int) -> None:
+    "Closest to one object, and farthest from it."
+    w = g.w
+    for op, (anchor, a) in product(("nearest", "farthest"), g.anchors):
+        far = op == "farthest"
+        referent = w.near(bits, 1 << a, far)
+        if referent != a:
+            rivals = (w.near(wider, 1 << a, far) for wider in g.wider(noun))
+            g.keep(op, Program(op, (noun, _the(anchor))), referent, rivals)
+
+
+def _near_any(g: _Grammar, noun: Noun, bits: int) -> None:
+    "Closest to one of several."
+    w = g.w
+    for anchor, others in g.heads:
+        if others & bits:
+            continue
+        shorter = [(wider, others) for wider in g.wider(noun)] + [(bits, wider) for wider in g.wider(anchor)]
+        program = Program("nearest", (noun, Program("a", (anchor,))))
+        g.keep("nearest a", program, w.near(bits, others), (w.near(*some) for some in shorter))
+
+
+def _between_and_beside(g: _Grammar, noun: Noun, bits: int, positions: bool) -> None:
+    "Between two objects, and, if words for positions are allowed, just to one side of an object."
+    w = g.w
+    for i, (anchor, a) in enumerate(g.anchors):
+        for second, b in g.anchors[i + 1 :]:
+            if a != b:
+                program = Program("between", (noun, _the(anchor), _the(second)))
+                rivals = (w.between(wider, a, b) for wider in g.wider(noun))  # noqa: B023 - used at once
+                g.keep("between", program, w.between(bits, a, b), rivals)
+        for side in _POSITIONS if positions else ():
+            referent = w.beside(side, bits, a)
+            if referent is None:
+                continue
+            rivals = [w.beside(side, wider, a) for wider in g.wider(noun)] + [w.near(bits, 1 << a)]
+            g.keep("beside", Program("beside", (side, noun, _the(anchor))), referent, rivals)
+
+# %% ../../nbs/02_expressions.ipynb #073
+def _near_superlative(g: _Grammar, noun: Noun, bits: int, firsts) -> None:
+    "Closest to what a superlative means."
+    w = g.w
+    for anchor, a in firsts:
+        referent = w.near(bits, 1 << a)
+        if referent is None or referent == a:
+            continue
+        side, _, of = anchor.args
+        rivals = [w.near(wider, 1 << a) for wider in g.wider(noun)]
+        others = [w.most(side, 1, wider) for wider in g.wider(of)]
+        rivals += [w.near(bits, 1 << b) for b in others if b is not None]
+        name = "nearest size" if side in _EXTENTS else "nearest place"
+        g.keep(name, Program("nearest", (noun, anchor)), referent, rivals)
+
+
+def _near_nearest(g: _Grammar, noun: Noun, bits: int, nearest) -> None:
+    "Closest to what is closest to something."
+    w = g.w
+    for anchor, a in nearest:
+        referent, last = w.near(bits, 1 << a), w.run(anchor.args[1])
+        if anchor.args[0] == noun or referent in (None, a, last):
+            continue
+        rivals = [w.near(wider, 1 << a) for wider in g.wider(noun)]
+        other = w.near(w.all, 1 << last)
+        rivals += [w.near(bits, 1 << other)] if other is not None else []
+        g.keep("nested", Program("nearest", (noun, anchor)), referent, rivals)
+
+
+def _compositions(g: _Grammar, firsts) -> None:
+    "Relations whose anchor is found by a superlative (one of `firsts`) or by another relation."
+    nearest = [
+        (program, referent)
+        for program, referent, name in g.found
+        if name == "nearest"
+        and not program.args[0].attributes
+        and len(program.args[1].args[0].attributes) < 2
+    ]
+    for noun, bits in g.heads:
+        if len(noun.attributes) < 2:
+            _near_superlative(g, noun, bits, firsts)
+        if not noun.attributes:
+            _near_nearest(g, noun, bits, nearest)
+
+# %% ../../nbs/02_expressions.ipynb #075
 def enumerate_programs(
     scene: Scene,
-    flavour: str = "refshapes",  # "refshapes+" has no words for places
+    flavour: str = "refshapes",  # "refshapes+" has no words for positions
 ) -> list[tuple[Program, int, str]]:  # program, referent, and a name of the construction
     "Every minimal program of the grammar that has a referent in this scene."
     if flavour not in FLAVOURS:
         raise InputError(f"flavour is {flavour!r}: it must be one of {FLAVOURS}")
-    w = world(scene)
-    places = flavour == "refshapes"
-    sides = _SIDES if places else _SIDES[4:]
-    phrases = _noun_phrases(w)
-    out = []
+    positions = flavour == "refshapes"
+    g = _Grammar(world(scene))
+    for noun, referent in g.anchors:
+        g.found.append((_the(noun), referent, "attribute" if noun.attributes else "noun"))
+    firsts = []
+    for noun, bits in g.heads:
+        firsts += _superlatives(g, noun, bits, _SIDES if positions else _EXTENTS)
+        if positions:
+            _middle(g, noun, bits)
+        _near_one(g, noun, bits)
+        _near_any(g, noun, bits)
+        _between_and_beside(g, noun, bits, positions)
+    _compositions(g, firsts)
+    return g.found
 
-    def keep(program, r, name, tests):
-        if r is not None and all(t != r for t in tests):
-            out.append((program, r, name))
-
-    drops = {p: [w.set_of(p.without(s)) for s in _slots(p)] for p, _ in phrases}
-    unique = [
-        (p, w.one(b))
-        for p, b in phrases
-        if w.one(b) is not None and all(d is None or w.one(d) is None for d in drops[p])
-    ]
-    several = [(p, b) for p, b in phrases if b & (b - 1)]
-    for p, r in unique:
-        out.append((Program("the", (p,)), r, "noun" if not p.attributes else "attribute"))
-    supers = []
-    for p, b in several:
-        ds = [d for d in drops[p] if d]
-        for side in sides:
-            for rank in (1, 2):
-                if rank == 2 and side == "top":
-                    continue
-                r = w.most(side, rank, b)
-                if r is None:
-                    continue
-                program = Program("most", (side, rank, p))
-                tests = [w.most(side, rank, d) for d in ds] + ([w.most(side, 1, b)] if rank > 1 else [])
-                n0 = len(out)
-                keep(program, r, "size" if side in _SIDES[4:] else "place" if rank == 1 else "rank", tests)
-                if len(out) > n0 and rank == 1:
-                    supers.append((program, r))
-        if places:
-            keep(Program("middle", (p,)), w.middle(b), "middle", [w.middle(d) for d in ds])
-        for far in (False, True):
-            op = "farthest" if far else "nearest"
-            for q, a in unique:
-                r = w.near(b, 1 << a, far)
-                program = Program(op, (p, Program("the", (q,))))
-                if r is not None and r != a:
-                    keep(program, r, op, [w.near(d, 1 << a, far) for d in ds])
-        for q, a in several:
-            if a & b:
-                continue
-            r = w.near(b, a)
-            tests = (
-                [w.near(d, a) for d in ds] + [w.near(b, d) for d in drops[q] if d] if r is not None else []
-            )
-            if r is not None:
-                keep(Program("nearest", (p, Program("a", (q,)))), r, "nearest a", tests)
-        for i, (q, a) in enumerate(unique):
-            for q2, a2 in unique[i + 1 :]:
-                if a == a2:
-                    continue
-                r = w.between(b, a, a2)
-                program = Program("between", (p, Program("the", (q,)), Program("the", (q2,))))
-                if r is not None:
-                    keep(program, r, "between", [w.between(d, a, a2) for d in ds])
-            if places:
-                for side in _SIDES[:4]:
-                    r = w.beside(side, b, a)
-                    program = Program("beside", (side, p, Program("the", (q,))))
-                    if r is not None:
-                        keep(program, r, "beside", [w.beside(side, d, a) for d in ds] + [w.near(b, 1 << a)])
-    _compositions(w, several, drops, supers, keep, out)
-    return out
-
-# %% ../../nbs/02_expressions.ipynb #077
+# %% ../../nbs/02_expressions.ipynb #083
 _NOUNS = {
     "man": ("man", "man", "guy"),
     "woman": ("woman", "woman", "lady"),
@@ -558,148 +608,174 @@ _TEXTURE = {
 }
 _SIZE = {"big": ("big", "large"), "small": ("small", "little")}
 _SUPER = {"biggest": ("biggest", "largest"), "smallest": ("smallest", "tiniest")}
+_GARMENTS = {"woman": "dress", "person": "clothes"}  # of all others: shirt
+
+
+def _join(*words: str) -> str:
+    "The words that are not empty, with spaces between them."
+    return " ".join(word for word in words if word)
+
+
+def _dressed(word: str, noun: Noun, texture: str, rng, terse: bool) -> str:
+    'A person, and what colour and texture say about the clothes: "man in the striped red shirt".'
+    worn = _join(noun.texture if texture.startswith("with") else texture, noun.color)
+    if not worn:
+        # a string of its own, not the table's: a pickle tells them apart, and the files shall stay as they are
+        return f"{word} ".strip()
+    garment = _GARMENTS.get(noun.noun, "shirt")
+    plural = garment == "clothes"
+    u = rng.random()
+    article = "" if plural or (terse and rng.random() >= 0.5) else "the"
+    if noun.texture:
+        if u < 0.6:
+            return _join(word, "in", article, worn, garment)
+        return _join(word, "wearing", "" if plural else "a", worn, garment)
+    if u < 0.55:
+        return _join(word, "in", worn)
+    if u < 0.8:
+        return _join(word, "in", article, worn, garment)
+    if u < 0.9 or plural:
+        return _join(word, "wearing", worn)
+    return _join(worn, garment, word) if terse else _join(word, "with", article, worn, garment)
 
 
 def _noun_text(noun: Noun, rng, terse: bool) -> tuple[str, str]:
     "The words before and from the noun on, without determiner."
-    pick = lambda xs: xs[int(rng.random() * len(xs))]
-    word = pick(_NOUNS.get(noun.noun, (noun.noun,)))
-    size = pick(_SIZE[noun.size]) if noun.size else ""
-    texture = pick(_TEXTURE[noun.texture]) if noun.texture else ""
-    tail = ""
-    if noun.noun in CATEGORIES and CATEGORIES[noun.noun] == "person" or noun.noun == "person":
-        worn = " ".join(
-            x for x in (texture if not texture.startswith("with") else noun.texture, noun.color) if x
-        )
-        garment = "dress" if noun.noun == "woman" else "shirt" if noun.noun != "person" else "clothes"
-        if worn:
-            u = rng.random()
-            article = "" if garment == "clothes" else "the " if not terse or rng.random() < 0.5 else ""
-            if noun.texture:
-                tail = (
-                    f"in {article}{worn} {garment}"
-                    if u < 0.6
-                    else f"wearing {'' if garment == 'clothes' else 'a '}{worn} {garment}"
-                )
-            elif u < 0.55:
-                tail = f"in {worn}"
-            elif u < 0.8:
-                tail = f"in {article}{worn} {garment}"
-            elif u < 0.9 or garment == "clothes":
-                tail = f"wearing {worn}"
-            elif terse:
-                return size, f"{worn} {garment} {word}"
-            else:
-                tail = f"with {article}{worn} {garment}"
-        return size, f"{word} {tail}".strip()
-    front = [size]
-    front += (
-        [noun.color]
-        if texture.startswith("with")
-        else [texture, noun.color]
-        if rng.random() < 0.85
-        else [noun.color, texture]
-    )
-    return " ".join(x for x in front if x), word + (f" {texture}" if texture.startswith("with") else "")
+    word = _pick(rng, _NOUNS.get(noun.noun, (noun.noun,)))
+    size = _pick(rng, _SIZE[noun.size]) if noun.size else ""
+    texture = _pick(rng, _TEXTURE[noun.texture]) if noun.texture else ""
+    if "person" in (noun.noun, CATEGORIES.get(noun.noun)):
+        return size, _dressed(word, noun, texture, rng, terse)
+    if texture.startswith("with"):
+        return _join(size, noun.color), _join(word, texture)
+    looks = (texture, noun.color) if rng.random() < 0.85 else (noun.color, texture)
+    return _join(size, *looks), word
 
-# %% ../../nbs/02_expressions.ipynb #081
-def _join(*words):
-    return " ".join(x for x in words if x)
+# %% ../../nbs/02_expressions.ipynb #087
+class _Wording:
+    "Words for one program about one scene."
+
+    def __init__(self, scene: Scene, rng, terse: bool):
+        self.w, self.rng, self.terse = world(scene), rng, terse
+        self.the = "" if terse else "the"
+
+    def pick(self, *choices: str) -> str:
+        return _pick(self.rng, choices)
+
+    def noun(self, noun: Noun) -> str:
+        return _join(*_noun_text(noun, self.rng, self.terse))
+
+    def anchor(self, program: Program) -> str:
+        if program.op != "a":
+            return _join(self.the, self.phrase(program))
+        text = self.noun(program.args[0])
+        return _join("an" if text[0] in "aeiou" else "a", text)
+
+    def phrase(self, program: Program) -> str:
+        "The program in words, without determiner."
+        return _WORDINGS[program.op](self, program)
+
+
+def _anchors_of(w: World, program: Program) -> int:
+    "What an anchor means, as a set: one object, or all those that one may choose from."
+    return w.set_of(program.args[0]) if program.op == "a" else 1 << w.run(program)
+
+
+def _in_own_half(w: World, program: Program) -> bool:
+    "Whether a superlative's referent lies in the half of the image that it names, and all rivals in the other."
+    side, _, noun = program.args
+    key, referent = w.key[side], w.run(program)
+    centre = 0.5 if side in ("left", "top") else -0.5
+    rivals = [i for i in w.members(w.set_of(noun)) if i != referent]
+    return key[referent] < centre - 0.04 and all(key[i] > centre + 0.04 for i in rivals)
+
+
+def _touches(w: World, program: Program) -> bool:
+    "Whether the referent of `nearest` is so near to its anchor, and its rivals so far away, that one says `by`."
+    anchors, referent = _anchors_of(w, program.args[1]), w.run(program)
+    reach = lambda i: min(w.clear[i][j] for j in w.members(anchors) if j != i)
+    rivals = [i for i in w.members(w.set_of(program.args[0]) & ~anchors) if i != referent]
+    return reach(referent) < 0.12 and all(reach(i) > 0.2 for i in rivals)
+
+# %% ../../nbs/02_expressions.ipynb #089
+def _say_first(say: _Wording, program: Program, text: str) -> str:
+    "The first from the left, right, top or bottom."
+    side = program.args[0]
+    halves, u = _in_own_half(say.w, program), say.rng.random()
+    if side in ("left", "right"):
+        if halves and u < 0.5:
+            return _join(text, "on the", side) if u < 0.3 else _join(side, text)
+        if u < 0.75:
+            return _join(f"{side}most", text)
+        return _join(text, "on the far", side) if u < 0.9 else _join(side, text)
+    if halves and u < 0.4:
+        return _join(text, "at the", side)
+    return _join(side if u < 0.7 else {"top": "highest", "bottom": "lowest"}[side], text)
+
+
+def _say_most(say: _Wording, program: Program) -> str:
+    side, rank, noun = program.args
+    text = say.noun(noun)
+    if side in _EXTENTS:
+        return _join("second", side, text) if rank == 2 else _join(say.pick(*_SUPER[side]), text)
+    if rank == 2:
+        return _join("second", text, "from", "the" if side == "bottom" else say.the, side)
+    return _say_first(say, program, text)
+
+
+def _say_middle(say: _Wording, program: Program) -> str:
+    text = say.noun(program.args[0])
+    return _join("middle", text) if say.rng.random() < 0.6 else _join(text, "in the middle")
+
+
+def _say_beside(say: _Wording, program: Program) -> str:
+    side, head, anchor = program.args
+    return _join(say.noun(head), "just", _WHERE[side], say.anchor(anchor))
+
+
+def _say_nearest(say: _Wording, program: Program) -> str:
+    head = say.noun(program.args[0])
+    links = ["closest to", "closest to", "nearest to", "nearest"]
+    if _touches(say.w, program):
+        links += ["next to", "next to", "by"]
+    return _join(head, say.pick(*links), say.anchor(program.args[1]))
+
+
+def _say_farthest(say: _Wording, program: Program) -> str:
+    head = say.noun(program.args[0])
+    link = say.pick("farthest from", "furthest from", "farthest away from")
+    return _join(head, link, say.anchor(program.args[1]))
+
+
+def _say_between(say: _Wording, program: Program) -> str:
+    head, *anchors = say.noun(program.args[0]), *map(say.anchor, program.args[1:])
+    return _join(head, "between", " and ".join(anchors if say.rng.random() < 0.5 else anchors[::-1]))
+
+
+_WHERE = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
+_WORDINGS = {
+    "the": lambda say, program: say.noun(program.args[0]),
+    "most": _say_most,
+    "middle": _say_middle,
+    "beside": _say_beside,
+    "nearest": _say_nearest,
+    "farthest": _say_farthest,
+    "between": _say_between,
+}
 
 
 def realise(
     program: Program,
     scene: Scene,
-    rng: random.Random,
+    rng: random.Random,  # only `rng.random()` is called
     terse: bool | None = None,  # as a note, without articles; by default every other time
 ) -> str:  # lower case, no punctuation
     "Put a program into words; of several ways to say it, one."
-    w = world(scene)
-    pick = lambda xs: xs[int(rng.random() * len(xs))]
-    u = rng.random()
-    if terse is None:
-        terse = u < 0.5
-    the = "" if terse else "the"
+    u = rng.random()  # drawn in any case, so that `terse` does not shift what follows
+    say = _Wording(scene, rng, u < 0.5 if terse is None else terse)
+    return _join(say.the, say.phrase(program))
 
-    def noun(n):
-        return _join(*_noun_text(n, rng, terse))
-
-    def anchor(p):
-        if p.op == "a":
-            text = noun(p.args[0])
-            return _join("an" if text[0] in "aeiou" else "a", text)
-        return _join(the, phrase(p))
-
-    def place(p, side, n, text):
-        bits = w.set_of(n)
-        r = w.run(p)
-        key = w.key[side]
-        centre = 0.5 if side in ("left", "top") else -0.5
-        halves = key[r] < centre - 0.04 and all(key[i] > centre + 0.04 for i in w.members(bits) if i != r)
-        u = rng.random()
-        if side in ("left", "right"):
-            if halves and u < 0.5:
-                return _join(text, "on the", side) if u < 0.3 else _join(side, text)
-            return (
-                _join(f"{side}most", text)
-                if u < 0.75
-                else _join(text, "on the far", side)
-                if u < 0.9
-                else _join(side, text)
-            )
-        if halves and u < 0.4:
-            return _join(text, "at the", side)
-        return _join(side, text) if u < 0.7 else _join({"top": "highest", "bottom": "lowest"}[side], text)
-
-    def touching(p):
-        r = w.run(p)
-        anchors = w.set_of(p.args[1].args[0]) if p.args[1].op == "a" else 1 << w.run(p.args[1])
-        bits = w.set_of(p.args[0])
-        reach = lambda i: min(w.clear[i][j] for j in w.members(anchors) if j != i)
-        return reach(r) < 0.12 and all(reach(i) > 0.2 for i in w.members(bits & ~anchors) if i != r)
-
-    def phrase(p):
-        if p.op in ("the", "a"):
-            return noun(p.args[0])
-        if p.op == "middle":
-            n = noun(p.args[0])
-            return _join("middle", n) if rng.random() < 0.6 else _join(n, "in the middle")
-        if p.op == "most":
-            side, rank, n = p.args
-            text = noun(n)
-            if side in _SUPER:
-                return _join(
-                    "second" if rank == 2 else "", _SUPER[side][0] if rank == 2 else pick(_SUPER[side]), text
-                )
-            if rank == 2:
-                return _join("second", text, "from", the if side != "bottom" else "the", side)
-            return place(p, side, n, text)
-        if p.op == "beside":
-            way = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[p.args[0]]
-            return _join(noun(p.args[1]), "just", way, anchor(p.args[2]))
-        head = noun(p.args[0])
-        if p.op == "farthest":
-            return _join(
-                head, pick(("farthest from", "furthest from", "farthest away from")), anchor(p.args[1])
-            )
-        if p.op == "between":
-            a = [anchor(q) for q in p.args[1:]]
-            return _join(
-                head, "between", *((a[0], "and", a[1]) if rng.random() < 0.5 else (a[1], "and", a[0]))
-            )
-        return _join(
-            head,
-            pick(
-                ("closest to", "closest to", "nearest to", "nearest")
-                + ("next to", "next to", "by") * touching(p)
-            ),
-            anchor(p.args[1]),
-        )
-
-    text = phrase(program)
-    return text if terse else _join("the", text)
-
-# %% ../../nbs/02_expressions.ipynb #085
+# %% ../../nbs/02_expressions.ipynb #093
 # what is drawn; contrast sets, and what a scene allows, shift it
 MIX = {"attribute": 0.15, "superlative": 0.11, "relation": 0.56, "composition": 0.18}
 _WEIGHTS = {
@@ -719,103 +795,164 @@ _WEIGHTS = {
     "nested": 0.35,
 }
 
-# %% ../../nbs/02_expressions.ipynb #087
+# %% ../../nbs/02_expressions.ipynb #095
+def _open_slots(part: Noun | Program, build: Callable[[str], str]) -> Iterator[str]:
+    "A part of a program with one of its slots left open, in every way; `build` puts the rest around it."
+    if isinstance(part, Noun):
+        for slot in part.attributes:
+            yield build(f"{part.without(slot)}[{slot}]")
+        return
+    texts = [str(arg) for arg in part.args]
+    if part.op in ("most", "beside"):
+        yield build(f"{part.op}(*, {texts[1]}, {texts[2]})")
+    if part.op in ("nearest", "farthest"):
+        yield build(f"*({texts[0]}, {texts[1]})")
+    for k, arg in enumerate(part.args):
+        if not isinstance(arg, (Noun, Program)):
+            continue
+
+        def around(inner, k=k):
+            return build(f"{part.op}({', '.join([*texts[:k], inner, *texts[k + 1 :]])})")
+
+        if k > 0 and isinstance(arg, Program):
+            yield around("<anchor>")
+        yield from _open_slots(arg, around)
+
+
 def _frames(program: Program) -> list[str]:
     """The program with one slot left open, in every way: two programs that share a frame differ in that slot
     only."""
-    out = []
-
-    def walk(part, build):
-        if isinstance(part, Noun):
-            for s in part.attributes:
-                out.append(build(str(part.without(s)) + f"[{s}]"))
-            return
-        if part.op == "most":
-            out.append(build(f"most(*, {part.args[1]}, {part.args[2]})"))
-        if part.op == "beside":
-            out.append(build(f"beside(*, {part.args[1]}, {part.args[2]})"))
-        if part.op in ("nearest", "farthest"):
-            out.append(build(f"*({part.args[0]}, {part.args[1]})"))
-        for k, a in enumerate(part.args):
-            if isinstance(a, (Noun, Program)):
-                wrap = lambda inner, k=k: build(
-                    f"{part.op}({', '.join(inner if j == k else str(b) for j, b in enumerate(part.args))})"
-                )
-                if k > 0 and isinstance(a, Program):
-                    out.append(wrap("<anchor>"))
-                walk(a, wrap)
-
-    walk(program, lambda s: s)
+    found = list(_open_slots(program, str))
     if program.op == "nearest" and program.args[1].op == "a":
-        out.append("swap:" + "|".join(sorted((str(program.args[0]), str(program.args[1].args[0])))))
-    return out
+        head, anchor = program.args[0], program.args[1].args[0]
+        found.append("swap:" + "|".join(sorted((str(head), str(anchor)))))
+    return found
 
-# %% ../../nbs/02_expressions.ipynb #091
+# %% ../../nbs/02_expressions.ipynb #099
+def _sets_of(w: World, relation: Program) -> tuple:
+    "A relation in sets: operation, side (only `beside` has one), heads, anchors."
+    if relation.op == "between":
+        head, *anchors = relation.args
+        return "between", "", w.set_of(head), tuple(map(w.run, anchors))
+    *side, head, anchor = relation.args
+    return relation.op, "".join(side), w.set_of(head), _anchors_of(w, anchor)
+
+
+def _answers_of_others(w: World, referent: int, op: str, side: str, heads: int, anchors) -> list[int]:
+    "What the relation would mean with each other anchor, where that is clear."
+    if op == "between":
+        others = [i for i in range(w.n) if i not in (*anchors, referent)]
+        found = [w.between(heads, i, kept) for kept in anchors for i in others]
+    else:
+        others = [i for i in range(w.n) if i != referent and not anchors >> i & 1]
+        if op == "beside":
+            found = [w.beside(side, heads, i) for i in others]
+        else:
+            found = [w.near(heads, 1 << i, op == "farthest") for i in others]
+    return [i for i in found if i is not None]
+
+
 def flip_share(
-    program: Program,
+    program: Program,  # a relation or a composition
     scene: Scene,
 ) -> float | None:  # None if no other anchor gives a clear answer
     """How often another anchor gives another referent: over all other objects that could be the anchor and
     for which the answer is clear."""
     w = world(scene)
-    r = w.run(program)
-    op = program.op
-    if op == "between":
-        b, (a, c) = w.set_of(program.args[0]), (w.run(p) for p in program.args[1:])
-        key = ("flip", op, b, a, c)
-    else:
-        b, last = w.set_of(program.args[-2]), program.args[-1]
-        anchors = w.set_of(last.args[0]) if last.op == "a" else 1 << w.run(last)
-        key = ("flip", op, program.args[0], b, anchors) if op == "beside" else ("flip", op, b, anchors)
+    sets = _sets_of(w, program)
+    key = ("flip", *sets)
     if key not in w.memo:
-        if op == "between":
-            swaps = [w.between(b, i, k) for k in (a, c) for i in range(w.n) if i not in (a, c, r)]
-        else:
-            others = [i for i in range(w.n) if i != r and not anchors >> i & 1]
-            if op == "beside":
-                swaps = [w.beside(program.args[0], b, i) for i in others]
-            else:
-                swaps = [w.near(b, 1 << i, op == "farthest") for i in others]
-        swaps = [i for i in swaps if i is not None]
-        w.memo[key] = sum(i != r for i in swaps) / len(swaps) if swaps else None
+        referent = w.run(program)
+        answers = _answers_of_others(w, referent, *sets)
+        w.memo[key] = sum(i != referent for i in answers) / len(answers) if answers else None
     return w.memo[key]
 
-# %% ../../nbs/02_expressions.ipynb #094
-def _weight(program, name, kind, scene) -> float:
+# %% ../../nbs/02_expressions.ipynb #102
+def _weight(program: Program, name: str, kind: str, scene: Scene) -> float:
     "How much we like a program: contentful nouns, many rivals of the head, an anchor that matters."
     w = world(scene)
     weight = _WEIGHTS.get(name, 0.5)
-    r = w.run(program)
-    for q in _nouns_in(program):
-        weight *= (
-            (0.4 if q.size else 1)
-            * (2.5 if q.texture else 1)
-            * (1.5 if q.color else 1)
-            * (0.12 if q.noun == "thing" else 1)
-        )
+    nouns = _nouns_in(program)
+    for noun in nouns:
+        size, texture = 0.4 if noun.size else 1, 2.5 if noun.texture else 1
+        color, vague = 1.5 if noun.color else 1, 0.12 if noun.noun == "thing" else 1
+        weight *= size * texture * color * vague
     if kind in ("relation", "composition"):
-        head = w.set_of(program.args[1] if program.op == "beside" else program.args[0])
-        weight *= (0.2, 0.2, 0.2, 1.0, 1.4)[min(bin(head).count("1"), 4)]
+        heads = w.members(w.set_of(nouns[0]))
+        weight *= (0.2, 0.2, 0.2, 1.0, 1.4)[min(len(heads), 4)]
         share = flip_share(program, scene)
         weight *= 0.1 if share is None else 1e-3 if share < 0.4 else share**2
-    color = scene.objects[r].color
-    if color == HELDOUT[scene.objects[r].category] and not any(
-        n.color == color for n in _nouns_in(program)[:1]
-    ):
+    referent = scene.objects[w.run(program)]
+    if referent.color == HELDOUT[referent.category] != nouns[0].color:
         weight *= 0.1
     return weight
 
 
-def _draw(rng, items):
+def _draw(rng, items: list[tuple]):
     "One of (item, weight), by weight."
-    u = rng.random() * sum(x for _, x in items)
-    for item, x in items:
-        u -= x
+    u = rng.random() * sum(weight for _, weight in items)
+    for item, weight in items:
+        u -= weight
         if u <= 0:
             return item
     return items[-1][0]
 
-# %% ../../nbs/02_expressions.ipynb #096
+# %% ../../nbs/02_expressions.ipynb #104
+class _Stock:
+    "What there is to say about a scene, and what has been said."
+
+    def __init__(self, scene: Scene, programs, allowed: list[int]):
+        self.used = set()  # texts of the programs that have been said
+        self.pools = {}  # (kind, referent) -> construction -> [(program, weight)]
+        self.frames = {}  # frame -> [(program, referent, weight)]
+        for program, referent, name in programs:
+            if referent not in allowed:
+                continue
+            kind = kind_of(program)
+            weight = _weight(program, name, kind, scene)
+            pool = self.pools.setdefault((kind, referent), {})
+            pool.setdefault(name, []).append((program, weight))
+            for frame in _frames(program):
+                self.frames.setdefault(frame, []).append((program, referent, weight))
+
+    def fresh(self, kind: str, referent: int) -> dict[str, list]:
+        "The programs of a kind that have not been said: construction -> [(program, weight)]."
+        pool = self.pools.get((kind, referent), {})
+        left = {name: [x for x in items if str(x[0]) not in self.used] for name, items in pool.items()}
+        return {name: items for name, items in left.items() if items}
+
+    def draw(self, referent: int, mix: dict[str, float], rng) -> Program | None:
+        "A program for an object: a kind by `mix`, then a construction, then a program by its weight."
+        kinds = []
+        for kind, share in mix.items():
+            best = max((x for items in self.fresh(kind, referent).values() for _, x in items), default=0)
+            if best:
+                poor = min(1.0, best / 0.03) if kind in ("relation", "composition") else 1
+                kinds.append((kind, share * poor))
+        if not kinds:
+            return None
+        pool = self.fresh(_draw(rng, kinds), referent)
+        names = [(name, _WEIGHTS.get(name, 0.5) * max(x for _, x in items)) for name, items in pool.items()]
+        return _draw(rng, pool[_draw(rng, names)])
+
+    def partners(self, program: Program, referent: int, waiting: list[int]) -> list[tuple]:
+        "Programs of one contrast set with this one, about objects that still wait: ((program, referent), weight)."
+        return [
+            ((other, meant), weight * (4 if frame.startswith("swap:") else 1))
+            for frame in _frames(program)
+            for other, meant, weight in self.frames[frame]
+            if meant != referent and meant in waiting and str(other) not in self.used
+        ]
+
+
+def _queue(allowed: list[int], count: int, rng) -> list[int]:
+    "Whom to ask about: all objects in a random order, then all of them again."
+    queue = []
+    while allowed and len(queue) < count:
+        queue += [i for _, i in sorted((rng.random(), i) for i in allowed)]
+    return queue[:count]
+
+
 def sample_expressions(
     scene: Scene,
     rng: random.Random,  # only `rng.random()` is called
@@ -823,8 +960,9 @@ def sample_expressions(
     count: int = 5,  # how many
     referents: list[int] | None = None,  # the objects that may be meant; all by default
     *,
-    programs: list | None = None,  # what there is to say; by default all of `enumerate_programs`
-    wording=realise,  # (program, scene, rng) -> text
+    # what there is to say; by default all of `enumerate_programs`
+    programs: list[tuple[Program, int, str]] | None = None,
+    wording: Callable[[Program, Scene, random.Random], str] = realise,
     mix: dict[str, float] = MIX,
 ) -> list[Expression]:
     """Expressions of one image: referents drawn evenly, kinds drawn from `mix`, and contrast sets wherever
@@ -832,71 +970,31 @@ def sample_expressions(
     if count < 1:
         raise InputError(f"count is {count}: ask for at least one expression")
     allowed = list(range(len(scene.objects))) if referents is None else list(referents)
-    pools, frames = {}, {}
-    for p, r, name in programs or enumerate_programs(scene, flavour):
-        if r not in allowed:
-            continue
-        kind = kind_of(p)
-        weight = _weight(p, name, kind, scene)
-        pools.setdefault((kind, r), {}).setdefault(name, []).append((p, weight))
-        for f in _frames(p):
-            frames.setdefault(f, []).append((p, r, weight))
-    turn = []
-    while allowed and len(turn) < count:
-        turn += [i for _, i in sorted((rng.random(), i) for i in allowed)]
-    waiting, out, used, sets = turn[:count], [], set(), 0
+    stock = _Stock(scene, programs or enumerate_programs(scene, flavour), allowed)
+    waiting, out, sets = _queue(allowed, count, rng), [], 0
 
-    def say(p, r, group=""):
-        used.add(str(p))
-        out.append(Expression(wording(p, scene, rng), r, kind_of(p), str(p), group))
+    def say(program, referent, group=""):
+        stock.used.add(str(program))
+        text = wording(program, scene, rng)
+        out.append(Expression(text, referent, kind_of(program), str(program), group))
 
     while waiting:
-        r = waiting.pop(0)
-        kinds = {}
-        fresh = {
-            k: {
-                name: left
-                for name, items in pools.get((k, r), {}).items()
-                if (left := [x for x in items if str(x[0]) not in used])
-            }
-            for k in KINDS
-        }
-        for k, v in mix.items():
-            best = max((x for items in fresh[k].values() for _, x in items), default=0)
-            if best:
-                kinds[k] = v * min(1.0, best / 0.03) if k in ("relation", "composition") else v
-        if not kinds:
+        referent = waiting.pop(0)
+        program = stock.draw(referent, mix, rng)
+        if program is None:
             continue
-        fresh = fresh[_draw(rng, list(kinds.items()))]
-        program = _draw(
-            rng,
-            fresh[
-                _draw(
-                    rng,
-                    [
-                        (name, _WEIGHTS.get(name, 0.5) * max(x for _, x in items))
-                        for name, items in fresh.items()
-                    ],
-                )
-            ],
-        )
-        partners = [
-            ((q, r2), x * (4 if f.startswith("swap:") else 1))
-            for f in _frames(program)
-            for q, r2, x in frames[f]
-            if r2 != r and r2 in waiting and str(q) not in used
-        ]
-        if partners and rng.random() < 0.8:
-            q, r2 = _draw(rng, partners)
-            waiting.remove(r2)
-            sets += 1
-            say(program, r, f"{sets}")
-            say(q, r2, f"{sets}")
-        else:
-            say(program, r)
+        partners = stock.partners(program, referent, waiting)
+        if not partners or rng.random() >= 0.8:
+            say(program, referent)
+            continue
+        other, meant = _draw(rng, partners)
+        waiting.remove(meant)
+        sets += 1
+        say(program, referent, str(sets))
+        say(other, meant, str(sets))
     return out
 
-# %% ../../nbs/02_expressions.ipynb #106
+# %% ../../nbs/02_expressions.ipynb #114
 _SAYS = {
     "guy": "man",
     "lady": "woman",
@@ -917,11 +1015,11 @@ _CUES = [
     (r"^(.*?)\bjust (?:to the )?(left of|right of|above|below)\b(.*)$", "just"),
 ]
 
-# %% ../../nbs/02_expressions.ipynb #107
+# %% ../../nbs/02_expressions.ipynb #115
 class _Measured:
     "Centres and sizes of a scene's objects, as measured on their silhouettes; and plain noun phrases."
 
-    def __init__(self, scene, rendering):
+    def __init__(self, scene: Scene, rendering: Rendering):
         self.objects = scene.objects
         side = rendering.image.shape[0]
         boxes = [
@@ -929,28 +1027,25 @@ class _Measured:
             for ys, xs in map(np.nonzero, rendering.full)
         ]
         left, top, right, bottom = np.array(boxes).T
-        self.cx, self.cy, self.size = (
-            (left + right) / 2,
-            (top + bottom) / 2,
-            np.sqrt((right - left) * (bottom - top)),
-        )
+        self.cx, self.cy = (left + right) / 2, (top + bottom) / 2
+        self.size = np.sqrt((right - left) * (bottom - top))
 
-    def called(self, text) -> list[int]:
+    def called(self, text: str) -> list[int]:
         "Indices of the objects that a plain noun phrase can mean."
-        words, out = {_SAYS.get(v, v) for v in text.split()}, []
-        nouns, colors, textures = (
-            words & ({"person", "animal", "thing"} | set(CATEGORIES)),
-            words & set(COLORS),
-            words & {"striped", "dotted", "checked"},
+        words = {_SAYS.get(word, word) for word in text.split()}
+        asked = words & (
+            {"person", "animal", "thing", "striped", "dotted", "checked"} | set(CATEGORIES) | set(COLORS)
         )
-        for i, t in enumerate(self.objects):
-            names = {t.category, CATEGORIES[t.category]} | (
-                {"thing"} if CATEGORIES[t.category] != "person" else set()
-            )
-            wrong_size = "big" in words and self.size[i] < 0.243 or "small" in words and self.size[i] > 0.177
-            if nouns <= names and colors <= {t.color} and textures <= {t.texture} and not wrong_size:
-                out.append(i)
-        return out
+        return [i for i in range(len(self.objects)) if asked <= self._said_of(i) and self._has_size(i, words)]
+
+    def _said_of(self, i):
+        t = self.objects[i]
+        kind = CATEGORIES[t.category]
+        return {t.category, kind, t.color, t.texture} | ({"thing"} if kind != "person" else set())
+
+    def _has_size(self, i, words):
+        too_small = "big" in words and self.size[i] < 0.243
+        return not (too_small or "small" in words and self.size[i] > 0.177)
 
 
 def _first(indices, value, ratio=0.0):
@@ -960,142 +1055,145 @@ def _first(indices, value, ratio=0.0):
         return None
     return order[0] if order else None
 
-# %% ../../nbs/02_expressions.ipynb #109
+# %% ../../nbs/02_expressions.ipynb #117
+_FIRST = (  # how one asks for the first
+    r" on the far (left|right) ",
+    r" (left|right)(?:most)? ",
+    r" (top|bottom|highest|lowest|biggest|largest|smallest|tiniest) ",
+)
+
+
+def _cut(text: str, *patterns: str) -> tuple[re.Match | None, str]:
+    "The first pattern that is found, and the text without it."
+    for pattern in patterns:
+        if found := re.search(pattern, text):
+            return found, text.replace(found[0], " ")
+    return None, text
+
+
 def _superlative(m: _Measured, text: str) -> int | None:
     "Read a noun phrase that may hold a superlative."
-    words, cx, cy, size = f" {text} ", m.cx, m.cy, m.size
-    axis = {
-        "left": cx,
-        "right": -cx,
-        "top": cy,
-        "bottom": -cy,
-        "highest": cy,
-        "lowest": -cy,
-        "biggest": -size,
-        "largest": -size,
-        "smallest": size,
-        "tiniest": size,
-    }
+    text = f" {text} "
+    axis = {"left": m.cx, "right": -m.cx, "biggest": -m.size, "largest": -m.size}
+    axis |= {"top": m.cy, "bottom": -m.cy, "highest": m.cy, "lowest": -m.cy}
+    axis |= {"smallest": m.size, "tiniest": m.size}
 
-    def take(pattern):
-        nonlocal words
-        found = re.search(pattern, words)
-        if found:
-            words = words.replace(found[0], " ")
-        return found
+    def second(words, value):
+        return sorted(m.called(words), key=lambda i: value[i])[1]
 
-    def second(by):
-        return sorted(m.called(words), key=lambda i: by[i])[1]
-
-    if take(r" in the middle ") or take(r" middle "):
-        return second(cx)
-    if f := take(r" from (?:the )?(left|right|bottom) "):
-        return take(" second ") and second(axis[f[1]])
-    if f := take(r" second (biggest|smallest) "):
-        return second(axis[f[1]])
-    if f := take(r" (?:on|at) the (left|right|top|bottom) "):
-        half = [i for i in m.called(words) if axis[f[1]][i] < (0.5 if f[1] in ("left", "top") else -0.5)]
+    found, rest = _cut(text, r" in the middle ", r" middle ")
+    if found:
+        return second(rest, m.cx)
+    found, rest = _cut(text, r" from (?:the )?(left|right|bottom) ")
+    if found:
+        ordinal, rest = _cut(rest, r" second ")
+        return second(rest, axis[found[1]]) if ordinal else None
+    found, rest = _cut(text, r" second (biggest|smallest) ")
+    if found:
+        return second(rest, axis[found[1]])
+    found, rest = _cut(text, r" (?:on|at) the (left|right|top|bottom) ")
+    if found:
+        edge = 0.5 if found[1] in ("left", "top") else -0.5
+        half = [i for i in m.called(rest) if axis[found[1]][i] < edge]
         return half[0] if len(half) == 1 else None
-    f = (
-        take(r" on the far (left|right) ")
-        or take(r" (left|right)(?:most)? ")
-        or take(r" (top|bottom|highest|lowest|biggest|largest|smallest|tiniest) ")
-    )
-    if f:
-        return _first(m.called(words), axis[f[1]])
-    found = m.called(words)
-    return found[0] if len(found) == 1 else None
+    found, rest = _cut(text, *_FIRST)
+    if found:
+        return _first(m.called(rest), axis[found[1]])
+    alone = m.called(text)
+    return alone[0] if len(alone) == 1 else None
 
-# %% ../../nbs/02_expressions.ipynb #111
+# %% ../../nbs/02_expressions.ipynb #119
+class _Reader(_Measured):
+    "Reads phrases with relations."
+
+    def meaning(self, words: str) -> int | None:
+        "The object that a phrase means."
+        cues = [(found, name) for pattern, name in _CUES if (found := re.match(pattern, words))]
+        if not cues:
+            return _superlative(self, words)
+        # what comes first is the relation; what follows it is about the anchor
+        found, name = min(cues, key=lambda cue: len(cue[0][1]))
+        if name == "between":
+            a, b = self.anchors(found[2]), self.anchors(found[3])
+            return self.between(found[1], a[0], b[0]) if len(a) == len(b) == 1 else None
+        anchors = self.anchors(found[found.lastindex])
+        heads = [i for i in self.called(found[1]) if i not in anchors]
+        if not anchors or len(heads) < 2:
+            return None
+        if name == "just":
+            ahead = self.ahead(found[2], anchors[0])
+            heads = [i for i in heads if ahead[i] > 0]
+        sign = -1 if name == "far" else 1
+        return _first(heads, {i: sign * self.distance(i, anchors) for i in heads}, 0.05)
+
+    def anchors(self, words: str) -> list[int]:
+        "What an anchor can mean: any of a category, or one object."
+        words = words.strip()
+        if re.match(r"an? ", words):
+            return self.called(words)
+        found = self.meaning(words)
+        return [] if found is None else [found]
+
+    def ahead(self, way: str, anchor: int) -> np.ndarray:
+        "How far each object lies on one side of the anchor."
+        x, y = self.cx - self.cx[anchor], self.cy - self.cy[anchor]
+        return {"left of": -x, "right of": x, "above": -y, "below": y}[way]
+
+    def distance(self, i: int, anchors: list[int]) -> float:
+        "From an object to the nearest of the anchors."
+        return min(math.hypot(self.cx[i] - self.cx[j], self.cy[i] - self.cy[j]) for j in anchors)
+
+    def between(self, head: str, a: int, b: int) -> int | None:
+        "The one nearest to the middle of the line between two anchors."
+
+        def opening(i):  # cosine of the angle under which the object sees the anchors: -1 on the line
+            u = np.array([self.cx[a] - self.cx[i], self.cy[a] - self.cy[i]])
+            v = np.array([self.cx[b] - self.cx[i], self.cy[b] - self.cy[i]])
+            return u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+
+        return min((i for i in self.called(head) if i not in (a, b)), key=opening, default=None)
+
+
 def reference_execute(
     text: str,  # the phrase itself, not its program
     scene: Scene,  # for the names of objects and colours
-    rendering: Rendering | None = None,  # for places and sizes: they are measured on the masks
+    rendering: Rendering | None = None,  # for positions and sizes: they are measured on the masks
 ) -> int | None:  # index into `scene.objects`
     """Find what a phrase means by reading its words and measuring the drawn silhouettes; shares nothing with
     `execute`."""
-    m = _Measured(scene, rendering or render(scene))
-    cx, cy = m.cx, m.cy
+    return _Reader(scene, rendering or render(scene)).meaning(text)
 
-    def anchors(words):
-        words = words.strip()
-        if re.match(r"an? ", words):
-            return m.called(words)
-        found = meaning(words)
-        return [] if found is None else [found]
-
-    def between(head, a, b):
-        # cosine of the angle under which the object sees the two anchors: -1 in the middle of the line
-        def opening(i):
-            u, v = np.array([cx[a] - cx[i], cy[a] - cy[i]]), np.array([cx[b] - cx[i], cy[b] - cy[i]])
-            return u @ v / np.linalg.norm(u) / np.linalg.norm(v)
-
-        return min((i for i in m.called(head) if i not in (a, b)), key=opening, default=None)
-
-    def meaning(words):
-        cues = [(f, name) for pattern, name in _CUES if (f := re.match(pattern, words))]
-        if not cues:
-            return _superlative(m, words)
-        # what comes first is the relation; what follows it is about the anchor
-        f, name = min(cues, key=lambda c: len(c[0][1]))
-        if name == "between":
-            a, b = anchors(f[2]), anchors(f[3])
-            return between(f[1], a[0], b[0]) if len(a) == len(b) == 1 else None
-        around = anchors(f[f.lastindex])
-        heads = [i for i in m.called(f[1]) if i not in around]
-        if not around or len(heads) < 2:
-            return None
-        if name == "just":
-            a = around[0]
-            ahead = {"left of": cx[a] - cx, "right of": cx - cx[a], "above": cy[a] - cy, "below": cy - cy[a]}[
-                f[2]
-            ]
-            heads = [i for i in heads if ahead[i] > 0]
-        distance = {
-            i: min(math.hypot(cx[i] - cx[j], cy[i] - cy[j]) for j in around) * (-1 if name == "far" else 1)
-            for i in heads
-        }
-        return _first(heads, distance, 0.05)
-
-    return meaning(text)
-
-# %% ../../nbs/02_expressions.ipynb #119
+# %% ../../nbs/02_expressions.ipynb #127
 def blind_readers(
     expression: Expression,
     scene: Scene,
-) -> dict[
-    str, float
-]:  # reader -> the weight that it gives to the referent, 0..1; the anchor-blind ones only where there is an anchor
-    "How well readers do that lack something."
+) -> dict[str, float]:  # reader -> the weight that it gives to the referent, 0..1
+    "How well readers do that lack something; those without the anchor only where there is one."
     w = world(scene)
-    p = parse_program(expression.program)
-    r = expression.referent
-    everything = range(w.n)
+    program, referent = parse_program(expression.program), expression.referent
 
     def share(indices):
         indices = list(indices)
-        return (r in indices) / len(indices) if indices else 1 / w.n
+        return (referent in indices) / len(indices) if indices else 1 / w.n
 
     def best(score):
-        top = max(map(score, everything))
-        return share(i for i in everything if score(i) == top)
+        top = max(map(score, range(w.n)))
+        return share(i for i in range(w.n) if score(i) == top)
 
-    nouns = _nouns_in(p)
-    head = next(a for a in p.args if isinstance(a, Noun))
-    true = [v for n in nouns for v in (n.noun, n.color, n.texture, n.size) if v]
+    nouns = _nouns_in(program)
+    said = [word for n in nouns for word in (n.noun, n.color, n.texture, n.size) if word]
     out = {
         "no text: any": 1 / w.n,
         "no text: largest": best(lambda i: w.objects[i].size),
         "no text: central": best(lambda i: -math.hypot(w.objects[i].x - 0.5, w.objects[i].y - 0.5)),
-        "head noun only": share(w.members(w.words[head.noun])),
-        "bag of words": best(lambda i: sum(w.words.get(v, 0) >> i & 1 for v in true)),
-        "true program": float(w.run(p) == r),
+        "head noun only": share(w.members(w.words[nouns[0].noun])),
+        "bag of words": best(lambda i: sum(w.words.get(word, 0) >> i & 1 for word in said)),
+        "true program": float(w.run(program) == referent),
     }
-    if kind_of(p) in ("relation", "composition"):
-        candidates = w.set_of(head)
-        out["anchor-blind: any"] = share(w.members(candidates))
-        votes = [w.near(candidates, 1 << i, p.op == "farthest") for i in everything]
-        count = {i: votes.count(i) for i in w.members(candidates)}
-        top = max(count.values())
-        out["anchor-blind: usual"] = share(i for i, n in count.items() if n == top)
+    if kind_of(program) in ("relation", "composition"):
+        heads = w.set_of(nouns[0])
+        out["anchor-blind: any"] = share(w.members(heads))
+        votes = [w.near(heads, 1 << i, program.op == "farthest") for i in range(w.n)]
+        count = {i: votes.count(i) for i in w.members(heads)}
+        out["anchor-blind: usual"] = share(i for i, n in count.items() if n == max(count.values()))
     return out

@@ -25,6 +25,7 @@ from scipy import ndimage
 from ..data.referit import write_referit
 from refseg_nb.refshapes.expressions import (
     _NOUNS,
+    _POSITIONS,
     _SIDES,
     _SIZE,
     GAP,
@@ -72,6 +73,11 @@ from ..errors import InputError
 LONG_MIX = {"attribute": 0.04, "superlative": 0.05, "relation": 0.60, "composition": 0.31}
 
 
+def _length(program: Program) -> int:
+    "How many content words the nouns of a program have."
+    return sum(len(_slots(noun)) for noun in _nouns_in(program))
+
+
 def enumerate_long(
     scene: Scene,
 ) -> list[tuple[Program, int, str]]:  # program, referent, and a name of the construction
@@ -79,33 +85,34 @@ def enumerate_long(
     minimal."""
     w = world(scene)
     out = enumerate_programs(scene)
-    known = {str(p) for p, _, _ in out}
-    several = [(p, b) for p, b in _noun_phrases(w) if b & (b - 1)]
+    known = {str(program) for program, _, _ in out}
+    heads = [(noun, bits) for noun, bits in _noun_phrases(w) if bits & (bits - 1)]
     unique = [(p, r) for p, r, _ in out if p.op == "the" and len(p.args[0].attributes) < 2]
     anchors = [
-        (p, a, name)
-        for p, a, name in out
-        if p.op not in ("the", "farthest")
-        and kind_of(p) != "composition"
-        and sum(len(_slots(n)) for n in _nouns_in(p)) < 4
+        (program, a, name)
+        for program, a, name in out
+        if program.op not in ("the", "farthest")
+        and kind_of(program) != "composition"
+        and _length(program) < 4
     ]
 
-    def keep(program, r, name):
-        if r is None or str(program) in known or sum(len(_slots(n)) for n in _nouns_in(program)) > 6:
-            return
-        if is_minimal(program, scene):
-            out.append((program, r, name))
+    def keep(program, referent, name):
+        fits = referent is not None and str(program) not in known and _length(program) <= 6
+        if fits and is_minimal(program, scene):
+            out.append((program, referent, name))
 
-    for p, b in several:
-        for q, a, name in anchors:
-            r = w.near(b, 1 << a)
-            if r != a:
-                keep(Program("nearest", (p, q)), r, f"nearest {name}")
-            for u, c in unique:
-                if c != a:
-                    keep(Program("between", (p, u, q)), w.between(b, a, c), f"between {name}")
-            for side in _SIDES[:4] if len(p.attributes) < 2 else ():
-                keep(Program("beside", (side, p, q)), w.beside(side, b, a), f"beside {name}")
+    for noun, bits in heads:
+        for anchor, a, name in anchors:
+            nearest = w.near(bits, 1 << a)
+            if nearest != a:
+                keep(Program("nearest", (noun, anchor)), nearest, f"nearest {name}")
+            for second, b in unique:
+                if b != a:
+                    program = Program("between", (noun, second, anchor))
+                    keep(program, w.between(bits, a, b), f"between {name}")
+            for side in _POSITIONS if len(noun.attributes) < 2 else ():
+                program = Program("beside", (side, noun, anchor))
+                keep(program, w.beside(side, bits, a), f"beside {name}")
     return out
 
 # %% ../../nbs/02c_flavours.ipynb #013
@@ -140,25 +147,19 @@ def _long_noun(noun: Noun, rng) -> tuple[str, bool]:
     """A noun phrase, and whether it ends in a clause: "ball that is red", "man who is wearing a striped
     shirt"."""
     front, word = _noun_text(noun, rng, terse=False)
-    if rng.random() < 0.45:
-        if worn := re.match(r"(\w+) ((?:in|wearing) .*)", word):
-            return _join(front, worn[1], "who is", worn[2]), True
-        *size, look = front.split() or [""]
-        if look and look not in (*_SIZE["big"], *_SIZE["small"]):
-            return (
-                _join(
-                    *size,
-                    word,
-                    _pick(rng, ("that is", "which is")),
-                    look,
-                    "in color" if look in COLORS and rng.random() < 0.4 else "",
-                ),
-                True,
-            )
-    return _join(front, word), False
+    if rng.random() >= 0.45:
+        return _join(front, word), False
+    if worn := re.match(r"(\w+) ((?:in|wearing) .*)", word):
+        return _join(front, worn[1], "who is", worn[2]), True
+    *size, look = front.split() or [""]
+    if not look or look in (*_SIZE["big"], *_SIZE["small"]):
+        return _join(front, word), False
+    link = _pick(rng, ("that is", "which is"))
+    return _join(*size, word, link, look, "in color" if look in COLORS and rng.random() < 0.4 else ""), True
 
 # %% ../../nbs/02c_flavours.ipynb #017
-def _long_superlative(program, scene, rng):
+def _long_superlative(program: Program, scene: Scene, rng) -> str:
+    "A superlative as in chapter 02, or as a clause."
     text = realise(program, scene, rng, terse=False)
     first, rest = text.removeprefix("the ").split(" ", 1)
     that = _pick(rng, ("that is", "which is"))
@@ -171,53 +172,71 @@ def _long_superlative(program, scene, rng):
     return _join("the", rest, that, "the", first, _pick(rng, ("one", "of all", "of them all")))
 
 
-def _sentence(program, scene, rng):
-    def anchor(p):
-        if p.op == "a":
-            text = _join(*_noun_text(p.args[0], rng, False))
-            return _join("an" if text[0] in "aeiou" else "a", text)
-        if p.op == "the":
-            return _join("the", *_noun_text(p.args[0], rng, False))
-        if p.op in ("most", "middle"):
-            return realise(p, scene, rng, terse=False)
-        return relation(p, _join(*_noun_text(p.args[p.op == "beside"], rng, False)), False)
+class _LongWording:
+    "Words for one program about one scene, as whole sentences."
 
-    def relation(p, head, clause):
-        noun = p.args[p.op == "beside"].noun
-        link = _pick(rng, _LINKS[p.op])
-        anchors = [anchor(q) for q in p.args if isinstance(q, Program)]
+    def __init__(self, scene: Scene, rng):
+        self.scene, self.rng = scene, rng
+
+    def plain(self, noun: Noun) -> str:
+        "A noun phrase without a clause."
+        return _join(*_noun_text(noun, self.rng, terse=False))
+
+    def anchor(self, program: Program) -> str:
+        if program.op == "a":
+            return _with_article(self.plain(program.args[0]))
+        if program.op == "the":
+            return _join("the", self.plain(program.args[0]))
+        if program.op in ("most", "middle"):
+            return realise(program, self.scene, self.rng, terse=False)
+        return self.relation(program, self.plain(_head(program)), clause=False)
+
+    def relation(self, program: Program, head: str, clause: bool) -> str:
+        "A relation, given its head in words and whether they end in a clause."
+        noun = _head(program).noun
+        link = _pick(self.rng, _LINKS[program.op])
+        anchors = [self.anchor(arg) for arg in program.args if isinstance(arg, Program)]
         if "person" in (noun, CATEGORIES.get(noun)):
             link = re.sub("^(that|which)", "who", link)
         if clause:
             link = "and " + re.sub("^(that|which|who) ", "", link)
-        if p.op == "beside":
-            link = f"{link} {_pick(rng, _WAYS[p.args[0]])}"
-        if p.op == "between" and p.args[2].op == "the" and rng.random() < 0.5:
+        if program.op == "beside":
+            link = f"{link} {_pick(self.rng, _WAYS[program.args[0]])}"
+        if program.op == "between" and program.args[2].op == "the" and self.rng.random() < 0.5:
             anchors.reverse()
         return _join("the", head, link, " and ".join(anchors))
 
-    if program.op in ("most", "middle"):
-        text = _long_superlative(program, scene, rng)
-    else:
-        head, clause = _long_noun(program.args[program.op == "beside"], rng)
-        text = relation(program, head, clause) if program.op != "the" else _join("the", head)
-        if rng.random() < 0.25:
-            text = re.sub("^the", "an" if head[0] in "aeiou" else "a", text)
-    return (
-        _join(text, _pick(rng, _TAILS))
-        if program.op in ("the", "most", "middle") and rng.random() < 0.4
-        else text
-    )
+    def sentence(self, program: Program) -> str:
+        "The whole program."
+        if program.op in ("most", "middle"):
+            text = _long_superlative(program, self.scene, self.rng)
+        else:
+            head, clause = _long_noun(_head(program), self.rng)
+            text = _join("the", head) if program.op == "the" else self.relation(program, head, clause)
+            if self.rng.random() < 0.25:
+                text = _with_article(text.removeprefix("the "))
+        if program.op in ("the", "most", "middle") and self.rng.random() < 0.4:
+            text = _join(text, _pick(self.rng, _TAILS))
+        return text
+
+
+def _head(program: Program) -> Noun:
+    return program.args[1] if program.op == "beside" else program.args[0]
+
+
+def _with_article(text: str) -> str:
+    return _join("an" if text[0] in "aeiou" else "a", text)
 
 
 def realise_long(
     program: Program,
     scene: Scene,
-    rng: random.Random,
+    rng: random.Random,  # only `rng.random()` is called
 ) -> str:  # lower case, no punctuation, fewer than 25 words
     "Put a program into a whole sentence."
+    say = _LongWording(scene, rng)
     # every program can be said shorter
-    while len((text := _sentence(program, scene, rng)).split()) > 24:
+    while len((text := say.sentence(program)).split()) > 24:
         pass
     return text
 
@@ -244,7 +263,7 @@ class Landscape(Scene):
     patches: list[tuple] = field(default_factory=list)  # (background, polygon), painted in this order
 
 
-def _line(rng, low, high, bend=0.05):
+def _line(rng, low: float, high: float, bend: float = 0.05) -> np.ndarray:
     "A wavy line across the image, from left to right."
     x = np.linspace(-0.05, 1.05, 24)
     a, b = (low + (high - low) * rng.random() for _ in "ab")
@@ -252,52 +271,65 @@ def _line(rng, low, high, bend=0.05):
     return np.stack([x, a + (b - a) * x + bend * np.sin(often * x + start)], 1)
 
 
-def _beyond(line, y):
+def _beyond(line: np.ndarray, y: float) -> np.ndarray:
+    "The area between a line and an edge of the image."
     return np.concatenate([line, [(1.05, y), (-0.05, y)]])
 
 
-def _pond(rng):
+def _pond(rng) -> np.ndarray:
+    "A crooked oval anywhere in the image."
     angle = np.linspace(0, 6.283, 40, endpoint=False)
-    r, long, turn = 0.12 + 0.12 * rng.random(), 1 + 0.6 * rng.random(), 3.14 * rng.random()
-    wobble = r * (
-        1 + sum(0.36 / k * (rng.random() - 0.5) * np.cos(k * angle + 6.283 * rng.random()) for k in (2, 3, 4))
-    )
-    x, y = long * wobble * np.cos(angle), wobble * np.sin(angle)
-    c, s = math.cos(turn), math.sin(turn)
-    return np.stack([0.1 + 0.8 * rng.random() + x * c - y * s, 0.1 + 0.8 * rng.random() + x * s + y * c], 1)
+    radius, length, turn = 0.12 + 0.12 * rng.random(), 1 + 0.6 * rng.random(), 3.14 * rng.random()
+    waves = ((k, rng.random(), rng.random()) for k in (2, 3, 4))
+    wobble = sum(0.36 / k * (height - 0.5) * np.cos(k * angle + 6.283 * start) for k, height, start in waves)
+    radii = radius * (1 + wobble)
+    x, y = length * radii * np.cos(angle), radii * np.sin(angle)
+    cos, sin = math.cos(turn), math.sin(turn)
+    cx, cy = 0.1 + 0.8 * rng.random(), 0.1 + 0.8 * rng.random()
+    return np.stack([cx + x * cos - y * sin, cy + x * sin + y * cos], 1)
 
 # %% ../../nbs/02c_flavours.ipynb #036
-def _patch(rng):
+def _patch(rng) -> np.ndarray:
+    "A pond, a shore or a river."
     shape = _pick(rng, ("pond", "pond", "shore", "river"))
     if shape == "pond":
         return _pond(rng)
     line, width = _line(rng, 0.2, 0.8), 0.06 + 0.06 * rng.random()
-    polygon = (
-        _beyond(line, _pick(rng, (-0.05, 1.05)))
-        if shape == "shore"
-        else np.concatenate([line - (0, width), line[::-1] + (0, width)])
-    )
+    if shape == "shore":
+        polygon = _beyond(line, _pick(rng, (-0.05, 1.05)))
+    else:
+        polygon = np.concatenate([line - (0, width), line[::-1] + (0, width)])
     return polygon[:, ::-1] if rng.random() < 0.6 else polygon
 
 
-def _patchwork(rng, ground, objects):
+def _land_below(rng, kinds: list[str]) -> list[tuple]:
+    "Under a sky: one or two strips of land at the bottom."
+    strips = zip(kinds, (0.3, 0.6), (0.9, 0.95), (0.9, 0.5))
+    return [
+        (kind, _beyond(_line(rng, low, high, 0.03), 1.05))
+        for kind, low, high, often in strips
+        if rng.random() < often
+    ]
+
+
+def _patches_on_land(rng, kinds: list[str], objects) -> list[tuple]:
+    "On land: one to three patches, and perhaps a sky above the feet of all that stands there."
+    out = [(_pick(rng, kinds), _patch(rng)) for _ in range(1 + int(3 * rng.random()))]
+    feet = [(t.x, t.box[3]) for t in objects if t.category not in FLYERS]
+    lines = [_line(rng, 0.05, 0.6, 0.03) for _ in range(12)]
+    clear = [line for line in lines if all(y > np.interp(x, *line.T) + 0.05 for x, y in feet)]
+    if clear and rng.random() < 0.6:
+        out.append(("sky", _beyond(clear[0], -0.05)))
+    return out
+
+
+def _patchwork(rng, ground: str, objects) -> list[tuple]:
     "Patches, as (background, polygon)."
-    kinds = _shuffled(rng, [k for k in LAND if k != ground])
-    out = []
-    if ground == "sky":
-        out = [
-            (k, _beyond(_line(rng, low, high, 0.03), 1.05))
-            for k, low, high, often in zip(kinds, (0.3, 0.6), (0.9, 0.95), (0.9, 0.5))
-            if rng.random() < often
-        ]
-    else:
-        out = [(_pick(rng, kinds), _patch(rng)) for _ in range(1 + int(3 * rng.random()))]
-        feet = [(t.x, t.box[3]) for t in objects if t.category not in FLYERS]
-        lines = [_line(rng, 0.05, 0.6, 0.03) for _ in range(12)]
-        clear = [line for line in lines if all(y > np.interp(x, *line.T) + 0.05 for x, y in feet)]
-        if clear and rng.random() < 0.6:
-            out.append(("sky", _beyond(clear[0], -0.05)))
-    return [(kind, [(round(float(x), 4), round(float(y), 4)) for x, y in polygon]) for kind, polygon in out]
+    kinds = _shuffled(rng, [kind for kind in LAND if kind != ground])
+    patches = _land_below(rng, kinds) if ground == "sky" else _patches_on_land(rng, kinds, objects)
+    return [
+        (kind, [(round(float(x), 4), round(float(y), 4)) for x, y in polygon]) for kind, polygon in patches
+    ]
 
 # %% ../../nbs/02c_flavours.ipynb #038
 def patch_kinds(scene: Landscape) -> list[str]:
@@ -329,28 +361,32 @@ def _as_patchwork(base, patches):
     )
 
 # %% ../../nbs/02c_flavours.ipynb #042
-def _standing(scene, labels) -> list[int | None]:
+def _footing(t) -> list[tuple[float, float]]:
+    "The points at which one looks for the ground of an object: around its feet, or at its corners if it flies."
+    left, top, right, bottom = t.box
+    if t.category in FLYERS:
+        return [(x, y) for x in (left, right) for y in (top, bottom)]
+    return [
+        (t.x + step * t.width + dx, bottom - 0.01 + dy)
+        for step in (-0.35, 0, 0.35)
+        for dx in (-0.02, 0.02)
+        for dy in (-0.02, 0.02)
+    ]
+
+
+def _standing(scene: Landscape, labels: np.ndarray) -> list[int | None]:
     "For each object the number of the patch that it stands on; None if that is not clear."
     size, kinds, out = len(labels), patch_kinds(scene), []
+    pixel = lambda v: min(max(int(v * size), 0), size - 1)
     for t in scene.objects:
-        left, top, right, bottom = t.box
-        feet = [
-            (t.x + step * t.width + dx, bottom - 0.01 + dy)
-            for step in (-0.35, 0, 0.35)
-            for dx in (-0.02, 0.02)
-            for dy in (-0.02, 0.02)
-        ]
-        around = [(x, y) for x in (left, right) for y in (top, bottom)] if t.category in FLYERS else feet
-        found = {
-            int(labels[min(max(int(y * size), 0), size - 1), min(max(int(x * size), 0), size - 1)])
-            for x, y in around
-        }
+        found = {int(labels[pixel(y), pixel(x)]) for x, y in _footing(t)}
         number = found.pop()
-        out.append(None if found or t.category in FLYERS and kinds[number] != "sky" else number)
+        in_the_air = t.category in FLYERS and kinds[number] != "sky"
+        out.append(None if found or in_the_air else number)
     return out
 
 
-def _in_order(scene, labels, free) -> bool:
+def _in_order(scene: Landscape, labels: np.ndarray, free: np.ndarray) -> bool:
     "Whether every patch can be seen, is in one piece, and keeps away from others of its kind."
     kinds = patch_kinds(scene)
     pieces = lambda mask: ndimage.label(mask)[1]
@@ -358,16 +394,21 @@ def _in_order(scene, labels, free) -> bool:
         return False
     if any(pieces(labels == number) != 1 for number in range(1, len(kinds))):
         return False
-    wider = {
-        kind: ndimage.binary_dilation(
-            np.isin(labels, [n for n, k in enumerate(kinds) if k == kind]), iterations=3
-        )
-        for kind in kinds[1:]
-    }
-    return all(pieces(mask) == kinds.count(kind) for kind, mask in wider.items())
+    for kind in dict.fromkeys(kinds[1:]):
+        mask = np.isin(labels, [number for number, k in enumerate(kinds) if k == kind])
+        if pieces(ndimage.binary_dilation(mask, iterations=3)) != kinds.count(kind):
+            return False
+    return True
 
 # %% ../../nbs/02c_flavours.ipynb #044
 _CLUTTER_ON = {"sky": "cloud", "grass": "tuft", "sand": "pebble", "water": "wave"}
+
+
+def _unlike_ground(scene: Landscape, labels: np.ndarray) -> int:
+    "How many pairs of like objects stand on unlike ground."
+    kinds = patch_kinds(scene)
+    stand = [(t.category, kinds[k]) for t, k in zip(scene.objects, _standing(scene, labels)) if k is not None]
+    return sum(a == b and j != k for a, j in stand for b, k in stand)
 
 
 def sample_landscape(
@@ -382,14 +423,9 @@ def sample_landscape(
     while len(found) < 3:
         scene = _as_patchwork(base, _patchwork(rng, base.background, base.objects))
         labels = patch_labels(scene)
-        kinds = patch_kinds(scene)
-        if not _in_order(scene, labels, free):
-            continue
-        stand = [
-            (t.category, kinds[k]) for t, k in zip(scene.objects, _standing(scene, labels)) if k is not None
-        ]
-        found.append((sum(a == b and j != k for a, j in stand for b, k in stand), len(found), scene, labels))
-    _, _, scene, labels = max(found, key=lambda f: f[:2])
+        if _in_order(scene, labels, free):
+            found.append((_unlike_ground(scene, labels), len(found), scene, labels))
+    _, _, scene, labels = max(found, key=lambda candidate: candidate[:2])
     kinds = patch_kinds(scene)
     for _ in range(30):
         x, y, scale = rng.random(), rng.random(), 0.008 + 0.012 * rng.random()
@@ -402,9 +438,7 @@ def sample_landscape(
 def atoms(
     scene: Landscape,
     size: int = 96,  # pixels a side
-) -> (
-    np.ndarray
-):  # [H, W] uint8: number of the object that is seen here, or number of objects + number of the patch
+) -> np.ndarray:  # [H, W] uint8: number of the object seen here, or number of objects + number of the patch
     "The landscape cut into disjoint pieces."
     out = patch_labels(scene, size) + np.uint8(len(scene.objects))
     for number, mask in enumerate(silhouettes(scene, size)):
@@ -420,7 +454,8 @@ class Atoms:
     "The atoms of a landscape, their areas, and sets of them as bits of an int."
 
     def __init__(self, scene: Landscape):
-        self.scene, self.kinds, self.map, self.n = scene, patch_kinds(scene), atoms(scene), len(scene.objects)
+        self.scene, self.kinds, self.map = scene, patch_kinds(scene), atoms(scene)
+        self.n = len(scene.objects)
         self.count = self.n + len(self.kinds)
         self.objects, self.all = (1 << self.n) - 1, (1 << self.count) - 1
         self.area = (np.bincount(self.map.ravel(), minlength=self.count) / self.map.size).tolist()
@@ -454,43 +489,48 @@ class Grounds(Atoms):
         }
 
     def set_of(self, noun: Noun) -> int | None:
+        "The atoms that a noun names."
         return self.stuff[noun.noun] if noun.noun in self.stuff else self.world.set_of(noun)
 
-    def on(self, bits, ground):
+    def on(self, bits: int | None, ground: int | None) -> int | None:
+        "Those of a set that stand on some ground."
         if not bits or not ground or any(self.base[i] is None for i in self.members(bits)):
             return None
         return sum(1 << i for i in self.members(bits) if ground >> self.base[i] & 1)
 
-    def under(self, obj):
+    def under(self, obj: int | None) -> int | None:
+        "The patch that an object stands on."
         return None if obj is None or self.base[obj] is None else 1 << self.base[obj]
 
-    def beyond(self, side, bits, obj):
+    def beyond(self, side: str, bits: int | None, obj: int | None) -> int | None:
+        "Those of a set that lie to one side of an object."
         if not bits or obj is None:
             return None
         key = self.world.key[side]
         step = {i: key[obj] - key[i] for i in self.members(bits & ~(1 << obj))}
-        return (
-            None
-            if any(abs(d) < GAP for d in step.values())
-            else sum(1 << i for i, d in step.items() if d > 0)
-        )
+        if any(abs(d) < GAP for d in step.values()):
+            return None
+        return sum(1 << i for i, d in step.items() if d > 0)
 
-    def extreme(self, side, bits):
+    def extreme(self, side: str, bits: int | None) -> int | None:
+        "The leftmost, or the biggest, of several patches."
         if not bits or _single(bits):
             return None
+        by_size = side in ("biggest", "smallest")
         axis, sign = _SIDES.index(side) // 2, -1 if side in ("right", "bottom", "biggest") else 1
-        value = {
-            i: sign * (math.log(self.area[i]) / 2 if axis == 2 else self.centre[i][axis])
-            for i in self.members(bits)
-        }
+        measure = lambda i: math.log(self.area[i]) / 2 if by_size else self.centre[i][axis]
+        value = {i: sign * measure(i) for i in self.members(bits)}
         first, second = sorted(value, key=value.get)[:2]
-        return (
-            1 << first
-            if value[second] - value[first] >= (math.log(SIZE_RATIO) if axis == 2 else 0.2)
-            else None
-        )
+        clear = value[second] - value[first] >= (math.log(SIZE_RATIO) if by_size else 0.2)
+        return 1 << first if clear else None
 
 # %% ../../nbs/02c_flavours.ipynb #058
+def _about_ground(program: Program) -> bool:
+    "Whether the last argument is a kind of ground: sky, grass, sand or water."
+    noun = program.args[-1]
+    return isinstance(noun, Noun) and noun.noun in BACKGROUNDS
+
+
 class Meanings(Grounds):
     "Executes programs whose answer is a region: a set of atoms."
 
@@ -502,36 +542,48 @@ class Meanings(Grounds):
         "The region that a program means, as bits; None if it is empty or not clear."
         key = str(program)
         if key not in self.memo:
-            self.memo[key] = self._run(program.op, program.args, program) or None
+            self.memo[key] = self._meaning(program) or None
         return self.memo[key]
 
-    def referent(self, program):
+    def referent(self, program: Program) -> int | None:
         "Index of the one object that a program means."
         bits = self.run(program)
         return bits.bit_length() - 1 if _single(bits) and bits <= self.objects else None
 
-    def _run(self, op, args, program):
-        if op in ("not", "but", "or"):
-            first, *second = map(self.run, args)
-            if first is None or None in second:
-                return None
-            if op == "or":
-                return None if first & second[0] else first | second[0]
-            return (self.all if op == "not" else self.objects) & ~first
-        if op in ("all", "one"):
-            bits = self.run(args[0]) if isinstance(args[0], Program) else self.set_of(args[0])
-            return bits if bits and _single(bits) == (op == "one") else None
-        if op == "on":
-            return self.on(*map(self.set_of, args))
-        if op == "under":
-            return self.under(self.referent(args[0]))
-        if op == "side":
-            return self.beyond(args[0], self.set_of(args[1]), self.referent(args[2]))
-        if isinstance(args[-1], Noun) and args[-1].noun in self.stuff:
-            bits = self.set_of(args[-1])
-            return self.extreme(args[0], bits) if op == "most" else bits if _single(bits) else None
-        obj = self.world.run(program)
-        return None if obj is None else 1 << obj
+    def _meaning(self, program):
+        operation = self._OPERATIONS.get(program.op)
+        if operation:
+            return operation(self, *program.args)
+        if _about_ground(program):
+            bits = self.set_of(program.args[-1])
+            if program.op == "most":
+                return self.extreme(program.args[0], bits)
+            return bits if _single(bits) else None
+        found = self.world.run(program)
+        return None if found is None else 1 << found
+
+    def _rest_of(self, whole, program):
+        bits = self.run(program)
+        return None if bits is None else whole & ~bits
+
+    def _both(self, first, second):
+        a, b = self.run(first), self.run(second)
+        return None if a is None or b is None or a & b else a | b
+
+    def _if_single(self, single, part):
+        bits = self.run(part) if isinstance(part, Program) else self.set_of(part)
+        return bits if bits and _single(bits) == single else None
+
+    _OPERATIONS = {
+        "not": lambda self, program: self._rest_of(self.all, program),
+        "but": lambda self, program: self._rest_of(self.objects, program),
+        "or": _both,
+        "all": lambda self, part: self._if_single(False, part),
+        "one": lambda self, part: self._if_single(True, part),
+        "on": lambda self, noun, ground: self.on(self.set_of(noun), self.set_of(ground)),
+        "under": lambda self, program: self.under(self.referent(program)),
+        "side": lambda self, side, noun, anchor: self.beyond(side, self.set_of(noun), self.referent(anchor)),
+    }
 
 # %% ../../nbs/02c_flavours.ipynb #062
 SAME = 0.75  # two regions with a larger IoU are taken for the same
@@ -550,15 +602,13 @@ def shorter_region(
     if op in ("all", "one") and isinstance(args[0], Program):  # without its relation
         head = args[0].args[args[0].op == "side"]
         out += [Program("all", (head,)), Program("the", (head,))]
-    for k, a in enumerate(args):
-        less = (
-            [a.without(s) for s in _slots(a)]
-            if isinstance(a, Noun)
-            else shorter_region(a)
-            if isinstance(a, Program)
-            else []
-        )
-        out += [Program(op, args[:k] + (b,) + args[k + 1 :]) for b in less]
+    for k, arg in enumerate(args):
+        less = []
+        if isinstance(arg, Noun):
+            less = [arg.without(slot) for slot in _slots(arg)]
+        elif isinstance(arg, Program):
+            less = shorter_region(arg)
+        out += [Program(op, (*args[:k], one, *args[k + 1 :])) for one in less]
     return out
 
 
@@ -568,10 +618,11 @@ def is_minimal_region(
 ) -> bool:
     """Whether the program means a region, no shorter one means about the same, and it is not about the whole
     image."""
-    r = regions.run(program)
-    if r is None or regions.size(r) > SAME:
+    region = regions.run(program)
+    if region is None or regions.size(region) > SAME:
         return False
-    return all(s is None or regions.iou(r, s) <= SAME for s in map(regions.run, shorter_region(program)))
+    rivals = map(regions.run, shorter_region(program))
+    return all(rival is None or regions.iou(region, rival) <= SAME for rival in rivals)
 
 # %% ../../nbs/02c_flavours.ipynb #066
 REGION_KINDS = ("attribute", "superlative", "relation", "stuff", "group", "complement")
@@ -579,60 +630,80 @@ REGION_KINDS = ("attribute", "superlative", "relation", "stuff", "group", "compl
 
 def region_kind(program: Program) -> str:
     "Which of `REGION_KINDS` a program is."
-    op, args = program.op, program.args
+    op = program.op
     if op in ("not", "but"):
         return "complement"
-    if op == "under" or op in ("all", "one") and isinstance(args[0], Program):
+    if op == "under" or op in ("all", "one") and isinstance(program.args[0], Program):
         return "relation"
     if op in ("all", "or"):
         return "group"
-    return "stuff" if isinstance(args[-1], Noun) and args[-1].noun in BACKGROUNDS else kind_of(program)
+    return "stuff" if _about_ground(program) else kind_of(program)
 
 # %% ../../nbs/02c_flavours.ipynb #069
+_PLAIN = ("noun", "attribute", "size", "place", "middle", "nearest", "nearest a")
+
+
+def _program(op: str, *args) -> Program:
+    return Program(op, args)
+
+
+class _RegionGrammar:
+    "What regions can be made of, and the programs for regions that were found."
+
+    def __init__(self, regions: Meanings):
+        self.regions = regions
+        w = regions.world
+        # (program, region, name of the construction)
+        self.found = [(p, 1 << r, name) for p, r, name in enumerate_programs(regions.scene) if name in _PLAIN]
+        self.nouns = [noun for noun, _ in _noun_phrases(w) if len(noun.attributes) < 2]
+        self.bare = [noun for noun in self.nouns if not noun.attributes]
+        looks = [Noun(color=color) for color in COLORS] + [Noun(texture=texture) for texture in TEXTURES[1:]]
+        # no person wears it
+        self.looks = [noun for noun in looks if not w.set_of(noun) & ~w.words["thing"]]
+        self.grounds = [Noun(kind) for kind in BACKGROUNDS if regions.stuff[kind]]
+        self.single = [
+            program
+            for program, _, name in self.found
+            if name in ("noun", "attribute") and len(program.args[0].attributes) < 2
+        ]
+
+    def keep(self, name: str, programs) -> list[Program]:  # those that were kept
+        "Keep the programs that have no idle word."
+        kept = [program for program in programs if is_minimal_region(program, self.regions)]
+        self.found += [(program, self.regions.run(program), name) for program in kept]
+        return kept
+
+# %% ../../nbs/02c_flavours.ipynb #071
 def enumerate_regions(
     regions: Meanings,
 ) -> list[tuple[Program, int, str]]:  # program, region, and a name of the construction
     "Every program for a region in this landscape that has no idle word."
-    w, out, P = regions.world, [], lambda op, *args: Program(op, args)
-
-    def keep(name, *programs):
-        kept = [(p, regions.run(p), name) for p in programs if is_minimal_region(p, regions)]
-        out.extend(kept)
-        return [p for p, _, _ in kept]
-
-    plain = ("noun", "attribute", "size", "place", "middle", "nearest", "nearest a")
-    out += [(p, 1 << r, name) for p, r, name in enumerate_programs(regions.scene) if name in plain]
-    nouns = [p for p, _ in _noun_phrases(w) if len(p.attributes) < 2]
-    bare = [n for n in nouns if not n.attributes]
-    anything = Noun()
-    unique = [p for p, _, name in out if name in ("noun", "attribute") and len(p.args[0].attributes) < 2]
-    looks = [
-        n
-        for n in [Noun(color=c) for c in COLORS] + [Noun(texture=t) for t in TEXTURES[1:]]
-        if not w.set_of(n) & ~w.words["thing"]
-    ]
-    grounds = [Noun(kind) for kind in BACKGROUNDS if regions.stuff[kind]]
-    groups = keep("all", *(P("all", n) for n in nouns)) + keep("look", *(P("all", n) for n in looks))
-    stuff = keep("stuff", *(P("the", g) for g in grounds)) + keep(
-        "stuff all", *(P("all", g) for g in grounds)
-    )
-    keep("stuff place", *(P("most", side, 1, g) for g in grounds for side in _SIDES))
+    g, anything = _RegionGrammar(regions), Noun()
+    groups = g.keep("all", [_program("all", noun) for noun in g.nouns])
+    groups += g.keep("look", [_program("all", noun) for noun in g.looks])
+    stuff = g.keep("stuff", [_program("the", ground) for ground in g.grounds])
+    stuff += g.keep("stuff all", [_program("all", ground) for ground in g.grounds])
+    g.keep("stuff place", [_program("most", side, 1, ground) for ground in g.grounds for side in _SIDES])
     named = [p for p in groups if p.args[0].noun not in ("any", "thing") and not p.args[0].attributes]
     for name, some in (("or", named), ("stuff or", stuff)):
-        keep(name, *(P("or", q, p) for i, p in enumerate(some) for q in some[:i]))
-    keep("under", *(P("under", p) for p in unique))
-    keep(
-        "side",
-        *(P("all", P("side", side, n, p)) for p in unique for side in _SIDES[:4] for n in (anything, *bare)),
-    )
-    keep("on", *(P("one", P("on", n, g)) for g in grounds for n in nouns))
-    keep("all on", *(P("all", P("on", n, g)) for g in grounds for n in (anything, *nouns)))
-    keep("not on", *(P("not", p) for p in groups + unique))
-    keep("not", *(P("not", p) for p in stuff))
-    keep("but", *(P("but", p) for p in groups + unique))
-    return out
+        g.keep(name, [_program("or", second, first) for i, first in enumerate(some) for second in some[:i]])
+    g.keep("under", [_program("under", anchor) for anchor in g.single])
+    sides = [
+        _program("side", side, noun, anchor)
+        for anchor in g.single
+        for side in _POSITIONS
+        for noun in (anything, *g.bare)
+    ]
+    g.keep("side", [_program("all", relation) for relation in sides])
+    standing = lambda nouns: [_program("on", noun, ground) for ground in g.grounds for noun in nouns]
+    g.keep("on", [_program("one", relation) for relation in standing(g.nouns)])
+    g.keep("all on", [_program("all", relation) for relation in standing([anything, *g.nouns])])
+    g.keep("not on", [_program("not", part) for part in groups + g.single])
+    g.keep("not", [_program("not", part) for part in stuff])
+    g.keep("but", [_program("but", part) for part in groups + g.single])
+    return g.found
 
-# %% ../../nbs/02c_flavours.ipynb #073
+# %% ../../nbs/02c_flavours.ipynb #075
 _MANY = {
     "man": "men",
     "woman": "women",
@@ -648,15 +719,18 @@ class _Words:
     "Words for one program."
 
     def __init__(self, regions, rng):
-        self.regions, self.rng, self.the = regions, rng, "the" if rng.random() < 0.35 else ""
+        self.regions, self.rng = regions, rng
+        self.the = "the" if rng.random() < 0.35 else ""
 
-    def pick(self, *choices):
+    def pick(self, *choices: str) -> str:
         return _pick(self.rng, choices)
 
-    def one(self, program):
+    def one(self, program: Program) -> str:
+        "A single object."
         return realise(program, self.regions.scene, self.rng, terse=True)
 
-    def many(self, noun):
+    def many(self, noun: Noun) -> str:
+        "Several objects, as a plural."
         look = self.pick(*_SIZE[noun.size]) if noun.size else noun.texture or noun.color
         if noun.noun == "any":
             return f"{look} ones"
@@ -666,118 +740,133 @@ class _Words:
             return _join(look, word)
         return _join(word, "in", look, "clothes" if noun.texture else "")
 
-    def anchor(self, p):
-        noun = p.args[-1]
-        ground = isinstance(noun, Noun) and noun.noun in BACKGROUNDS
-        return _join(self.the, noun.noun if ground else self.many(noun) if p.op == "all" else self.one(p))
+    def all(self, program: Program) -> str:
+        "`both` where there are two; all others: all."
+        return "both" if bin(self.regions.run(program)).count("1") == 2 else "all"
 
-# %% ../../nbs/02c_flavours.ipynb #077
-def _relation_text(say, p):
-    regions, rel = say.regions, p.args[0]
-    if p.op == "under":
-        water = regions.kinds[regions.run(p).bit_length() - 1 - regions.n] == "water"
-        return say.pick(
-            f"what {say.anchor(rel)} is on", f"{'surface' if water else 'ground'} under {say.anchor(rel)}"
-        )
-    noun = rel.args[rel.op == "side"]
-    both = bin(regions.run(p)).count("1") == 2
-    if p.op == "one":
+    def anchor(self, program: Program) -> str:
+        noun = program.args[-1]
+        if _about_ground(program):
+            return _join(self.the, noun.noun)
+        return _join(self.the, self.many(noun) if program.op == "all" else self.one(program))
+
+# %% ../../nbs/02c_flavours.ipynb #079
+def _under_text(say: _Words, program: Program) -> str:
+    (anchor,) = program.args
+    patch = say.regions.run(program).bit_length() - 1 - say.regions.n
+    below = "surface" if say.regions.kinds[patch] == "water" else "ground"
+    return say.pick(f"what {say.anchor(anchor)} is on", f"{below} under {say.anchor(anchor)}")
+
+
+def _relation_text(say: _Words, program: Program) -> str:
+    (relation,) = program.args
+    noun = relation.args[relation.op == "side"]
+    if program.op == "one":
         head = say.one(Program("the", (noun,)))
+    elif noun == Noun():
+        head = "everything"
     else:
-        head = (
-            "everything"
-            if noun == Noun()
-            else _join(say.pick("all", "both" if both else "all"), say.many(noun))
-        )
-    if rel.op == "side":
-        return _join(head, _WHERE[rel.args[0]], say.anchor(rel.args[2]))
-    return _join(head, "in" if rel.args[1].noun in ("sky", "water") else "on", say.the, rel.args[1].noun)
+        head = _join(say.pick("all", say.all(program)), say.many(noun))
+    if relation.op == "side":
+        return _join(head, _WHERE[relation.args[0]], say.anchor(relation.args[2]))
+    ground = relation.args[1].noun
+    return _join(head, "in" if ground in ("sky", "water") else "on", say.the, ground)
 
 
-def _group_text(say, p):
-    noun = p.args[0]
-    both = bin(say.regions.run(p)).count("1") == 2
+def _group_text(say: _Words, program: Program) -> str:
+    (noun,) = program.args
     if noun.noun == "any":
         return _join(say.pick("everything", "anything"), noun.texture or noun.color)
     if say.rng.random() < 0.3:
         return _join("any", say.one(Program("the", (noun,))))
-    return _join(say.pick("all", "the", "both" if both else "all"), say.many(noun))
+    return _join(say.pick("all", "the", say.all(program)), say.many(noun))
+
+
+def _stuff_text(say: _Words, program: Program) -> str:
+    noun = program.args[-1].noun
+    if program.op == "most":
+        return _join(program.args[0], say.pick("", "patch of", "area of"), noun)
+    return _join("all" if program.op == "all" else "", say.the, noun)
+
+
+def _or_text(say: _Words, program: Program) -> str:
+    nouns = [part.args[0] for part in program.args]
+    if nouns[0].noun in BACKGROUNDS:
+        return say.pick(" and ", " or ").join(noun.noun for noun in nouns)
+    first = say.pick("", "", "all")
+    return _join(first, say.pick(" and ", " or ").join(map(say.many, nouns)))
+
+
+def _complement_text(say: _Words, program: Program) -> str:
+    if program.op == "but":
+        first = say.pick("everything but", "anything but", "everything except")
+    else:
+        first = say.pick("anywhere not on", "anywhere but", "not", "anywhere except")
+    return _join(first, say.anchor(program.args[0]))
 
 
 def realise_region(
     program: Program,
     regions: Meanings,
-    rng: random.Random,
+    rng: random.Random,  # only `rng.random()` is called
 ) -> str:  # lower case, no punctuation
     "Put a program for a region into a few words."
-    say = _Words(regions, rng)
-    op, args = program.op, program.args
-    noun = args[-1]
-    ground = isinstance(noun, Noun) and noun.noun in BACKGROUNDS
-    if op == "not":
-        return _join(
-            say.pick("anywhere not on", "anywhere but", "not", "anywhere except"), say.anchor(args[0])
-        )
-    if op == "but":
-        return _join(say.pick("everything but", "anything but", "everything except"), say.anchor(args[0]))
+    say, op = _Words(regions, rng), program.op
+    if op in ("not", "but"):
+        return _complement_text(say, program)
     if op == "or":
-        nouns = [a.args[0] for a in args]
-        stuff = nouns[0].noun in BACKGROUNDS
-        return _join(
-            "" if stuff else say.pick("", "", "all"),
-            say.pick(" and ", " or ").join(n.noun if stuff else say.many(n) for n in nouns),
-        )
-    if ground:
-        return _join(
-            {"all": "all", "most": args[0]}.get(op, ""),
-            say.pick("", "patch of", "area of") if op == "most" else say.the,
-            noun.noun,
-        )
-    if op == "all" and isinstance(noun, Noun):
-        return _group_text(say, program)
-    return _relation_text(say, program) if op in ("all", "one", "under") else say.one(program)
+        return _or_text(say, program)
+    if _about_ground(program):
+        return _stuff_text(say, program)
+    if op == "under":
+        return _under_text(say, program)
+    if op not in ("all", "one"):
+        return say.one(program)
+    return _relation_text(say, program) if isinstance(program.args[0], Program) else _group_text(say, program)
 
-# %% ../../nbs/02c_flavours.ipynb #081
+# %% ../../nbs/02c_flavours.ipynb #083
 class Regions(Meanings):
     "What programs mean in a landscape, and how much their anchors matter."
 
     def answers(self, program: Program) -> list[int]:
         "The regions that a relation would mean with each other anchor, where they are clear."
-        op, args = program.op, program.args
-        others = lambda i: [j for j in range(self.n) if j != i]
-        if op == "under":
-            found = [self.under(j) for j in others(self.referent(args[0]))]
-        elif op == "nearest":
-            anchors = self.set_of(args[1].args[0]) if args[1].op == "a" else self.run(args[1])
-            r = self.referent(program)
-            near = [self.world.near(self.set_of(args[0]), 1 << j) for j in others(r) if not anchors >> j & 1]
-            found = [1 << i for i in near if i is not None]
-        elif args[0].op == "on":
-            noun, ground = args[0].args
-            found = [
-                self.run(Program(op, (Program("on", (noun, Noun(k))),)))
-                for k in BACKGROUNDS
-                if k != ground.noun
-            ]
+        if program.op == "under":
+            found = [self.under(i) for i in self._others(self.referent(program.args[0]))]
+        elif program.op == "nearest":
+            found = self._nearest_to_others(program)
+        elif program.args[0].op == "on":
+            noun, ground = program.args[0].args
+            kinds = [kind for kind in BACKGROUNDS if kind != ground.noun]
+            found = [self.run(_program(program.op, _program("on", noun, Noun(kind)))) for kind in kinds]
         else:
-            side, noun, anchor = args[0].args
-            sets = [self.beyond(side, self.set_of(noun), j) for j in others(self.referent(anchor))]
+            side, noun, anchor = program.args[0].args
+            sets = [self.beyond(side, self.set_of(noun), i) for i in self._others(self.referent(anchor))]
             found = [bits for bits in sets if bits and not _single(bits)]
         return [bits for bits in found if bits]
 
+    def _others(self, i):
+        return [j for j in range(self.n) if j != i]
+
+    def _nearest_to_others(self, program):
+        head, anchor = program.args
+        anchors = self.set_of(anchor.args[0]) if anchor.op == "a" else self.run(anchor)
+        others = [i for i in self._others(self.referent(program)) if not anchors >> i & 1]
+        found = [self.world.near(self.set_of(head), 1 << i) for i in others]
+        return [1 << i for i in found if i is not None]
+
     def flip(self, program: Program) -> float | None:
         "Share of the other anchors that give another region; None if no other is clear."
-        r, found = self.run(program), self.answers(program)
-        return float(np.mean([self.iou(r, other) <= SAME for other in found])) if found else None
+        region, found = self.run(program), self.answers(program)
+        return float(np.mean([self.iou(region, other) <= SAME for other in found])) if found else None
 
-# %% ../../nbs/02c_flavours.ipynb #085
+# %% ../../nbs/02c_flavours.ipynb #087
 def frames(
     program: str,  # as text
 ) -> list[str]:  # as many as it has words
     "The program with each of its words left open in turn."
     return [program[: m.start()] + "*" + program[m.end() :] for m in re.finditer(r"[^(),.\s]+", program)]
 
-# %% ../../nbs/02c_flavours.ipynb #088
+# %% ../../nbs/02c_flavours.ipynb #090
 # what is drawn; contrast sets shift it
 REGION_MIX = {
     "attribute": 0.18,
@@ -804,15 +893,83 @@ _REGION_WEIGHTS = {
 }  # 1 for all others
 
 
-def _region_weight(regions, program, r, kind) -> float:
-    # what is mostly everything is easily guessed
-    weight = 1.0 if _single(r) else (1 - max(regions.iou(r, regions.objects), regions.size(r))) ** 2
+def _region_weight(regions: Regions, program: Program, region: int, kind: str) -> float:
+    "How much we like a program: what is mostly everything is easily guessed, and an anchor has to matter."
+    covered = max(regions.iou(region, regions.objects), regions.size(region))
+    weight = 1.0 if _single(region) else (1 - covered) ** 2
     if kind == "relation":
-        f = regions.flip(program)
-        weight *= 0.05 if f is None else 1e-3 if f < 0.4 else f**2
-    for q in _nouns_in(program):
-        weight *= (0.4 if q.size else 1) * (1.5 if q.texture else 1) * (0.12 if q.noun == "thing" else 1)
+        flip = regions.flip(program)
+        weight *= 0.05 if flip is None else 1e-3 if flip < 0.4 else flip**2
+    for noun in _nouns_in(program):
+        size, texture, vague = (
+            0.4 if noun.size else 1,
+            1.5 if noun.texture else 1,
+            0.12 if noun.noun == "thing" else 1,
+        )
+        weight *= size * texture * vague
     return weight
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    "A program for a region that may be said."
+
+    program: Program
+    region: int
+    kind: str
+    weight: float
+
+
+class _RegionStock:
+    "What there is to say about the regions of a landscape, and what has been said."
+
+    def __init__(self, regions: Regions):
+        self.regions, self.used, self.times = regions, set(), Counter()
+        self.pools = {}  # kind -> construction -> candidates
+        self.frames = {}  # frame -> candidates
+        for program, region, name in enumerate_regions(regions):
+            kind = region_kind(program)
+            item = _Candidate(program, region, kind, _region_weight(regions, program, region, kind))
+            self.pools.setdefault(kind, {}).setdefault(name, []).append(item)
+            for frame in frames(str(program)):
+                self.frames.setdefault(frame, []).append(item)
+
+    def weight(self, item: _Candidate) -> float:
+        "A candidate's weight now: regions that were meant before are less likely."
+        return item.weight * 0.15 ** self.times[item.region]
+
+    def best(self, items: list[_Candidate]) -> float:
+        return max(map(self.weight, items))
+
+    def fresh(self, kind: str) -> dict[str, list[_Candidate]]:
+        "The candidates of a kind that have not been said: construction -> candidates."
+        pool = self.pools.get(kind, {})
+        left = {name: [x for x in items if x.program not in self.used] for name, items in pool.items()}
+        return {name: items for name, items in left.items() if items}
+
+    def draw(self, rng) -> _Candidate | None:
+        "A kind, then a construction, then a region, then one of its programs."
+        kinds = [(kind, share) for kind, share in REGION_MIX.items() if self.fresh(kind)]
+        if not kinds:
+            return None
+        pool = self.fresh(_draw(rng, kinds))
+        names = [(name, _REGION_WEIGHTS.get(name, 1.0) * self.best(items)) for name, items in pool.items()]
+        by_region = {}
+        for item in pool[_draw(rng, names)]:
+            by_region.setdefault(item.region, []).append(item)
+        chosen = _draw(rng, [(region, self.best(items)) for region, items in by_region.items()])
+        return _draw(rng, [(item, self.weight(item)) for item in by_region[chosen]])
+
+    def partners(self, item: _Candidate) -> list[tuple[_Candidate, float]]:
+        "Candidates of one contrast set with this one, with their weights."
+        return [
+            (other, self.weight(other))
+            for frame in frames(str(item.program))
+            for other in self.frames[frame]
+            if other.program not in self.used
+            and other.kind == item.kind
+            and self.regions.iou(other.region, item.region) <= 0.5
+        ]
 
 
 def sample_regions(
@@ -824,62 +981,28 @@ def sample_regions(
     sets where there are any."""
     if count < 1:
         raise InputError(f"count is {count}: ask for at least one expression")
-    pools, framed, used, times, out, sets = {}, {}, set(), Counter(), [], 0
-    for p, r, name in enumerate_regions(regions):
-        item = (p, r, kind := region_kind(p), _region_weight(regions, p, r, kind))
-        pools.setdefault(kind, {}).setdefault(name, []).append(item)
-        for f in frames(str(p)):
-            framed.setdefault(f, []).append(item)
-    like = lambda item: item[3] * 0.15 ** times[item[1]]
+    stock, out, sets = _RegionStock(regions), [], 0
 
     def say(item, group):
-        p, r, kind, _ = item
-        used.add(p)
-        times[r] += 1
-        out.append(Expression(realise_region(p, regions, rng), r, kind, str(p), group))
+        stock.used.add(item.program)
+        stock.times[item.region] += 1
+        text = realise_region(item.program, regions, rng)
+        out.append(Expression(text, item.region, item.kind, str(item.program), group))
 
-    while len(out) < count:
-        fresh = {
-            kind: {
-                name: left for name, items in pool.items() if (left := [x for x in items if x[0] not in used])
-            }
-            for kind, pool in pools.items()
-        }
-        kinds = [(kind, share) for kind, share in REGION_MIX.items() if fresh.get(kind)]
-        if not kinds:
-            break
-        pool, of = fresh[_draw(rng, kinds)], {}
-        name = _draw(
-            rng,
-            [(name, _REGION_WEIGHTS.get(name, 1.0) * max(map(like, items))) for name, items in pool.items()],
-        )
-        for x in pool[name]:
-            of.setdefault(x[1], []).append(x)
-        item = _draw(
-            rng,
-            [(x, like(x)) for x in of[_draw(rng, [(r, max(map(like, items))) for r, items in of.items()])]],
-        )
-        partners = [
-            (x, like(x))
-            for f in frames(str(item[0]))
-            for x in framed[f]
-            if x[0] not in used and x[2] == item[2] and regions.iou(x[1], item[1]) <= 0.5
-        ]
-        pair = bool(partners) and len(out) + 2 <= count and rng.random() < 0.6
-        sets += pair
-        say(item, str(sets) if pair else "")
-        if pair:
-            say(_draw(rng, partners), str(sets))
+    while len(out) < count and (item := stock.draw(rng)):
+        partners = stock.partners(item)
+        if not partners or len(out) + 2 > count or rng.random() >= 0.6:
+            say(item, "")
+            continue
+        sets += 1
+        say(item, str(sets))
+        say(_draw(rng, partners), str(sets))
     return out
 
-# %% ../../nbs/02c_flavours.ipynb #092
+# %% ../../nbs/02c_flavours.ipynb #094
 _ONE = {many: one for one, many in _MANY.items()} | {
     f"{w}s": w for w in [*CATEGORIES, "guy", "kid", "airplane", "thing", "object", "animal"]
 }
-_COMPLEMENT = (
-    r"(?:anywhere not on|anywhere but|anywhere except|not) (.*)",
-    r"(?:everything|anything) (?:but|except) (.*)",
-)
 
 
 class _Seen(_Measured):
@@ -915,74 +1038,92 @@ class _Seen(_Measured):
         r = reference_execute(text, self.scene, self.drawn)
         return [] if r is None else [r]
 
-# %% ../../nbs/02c_flavours.ipynb #094
-def _stuff_mask(m, kind, words):
-    side = next((s for s in _SIDES if s in words), None)
-    patches = [p & m.free for p in m.patches(kind)]
+# %% ../../nbs/02c_flavours.ipynb #096
+def _stuff_mask(m: _Seen, kind: str, words: list[str]) -> np.ndarray:
+    "All ground of a kind, or the patch of it that a superlative names."
+    side = next((side for side in _SIDES if side in words), None)
     if side is None:
         return m.whole(kind) & m.free
     measure = {
-        "left": lambda p: np.nonzero(p)[1].mean(),
-        "right": lambda p: -np.nonzero(p)[1].mean(),
-        "top": lambda p: np.nonzero(p)[0].mean(),
-        "bottom": lambda p: -np.nonzero(p)[0].mean(),
+        "left": lambda patch: np.nonzero(patch)[1].mean(),
+        "right": lambda patch: -np.nonzero(patch)[1].mean(),
+        "top": lambda patch: np.nonzero(patch)[0].mean(),
+        "bottom": lambda patch: -np.nonzero(patch)[0].mean(),
         "smallest": np.sum,
-        "biggest": lambda p: -p.sum(),
+        "biggest": lambda patch: -patch.sum(),
     }
-    return min(patches, key=measure[side])
+    return min([patch & m.free for patch in m.patches(kind)], key=measure[side])
+
+
+class _RegionReader(_Seen):
+    "Reads phrases for regions: one pattern is tried after the other."
+
+    def meaning(self, words: str) -> np.ndarray:
+        "The region that a phrase means, as a mask."
+        words = words.removeprefix("the ")
+        for pattern, read in self._PATTERNS:
+            if found := re.match(pattern, words):
+                return read(self, *found.groups())
+        kind = next((kind for kind in BACKGROUNDS if kind in words.split()), None)
+        if kind:
+            return _stuff_mask(self, kind, words.split())
+        return self.seen(self.listed(words))
+
+    def seen(self, found: list[int]) -> np.ndarray:
+        "What can be seen of some objects."
+        return self.drawn.masks[found].any(0)
+
+    def listed(self, words: str) -> list[int]:
+        "The objects that a phrase without a relation to the ground names."
+        plural = set(words.split()) & (_ONE.keys() - {"fish"} | {"ones"})
+        if plural or re.match(r"(?:all|both|any|everything|anything)\b", words):
+            return self.all_called(words)
+        return self.one_called(words) or self.all_called(words)  # "the fish" may be one or several
+
+    def _under(self, ground_under, what_is_on):
+        (i,) = self.one_called(ground_under or what_is_on)
+        patches = self.patches(self.ground_of(i))
+        return self.free & max(patches, key=lambda patch: (patch & self.feet(i)).sum())
+
+    def _beside(self, heads, way, anchor):
+        (a,) = self.one_called(anchor)
+        x, y = self.cx - self.cx[a], self.cy - self.cy[a]
+        ahead = {"left of": -x, "right of": x, "above": -y, "below": y}[way]
+        return self.seen([i for i in self.all_called(heads) if ahead[i] > 0])
+
+    def _standing_on(self, heads, ground):
+        return self.seen([i for i in self.all_called(heads) if self.ground_of(i) == ground])
+
+    _PATTERNS = (  # the first that fits
+        (
+            r"(?:anywhere not on|anywhere but|anywhere except|not) (.*)",
+            lambda self, rest: ~self.meaning(rest),
+        ),
+        (r"(?:everything|anything) (?:but|except) (.*)", lambda self, rest: ~self.free & ~self.meaning(rest)),
+        (r"(?:ground|surface) under (.*)|what (.*) is on$", _under),
+        (r"(.*) (left of|right of|above|below) (.*)", _beside),
+        (rf"(.*) (?:on|in) (?:the )?({'|'.join(BACKGROUNDS)})$", _standing_on),
+        (r"(.*) (?:and|or) (.*)", lambda self, a, b: self.meaning(f"all {a}") | self.meaning(f"all {b}")),
+    )
 
 
 def read_region(
     text: str,  # the phrase itself, not its program
     scene: Landscape,  # for the names of objects and colours
-    drawn: Rendering,  # for places, sizes and the ground
+    drawn: Rendering,  # for positions, sizes and the ground
 ) -> np.ndarray:  # [H, W] bool
     """Find the region that a phrase means by reading its words and measuring the image; shares nothing
     with `Meanings`."""
-    m = _Seen(scene, drawn)
-    objects = lambda found: drawn.masks[found].any(0)
+    return _RegionReader(scene, drawn).meaning(text)
 
-    def meaning(words):
-        words = words.removeprefix("the ")
-        kind = next((k for k in BACKGROUNDS if k in words.split()), None)
-        if f := re.match(_COMPLEMENT[0], words):
-            return ~meaning(f[1])
-        if f := re.match(_COMPLEMENT[1], words):
-            return ~m.free & ~meaning(f[1])
-        if f := re.match(r"(?:ground|surface) under (.*)|what (.*) is on$", words):
-            (i,) = m.one_called(f[1] or f[2])
-            return m.free & max(m.patches(m.ground_of(i)), key=lambda p: (p & m.feet(i)).sum())
-        if f := re.match(r"(.*) (left of|right of|above|below) (.*)", words):
-            (a,) = m.one_called(f[3])
-            ahead = {
-                "left of": m.cx[a] - m.cx,
-                "right of": m.cx - m.cx[a],
-                "above": m.cy[a] - m.cy,
-                "below": m.cy - m.cy[a],
-            }[f[2]]
-            return objects([i for i in m.all_called(f[1]) if ahead[i] > 0])
-        if f := re.match(rf"(.*) (?:on|in) (?:the )?({'|'.join(BACKGROUNDS)})$", words):
-            return objects([i for i in m.all_called(f[1]) if m.ground_of(i) == f[2]])
-        if f := re.match(r"(.*) (?:and|or) (.*)", words):
-            return meaning(f"all {f[1]}") | meaning(f"all {f[2]}")
-        if kind:
-            return _stuff_mask(m, kind, words.split())
-        several = re.match(r"(?:all|both|any|everything|anything)\b", words) or set(words.split()) & (
-            _ONE.keys() - {"fish"} | {"ones"}
-        )
-        if several:
-            return objects(m.all_called(words))
-        return objects(m.one_called(words) or m.all_called(words))  # "the fish" may be one or several
-
-    return meaning(text)
-
-# %% ../../nbs/02c_flavours.ipynb #098
+# %% ../../nbs/02c_flavours.ipynb #100
 def region_readers(
     expression: Expression,
     regions: Regions,
 ) -> dict[str, float]:  # reader -> IoU of its answer, 0..1; the anchor-blind ones only for relations
     "How well readers do that lack something."
-    p, n = parse_program(expression.program), regions.n
+    program, n = parse_program(expression.program), regions.n
+    noun = _nouns_in(program)[0].noun
     largest = lambda start, stop: 1 << max(range(start, stop), key=lambda i: regions.area[i])
     answers = {
         "no text: every thing": [regions.objects],
@@ -990,11 +1131,11 @@ def region_readers(
         "no text: background": [regions.all & ~regions.objects],
         "no text: largest patch": [largest(n, regions.count)],
         "no text: whole picture": [regions.all],
-        "head noun only": [regions.set_of(Noun(_nouns_in(p)[0].noun)) or regions.objects],
-        "true program": [regions.run(p)],
+        "head noun only": [regions.set_of(Noun(noun)) or regions.objects],
+        "true program": [regions.run(program)],
     }
     if expression.kind == "relation":
-        given = Counter([expression.referent, *regions.answers(p)])
+        given = Counter([expression.referent, *regions.answers(program)])
         top = max(given.values())
         answers |= {
             "anchor-blind: any": list(given),
@@ -1005,7 +1146,7 @@ def region_readers(
         for name, some in answers.items()
     }
 
-# %% ../../nbs/02c_flavours.ipynb #108
+# %% ../../nbs/02c_flavours.ipynb #110
 def draw_landscapes(
     # of `refseg_nb.refshapes.dataset`: "seed", "split", "range", "counts", "resolution", and "images", the
     # folder to draw into
@@ -1013,22 +1154,18 @@ def draw_landscapes(
     first: int,  # index of the split's first landscape
 ) -> list[dict]:  # one record an image: its id, split, and expressions
     "Draw a run of landscapes and the maps of their atoms, and write expressions for them."
-    out = []
+    out, folder, size = [], Path(job["images"]), job["resolution"]
     for i, count in zip(range(*job["range"]), job["counts"]):
         scene = sample_landscape(job["seed"], first + i)
         number = scene.index + 1
         rng = random.Random(f"expressions {GENERATOR_VERSION} refshapes-stuff {job['seed']} {scene.index}")
         said = sample_regions(Regions(scene), rng, count)
-        Image.fromarray(render(scene, job["resolution"]).image).save(
-            Path(job["images"]) / f"{number}.png", compress_level=1
-        )
-        Image.fromarray(atoms(scene, job["resolution"])).save(
-            Path(job["images"]) / f"{number}.atoms.png", compress_level=1
-        )
+        Image.fromarray(render(scene, size).image).save(folder / f"{number}.png", compress_level=1)
+        Image.fromarray(atoms(scene, size)).save(folder / f"{number}.atoms.png", compress_level=1)
         out.append({"image_id": number, "split": job["split"], "said": [vars(e) for e in said]})
     return out
 
-# %% ../../nbs/02c_flavours.ipynb #111
+# %% ../../nbs/02c_flavours.ipynb #113
 def write_landscapes(
     folder: Path,  # `<root>/refshapes-stuff`; must not exist
     results: list,  # what the jobs returned

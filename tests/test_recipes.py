@@ -173,7 +173,7 @@ def test_where_pieces_come_from(tiny_root, pieces, tmp_path, monkeypatch):
     )
     Learner(settings("crossvlt", tiny_root, tmp_path))
     own = Learner(settings("lavt", tiny_root, tmp_path, overrides=SMALL["lavt"] | {"begin": True}))
-    assert asked == [("bert-base-uncased", "lavt")] and own.vocabulary == vocabulary_for(own.refer)
+    assert asked == [("bert-base-uncased", "lavt")] and own.vocabulary == vocabulary_for(own.data.refer)
 
 
 def test_a_bert_of_another_vocabulary_is_refused(tmp_path):
@@ -437,7 +437,9 @@ def test_older_runs_go_on():
 
 
 def test_every_further_field_of_a_recipe_is_in_the_chapter():
-    cells = nbformat.read(Path(__file__).parent.parent / "nbs" / "12_training.ipynb", as_version=4).cells
+    cells = nbformat.read(
+        Path(__file__).parent.parent / "nbs" / "library" / "train_config.ipynb", as_version=4
+    ).cells
     [table] = [c.source for c in cells if "| further field |" in c.source]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     names = [f.name for f in fields(Recipe)]

@@ -240,17 +240,18 @@ def _plain_level(block: AttentionBlock, words: int) -> AttentionLevel:
     "One block of one expression as arrays, without the columns of padded words."
     if (batch := max(len(layer) for layer in block.layers)) > 1:
         raise AttentionError(f"the batch axis has {batch} entries: give the attention of one expression")
-    pixels = block.grid[0] * block.grid[1]
-    count = {"pixels": pixels, "words": words, "both": pixels + words}
-    rows, columns = count[block.queries], count[block.keys]
-    held = block.layers[0].shape[-2:]
-    if held[0] < rows or held[1] < columns:
-        raise AttentionError(f"{words} words, but the attention is of {max(held) - pixels}")
+    n = block.layers[0].shape[-1]
+    if block.queries == block.keys == "both":  # padded words stand at the end of the joined sequence
+        n = block.grid[0] * block.grid[1] + words
+        if n > block.layers[0].shape[-1]:
+            held = block.layers[0].shape[-1] - block.grid[0] * block.grid[1]
+            raise AttentionError(f"{words} words, but the attention is of {held}")
     steps = None
     if block.steps:
-        sums, lengths = (_stack([part[:, :, :rows] for part in parts]) for parts in zip(*block.steps))
+        sums, lengths = (_stack([part[:, :, :n] for part in parts]) for parts in zip(*block.steps))
         steps = AttentionSteps(sums, lengths, block.width)
-    weights = _stack([layer[:, :, :rows, :columns] for layer in block.layers])
+    rows = n if block.queries == "both" else block.layers[0].shape[-2]
+    weights = _stack([layer[:, :, :rows, :n] for layer in block.layers])
     return AttentionLevel(weights, block.grid, block.queries, block.keys, steps)
 
 
@@ -477,6 +478,8 @@ def look(
     if kind == "rollout":
         return answer, rollout(raw, 0.5 if answer.attention.residual else 0.0)
     model = seg.model.for_relevance()
+    if model is None:
+        raise AttentionError("gradient relevance is made for models with SFM")
     with torch.enable_grad():
         ids = torch.tensor([seg.vocabulary.encode(" ".join(answer.words), seg.max_words)], device=seg.device)
         features = [f.clone().requires_grad_() for f in scene.features]

@@ -185,6 +185,11 @@ class RISModel(nn.Module):
         super().__init__()
         self.config = config
 
+    @property
+    def output_size(self) -> int | None:
+        "Pixels a side of the logits; None: the model has to be asked."
+        return self.config.output_size
+
     def adapt(
         self,
         levels: Features,  # the backbone's raw levels
@@ -249,9 +254,10 @@ class RISModel(nn.Module):
         "GFLOP by part, from those of the modules; here of each child."
         return {name: of(name) for name, _ in self.named_children()}
 
-    def for_relevance(self) -> "RISModel":
-        "The same function with attention that gradients reach, for gradient relevance."
-        raise InputError("gradient relevance is made for models with SFM")
+    def for_relevance(self) -> "RISModel | None":
+        """The same function with attention that gradients reach level by level, for gradient relevance; None
+        for a model that has none."""
+        return None
 
 
 def image_rows(

@@ -72,8 +72,8 @@ def _register_own() -> None:
 def list_models() -> list[str]:
     "The names of all models, this package's own first."
     _register_own()
-    own = [name for name, entry in _models.items() if entry.model.__module__.startswith("refseg_nb.")]
-    return own + [name for name in _models if name not in own]
+    order = {f"refseg_nb.models.{module}": number for number, module in enumerate(_OWN)}
+    return sorted(_models, key=lambda name: order.get(_models[name].model.__module__, len(order)))
 
 
 def model_class(

@@ -348,11 +348,11 @@ class SHNet(RISModel):
             table["level fusion"] = of("levels")
         return table | {"ASPP": of("aspp"), "decoder": of("decoder")}
 
-    def for_relevance(self) -> "SHNet":
+    def for_relevance(self) -> "SHNet | None":
         """The same SHNet; where its SFM is shared, it is called once a level, so that gradients reach each
-        level's attention."""
+        level's attention. None without SFM."""
         if not self.config.use_sfm or not self.config.sfm_shared:
-            return self if self.config.use_sfm else super().for_relevance()
+            return self if self.config.use_sfm else None
         apart = copy.copy(self)
         apart._modules = {**self._modules, "sfm": nn.ModuleList([self.sfm[0]] * 3)}
         apart.config = replace(self.config, sfm_shared=False)

@@ -44,7 +44,7 @@ from ..data.words import WordPieces
 from ..models.losses import aligned, mean_weight, weighted_loss
 from ..models.losses import training_target
 from .distributed import notice_lost_process, share_batch_norm, share_of_batch
-from ..files import atomic_folder, write_json
+from ..files import atomic_folder, write_file, write_json
 from ..models.hub import fingerprint, load_model, load_tensors, save_model
 from ..models.hub import CheckpointError
 from refseg_nb.training.checkpoint import (
@@ -56,7 +56,7 @@ from refseg_nb.training.checkpoint import (
 )
 from ..evaluation.evaluator import Evaluator, gather_rows, probability_at
 from ..system import git_commit, versions
-from ..evaluation.metrics import SegmentationMetric, intersection_union
+from ..evaluation.metrics import intersection_union, scores
 from .features import FeatureCache
 from .config import TrainConfig
 from ..system import available_memory
@@ -256,8 +256,13 @@ def check_same_config(
         "mask_size": None,
         "grayscale": 0.0,
         "threshold": 0.5,
+        "sentence": "sent",
+        "unit": "sentence",
+        "class_weights": None,
+        "optimizer": "adamw",
+        "end_lr": 0.0,
     }
-    stored = before | TrainConfig.BESIDE | stored
+    stored = before | stored
     for k in sorted(now.keys() | stored.keys()):
         if now.get(k) != stored.get(k):
             raise CheckpointError(
@@ -282,8 +287,7 @@ def read_history(path: Path, step: int | None = None) -> list[dict]:
 def cut_log(path: Path, step: int):
     "Drop the lines that a killed run wrote after its last checkpoint."
     rows = read_history(path, step)
-    path.with_suffix(".new").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    path.with_suffix(".new").replace(path)
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 # %% ../../nbs/12_training.ipynb #039
 def _as_it_is(batch):
@@ -692,10 +696,9 @@ class Learner:
                     device=self.device,
                 )
             )
-        metric = SegmentationMetric(sync_on_compute=False)
-        metric.update_counts(torch.from_numpy(rows["intersection"]), torch.from_numpy(rows["union"]))
-        scores = metric.compute() | {"samples": len(rows["index"])}
-        return scores | ({"val_loss": float(rows["loss"].mean())} if self.plateau else {})
+        found = scores(torch.from_numpy(rows["intersection"]), torch.from_numpy(rows["union"]))
+        found["samples"] = len(rows["index"])
+        return found | ({"val_loss": float(rows["loss"].mean())} if self.plateau else {})
 
 # %% ../../nbs/12_training.ipynb #047
 class _Bars:

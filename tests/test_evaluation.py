@@ -26,7 +26,7 @@ from refseg_nb.evaluation.evaluator import (
     save_record,
 )
 from refseg_nb.evaluation.segmentation_metric import SegmentationMetric
-from refseg_nb.models.shnet import create_model
+from refseg_nb.models.registry import create_model
 
 
 def toy_dataset(root, split="val"):

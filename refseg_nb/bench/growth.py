@@ -88,7 +88,7 @@ def picture_cost(
     repeats: int = 3,
 ) -> dict:  # as `measured`
     "What one picture and its phrases cost."
-    from refseg_nb.models.shnet import create_model
+    from refseg_nb.models.registry import create_model
 
     model = create_model(
         "shnet", preset, vocab_size=100, backbone_weights="none", **({"image_size": side} if side else {})

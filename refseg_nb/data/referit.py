@@ -7,11 +7,8 @@ __all__ = ['MISSING_IMAGES', 'PUBLISHED_REFERIT', 'read_mat_mask', 'read_queries
 
 # %% ../../nbs/03b_referit.ipynb #002
 import json
-import os
 import re
-import shutil
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +18,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from .refer import ImageInfo, Ref, Refer, ReferError, Sample, Sentence
-from ..errors import ExistsError
-from ..errors import InputError
-from ..errors import NotFoundError
+from ..errors import ExistsError, InputError, NotFoundError
+from ..files import atomic_folder
 
 # %% ../../nbs/03b_referit.ipynb #015
 # type of an element -> NumPy's
@@ -448,21 +444,17 @@ def write_referit(
         raise InputError(f"the splits are {list(queries)}; give some of train, val, test")
     if {"train", "val"} <= queries.keys():
         queries = queries | {"trainval": queries["train"] | queries["val"]}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    try:
-        new = stage / folder.name
+    with atomic_folder(folder, overwrite=False, sync=False) as new:
         for name in ("images", "mask", "splits/referit"):
             (new / name).mkdir(parents=True)
         for split, entries in queries.items():
-            (new / "splits/referit" / f"referit_query_{split}.json").write_text(
-                json.dumps(entries), encoding="utf-8"
-            )
-        data, sizes = ReferIt(stage, folder.name), {}
+            query_file = new / "splits/referit" / f"referit_query_{split}.json"
+            query_file.write_text(json.dumps(entries), encoding="utf-8")
+        data, sizes = ReferIt(new.parent, new.name), {}
         for image_id in data.images:
-            picture = image(image_id).convert("RGB")
-            picture.save(new / "images" / f"{image_id}.jpg", quality=95, subsampling=0)
-            sizes[f"{image_id}.jpg"] = picture.size
+            rgb = image(image_id).convert("RGB")
+            rgb.save(new / "images" / f"{image_id}.jpg", quality=95, subsampling=0)
+            sizes[f"{image_id}.jpg"] = rgb.size
         for ann_id in data.annotations:
             path = data.mask_path(ann_id)
             found, size = np.asarray(mask(path.stem), dtype=bool), sizes[f"{ann_id // 10_000}.jpg"]
@@ -472,9 +464,6 @@ def write_referit(
                 )
             savemat(path, {"segimg_t": np.where(found, 0, 255).astype(np.uint8)}, do_compression=True)
         (new / "referit_imsize.json").write_text(json.dumps(sizes), encoding="utf-8")
-        os.rename(new, folder)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return folder
 
 # %% ../../nbs/03b_referit.ipynb #043

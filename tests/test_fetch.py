@@ -1582,8 +1582,8 @@ def test_a_file_of_unknown_size_is_compared_with_the_room_when_the_server_tells_
 def test_a_full_disk_is_said_and_the_part_is_kept(world, monkeypatch):
     real = module.receive
 
-    def full(session, url, part, *more):
-        real(session, url, part, *more) if "gone" in url else part.begin(url, None)
+    def full(session, url, part, **more):
+        real(session, url, part, **more) if "gone" in url else part.begin(url, None)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "receive", full)

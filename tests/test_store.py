@@ -541,7 +541,9 @@ def test_killed_in_the_middle(own, tmp_path, workers, start):
     assert found and (process.pid in found) == (workers == 1)
     [half] = folders(tmp_path / "stores")
     [images] = (tmp_path / "stores" / half).glob("*/images.u8")
-    assert half.startswith(".") and images.stat().st_size == 21 * 3 * S * S, "it looks whole, but for its name"
+    assert half.startswith(".") and images.stat().st_size == 21 * 3 * S * S, (
+        "it looks whole, but for its name"
+    )
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert all(gone(pid) for pid in found), "workers leave with their parent"

@@ -41,8 +41,8 @@ def model_folder(tmp_path_factory):
     import torch
 
     from refseg_nb.data.words import Vocabulary
-    from refseg_nb.models.shnet import create_model
     from refseg_nb.models.hub import save_model
+    from refseg_nb.models.registry import create_model
 
     torch.manual_seed(0)
     vocabulary = Vocabulary.build(["the red car on the left"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from refseg_nb.data.refer import Refer
+from refseg_nb.evaluation.evaluator import Record
 from refseg_nb.refshapes.expressions import parse_program
 from refseg_nb.reproduce.figures import (
     CAUSE_COLORS,
@@ -41,7 +42,6 @@ from refseg_nb.reproduce.figures import (
     gains,
     png,
 )
-from refseg_nb.evaluation.evaluator import Record
 
 
 class MadeUp:

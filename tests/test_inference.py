@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import refseg_nb
+from refseg_nb.data.images import LONGEST_SIDE, ImageError, read_image, resize_square
 from refseg_nb.data.words import Vocabulary
-from refseg_nb.data.images import resize_square, LONGEST_SIDE, ImageError, read_image
 from refseg_nb.inference.segmenter import Segmenter, load
-from refseg_nb.models.shnet import create_model
 from refseg_nb.models.hub import save_model
+from refseg_nb.models.registry import create_model
 
 
 def small_model(prior=0.5):

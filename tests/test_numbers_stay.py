@@ -27,10 +27,11 @@ from refseg_nb.refshapes.dataset import make_refshapes
 from refseg_nb.reproduce.report import readme_results, report_text, summaries
 from refseg_nb.reproduce.tables import conclusions, controls_table, cost_table, load_runs
 from refseg_nb.reproduce.tables import markdown_table, print_table
-from refseg_nb.training.checkpoint import fingerprint
-from refseg_nb.training.evaluation import evaluate
-from refseg_nb.training.learner import Learner, TrainConfig, train
-from refseg_nb.training.protocols import evaluate_protocols
+from refseg_nb.models.hub import fingerprint
+from refseg_nb.evaluation.evaluator import evaluate
+from refseg_nb.training.config import TrainConfig
+from refseg_nb.training.learner import Learner, train
+from refseg_nb.evaluation.protocols import evaluate_protocols
 
 STEP = "optimizer_step"  # the method of `Learner` that takes one step and returns its loss
 # isort: on
@@ -65,7 +66,7 @@ RUNS = {row: {"model": row} for row in ROWS} | {
         "val_split": "val",
         "eval_limit": 4,
         "limit": 4,
-        "max_steps": 10,
+        "max_steps": 6,
     },
     "shnet, grayscale": {"grayscale": 0.5},
     "shnet, dilated targets": {"targets": "dilated", "mask_size": 56, "cache_features": False},
@@ -206,7 +207,7 @@ def tolerance(run: str, step: int) -> float:
     """How far a step's loss may be off on another processor: Adam's first steps enlarge every last bit."""
     if "bf16" in run or "the recipe's rate" in run:
         return 1e-3 if step == 0 and "bf16" not in run else 1e-1
-    return (1e-5, 1e-4)[step] if step < 2 else 2e-2
+    return (1e-5, 5e-4)[step] if step < 2 else 2e-2
 
 
 def has_bfloat16() -> bool:
@@ -254,7 +255,7 @@ def evaluated(refer, name: str) -> dict:
     segmenter = load_segmenter()
     dataset = validation(refer, segmenter)
     record = evaluate(
-        segmenter.model, dataset, segmenter.threshold, seed=0, resamples=500, **EVALUATIONS[name]
+        segmenter.model, dataset, segmenter.threshold, seed=0, resamples=200, **EVALUATIONS[name]
     )
     return describe_record(record)
 
@@ -263,7 +264,7 @@ def scored_by_protocols(refer) -> dict:
     """The shipped model under all protocols."""
     segmenter = load_segmenter()
     records = evaluate_protocols(
-        segmenter.model, validation(refer, segmenter), limit=20, seed=0, resamples=500
+        segmenter.model, validation(refer, segmenter), limit=20, seed=0, resamples=200
     )
     return {name: describe_record(record) for name, record in records.items()}
 
@@ -311,7 +312,7 @@ def printed(summary: dict) -> str:
 def texts(folder: Path) -> dict[str, str]:
     """The texts that are made from the committed records; the report has the table of the family in it."""
     runs = load_runs(REPO / "results" / "reproduction")
-    found = summaries(runs, resamples=300)
+    found = summaries(runs, resamples=200)
     out = {}
     for name, summary in found.items():
         out[f"{name}, markdown"] = markdown_table(summary)
@@ -332,14 +333,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def flavours_root(tiny_root):
-    """The root of all four flavours of the tiny RefShapes."""
-    for name in FLAVOURS[2:]:
-        make_refshapes(tiny_root, name, "tiny", progress=False)
-    return tiny_root
 
 
 @pytest.fixture
@@ -419,9 +412,16 @@ def test_all_protocols(refer):
         check_record(found[name], golden)
 
 
-@pytest.mark.parametrize("name", FLAVOURS)
-def test_refshapes_is_drawn_as_it_was(flavours_root, name):
-    assert drawn(flavours_root, name) == GOLDEN["drawn"][name]
+@pytest.mark.parametrize("name", FLAVOURS[:2])
+def test_refshapes_is_drawn_as_it_was(tiny_root, name):
+    assert drawn(tiny_root, name) == GOLDEN["drawn"][name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLAVOURS[2:])
+def test_long_sentences_and_landscapes_are_drawn_as_they_were(tmp_path, name):
+    make_refshapes(tmp_path, name, "tiny", progress=False)
+    assert drawn(tmp_path, name) == GOLDEN["drawn"][name]
 
 
 @pytest.mark.parametrize("name, split_by", REAL)

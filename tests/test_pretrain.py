@@ -250,8 +250,8 @@ def test_shipped_classifier_ranks_pictures_it_has_not_seen(data):
 
 def test_a_model_with_the_classifier_can_be_stored(tmp_path):
     from refseg_nb.data.words import Vocabulary
-    from refseg_nb.models.shnet import create_model
     from refseg_nb.models.hub import load_model, save_model
+    from refseg_nb.models.registry import create_model
 
     vocabulary = Vocabulary.build(["the red car"])
     model = create_model(

@@ -8,14 +8,13 @@ __all__ = ['KINDS', 'TOKENS', 'AttentionError', 'AttentionSteps', 'AttentionLeve
            'word_scores', 'pixel_scores', 'without_words', 'without_cells']
 
 # %% ../../nbs/14_attention.ipynb #002
-import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.sfm import SFMAttention
+from ..models.base import AttentionBlock, ModelAttention
 from ..errors import InputError
 
 # %% ../../nbs/14_attention.ipynb #011
@@ -217,51 +216,48 @@ class AttentionMaps:
 
 # %% ../../nbs/14_attention.ipynb #018
 def attention_maps(
-    # of one expression: an `SFMAttention`, `AttentionMaps`, or an object with `blocks()` (chapters 17 to 19)
-    # or `maps(words)` (your own)
-    attention,
+    attention: ModelAttention | AttentionMaps | None,  # of one expression
     words: list[str],  # the words that the model read, without padding
 ) -> AttentionMaps:
     "A model's attention as checked, plain arrays."
     if isinstance(attention, AttentionMaps):
         return attention
-    if callable(getattr(attention, "maps", None)):
-        return attention.maps(words)
-    if callable(getattr(attention, "blocks", None)):
-        words = ["[CLS]"] * getattr(attention, "begin", False) + list(words)
-        levels = {
-            name: AttentionLevel(a.float().cpu().numpy(), grid, queries, keys)
-            for name, (a, grid, queries, keys) in attention.blocks().items()
-        }
-        if (batch := max(len(level.weights) for level in levels.values())) > 1:
-            raise AttentionError(f"the batch axis has {batch} entries: give the attention of one expression")
-        return AttentionMaps(words, levels)
     if attention is None:
         raise AttentionError(
             "the model gave no attention: rows without SFM (the baseline, only-hcam) do not attend"
         )
-    if not isinstance(attention, SFMAttention):
+    if not isinstance(attention, ModelAttention):
         raise AttentionError(
-            f"{type(attention).__name__} is not known: give it a method maps(words), or use"
-            " AttentionMaps.from_arrays"
+            f"{type(attention).__name__} is not known: derive it from refseg_nb.models.base.ModelAttention,"
+            " or use AttentionMaps.from_arrays"
         )
-    batch = {len(a) for layers in attention.values() for a in layers}
-    if batch != {1}:
-        raise AttentionError(f"the batch axis has {max(batch)} entries: give the attention of one expression")
-    n, t = attention.grid[0] * attention.grid[1], len(words)
-    if t > attention.words:
-        raise AttentionError(f"{t} words, but the attention is of {attention.words}")
-    stack = lambda layers: torch.cat(layers).float().cpu().numpy()
-    steps = {
-        level: AttentionSteps(
-            *(stack([part[:, :, : n + t] for part in parts]) for parts in zip(*layers)), attention.width
-        )
-        for level, layers in attention.steps.items()
-    }
-    weights = {
-        level: stack([a[:, :, : n + t, : n + t] for a in layers]) for level, layers in attention.items()
-    }
-    return AttentionMaps.from_arrays(weights, words, attention.grid, steps=steps or None)
+    words = ["[CLS]"] * attention.begin + list(words)
+    levels = {name: _plain_level(block, len(words)) for name, block in attention.blocks().items()}
+    return AttentionMaps(words, levels)
+
+
+def _plain_level(block: AttentionBlock, words: int) -> AttentionLevel:
+    "One block of one expression as arrays, without the columns of padded words."
+    if (batch := max(len(layer) for layer in block.layers)) > 1:
+        raise AttentionError(f"the batch axis has {batch} entries: give the attention of one expression")
+    n = block.layers[0].shape[-1]
+    if block.queries == block.keys == "both":  # padded words stand at the end of the joined sequence
+        n = block.grid[0] * block.grid[1] + words
+        if n > block.layers[0].shape[-1]:
+            held = block.layers[0].shape[-1] - block.grid[0] * block.grid[1]
+            raise AttentionError(f"{words} words, but the attention is of {held}")
+    steps = None
+    if block.steps:
+        sums, lengths = (_stack([part[:, :, :n] for part in parts]) for parts in zip(*block.steps))
+        steps = AttentionSteps(sums, lengths, block.width)
+    rows = n if block.queries == "both" else block.layers[0].shape[-2]
+    weights = _stack([layer[:, :, :rows, :n] for layer in block.layers])
+    return AttentionLevel(weights, block.grid, block.queries, block.keys, steps)
+
+
+def _stack(layers: list[Tensor]) -> np.ndarray:  # float32 [layer, head, ...]
+    "The layers of one expression, one after the other."
+    return torch.cat(layers).float().cpu().numpy()
 
 # %% ../../nbs/14_attention.ipynb #023
 def weight_steps(
@@ -460,17 +456,6 @@ def relevance(
     return AttentionMaps.from_arrays(found, words, grid, kind="relevance")
 
 # %% ../../nbs/14_attention.ipynb #064
-def _levels_apart(model):
-    """The same SHNet; where its SFM is shared, it is called once a level, so that gradients reach each
-    level's attention."""
-    if not model.config.sfm_shared:
-        return model
-    apart = copy.copy(model)
-    apart._modules = {**model._modules, "sfm": torch.nn.ModuleList([model.sfm[0]] * 3)}
-    apart.config = replace(model.config, sfm_shared=False)
-    return apart
-
-
 @torch.inference_mode(False)
 def look(
     scene,  # an `EncodedScene` of refseg_nb.inference
@@ -491,13 +476,14 @@ def look(
     if kind == "raw":
         return answer, raw
     if kind == "rollout":
-        return answer, rollout(raw, 0.5 if getattr(seg.model.config, "sfm_residual", True) else 0.0)
-    if not isinstance(answer.attention, SFMAttention):
+        return answer, rollout(raw, 0.5 if answer.attention.residual else 0.0)
+    model = seg.model.for_relevance()
+    if model is None:
         raise AttentionError("gradient relevance is made for models with SFM")
     with torch.enable_grad():
         ids = torch.tensor([seg.vocabulary.encode(" ".join(answer.words), seg.max_words)], device=seg.device)
         features = [f.clone().requires_grad_() for f in scene.features]
-        logits, attention = _levels_apart(seg.model).segment(features, ids, return_attention=True)
+        logits, attention = model.segment(features, ids, return_attention=True)
         inside = logits > torch.logit(torch.tensor(seg.threshold))
         y = logits[inside].mean() if inside.any() else logits.max()
         return answer, relevance(attention.levels, y, read, attention.grid)

@@ -31,7 +31,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..models.decoder import double
 from ..models.hcam import average_words
-from ..models.shnet import SHNet, create_model
+from ..models.registry import create_model
+from ..models.shnet import SHNet
 from ..system import git_commit, machine, versions
 from ..system import peak_memory, reset_peak_memory
 from ..errors import InputError

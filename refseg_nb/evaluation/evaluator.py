@@ -213,13 +213,15 @@ class Evaluator:
         autocast: Autocast | None = None,  # for mixed precision
         device: str | torch.device | None = None,  # where to compute; default: where the model is
         progress: str | None = None,  # show a bar with this text
-    ) -> dict[str, np.ndarray]:  # "index", "area", "pixels" and the names: one int64 a sample of this process
+    ) -> dict[
+        str, np.ndarray
+    ]:  # "index", "area", "pixels" and the names: one number a sample of this process
         "One pass over the model: segment every sample of this process and count in each answer."
         autocast = autocast or nullcontext
         device = device or next(model.parameters()).device
         training = model.training
         model.eval()
-        found = [np.zeros((0, 3 + len(names)), dtype=np.int64)]
+        found = []
         batches = self.batches()
         if progress:
             batches = track(
@@ -248,10 +250,12 @@ class Evaluator:
                 for same, z, y in self.by_size(samples, logits):
                     index = torch.tensor([self.index[s.ref_id, s.sent_id] for s in same], device=y.device)
                     pixels = torch.full_like(index, y[0].numel())
-                    rows = torch.stack([index, y.sum((-2, -1)), pixels, *count(same, z, y)], 1)
-                    found.append(rows.cpu().numpy())
+                    columns = [index, y.sum((-2, -1)), pixels, *count(same, z, y)]
+                    found.append([column.cpu().numpy() for column in columns])
         model.train(training)
-        return dict(zip(("index", "area", "pixels", *names), np.concatenate(found).T))
+        columns = ("index", "area", "pixels", *names)
+        nothing = [np.zeros(0, dtype=np.int64)] * len(columns)
+        return dict(zip(columns, map(np.concatenate, zip(*(found or [nothing])))))
 
     def run(
         self,

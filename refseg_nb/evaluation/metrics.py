@@ -70,12 +70,12 @@ def check_rules(
 
 
 def count_sums(
-    intersection: Int64[Tensor, "n"],  # pixels in both masks of a sample
-    union: Int64[Tensor, "n"],  # pixels in either
+    intersection: Int64[Tensor, " n"],  # pixels in both masks of a sample
+    union: Int64[Tensor, " n"],  # pixels in either
     thresholds: Iterable[float] = THRESHOLDS,  # the X of precision@X
     comparator: str = ">",  # a hit is IoU > X (the SHNet paper) or IoU >= X (LAVT and others)
     empty_union_iou: float = 1.0,  # IoU of two empty masks
-) -> Int64[Tensor, "m"]:  # intersection, union, samples, IoU in units of 1/IOU_UNIT, hits of each threshold
+) -> Int64[Tensor, " m"]:  # intersection, union, samples, IoU in units of 1/IOU_UNIT, hits of each threshold
     "Everything that the scores of some samples need, as exact sums that may be added over batches."
     iou = iou_of_counts(intersection, union, empty_union_iou)
     x = torch.tensor(tuple(thresholds), dtype=torch.float64, device=iou.device)
@@ -85,7 +85,7 @@ def count_sums(
 
 
 def scores_of_sums(
-    sums: Int64[Tensor, "m"],  # of `count_sums`, or their sum over batches
+    sums: Int64[Tensor, " m"],  # of `count_sums`, or their sum over batches
     thresholds: Iterable[float] = THRESHOLDS,  # the same as there
     empty_union_iou: float = 1.0,  # the same as there; two empty masks add nothing to the overall IoU
 ) -> dict[str, float]:  # "overall_iou", "mean_iou", "precision@0.5", ... in percent; NaN without samples
@@ -102,8 +102,8 @@ def scores_of_sums(
 
 
 def scores(
-    intersection: Int64[Tensor, "n"],  # pixels in both masks of a sample
-    union: Int64[Tensor, "n"],  # pixels in either
+    intersection: Int64[Tensor, " n"],  # pixels in both masks of a sample
+    union: Int64[Tensor, " n"],  # pixels in either
     thresholds: Iterable[float] = THRESHOLDS,  # the X of precision@X
     comparator: str = ">",  # a hit is IoU > X (the SHNet paper) or IoU >= X (LAVT and others)
     empty_union_iou: float = 1.0,  # IoU of two empty masks; it adds nothing to the overall IoU

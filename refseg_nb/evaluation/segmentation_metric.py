@@ -63,8 +63,8 @@ class SegmentationMetric(Metric):
 
     def update_counts(
         self,
-        intersection: Int64[Tensor, "n"],  # pixels in both masks of a sample
-        union: Int64[Tensor, "n"],  # pixels in either
+        intersection: Int64[Tensor, " n"],  # pixels in both masks of a sample
+        union: Int64[Tensor, " n"],  # pixels in either
     ) -> None:
         "Add samples of which the pixel counts are known."
         self._computed, self._update_count = None, self._update_count + 1

@@ -1,0 +1,7 @@
+"""SHNet, CMPC, LAVT and CrossVLT, their backbones and text encoders, and how models are stored.
+
+`create_model` makes one by name and preset, `save_model` and `load_model` keep it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

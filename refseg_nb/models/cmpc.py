@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['WORD_TYPES', 'CMPC_PRESETS', 'CMPC_RECIPES', 'ReadWords', 'WordReader', 'coordinates', 'MUTAN', 'joint_norm',
            'RelationGraph', 'Level', 'PeepholeConvLSTM', 'WideTGFE', 'enlarge', 'pad_same', 'DeepLabResNet',
-           'CMPCConfig', 'deeplab_backbone', 'CMPCAttention', 'CMPC', 'create_cmpc', 'count_parameters', 'count_flops',
-           'CMPCRecipe', 'parameter_groups', 'published_layout', 'load_published']
+           'CMPCConfig', 'deeplab_backbone', 'CMPCAttention', 'CMPC', 'published_layout', 'load_published']
 
 # %% ../../nbs/17_cmpc.ipynb #002
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .aggregation import TGFE
@@ -31,9 +30,17 @@ from refseg_nb.models.backbones import (
 )
 from .decoder import pick
 from .text import TextEncoder
-from .shnet import Recipe
+from .base import Recipe
 from ..errors import InputError
 from ..errors import NotFoundError
+from typing import Any
+from .base import AttentionBlock
+from collections.abc import Callable
+from .base import ModelAttention
+from .base import ModelConfig
+from .base import RISModel
+from .base import image_rows
+from .registry import register_model
 
 # %% ../../nbs/17_cmpc.ipynb #007
 WORD_TYPES = ("entity", "attribute", "relation", "unnecessary")
@@ -328,7 +335,7 @@ class DeepLabResNet(ResNetBackbone):
 
 # %% ../../nbs/17_cmpc.ipynb #057
 @dataclass(frozen=True)
-class CMPCConfig:
+class CMPCConfig(ModelConfig):
     "What CMPC is made of. Defaults are the published program's."
 
     backbone: str = "deeplab-resnet101"  # frozen; or a name that `create_backbone` knows
@@ -347,7 +354,8 @@ class CMPCConfig:
     auxiliary: float = 0.1  # weight of each level's own loss; the answer's is what is left to 1
     prior: float | None = None  # foreground share that the untrained scores predict; None: one half
 
-    def __post_init__(self):
+    def check(self) -> None:
+        "Raise an `InputError` for a backbone that does not exist or weights that leave the answer none."
         known = ("deeplab-resnet101", *BACKBONES)
         if self.backbone not in known:
             raise InputError(f"no backbone called {self.backbone!r}; there are {', '.join(known)}")
@@ -358,21 +366,6 @@ class CMPCConfig:
     def output_size(self) -> int:
         "Pixels a side of the logits."
         return self.grid * self.factor
-
-    def to_dict(self) -> dict:
-        "Plain values, ready for JSON."
-        return asdict(self)
-
-    @classmethod
-    def from_dict(
-        cls,
-        values: dict,  # as `to_dict` gave them, perhaps by way of JSON
-    ) -> "CMPCConfig":
-        "The configuration again; unknown fields are an error."
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise InputError(f"CMPCConfig has no field {', '.join(sorted(unknown))}")
-        return cls(**values)
 
 
 CMPC_PRESETS: dict[str, CMPCConfig] = {
@@ -412,7 +405,7 @@ def deeplab_backbone(
 
 # %% ../../nbs/17_cmpc.ipynb #061
 @dataclass
-class CMPCAttention:
+class CMPCAttention(ModelAttention):
     """What the words are for, and how they connect the places; levels are 2, 3, 4 (CMPC's C3, C4, C5),
     places row by row."""
 
@@ -439,6 +432,7 @@ class CMPCAttention:
     def expression(
         self,
         row: int,  # which of the batch
+        words: int | None = None,  # known from the types of the words
     ) -> "CMPCAttention":  # B = 1, T without padding
         "The attention of one expression."
         words = int((self.types[row] > 0).any(-1).sum())
@@ -447,24 +441,54 @@ class CMPCAttention:
             self.types[row : row + 1, :words], cut(self.to_words), cut(self.to_places), self.grid
         )
 
-    def blocks(self) -> dict[str, tuple[Tensor, tuple[int, int], str, str]]:
-        """By level and direction: weights [B, heads = 1, query, key], their grid, who looks, at what; see
-        `refseg_nb.attention.maps`."""
+    def blocks(self) -> dict[str, AttentionBlock]:
+        "By level and direction, one layer with one head each."
         found = {}
         for level in self.to_words:
-            found[f"{level} pixels→words"] = (self.to_words[level][:, None], self.grid, "pixels", "words")
-            found[f"{level} pixels→pixels"] = (self.affinity(level)[:, None], self.grid, "pixels", "pixels")
-            found[f"{level} words→pixels"] = (
-                self.to_places[level].transpose(1, 2)[:, None],
-                self.grid,
-                "words",
-                "pixels",
-            )
+            for name, weights, queries, keys in (
+                ("pixels→words", self.to_words[level], "pixels", "words"),
+                ("pixels→pixels", self.affinity(level), "pixels", "pixels"),
+                ("words→pixels", self.to_places[level].transpose(1, 2), "words", "pixels"),
+            ):
+                found[f"{level} {name}"] = AttentionBlock([weights[:, None]], self.grid, queries, keys)
         return found
 
 # %% ../../nbs/17_cmpc.ipynb #065
-class CMPC(nn.Module):
+CMPC_RECIPES: dict[str, Recipe] = {
+    "published": Recipe(
+        batch_size=1,  # expressions; the program can take no more
+        lr=2.5e-4,  # Adam
+        # L2 on convolution weights (`parameter_groups`); 5e-4 in the program, whose loss is a sum over
+        # 320 x 320 pixels
+        weight_decay=5e-4 / 320**2,
+        power=0.9,  # of the polynomial decay
+        target="dilated",  # the mask is resized bilinearly, then > 0
+        optimizer="adam",  # L2 in the gradient
+        end_lr=1e-5,  # of the polynomial decay
+        decay_steps=800_000,
+        steps=700_000,  # a run stops before its decay has ended
+        fit="letterbox",  # resized and padded
+        protocol="cmpc",  # chapter 13c
+        crf=True,  # the published numbers are sharpened with a dense CRF
+    ),
+    "refshapes": Recipe(
+        batch_size=32,
+        epochs=14,
+        lr=2e-3,
+        weight_decay=1e-4,
+        power=0.7,
+    ),
+}
+
+# %% ../../nbs/17_cmpc.ipynb #067
+@register_model("cmpc")
+class CMPC(RISModel):
     "Cross-Modal Progressive Comprehension (Huang et al., 2020)."
+
+    Config = CMPCConfig
+    presets = CMPC_PRESETS
+    recipes = CMPC_RECIPES
+    smallest_batch = 1  # no BatchNorm
 
     def __init__(
         self,
@@ -473,8 +497,8 @@ class CMPC(nn.Module):
         vectors: Tensor | None = None,  # [V, D] word vectors to start from; None: random
         backbone: Backbone | None = None,  # None: made by `config`
     ):
-        super().__init__()
-        c, d, self.config = config.channels, config.fused, config
+        super().__init__(config, vocab_size)
+        c, d = config.channels, config.fused
         if backbone is not None:
             self.backbone = backbone
         elif config.backbone == "deeplab-resnet101":
@@ -490,11 +514,6 @@ class CMPC(nn.Module):
             for score in (self.score, *(level.score for level in self.levels)):
                 nn.init.constant_(score.bias, math.log(config.prior / (1 - config.prior)))
 
-    @property
-    def output_size(self) -> int:
-        "Pixels a side of the logits."
-        return self.config.output_size
-
     def adapt(
         self,
         levels: list[Tensor],  # the backbone's raw levels
@@ -502,23 +521,9 @@ class CMPC(nn.Module):
         "Laterals and MUTAN's visual factors: the picture's share of the head."
         return [level.look(v, self.where) for level, v in zip(self.levels, levels)]
 
-    def encode(
-        self,
-        images: UInt8[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
-    ) -> list[Float[Tensor, "K H W heads C"]]:  # what `segment` takes
-        "All that is done once an image, however many phrases ask about it."
-        return self.adapt(self.backbone(images))
-
     def comprehend(self, features, words, image_index=None):
         "The map that the answer is read from, the maps of the three levels, and the attention."
-        k, b = len(features[0]), len(words)
-        if image_index is None and k != b:
-            if k != 1:
-                raise InputError(
-                    f"{k} images and {b} expressions: image_index must say which image each expression is"
-                    " about"
-                )
-            image_index = torch.zeros(b, dtype=torch.long, device=words.device)
+        image_index = image_rows(len(features[0]), len(words), image_index, words.device)
         said = self.reader(words)
         maps, to_words, to_places = zip(
             *(level(pick(f, image_index), said, self.where) for level, f in zip(self.levels, features))
@@ -566,15 +571,6 @@ class CMPC(nn.Module):
             "levels": share * sum(judge(level.score(y)) for level, y in zip(self.levels, maps)),
         }
 
-    def forward(
-        self,
-        images: UInt8[Tensor, "K 3 S S"],
-        words: Int[Tensor, "B T"],
-        image_index: Int[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, "B h w"]:
-        "Encode, then segment."
-        return self.segment(self.encode(images), words, image_index)
-
     def parts(self) -> dict[str, list[nn.Module]]:
         "The modules of each trained part of the head."
         each = lambda name: [getattr(level, name) for level in self.levels]
@@ -591,129 +587,46 @@ class CMPC(nn.Module):
             "ConvLSTM": [self.exchange.fuse],
         }
 
+    def flop_parts(
+        self,
+        of: Callable[[str], float],  # path of a module -> its GFLOP
+    ) -> dict[str, float]:
+        "GFLOP by part."
 
-def create_cmpc(
-    preset: str = "refshapes",  # "published" or "refshapes"
-    vocab_size: int | None = None,  # V, with PAD = 0; `vectors` may tell it too
-    vectors: Tensor | None = None,  # [V, D] word vectors to start from
-    backbone: Backbone | str | None = None,  # a module, or a name that `CMPCConfig` knows; None: the preset's
-    **overrides,  # fields of `CMPCConfig` to change
-) -> CMPC:
-    "CMPC by preset, with single fields changed."
-    if preset not in CMPC_PRESETS:
-        raise InputError(f"no preset called {preset!r}; there are {', '.join(CMPC_PRESETS)}")
-    if vocab_size is None and vectors is None:
-        raise InputError("vocab_size is needed: how many words the vocabulary has")
-    if isinstance(backbone, str):
-        overrides["backbone"], backbone = backbone, None
-    config = CMPCConfig.from_dict(CMPC_PRESETS[preset].to_dict() | overrides)
-    return CMPC(config, len(vectors) if vocab_size is None else vocab_size, vectors, backbone)
+        def levels(path: str = "") -> float:
+            return sum(of(f"levels.{i}{path}") for i in range(3))
 
-# %% ../../nbs/17_cmpc.ipynb #069
-def count_parameters(
-    model: CMPC,  # any device ("meta" too)
-) -> dict[str, int]:  # part -> trained parameters; "total" is the head's, without the backbone
-    "Trained parameters by part."
-    counts = {
-        part: sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
-        for part, modules in model.parts().items()
-    }
-    return counts | {"total": sum(counts.values())}
+        return {
+            "backbone": of("backbone"),
+            "laterals": levels(".lateral"),
+            "MUTAN, picture": levels(".fusion.visual"),
+            "words": of("reader"),
+            "MUTAN, words": levels(".fusion"),
+            "graph": levels(".graph"),
+            "mix": levels() - levels(".fusion") - levels(".graph"),
+            "exchange": of("exchange") - of("exchange.fuse"),
+            "ConvLSTM": of("exchange.fuse"),
+            "score": of("score"),
+        }
 
-# %% ../../nbs/17_cmpc.ipynb #075
-def count_flops(
-    config: CMPCConfig,
-    words: int = 20,  # T
-) -> dict[str, float]:  # part -> GFLOP (2 x multiply-adds) for one image and one phrase
-    "Floating-point operations by part, counted on a model without data."
-    from torch.utils.flop_counter import FlopCounterMode
+    def parameter_groups(
+        self,
+        weight_decay: float = CMPC_RECIPES["published"].weight_decay,
+    ) -> list[dict[str, Any]]:  # two: decayed parameters, and the others; trained ones only
+        "The published groups: no decay for biases, norms, word vectors, LSTM and ConvLSTM."
+        spared = ("backbone.", "reader.encoder.", "exchange.fuse.")
+        decayed = {
+            id(m.weight)
+            for name, m in self.named_modules()
+            if isinstance(m, nn.Conv2d | nn.Linear) and not name.startswith(spared)
+        }
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
+            {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+        ]
 
-    with torch.device("meta"):
-        model = CMPC(replace(config, backbone_weights="none"), vocab_size=2).eval()
-        image, phrase = (
-            torch.empty(1, 3, config.image_size, config.image_size),
-            torch.ones(1, words, dtype=torch.long),
-        )
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image, phrase)
-    of = {name: sum(flops.values()) / 1e9 for name, flops in counter.get_flop_counts().items()}
-    part = lambda name: of.get(f"CMPC.{name}", 0.0)
-    levels = lambda name="": sum(part(f"levels.{i}{name}") for i in range(3))
-    return {
-        "backbone": part("backbone"),
-        "laterals": levels(".lateral"),
-        "MUTAN, picture": levels(".fusion.visual"),
-        "words": part("reader"),
-        "MUTAN, words": levels(".fusion"),
-        "graph": levels(".graph"),
-        "mix": levels() - levels(".fusion") - levels(".graph"),
-        "exchange": part("exchange") - part("exchange.fuse"),
-        "ConvLSTM": part("exchange.fuse"),
-        "score": part("score"),
-    }
-
-# %% ../../nbs/17_cmpc.ipynb #080
-@dataclass(frozen=True)
-class CMPCRecipe(Recipe):
-    "How CMPC is trained and measured; the fields of SHNet's recipe, and what CMPC has besides."
-
-    batch_size: int = 1  # expressions; the program can take no more
-    lr: float = 2.5e-4  # Adam
-    # L2 on convolution weights (`parameter_groups`); 5e-4 in the program, whose loss is a sum over 320 x 320
-    # pixels
-    weight_decay: float = 5e-4 / 320**2
-    power: float = 0.9  # of the polynomial decay
-    target: str = "dilated"  # the mask is resized bilinearly, then > 0
-    optimizer: str = "adam"  # "adam" (L2 in the gradient) or "adamw"
-    end_lr: float = 1e-5  # of the polynomial decay
-    decay_steps: int | None = 800_000  # when the decay ends; None: with the training
-    steps: int | None = 700_000  # when training ends; None: see `epochs`
-    fit: str = "letterbox"  # how a picture becomes a square: resized and padded, or "squash"
-    protocol: str = "cmpc"  # of the evaluation (chapter 13c)
-    crf: bool = True  # the published numbers are sharpened with a dense CRF
-
-
-CMPC_RECIPES: dict[str, CMPCRecipe] = {
-    "published": CMPCRecipe(),
-    "refshapes": CMPCRecipe(
-        batch_size=32,
-        epochs=14,
-        lr=2e-3,
-        weight_decay=1e-4,
-        power=0.7,
-        target="soft",
-        optimizer="adamw",
-        end_lr=0.0,
-        decay_steps=None,
-        steps=None,
-        fit="squash",
-        protocol="refseg",
-        crf=False,
-    ),
-}
-
-# %% ../../nbs/17_cmpc.ipynb #084
-def parameter_groups(
-    model: CMPC,
-    weight_decay: float = CMPC_RECIPES["published"].weight_decay,
-) -> list[dict]:  # for an optimizer, two: decayed parameters, and the others; trained ones only
-    "The published groups: no decay for biases, norms, word vectors, LSTM and ConvLSTM."
-    spared = ("backbone.", "reader.encoder.", "exchange.fuse.")
-    decayed = {
-        id(m.weight)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Conv2d | nn.Linear) and not name.startswith(spared)
-    }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
-    ]
-
-
-CMPC.parameter_groups = parameter_groups  # the learner asks the model
-
-# %% ../../nbs/17_cmpc.ipynb #087
+# %% ../../nbs/17_cmpc.ipynb #086
 _LSTM, _CELL = "reader.encoder.lstm.", "exchange.fuse."
 
 

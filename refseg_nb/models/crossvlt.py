@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BERT_NAMES', 'CROSSVLT_PRESETS', 'CROSSVLT_RECIPES', 'PUBLISHED_NAMES', 'attend', 'BertBlock', 'MHCA',
            'similarity_map', 'alignment_loss', 'LanguageStage', 'CrossVLTConfig', 'CrossAttention', 'CrossVLT',
-           'create_crossvlt', 'load_published']
+           'load_published']
 
 # %% ../../nbs/19_crossvlt.ipynb #002
 import math
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,8 @@ from torch import Tensor, nn
 
 from .decoder import pick
 from refseg_nb.models.lavt import (
-    LAVT,
     LAVT_RECIPES,
     SWINS,
-    LAVTRecipe,
     SwinBackbone,
     TopDownDecoder,
     difference,
@@ -35,6 +33,16 @@ from refseg_nb.models.lavt import (
 from .text import bert_encoder
 from .lavt import PUBLISHED_NAMES as LAVT_NAMES
 from ..errors import InputError
+from typing import Any
+from .base import AttentionBlock
+from .base import ModelAttention
+from .base import ModelConfig
+from .base import RISModel
+from .base import Recipe
+from typing import Self
+from .base import image_rows
+from .registry import register_model
+from .lavt import swin_parameter_groups
 
 # %% ../../nbs/19_crossvlt.ipynb #011
 def attend(
@@ -213,7 +221,7 @@ class LanguageStage(nn.Module):
 
 # %% ../../nbs/19_crossvlt.ipynb #042
 @dataclass(frozen=True)
-class CrossVLTConfig:
+class CrossVLTConfig(ModelConfig):
     "What CrossVLT is made of. Defaults are the released model's."
 
     # pictures
@@ -244,7 +252,8 @@ class CrossVLTConfig:
     mask_weight: float = 2.0  # of the loss on the decoder's logits
     alignment_weight: float = 1.0  # of the alignment loss, summed over the stages; 0: none
 
-    def __post_init__(self):
+    def check(self) -> None:
+        "Raise an `InputError` for a backbone that does not exist, or widths that cannot be divided."
         if self.backbone not in SWINS:
             raise InputError(f"no backbone called {self.backbone!r}; there are {', '.join(SWINS)}")
         if self.text_width % self.text_heads:
@@ -258,20 +267,16 @@ class CrossVLTConfig:
                 f" {self.backbone}"
             )
 
-    def to_dict(self) -> dict:
-        "Plain values, ready for JSON."
-        return asdict(self)
+    @property
+    def pieces_of(self) -> str | None:
+        "The BERT whose WordPieces it reads; None with a [CLS] of its own before the course's words."
+        if self.begin:
+            return None
+        return "bert-base-uncased" if self.text_weights in (None, "none") else self.text_weights
 
-    @classmethod
-    def from_dict(
-        cls,
-        values: dict,  # as `to_dict` gave them, perhaps by way of JSON
-    ) -> "CrossVLTConfig":
-        "The configuration again; unknown fields are an error."
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise InputError(f"CrossVLTConfig has no field {', '.join(sorted(unknown))}")
-        return cls(**values)
+    def without_weights(self) -> Self:
+        "The same model with random weights, BERT's too."
+        return replace(self, backbone_weights="none", text_weights="none")
 
 # %% ../../nbs/19_crossvlt.ipynb #044
 CROSSVLT_PRESETS: dict[str, CrossVLTConfig] = {
@@ -299,13 +304,13 @@ CROSSVLT_PRESETS: dict[str, CrossVLTConfig] = {
         prior=0.05,
     ),
 }
-CROSSVLT_RECIPES: dict[str, LAVTRecipe] = {  # fields as in chapter 18
+CROSSVLT_RECIPES: dict[str, Recipe] = {  # fields as in chapter 18
     name: replace(LAVT_RECIPES[name], batch_size=12, lr=3e-5) for name in ("base", "tiny", "small", "large")
 } | {"refshapes": replace(LAVT_RECIPES["refshapes"], lr=2e-3)}
 
 # %% ../../nbs/19_crossvlt.ipynb #048
 @dataclass
-class CrossAttention:
+class CrossAttention(ModelAttention):
     "Who looked where, in both directions; stages count from 1, and all weights of a row sum to one."
 
     # stages 1 to 4: how much each place heeds each word, after the blocks
@@ -321,37 +326,43 @@ class CrossAttention:
 
     def expression(
         self,
-        b: int,  # which of the batch
+        row: int,  # which of the batch
+        words: int | None = None,  # known from the mask
     ) -> "CrossAttention":  # B = 1, T without padding
         "The attention of one expression."
-        real, row = self.mask[b], slice(b, b + 1)
-        cut = lambda maps: {i: a[row][..., real] for i, a in maps.items()}
+        real, one = self.mask[row], slice(row, row + 1)
+        cut = lambda maps: {i: a[one][..., real] for i, a in maps.items()}
         return CrossAttention(
             cut(self.places),
             cut(self.merged),
-            {i: a[row][:, :, real] for i, a in self.words.items()},
-            {i: s[row] for i, s in self.similarity.items()},
+            {i: a[one][:, :, real] for i, a in self.words.items()},
+            {i: s[one] for i, s in self.similarity.items()},
             real[real][None],
             self.begin,
         )
 
-    def blocks(self) -> dict[str, tuple[Tensor, tuple[int, int], str, str]]:
-        """By stage and direction: weights [B, heads, query, key], their grid, who looks, at what; see
-        `refseg_nb.attention.maps`."""
+    def blocks(self) -> dict[str, AttentionBlock]:
+        "By stage and direction, one layer each."
         found = {}
         for i, a in self.places.items():
             for name, w in ((f"{i}", a), (f"{i} merged", self.merged.get(i))):
                 if w is not None:
-                    found[f"{name} pixels→words"] = (w.flatten(2, 3), tuple(w.shape[2:4]), "pixels", "words")
-        return found | {
-            f"{i} words→pixels": (w.flatten(3), tuple(w.shape[3:]), "words", "pixels")
-            for i, w in self.words.items()
-        }
+                    found[f"{name} pixels→words"] = AttentionBlock(
+                        [w.flatten(2, 3)], tuple(w.shape[2:4]), "pixels", "words"
+                    )
+        for i, w in self.words.items():
+            found[f"{i} words→pixels"] = AttentionBlock([w.flatten(3)], tuple(w.shape[3:]), "words", "pixels")
+        return found
 
 # %% ../../nbs/19_crossvlt.ipynb #049
-class CrossVLT(nn.Module):
+@register_model("crossvlt")
+class CrossVLT(RISModel):
     """CrossVLT (TMM 2023). Words and places inform each other at every stage, so only stage 1 can be shared
     between the phrases about a picture."""
+
+    Config = CrossVLTConfig
+    presets = CROSSVLT_PRESETS
+    recipes = CROSSVLT_RECIPES
 
     def __init__(
         self,
@@ -360,8 +371,8 @@ class CrossVLT(nn.Module):
         vectors: Tensor | None = None,  # [vocab_size, D] word vectors to start from
         backbone: SwinBackbone | None = None,  # None: made by `config`
     ):
-        super().__init__()
-        c = self.config = config
+        super().__init__(config, vocab_size)
+        c = config
         self.backbone = backbone or swin_backbone(
             c.backbone, c.window, c.image_size, c.drop_path, c.backbone_weights
         )
@@ -384,8 +395,6 @@ class CrossVLT(nn.Module):
         self.temperature = nn.Parameter(torch.ones(len(channels)))
         self.decoder = TopDownDecoder(channels, c.decoder_width, c.prior)
 
-    adapt, encode, forward, parameter_groups = LAVT.adapt, LAVT.encode, LAVT.forward, LAVT.parameter_groups
-
     def meet(self, fusion, v, words, mask, return_attention):
         """The places of a map [B, H, W, C] ask the words: F, and the attention [B, heads, H, W, T], as maps
         again."""
@@ -402,14 +411,7 @@ class CrossVLT(nn.Module):
         align: bool = False,  # fill the similarity maps
     ) -> tuple[Float[Tensor, "B h w"], CrossAttention]:  # logits; and what was asked for
         "The stages in turn, and the decoder."
-        k, b = len(features[0]), len(words)
-        if image_index is None and k != b:
-            if k != 1:
-                raise InputError(
-                    f"{k} images and {b} expressions: image_index must say which image each expression is"
-                    " about"
-                )
-            image_index = torch.zeros(b, dtype=torch.long, device=words.device)
+        image_index = image_rows(len(features[0]), len(words), image_index, words.device)
         l, mask, _ = self.text[0](words)
         v, stages, maps, seen = (
             pick(features[0], image_index),
@@ -481,32 +483,14 @@ class CrossVLT(nn.Module):
             "decoder": [self.decoder],
         }
 
-# %% ../../nbs/19_crossvlt.ipynb #051
-def create_crossvlt(
-    preset: str = "refshapes",  # a key of `CROSSVLT_PRESETS`
-    # tokens, with PAD = 0; None: BERT's 30,522, where the preset reads with BERT
-    vocab_size: int | None = None,
-    vectors: Tensor | None = None,  # [V, D] word vectors to start from
-    backbone: SwinBackbone | str | None = None,  # a module, or a key of `SWINS`; None: the preset's
-    **overrides,  # fields of `CrossVLTConfig` to change
-) -> CrossVLT:
-    "CrossVLT by preset, with single fields changed."
-    if preset not in CROSSVLT_PRESETS:
-        raise InputError(f"no preset called {preset!r}; there are {', '.join(CROSSVLT_PRESETS)}")
-    if isinstance(backbone, str):
-        overrides["backbone"], backbone = backbone, None
-    if vocab_size is None and vectors is not None:
-        vocab_size = len(vectors)
-    if vocab_size is None and preset == "refshapes":
-        raise InputError("vocab_size is needed: how many words the vocabulary has")
-    return CrossVLT(
-        CrossVLTConfig.from_dict(CROSSVLT_PRESETS[preset].to_dict() | overrides),
-        vocab_size or 30_522,
-        vectors,
-        backbone,
-    )
+    def parameter_groups(
+        self,
+        weight_decay: float = 1e-2,
+    ) -> list[dict[str, Any]]:
+        "The published groups, LAVT's."
+        return swin_parameter_groups(self, weight_decay)
 
-# %% ../../nbs/19_crossvlt.ipynb #083
+# %% ../../nbs/19_crossvlt.ipynb #082
 # a published name -> ours, or after "!" why it is left out; the first row that matches holds
 PUBLISHED_NAMES: dict[str, str] = {
     r"backbone\.\d\.layers\.blocks\.\d+\.attn\.relative_position_index": (

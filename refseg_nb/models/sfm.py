@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from ..errors import InputError
+from .base import AttentionBlock
+from .base import ModelAttention
+from dataclasses import replace
 
 # %% ../../nbs/09_sfm.ipynb #009
 def sinusoid(
@@ -256,7 +259,7 @@ class SFM(nn.Module):
 
 # %% ../../nbs/09_sfm.ipynb #047
 @dataclass
-class SFMAttention:
+class SFMAttention(ModelAttention):
     "The attention of one forward pass: `attention[level][layer]` is [B, heads, HW+T, HW+T], queries x keys."
 
     # level 2, 3, 4 -> one tensor a layer; rows sum to one, padded keys get 0
@@ -266,6 +269,7 @@ class SFMAttention:
     # as `levels`: `LayerAttention`'s `log_sums` and `lengths` [B, heads, N]
     steps: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     width: int = 0  # d: channels of a head; the scores were divided by its root
+    residual: bool = True  # whether each layer adds its input to its output
 
     def __getitem__(self, level: int):
         return self.levels[level]
@@ -296,3 +300,26 @@ class SFMAttention:
         n = self.grid[0] * self.grid[1]
         part = {"pixels": slice(0, n), "words": slice(n, None)}
         return self.levels[level][layer][:, :, part[queries], part[keys]]
+
+    def expression(
+        self,
+        row: int,  # which of the batch
+        words: int | None = None,  # how many words it has, without padding; None: all columns
+    ) -> "SFMAttention":  # B = 1, T without padding
+        "The attention of one expression."
+        words = self.words if words is None else words
+        n = self.grid[0] * self.grid[1] + words
+        one = slice(row, row + 1)
+        levels = {level: [a[one, :, :n, :n] for a in layers] for level, layers in self.levels.items()}
+        steps = {
+            level: [(sums[one, :, :n], lengths[one, :, :n]) for sums, lengths in layers]
+            for level, layers in self.steps.items()
+        }
+        return replace(self, levels=levels, words=words, steps=steps)
+
+    def blocks(self) -> dict[int, AttentionBlock]:
+        "By level: all tokens attend to all tokens."
+        return {
+            level: AttentionBlock(layers, self.grid, "both", "both", self.steps.get(level), self.width)
+            for level, layers in self.levels.items()
+        }

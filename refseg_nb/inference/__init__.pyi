@@ -1,0 +1,13 @@
+"Names of `refseg_nb.inference`, for type checkers, completion and the lazy loader."
+
+from .requests import segment_batch
+from .segmenter import Answer, EncodedScene, Segmenter, load, shipped
+
+__all__ = [
+    "Answer",
+    "EncodedScene",
+    "Segmenter",
+    "load",
+    "segment_batch",
+    "shipped",
+]

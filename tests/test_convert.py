@@ -35,6 +35,7 @@ from refseg_nb.data.convert import (
 )
 from refseg_nb.data.refer import Refer, decode_segmentation, write_refer
 from refseg_nb.data.referit import ReferIt, open_data, write_referit
+from refseg_nb.errors import MissingExtra
 
 H, W = 30, 40
 
@@ -915,7 +916,7 @@ def test_what_is_no_table_of_refs(tmp_path, monkeypatch):
         convert(tmp_path / "x.parquet", tmp_path / "data")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ConvertError, match="extra 'parquet'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'refseg_nb\[parquet\]'"):
         convert(tmp_path / "x.parquet", tmp_path / "data", name="toy")
     assert not (tmp_path / "data").exists()
 

@@ -13,7 +13,6 @@ import os
 import re
 import reprlib
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,9 +35,8 @@ from refseg_nb.data.refer import (
     write_refer,
 )
 from .referit import ReferIt, _once, _query_files
-from ..errors import ExistsError
-from ..errors import InputError
-from ..errors import NotFoundError
+from ..errors import ExistsError, InputError, NotFoundError, require
+from ..files import atomic_file, scratch_folder
 
 # %% ../../nbs/03c_own_data.ipynb #010
 SCHEMA = {
@@ -443,12 +441,8 @@ def _put(source: Path, target: Path, images: str):
             return os.link(source, target)
         except OSError:
             pass  # another file system, or one without links
-    part = target.with_name(f".{target.name[:200]}.part")
-    try:
+    with atomic_file(target, sync=False) as part:
         shutil.copy2(source, part)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 # %% ../../nbs/03c_own_data.ipynb #055
 class _Staging:
@@ -458,14 +452,9 @@ class _Staging:
     def __init__(self, root, names, images):
         if images not in ("link", "copy"):
             raise InputError(f"images must be 'link' or 'copy', not {images!r}")
-        self.root, self.names, self.images, self.made, self.linked, self.missing = (
-            Path(root),
-            list(names),
-            images,
-            [],
-            0,
-            0,
-        )
+        self.root, self.names, self.images = Path(root), list(names), images
+        self.made, self.linked, self.missing = [], 0, 0
+        self.scratch = scratch_folder(self.root / "convert")
         for name in self.names:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}", name) or name == "images":
                 raise InputError(
@@ -479,7 +468,7 @@ class _Staging:
 
     def __enter__(self):
         self._folder(self.root)
-        self.folder = Path(tempfile.mkdtemp(dir=self.root, prefix=".convert."))
+        self.folder = self.scratch.__enter__()
         return self
 
     def _folder(self, folder):
@@ -511,7 +500,7 @@ class _Staging:
             self.made.append(self.root / name)
 
     def __exit__(self, kind, error, trace):
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.scratch.__exit__(None, None, None)
         if kind:
             for path in reversed(self.made):
                 if path.name in self.names and path.parent == self.root:
@@ -748,12 +737,7 @@ _COLUMNS = ("ref_id", "ann_id", "image_id", "category_id", "split", "sentences",
 
 def _read_parquet(files: list[Path]) -> tuple[list[dict], dict]:
     "The refs and the COCO dict in parquet files, a few hundred rows at a time."
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ConvertError(
-            "reading parquet files needs pyarrow: install refseg_nb with the extra 'parquet'"
-        ) from error
+    parquet = require("pyarrow.parquet", "reading parquet files")
     refs, images, annotations = [], {}, {}
     for path in files:
         try:
@@ -850,6 +834,7 @@ def convert(
         own = convert_jsonl(source, root, name, images)
         return Conversion(found, {name: [own.split_by]}, len(own.images), 0)
     if found == "parquet":
+        require("pyarrow", "reading parquet files")  # before any work begins
         files = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
         if not files:
             raise ConvertError(f"{source}: there is no .parquet file in it")

@@ -9,20 +9,17 @@ __all__ = ['PARTITIONS', 'PUBLISHED', 'ReferError', 'load_pickle', 'unpack_runs'
 
 # %% ../../nbs/03_refer_format.ipynb #002
 import json
-import os
 import pickle
 import re
-import shutil
-import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
-from ..files import write_file
-from ..errors import InputError
-from ..errors import NotFoundError
+from ..files import atomic_folder, write_file
+from ..errors import InputError, NotFoundError
 
 # %% ../../nbs/03_refer_format.ipynb #009
 class ReferError(InputError):
@@ -516,20 +513,10 @@ def write_refer(
         "instances.json": json.dumps(instances).encode(),
         f"refs({split_by}).p": pickle.dumps(refs, protocol=2),
     }
-    if folder.exists():
+    # one file after the other into a folder that holds other partitions; else the folder as a whole
+    with nullcontext(folder) if folder.exists() else atomic_folder(folder, overwrite=False) as target:
         for name, data in files.items():
-            write_file(folder / name, data)
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    try:
-        os.chmod(temporary, 0o755)
-        for name, data in files.items():
-            write_file(temporary / name, data)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            write_file(target / name, data)
     return folder
 
 # %% ../../nbs/03_refer_format.ipynb #053

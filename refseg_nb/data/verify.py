@@ -37,8 +37,7 @@ from refseg_nb.data.refer import (
     verify_counts,
 )
 from ..files import write_file
-from ..errors import InputError
-from ..errors import NotFoundError
+from ..errors import InputError, NotFoundError
 
 # %% ../../nbs/03e_verify.ipynb #009
 KINDS = {  # kind of finding -> what it does to a number

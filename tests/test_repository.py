@@ -196,3 +196,19 @@ def test_no_statement_ends_with_a_semicolon():
     for path in (ROOT / "refseg_nb").rglob("*.py"):
         tokens = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
         assert not [t.start for t in tokens if t.type == tokenize.OP and t.string == ";"], path.name
+
+
+def test_the_changelog_names_places_that_exist():
+    """Each row of its tables: in the new module there are the names of the old one."""
+    page = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `refseg_nb.")]
+    assert len(rows) > 40
+    for old, new, *names in rows:
+        target = re.match(r"`([\w.]+)`", new)[1]
+        if names:
+            module = importlib.import_module(target)
+            for name in re.findall(r"`(\w+)`", names[0]):
+                assert hasattr(module, name), f"{old} -> {target}.{name}"
+        else:
+            module, _, name = target.rpartition(".")
+            assert hasattr(importlib.import_module(module), name), f"{old} -> {target}"

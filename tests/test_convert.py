@@ -529,7 +529,7 @@ def test_pictures_of_an_earlier_attempt_are_used_and_others_never_overwritten(fo
     assert convert_jsonl(path, data, "own").load_image(1).size == (W, H)
     shutil.rmtree(data / "own")
     shutil.copy(folder / "photos/b.png", data / "images/own/photos/a.png")
-    with pytest.raises(FileExistsError, match=r"a\.png is there already and is not the same picture"):
+    with pytest.raises(FileExistsError, match=r"a\.png is there already and is not the same image"):
         convert_jsonl(path, data, "own")
     assert (data / "images/own/photos/a.png").read_bytes() == (folder / "photos/b.png").read_bytes() and not (
         data / "own"

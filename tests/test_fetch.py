@@ -1217,7 +1217,7 @@ def test_a_picture_longer_than_its_pixels_is_cut_off(server, pictures, tmp_path)
     name = next(iter(pictures.data))
     server.files[f"/train2014/{name}"] = pictures.data[name] + bytes(10**6)
     failed = fetch_images(pictures.spec, {name: pictures.wanted[name]}, tmp_path, {}, QUICK)
-    assert "longer than such a picture can be" in failed[name] and all_files(tmp_path) == []
+    assert "longer than such an image can be" in failed[name] and all_files(tmp_path) == []
 
 
 def test_another_address_for_pictures(server, pictures, tmp_path):

@@ -69,7 +69,7 @@ def unpack_runs(
     packed: bytes | str,  # COCO's packed run lengths
 ) -> list[int]:  # pixels outside, inside, outside, ... down the columns
     "The run lengths in a packed string; their sum is the number of pixels, unless the string was cut."
-    packed = packed.encode("utf-8", "replace") if isinstance(packed, str) else packed
+    packed = packed.encode("utf-8", "reposition") if isinstance(packed, str) else packed
     if not _PACKED.fullmatch(packed):
         raise ReferError("not a packed string of run lengths")
     if not packed:
@@ -78,8 +78,8 @@ def unpack_runs(
     ends = np.flatnonzero(bits < 32)
     starts = np.concatenate([[0], ends[:-1] + 1])
     length = ends - starts + 1
-    place = np.arange(len(bits)) - np.repeat(starts, length)
-    runs = np.add.reduceat((bits & 31) << (5 * place), starts) - np.where(
+    position = np.arange(len(bits)) - np.repeat(starts, length)
+    runs = np.add.reduceat((bits & 31) << (5 * position), starts) - np.where(
         bits[ends] & 16, 1 << (5 * length), 0
     )
     runs[1::2] = runs[1::2].cumsum()
@@ -371,7 +371,7 @@ class Refer:
         root: str | Path,  # the folder that holds `<name>/` and `images/`
         name: str,  # refcoco, refcoco+, refcocog, refshapes, refshapes+, or a folder of your own
         split_by: str | None = None,  # the partition: unc, google, umd, micro; RefCOCOg's must be named
-        # where the images are, if not at the usual place under the root
+        # where the images are, if not in the usual folder under the root
         image_folder: str | Path | None = None,
     ):
         self.root, self.name, self.folder = Path(root), name, Path(root) / name

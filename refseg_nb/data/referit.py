@@ -449,7 +449,7 @@ def write_referit(
     folder: str | Path,  # `<root>/<name>`; must not exist
     # split (train, val, test) -> "<image>_<region>" -> expressions; trainval is added
     queries: dict[str, dict[str, list[str]]],
-    image: Callable[[int], Image.Image],  # the picture of an image id
+    image: Callable[[int], Image.Image],  # the image of an image id
     mask: Callable[[str], np.ndarray],  # the mask of "<image>_<region>", [H, W] bool
 ) -> Path:  # the folder
     "Write a data set in the Berkeley layout, as a whole or not at all."

@@ -176,7 +176,7 @@ def _jobs(
             continue
         for first in range(0, n, step):
             last = min(first + step, n)
-            share = lambda i: total * (i + 1) // n - total * i // n  # noqa: B023 - used at once
+            share = lambda i: total * (i + 1) // n - total * i // n
             yield {
                 "name": name,
                 "seed": seed,

@@ -1,23 +1,24 @@
-"""Referring image segmentation: an image and a phrase in, the mask of the object that is meant out.
+"""Referring image segmentation: give an image and a phrase, get the mask of the object that the phrase means.
 
->>> import refseg_nb
->>> from refseg_nb.refshapes import render, sample_scene
->>> image = render(sample_scene(3)).image           # or the path of a picture, or a PIL image, or an array
->>> segmenter = refseg_nb.load("shnet-refshapes")   # a small SHNet that knows drawn scenes
->>> scene = segmenter.encode(image)                 # once, however many phrases follow
->>> answer = scene.segment("the red car")
->>> answer.mask.shape == image.shape[:2]            # bool, at the size of the image
-True
+    import refseg_nb
+    from refseg_nb.refshapes import render, sample_scene
 
-In a notebook an answer shows itself; `answer.score` is the mean probability inside the mask.
+    image = render(sample_scene(seed=0, index=2)).image  # or a path, a PIL image or any [H, W, 3] array
+    segmenter = refseg_nb.load("shnet-refshapes")        # a small SHNet, trained on drawn scenes
+    scene = segmenter.encode(image)                      # once, however many phrases follow
+    answer = scene.segment("the blue plane")
+    answer.mask, answer.score                            # bool [H, W], mean probability inside the mask
 
-Models      `create_model("shnet", vocab_size=100)`
-Data        `open_data(root, "refcoco", "unc")` reads RefCOCO, RefCOCO+, RefCOCOg, ReferIt and RefShapes
-Training    `train(TrainConfig(data="refshapes", out="runs/first"))`
-Evaluation  `evaluate(model, dataset)` scores every sentence at original resolution, with intervals
-Errors      `RefsegError` is the base of everything that a user can cause
+In a notebook the answer shows itself. With a model and data of your own:
 
-The course is in `nbs/`; begin with `nbs/00_tour.ipynb`. On the command line: `refseg --help`.
+    model = refseg_nb.create_model("shnet", vocab_size=1000)
+    refer = refseg_nb.open_data("data", "refcoco", "unc")  # or RefCOCO+, RefCOCOg, ReferIt, RefShapes
+    result = refseg_nb.train(refseg_nb.TrainConfig(root="data", data="refcoco", out="runs/first"))
+    record = refseg_nb.evaluate(model, dataset)            # every sentence, original resolution, intervals
+
+Every error that a user can cause is a `RefsegError`. The packages, from the ground up: `data`, `refshapes`,
+`models`, `evaluation`, `training`, `inference`, `attention`, `reproduce`, `bench`. The course that builds all of
+this is in `nbs/` and begins with `nbs/00_tour.ipynb`; on the command line, begin with `refseg --help`.
 """
 
 __version__ = "0.2.0"

@@ -4,7 +4,7 @@ from .data import open_data
 from .errors import RefsegError
 from .evaluation import evaluate
 from .inference import Answer, Segmenter, load
-from .models import create_model
+from .models import create_model, list_models, register_model
 from .training import TrainConfig, train
 
 __all__ = [
@@ -14,8 +14,10 @@ __all__ = [
     "TrainConfig",
     "create_model",
     "evaluate",
+    "list_models",
     "load",
     "open_data",
+    "register_model",
     "train",
 ]
 

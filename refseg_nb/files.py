@@ -34,6 +34,7 @@ def fsync(
 @contextmanager
 def atomic_file(
     path: str | Path,  # the file as it shall be named in the end; its folder is made if it is not there
+    sync: bool = True,  # wait until the disk has it
 ) -> Iterator[Path]:  # a temporary file in the same folder, to be written
     "Fill a temporary file, then rename it: `path` is absent, or the old whole, or the new whole."
     path = Path(path)
@@ -43,7 +44,8 @@ def atomic_file(
     temporary = Path(name)
     try:
         yield temporary
-        fsync(temporary)
+        if sync:
+            fsync(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

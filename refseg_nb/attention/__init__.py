@@ -1,6 +1,7 @@
 """What a model attends to: maps of words and positions, the figure of the paper, and the explorer.
 
-`Explorer` shows the attention of one image and its phrases, in a notebook or as a page."""
+`Explorer` shows the attention of one image and its phrases, in a notebook or as a page.
+"""
 
 import lazy_loader
 

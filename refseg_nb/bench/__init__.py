@@ -1,6 +1,7 @@
 """Benchmarks: what each way of computing SHNet saves, how cost grows, and how long imports take.
 
-Each one is a command, such as `python -m refseg_nb.bench.savings`, and writes a record to `results/`."""
+Each one is a command, such as `python -m refseg_nb.bench.savings`, and writes a record to `results/`.
+"""
 
 import lazy_loader
 

@@ -13,7 +13,6 @@ import os
 import re
 import reprlib
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,9 +35,8 @@ from refseg_nb.data.refer import (
     write_refer,
 )
 from .referit import ReferIt, _once, _query_files
-from ..errors import ExistsError
-from ..errors import InputError
-from ..errors import NotFoundError
+from ..errors import ExistsError, InputError, NotFoundError, require
+from ..files import atomic_file, scratch_folder
 
 # %% ../../nbs/03c_own_data.ipynb #010
 SCHEMA = {
@@ -51,7 +49,7 @@ SCHEMA = {
     "additionalProperties": False,
     "properties": {
         "image": {
-            "description": "the path of a picture, relative to this file",
+            "description": "the path of an image, relative to this file",
             "type": "string",
             "minLength": 1,
         },
@@ -146,9 +144,9 @@ def _schema_problems(number, record, most=20):
     for error in errors:
         parts = list(error.absolute_path)
         if parts[:1] == ["mask"] and isinstance(parts[-1], int):
-            if (place := tuple(parts[:-1])) in lists:
+            if (part := tuple(parts[:-1])) in lists:
                 continue
-            lists.add(place)
+            lists.add(part)
         if error.validator == "required":
             found += [
                 Problem(number, _path_of([*parts, name]), "is missing")
@@ -217,12 +215,12 @@ def _json_lines(path: Path) -> Iterator[tuple[int, object, str]]:
             yield number, record, wrong
 
 # %% ../../nbs/03c_own_data.ipynb #027
-_MOST_PIXELS = 2**26  # of a picture: 67 million
+_MOST_PIXELS = 2**26  # of an image: 67 million
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 
 class FieldError(InputError):
-    "What is wrong with a picture or a mask, and in which part of the field."
+    "What is wrong with an image or a mask, and in which part of the field."
 
     def __init__(self, message, *parts):
         super().__init__(message)
@@ -230,8 +228,8 @@ class FieldError(InputError):
 
 
 @contextmanager
-def _picture(path, formats):
-    "A decoded picture; whatever a decoder does with a damaged file becomes one kind of error."
+def _decoded(path, formats):
+    "A decoded image; whatever a decoder does with a damaged file becomes one kind of error."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -252,7 +250,7 @@ def _picture(path, formats):
 # %% ../../nbs/03c_own_data.ipynb #031
 def _mask_file(path, size):
     "The mask in a PNG file: all that is not 0."
-    with _picture(path, ("PNG",)) as image:
+    with _decoded(path, ("PNG",)) as image:
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
             raise FieldError(f"has the channels {image.mode}; a mask has one, in which 0 is the background")
         values = np.array(image)
@@ -306,22 +304,22 @@ class _OwnData:
         self.path, self.look, self.base = Path(path), images, Path(path).resolve().parent
         if not self.path.is_file():
             raise NotFoundError(f"{self.path}: no such file")
-        self._pictures, self._splits, self._ids = {}, {}, {}
+        self._sizes, self._splits, self._ids = {}, {}, {}
 
     def __iter__(self) -> Iterator[tuple[dict | None, Path, tuple, np.ndarray, list[Problem]]]:
-        """For each line: the record (None if it is wrong), its picture, (height, width), mask, and the
+        """For each line: the record (None if it is wrong), its image, (height, width), mask, and the
         problems."""
         count, splits = 0, set()
         for number, record, wrong in _json_lines(self.path):
             count += 1
             problems = [Problem(number, "", wrong)] if wrong else _schema_problems(number, record)
-            picture = size = mask = None
+            image_file = size = mask = None
             if not problems:
                 splits.add(record["split"])
-                picture, size, mask, problems = self._line(number, record)
+                image_file, size, mask, problems = self._line(number, record)
             yield (
                 (None if any(p.level == "error" for p in problems) else record),
-                picture,
+                image_file,
                 size,
                 mask,
                 problems,
@@ -347,9 +345,9 @@ class _OwnData:
 
     def _line(self, number, record):
         "What the schema cannot see: files, sizes, pixels, and what other lines say."
-        problems, picture, size, mask = [], None, None, None
+        problems, image_file, size, mask = [], None, None, None
         try:
-            picture, size, turned = self._look_at(record["image"])
+            image_file, size, turned = self._look_at(record["image"])
         except FieldError as error:
             problems.append(Problem(number, "image", str(error)))
         else:
@@ -362,7 +360,7 @@ class _OwnData:
                         "warning",
                     )
                 )
-            split, line = self._splits.setdefault(picture, (record["split"], number))
+            split, line = self._splits.setdefault(image_file, (record["split"], number))
             if split != record["split"]:
                 problems.append(
                     Problem(number, "image", f"is also in the split {split} (line {line})", "warning")
@@ -374,7 +372,7 @@ class _OwnData:
                 mask = self._mask(record["mask"], size)
             except FieldError as error:
                 problems.append(Problem(number, _path_of(["mask", *error.parts]), str(error)))
-        return picture, size, mask, problems
+        return image_file, size, mask, problems
 
     def _file(self, name):
         "A file that is there and lies in the folder of the JSONL file."
@@ -390,25 +388,25 @@ class _OwnData:
         return path
 
     def _look_at(self, name):
-        "The picture's path, (height, width), and whether it is stored turned; each file is decoded once."
+        "The image's path, (height, width), and whether it is stored turned; each file is decoded once."
         path = self._file(name)
         if not self.look:
             return path, None, False
-        if path not in self._pictures:
+        if path not in self._sizes:
             try:
-                with _picture(path, _FORMATS) as image:
-                    self._pictures[path] = (
+                with _decoded(path, _FORMATS) as image:
+                    self._sizes[path] = (
                         (image.height, image.width),
                         image.getexif().get(0x0112) in range(2, 9),
                     )
             except FieldError as error:
-                self._pictures[path] = str(error)
-        if isinstance(self._pictures[path], str):
-            raise FieldError(self._pictures[path])
-        return path, *self._pictures[path]
+                self._sizes[path] = str(error)
+        if isinstance(self._sizes[path], str):
+            raise FieldError(self._sizes[path])
+        return path, *self._sizes[path]
 
     def _mask(self, mask, size):
-        "The mask of a line; where the picture's size is not known, only whether a file is there."
+        "The mask of a line; where the image's size is not known, only whether a file is there."
         path = self._file(mask) if isinstance(mask, str) else None
         if size is None:
             return None
@@ -424,7 +422,7 @@ class _OwnData:
 
 def validate_jsonl(
     path: str | Path,  # the JSONL file
-    images: bool = True,  # also open pictures and mask files; False: look at the text only
+    images: bool = True,  # also open images and mask files; False: look at the text only
     most: int = 1000,  # problems that are listed; the last line says how many there are besides
 ) -> list[Problem]:  # empty if all is well
     "Find everything that is wrong with a data set of your own."
@@ -443,12 +441,8 @@ def _put(source: Path, target: Path, images: str):
             return os.link(source, target)
         except OSError:
             pass  # another file system, or one without links
-    part = target.with_name(f".{target.name[:200]}.part")
-    try:
+    with atomic_file(target, sync=False) as part:
         shutil.copy2(source, part)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 # %% ../../nbs/03c_own_data.ipynb #055
 class _Staging:
@@ -458,14 +452,9 @@ class _Staging:
     def __init__(self, root, names, images):
         if images not in ("link", "copy"):
             raise InputError(f"images must be 'link' or 'copy', not {images!r}")
-        self.root, self.names, self.images, self.made, self.linked, self.missing = (
-            Path(root),
-            list(names),
-            images,
-            [],
-            0,
-            0,
-        )
+        self.root, self.names, self.images = Path(root), list(names), images
+        self.made, self.linked, self.missing = [], 0, 0
+        self.scratch = scratch_folder(self.root / "convert")
         for name in self.names:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}", name) or name == "images":
                 raise InputError(
@@ -479,7 +468,7 @@ class _Staging:
 
     def __enter__(self):
         self._folder(self.root)
-        self.folder = Path(tempfile.mkdtemp(dir=self.root, prefix=".convert."))
+        self.folder = self.scratch.__enter__()
         return self
 
     def _folder(self, folder):
@@ -491,7 +480,7 @@ class _Staging:
         self.made.append(folder)
 
     def image(self, source: Path | None, target: Path):
-        "Put a picture at its place under the root; None: it was not found."
+        "Link or copy an image to its path under the root; None: it was not found."
         if source is None:
             self.missing += 1
             return
@@ -499,19 +488,19 @@ class _Staging:
         if target.exists():
             if os.path.samefile(source, target) or filecmp.cmp(source, target):
                 return
-            raise ExistsError(f"{target} is there already and is not the same picture as {source}")
+            raise ExistsError(f"{target} is there already and is not the same image as {source}")
         self._folder(target.parent)
         self.made.append(target)
         _put(source.resolve(), target, self.images)
 
     def publish(self):
-        "Move the data sets, which have been opened by their readers, to their place."
+        "Give the data sets, which have been opened by their readers, their final names."
         for name in self.names:
             os.rename(self.folder / name, self.root / name)
             self.made.append(self.root / name)
 
     def __exit__(self, kind, error, trace):
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.scratch.__exit__(None, None, None)
         if kind:
             for path in reversed(self.made):
                 if path.name in self.names and path.parent == self.root:
@@ -529,23 +518,23 @@ def convert_jsonl(
     path: str | Path,  # the JSONL file
     root: str | Path,  # where data sets are kept; gets `<name>/` and `images/<name>/`
     name: str,  # of the new data set
-    images: str = "link",  # pictures: "link" (hard links; copies where that cannot be) or "copy"
+    images: str = "link",  # images: "link" (hard links; copies where that cannot be) or "copy"
 ) -> Refer:  # the data set, opened
     "Write a data set of your own in the REFER layout, with the partition `own`; as a whole or not at all."
     if name in PARTITIONS or name in ("refcocog", "refclef", "referit"):
         raise InputError(f"{name!r} is the name of a published data set; choose another")
-    data, errors, pictures, annotations, refs, categories = _OwnData(path, True), [], {}, {}, {}, {}
+    data, errors, image_records, annotations, refs, categories = _OwnData(path, True), [], {}, {}, {}, {}
     sentence = 0
     with _Staging(root, [name], images) as stage:
-        for record, picture, size, mask, problems in data:
+        for record, image_file, size, mask, problems in data:
             errors += [p for p in problems if p.level == "error"]
             if errors or record is None:
                 continue
-            image = pictures.setdefault(
-                picture,
+            image = image_records.setdefault(
+                image_file,
                 {
-                    "id": len(pictures) + 1,
-                    "file_name": picture.relative_to(data.base).as_posix(),
+                    "id": len(image_records) + 1,
+                    "file_name": image_file.relative_to(data.base).as_posix(),
                     "height": size[0],
                     "width": size[1],
                 },
@@ -554,7 +543,7 @@ def convert_jsonl(
             runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
             x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
             annotation = annotations.setdefault(
-                (picture, runs, category),
+                (image_file, runs, category),
                 {
                     "id": len(annotations) + 1,
                     "image_id": image["id"],
@@ -592,7 +581,7 @@ def convert_jsonl(
             )
             raise ConvertError(f"{path}: {len(errors):,} problem{'s' * (len(errors) > 1)}: {listed}", errors)
         instances = {
-            "images": list(pictures.values()),
+            "images": list(image_records.values()),
             "annotations": list(annotations.values()),
             "categories": [
                 {"id": number, "name": text, "supercategory": "object"} for text, number in categories.items()
@@ -600,13 +589,13 @@ def convert_jsonl(
         }
         write_refer(stage.folder / name, list(refs.values()), instances, "own")
         opened = Refer(stage.folder, name, image_folder=stage.root / image_folder_of(name))
-        for picture, record in pictures.items():
-            stage.image(picture, opened.image_path(record["id"]))
+        for image_file, record in image_records.items():
+            stage.image(image_file, opened.image_path(record["id"]))
         stage.publish()
     return Refer(root, name)
 
 # %% ../../nbs/03c_own_data.ipynb #065
-_PICTURES = ("images", "mask", "train2014", "mscoco", "saiapr_tc-12", "saiaprtc12", "referit-dataset")
+_IMAGE_FOLDERS = ("images", "mask", "train2014", "mscoco", "saiapr_tc-12", "saiaprtc12", "referit-dataset")
 # what else the folders are called
 _NAMES = {"refcocoplus": "refcoco+", "refcoco_plus": "refcoco+", "exp-referit": "referit"}
 _COCO = (
@@ -636,7 +625,7 @@ def _find(source: Path) -> tuple[dict[Path, str], dict[Path, str]]:
             todo += [
                 (path, depth + 1)
                 for path in sorted(folder.iterdir())
-                if path.is_dir() and path.name not in _PICTURES and not path.name.startswith(".")
+                if path.is_dir() and path.name not in _IMAGE_FOLDERS and not path.name.startswith(".")
             ]
     return refer, berkeley
 
@@ -670,7 +659,7 @@ def detect_layout(
 
 # %% ../../nbs/03c_own_data.ipynb #069
 def _stage_refer(stage, source, folder, name, old_name, image_folder):
-    "Copy the annotation files of one data set and link its pictures; the partitions."
+    "Copy the annotation files of one data set and link its images; the partitions."
     instances = next(
         (p for p in (folder / "instances.json", folder.parent / "instances.json") if p.is_file()), None
     )
@@ -690,7 +679,7 @@ def _stage_refer(stage, source, folder, name, old_name, image_folder):
 
 
 def _link_images(stage, refer, source, folder, old_name, image_folder):
-    "Link each picture of a data set from the first place that has it."
+    "Link each image of a data set from the first folder that has it."
     tails = (
         _COCO
         if image_folder_of(old_name) == _COCO[0]
@@ -704,21 +693,21 @@ def _link_images(stage, refer, source, folder, old_name, image_folder):
         source.parent,
         *(parent for parent in folder.parents if parent.is_relative_to(source)),
     ]
-    places = (
+    folders = (
         [Path(image_folder)]
         if image_folder
-        else [place for head in heads for tail in tails if (place := head / tail).is_dir()]
+        else [part for head in heads for tail in tails if (part := head / tail).is_dir()]
     )
-    places = list(dict.fromkeys(place.resolve() for place in places))
+    folders = list(dict.fromkeys(part.resolve() for part in folders))
     for image_id, info in refer.images.items():
         target = refer.image_path(image_id)  # refuses names that lead out of the folder
         stage.image(
-            next((path for place in places if (path := place / info.file_name).is_file()), None), target
+            next((path for part in folders if (path := part / info.file_name).is_file()), None), target
         )
 
 
 def _stage_berkeley(stage, folder, name):
-    "Copy ReferIt's query files, and link its pictures and masks."
+    "Copy ReferIt's query files, and link its images and masks."
     data, target = ReferIt(folder.parent, folder.name), stage.folder / name
     for part in ("images", "mask", "splits/referit"):
         (target / part).mkdir(parents=True)
@@ -748,12 +737,7 @@ _COLUMNS = ("ref_id", "ann_id", "image_id", "category_id", "split", "sentences",
 
 def _read_parquet(files: list[Path]) -> tuple[list[dict], dict]:
     "The refs and the COCO dict in parquet files, a few hundred rows at a time."
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ConvertError(
-            "reading parquet files needs pyarrow: install refseg_nb with the extra 'parquet'"
-        ) from error
+    parquet = require("pyarrow.parquet", "reading parquet files")
     refs, images, annotations = [], {}, {}
     for path in files:
         try:
@@ -821,7 +805,7 @@ class Conversion:
 
     layout: str  # that the source was in
     data: dict[str, list[str]]  # data set -> its partitions, as `open_data` takes them
-    images: int  # pictures (and ReferIt's masks) that were linked or copied
+    images: int  # images (and ReferIt's masks) that were linked or copied
     missing: int  # those that were not found
 
     def __str__(self):
@@ -836,9 +820,9 @@ def convert(
     root: str | Path,  # where data sets are kept; must not hold one of these names
     name: str | None = None,  # which data set, if the source holds several; or a new name for the only one
     layout: str = "auto",  # "auto", or what `detect_layout` would say
-    images: str = "link",  # pictures: "link" (hard links; copies where that cannot be) or "copy"
-    image_folder: str | Path | None = None,  # where the pictures are, if not at one of the usual places
-) -> Conversion:  # data sets, partitions, how many pictures were found
+    images: str = "link",  # images: "link" (hard links; copies where that cannot be) or "copy"
+    image_folder: str | Path | None = None,  # where the images are, if not in one of the usual folders
+) -> Conversion:  # data sets, partitions, how many images were found
     "Bring data from any layout that circulates into the one that everything reads; as a whole or not at all."
     source = Path(source)
     found = detect_layout(source) if layout == "auto" else layout
@@ -850,6 +834,7 @@ def convert(
         own = convert_jsonl(source, root, name, images)
         return Conversion(found, {name: [own.split_by]}, len(own.images), 0)
     if found == "parquet":
+        require("pyarrow", "reading parquet files")  # before any work begins
         files = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
         if not files:
             raise ConvertError(f"{source}: there is no .parquet file in it")

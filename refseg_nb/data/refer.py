@@ -9,20 +9,17 @@ __all__ = ['PARTITIONS', 'PUBLISHED', 'ReferError', 'load_pickle', 'unpack_runs'
 
 # %% ../../nbs/03_refer_format.ipynb #002
 import json
-import os
 import pickle
 import re
-import shutil
-import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
-from ..files import write_file
-from ..errors import InputError
-from ..errors import NotFoundError
+from ..files import atomic_folder, write_file
+from ..errors import InputError, NotFoundError
 
 # %% ../../nbs/03_refer_format.ipynb #009
 class ReferError(InputError):
@@ -72,7 +69,7 @@ def unpack_runs(
     packed: bytes | str,  # COCO's packed run lengths
 ) -> list[int]:  # pixels outside, inside, outside, ... down the columns
     "The run lengths in a packed string; their sum is the number of pixels, unless the string was cut."
-    packed = packed.encode("utf-8", "replace") if isinstance(packed, str) else packed
+    packed = packed.encode("utf-8", "reposition") if isinstance(packed, str) else packed
     if not _PACKED.fullmatch(packed):
         raise ReferError("not a packed string of run lengths")
     if not packed:
@@ -81,8 +78,8 @@ def unpack_runs(
     ends = np.flatnonzero(bits < 32)
     starts = np.concatenate([[0], ends[:-1] + 1])
     length = ends - starts + 1
-    place = np.arange(len(bits)) - np.repeat(starts, length)
-    runs = np.add.reduceat((bits & 31) << (5 * place), starts) - np.where(
+    position = np.arange(len(bits)) - np.repeat(starts, length)
+    runs = np.add.reduceat((bits & 31) << (5 * position), starts) - np.where(
         bits[ends] & 16, 1 << (5 * length), 0
     )
     runs[1::2] = runs[1::2].cumsum()
@@ -374,7 +371,7 @@ class Refer:
         root: str | Path,  # the folder that holds `<name>/` and `images/`
         name: str,  # refcoco, refcoco+, refcocog, refshapes, refshapes+, or a folder of your own
         split_by: str | None = None,  # the partition: unc, google, umd, micro; RefCOCOg's must be named
-        # where the images are, if not at the usual place under the root
+        # where the images are, if not in the usual folder under the root
         image_folder: str | Path | None = None,
     ):
         self.root, self.name, self.folder = Path(root), name, Path(root) / name
@@ -516,20 +513,10 @@ def write_refer(
         "instances.json": json.dumps(instances).encode(),
         f"refs({split_by}).p": pickle.dumps(refs, protocol=2),
     }
-    if folder.exists():
+    # one file after the other into a folder that holds other partitions; else the folder as a whole
+    with nullcontext(folder) if folder.exists() else atomic_folder(folder, overwrite=False) as target:
         for name, data in files.items():
-            write_file(folder / name, data)
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    try:
-        os.chmod(temporary, 0o755)
-        for name, data in files.items():
-            write_file(temporary / name, data)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            write_file(target / name, data)
     return folder
 
 # %% ../../nbs/03_refer_format.ipynb #053

@@ -7,13 +7,11 @@ __all__ = ['MISSING_IMAGES', 'PUBLISHED_REFERIT', 'read_mat_mask', 'read_queries
 
 # %% ../../nbs/03b_referit.ipynb #002
 import json
-import os
 import re
-import shutil
 import struct
-import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +19,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from .refer import ImageInfo, Ref, Refer, ReferError, Sample, Sentence
-from ..errors import ExistsError
-from ..errors import InputError
-from ..errors import NotFoundError
+from ..errors import ExistsError, InputError, NotFoundError
+from ..files import atomic_folder
 
 # %% ../../nbs/03b_referit.ipynb #015
 # type of an element -> NumPy's
@@ -40,7 +37,7 @@ _CLASSES = {
 }
 
 
-def _elements(data, order):
+def _elements(data, order: str) -> Iterator[tuple[int, memoryview]]:
     "The elements of a MAT-file or of a matrix in it, one after the other: type and bytes."
     at = 0
     while at < len(data):
@@ -55,14 +52,59 @@ def _elements(data, order):
         at += 8 + step
 
 
-def _mask_in_mat(data, height, width):
-    "What `read_mat_mask` does, for the bytes of a file."
+def _byte_order(data: bytes) -> str:
+    "Which way round the numbers of a .mat file are."
     if data.startswith(b"MATLAB 7.3") or _HDF5 in (data[:8], data[512:520]):
         raise InputError("is a MATLAB 7.3 (HDF5) file, which is not read; save it again with -v7")
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
     if order is None:
         raise InputError("is not a .mat file of MATLAB 5 to 7")
-    limit, others = 8 * height * width + 4096, []
+    return order
+
+
+def _check_header(flags: int, shape: list[int], height: int, width: int) -> None:
+    "`segimg_t` must be a real array of the image's shape."
+    if flags & 0xFF in _CLASSES:
+        raise InputError(f"holds segimg_t as {_CLASSES[flags & 0xFF]}, not as an array of numbers")
+    if flags & 0x800:
+        raise InputError("holds segimg_t as complex numbers")
+    if shape != [height, width]:
+        raise InputError(
+            f"holds segimg_t of shape {' x '.join(map(str, shape[:4]))}, but its image is {height} x"
+            f" {width} pixels (height x width)"
+        )
+
+
+def _inflate(body, order: str, height: int, width: int) -> Iterator[tuple[int, memoryview]]:
+    "The elements of a compressed matrix, which may not take more memory than a mask of this size."
+    stream, limit = zlib.decompressobj(), 8 * height * width + 4096
+    matrix = stream.decompress(body, limit)
+    if not stream.eof:
+        raise InputError(
+            f"is cut off, or inflates to more than {limit:,} bytes, the most that {height} x {width} pixels"
+            " can take"
+        )
+    if struct.unpack_from(order + "I", matrix) != (_MATRIX,):
+        raise InputError("holds something compressed that is no matrix")
+    return _elements(memoryview(matrix)[8:], order)
+
+
+def _mask_of(number: int, values, order: str, height: int, width: int) -> np.ndarray:
+    "The mask in the numbers of `segimg_t`: [H, W] bool."
+    if number not in _NUMBERS:
+        raise InputError(f"holds segimg_t as numbers of the unknown type {number}")
+    dtype = np.dtype(order + _NUMBERS[number])
+    if len(values) != height * width * dtype.itemsize:
+        raise InputError(f"holds {len(values):,} bytes for {height} x {width} numbers of {dtype.itemsize}")
+    values = np.frombuffer(values, dtype).reshape(width, height).T  # MATLAB stores columns
+    if dtype.kind == "f" and not np.isfinite(values).all():
+        raise InputError("holds a segimg_t with NaN or infinity in it")
+    return np.ascontiguousarray(values == 0)
+
+
+def _mask_in_mat(data: bytes, height: int, width: int) -> np.ndarray:
+    "What `read_mat_mask` does, for the bytes of a file."
+    order, others = _byte_order(data), []
     for kind, body in _elements(memoryview(data)[128:], order):
         if kind not in (_MATRIX, _COMPRESSED):
             continue
@@ -74,41 +116,11 @@ def _mask_in_mat(data, height, width):
         if name != "segimg_t":
             others.append(repr(name)[:40])
             continue
-        if flags & 0xFF in _CLASSES:
-            raise InputError(f"holds segimg_t as {_CLASSES[flags & 0xFF]}, not as an array of numbers")
-        if flags & 0x800:
-            raise InputError("holds segimg_t as complex numbers")
-        shape = np.frombuffer(shape, order + "i4").tolist()
-        if shape != [height, width]:
-            raise InputError(
-                f"holds segimg_t of shape {' x '.join(map(str, shape[:4]))}, but its image is {height} x"
-                f" {width} pixels (height x width)"
-            )
+        _check_header(flags, np.frombuffer(shape, order + "i4").tolist(), height, width)
         if kind == _COMPRESSED:
-            stream = zlib.decompressobj()
-            matrix = stream.decompress(body, limit)
-            if not stream.eof:
-                raise InputError(
-                    f"is cut off, or inflates to more than {limit:,} bytes, the most that {height} x {width}"
-                    " pixels can take"
-                )
-            if struct.unpack_from(order + "I", matrix) != (_MATRIX,):
-                raise InputError("holds something compressed that is no matrix")
-            parts = _elements(memoryview(matrix)[8:], order)
-            for _ in range(3):
-                next(parts)
+            parts = islice(_inflate(body, order, height, width), 3, None)
         number, values = next(parts, (0, b""))
-        if number not in _NUMBERS:
-            raise InputError(f"holds segimg_t as numbers of the unknown type {number}")
-        dtype = np.dtype(order + _NUMBERS[number])
-        if len(values) != height * width * dtype.itemsize:
-            raise InputError(
-                f"holds {len(values):,} bytes for {height} x {width} numbers of {dtype.itemsize}"
-            )
-        values = np.frombuffer(values, dtype).reshape(width, height).T  # MATLAB stores columns
-        if dtype.kind == "f" and not np.isfinite(values).all():
-            raise InputError("holds a segimg_t with NaN or infinity in it")
-        return np.ascontiguousarray(values == 0)
+        return _mask_of(number, values, order, height=height, width=width)
     raise InputError(f"holds no variable segimg_t (it holds {', '.join(others[:5]) or 'none at all'})")
 
 
@@ -437,7 +449,7 @@ def write_referit(
     folder: str | Path,  # `<root>/<name>`; must not exist
     # split (train, val, test) -> "<image>_<region>" -> expressions; trainval is added
     queries: dict[str, dict[str, list[str]]],
-    image: Callable[[int], Image.Image],  # the picture of an image id
+    image: Callable[[int], Image.Image],  # the image of an image id
     mask: Callable[[str], np.ndarray],  # the mask of "<image>_<region>", [H, W] bool
 ) -> Path:  # the folder
     "Write a data set in the Berkeley layout, as a whole or not at all."
@@ -448,21 +460,17 @@ def write_referit(
         raise InputError(f"the splits are {list(queries)}; give some of train, val, test")
     if {"train", "val"} <= queries.keys():
         queries = queries | {"trainval": queries["train"] | queries["val"]}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    try:
-        new = stage / folder.name
+    with atomic_folder(folder, overwrite=False, sync=False) as new:
         for name in ("images", "mask", "splits/referit"):
             (new / name).mkdir(parents=True)
         for split, entries in queries.items():
-            (new / "splits/referit" / f"referit_query_{split}.json").write_text(
-                json.dumps(entries), encoding="utf-8"
-            )
-        data, sizes = ReferIt(stage, folder.name), {}
+            query_file = new / "splits/referit" / f"referit_query_{split}.json"
+            query_file.write_text(json.dumps(entries), encoding="utf-8")
+        data, sizes = ReferIt(new.parent, new.name), {}
         for image_id in data.images:
-            picture = image(image_id).convert("RGB")
-            picture.save(new / "images" / f"{image_id}.jpg", quality=95, subsampling=0)
-            sizes[f"{image_id}.jpg"] = picture.size
+            rgb = image(image_id).convert("RGB")
+            rgb.save(new / "images" / f"{image_id}.jpg", quality=95, subsampling=0)
+            sizes[f"{image_id}.jpg"] = rgb.size
         for ann_id in data.annotations:
             path = data.mask_path(ann_id)
             found, size = np.asarray(mask(path.stem), dtype=bool), sizes[f"{ann_id // 10_000}.jpg"]
@@ -472,9 +480,6 @@ def write_referit(
                 )
             savemat(path, {"segimg_t": np.where(found, 0, 255).astype(np.uint8)}, do_compression=True)
         (new / "referit_imsize.json").write_text(json.dumps(sizes), encoding="utf-8")
-        os.rename(new, folder)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return folder
 
 # %% ../../nbs/03b_referit.ipynb #043

@@ -16,7 +16,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -32,13 +32,12 @@ from .batches import soft_target
 from .images import resize_square
 from .refer import Refer, Sample
 from ..errors import InputError
+from ..files import atomic_folder
 
 # %% ../../nbs/06b_store.ipynb #024
 def pack_mask(
     mask: np.ndarray,  # [H, W] bool
-) -> tuple[
-    tuple[int, int, int, int], np.ndarray
-]:  # the box (y, x, h, w), and its pixels as bits: ⌈h·w/8⌉ bytes
+) -> tuple[tuple[int, int, int, int], np.ndarray]:  # box (y, x, h, w), and its pixels as bits: ⌈h·w/8⌉ bytes
     "The bits of a mask inside of its bounding box; an empty mask has none."
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
@@ -163,6 +162,11 @@ def _read_index(path: Path) -> dict:
     return index
 
 
+def _mapped(file: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    "A file in memory; an empty one cannot be mapped."
+    return np.memmap(file, kind, "r", shape=shape) if math.prod(shape) else np.zeros(shape, kind)
+
+
 class ImageStore:
     """Decoded images, soft targets and masks of a data set in memory-mapped files; worker processes share
     them."""
@@ -173,17 +177,14 @@ class ImageStore:
     ):
         self.path = Path(path)
         index = self._index = _read_index(self.path)
-        self.name, self.split_by, self.image_size, self.target_size = (
-            index[k] for k in ("name", "split_by", "image_size", "target_size")
-        )
+        self.name, self.split_by = index["name"], index["split_by"]
+        self.image_size, self.target_size = index["image_size"], index["target_size"]
         self._image_row = {image_id: row for row, image_id in enumerate(index["images"])}
         self._ann_row = {ann[0]: row for row, ann in enumerate(index["annotations"])}
         layout = _layout(len(self._image_row), len(self._ann_row), self.image_size, self.target_size)
         layout["masks.bits"] = np.dtype("u1"), (index["bytes"]["masks.bits"],)
         self._images, self._targets, self._bits = (
-            np.memmap(self.path / name, kind, "r", shape=shape) if math.prod(shape) else np.zeros(shape, kind)
-            # an empty file cannot be mapped
-            for name, (kind, shape) in layout.items()
+            _mapped(self.path / name, kind, shape) for name, (kind, shape) in layout.items()
         )
 
     def image(self, image_id: int) -> torch.Tensor:
@@ -205,7 +206,7 @@ class ImageStore:
         samples: list[Sample],  # what will be asked for
         image_size: int,  # S
         target_size: int | None,  # None: no targets will be asked for
-    ):
+    ) -> None:
         "Refuse what this store does not hold."
         asked = {
             "name": refer.name,
@@ -227,6 +228,7 @@ class ImageStore:
 
     @property
     def nbytes(self) -> int:
+        "Bytes of all its files."
         return sum(self._index["bytes"].values())
 
     def __len__(self):
@@ -242,13 +244,12 @@ class ImageStore:
         )
 
 
-def _place(refer, image_size, target_size, folder, splits) -> Path:
+def _path_of(refer, image_size, target_size, folder, splits) -> Path:
+    "The folder of the store of this data, as it is now."
     if image_size < 1 or (target_size is not None and target_size < 1):
         raise InputError(f"image_size and target_size must be positive, not {image_size} and {target_size}")
-    return (
-        Path(folder)
-        / f"{refer.name}-{refer.split_by}-{image_size}-{target_size or 0}-{store_key(refer, image_size, target_size, splits)}"
-    )
+    key = store_key(refer, image_size, target_size, splits)
+    return Path(folder) / f"{refer.name}-{refer.split_by}-{image_size}-{target_size or 0}-{key}"
 
 
 def open_store(
@@ -259,7 +260,7 @@ def open_store(
     splits: Iterable[str] | None = None,  # as when it was built; None: all
 ) -> ImageStore | None:  # None: there is none of this data, as it is now
     "The store of this data set, if it was built; a damaged one is a `StoreError`."
-    path = _place(refer, image_size, target_size, folder, splits)
+    path = _path_of(refer, image_size, target_size, folder, splits)
     return ImageStore(path) if path.is_dir() else None
 
 # %% ../../nbs/06b_store.ipynb #045
@@ -343,17 +344,10 @@ def _results(jobs, pool):
 
 # %% ../../nbs/06b_store.ipynb #055
 def _check_room(folder, refer, wanted, image_size, target_size):
-    pixels = [
-        info.height * info.width
-        for image_id, ann_ids in wanted
-        for info in [refer.image(image_id)]
-        for _ in ann_ids
-    ]
-    need = sum(
-        store_size(
-            len(wanted), len(pixels), image_size, target_size, sum(pixels) / max(1, len(pixels))
-        ).values()
-    )
+    masks = sum(len(ann_ids) for _, ann_ids in wanted)
+    infos = [(refer.image(image_id), len(ann_ids)) for image_id, ann_ids in wanted]
+    pixels = sum(info.height * info.width * n for info, n in infos) / max(1, masks)
+    need = sum(store_size(len(wanted), masks, image_size, target_size, pixels=pixels).values())
     free = shutil.disk_usage(folder).free
     if need > free:
         raise StoreError(
@@ -362,11 +356,14 @@ def _check_room(folder, refer, wanted, image_size, target_size):
         )
 
 # %% ../../nbs/06b_store.ipynb #058
-def _jobs(refer, wanted, folder, image_size, target_size, step=16) -> list[dict]:
-    "The arguments of `_fill`, for `step` images each."
+_STEP = 16  # images of one job
+
+
+def _jobs(refer: Refer, wanted: list, folder: Path, image_size: int, target_size: int | None) -> list[dict]:
+    "The arguments of `_fill`, for `_STEP` images each."
     jobs, first_annotation = [], 0
-    for row in range(0, len(wanted), step):
-        some = wanted[row : row + step]
+    for row in range(0, len(wanted), _STEP):
+        some = wanted[row : row + _STEP]
         jobs.append(
             {
                 "refer": _part(refer, some),
@@ -382,20 +379,17 @@ def _jobs(refer, wanted, folder, image_size, target_size, step=16) -> list[dict]
     return jobs
 
 
-def _fsync(*paths: Path):
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _fill_all(folder, header, wanted, jobs, pool, advance):
+def _fill_all(
+    folder: Path,
+    header: dict,
+    jobs: list[dict],
+    pool: ProcessPoolExecutor | None,
+    advance: Callable[[int], object],  # called with the number of images that have been stored
+) -> None:
     "Write the four files of a store."
-    layout = _layout(
-        len(wanted), sum(len(ann_ids) for _, ann_ids in wanted), header["image_size"], header["target_size"]
-    )
+    wanted = [pair for job in jobs for pair in job["wanted"]]
+    masks = sum(len(ann_ids) for _, ann_ids in wanted)
+    layout = _layout(len(wanted), masks, header["image_size"], header["target_size"])
     for name, (kind, shape) in layout.items():
         with open(folder / name, "wb") as file:
             file.truncate(kind.itemsize * math.prod(shape))
@@ -414,9 +408,16 @@ def _fill_all(folder, header, wanted, jobs, pool, advance):
         "bytes": sizes,
     }
     (folder / "index.json").write_text(json.dumps(index | {"sha256": _checksum(index)}), encoding="utf-8")
-    _fsync(*folder.iterdir(), folder)
 
 # %% ../../nbs/06b_store.ipynb #062
+def _built(path: Path) -> ImageStore | None:
+    "A store that is there and sound."
+    try:
+        return ImageStore(path) if path.is_dir() else None
+    except StoreError:
+        return None  # damaged: it is built again
+
+
 def build_store(
     refer: Refer,  # the data set
     image_size: int,  # S
@@ -427,26 +428,18 @@ def build_store(
     progress: bool = True,  # show a bar
 ) -> ImageStore:
     "Decode a data set's images, targets and masks into a store; one that is there already is opened."
-    place, folder = _place(refer, image_size, target_size, folder, splits), Path(folder)
-
-    def built():
-        try:
-            return ImageStore(place) if place.is_dir() else None
-        except StoreError:
-            return None  # damaged: it is built again
-
-    if store := built():
+    path, folder = _path_of(refer, image_size, target_size, folder, splits), Path(folder)
+    if store := _built(path):
         return store
     folder.mkdir(parents=True, exist_ok=True)
-    new, wanted = folder / f".{place.name}.new", _wanted(refer, splits)
+    wanted = _wanted(refer, splits)
     header = {
-        "key": place.name[-16:],
+        "key": path.name[-16:],
         "name": refer.name,
         "split_by": refer.split_by,
         "image_size": image_size,
         "target_size": target_size,
     }
-    jobs = _jobs(refer, wanted, new, image_size, target_size)
     # workers take seconds to start
     if workers is None:
         workers = os.cpu_count() or 1 if len(wanted) > 1000 else 1
@@ -454,25 +447,21 @@ def build_store(
     # the workers start before the lock is taken: in a script without a main guard they would wait for it
     with (
         Progress(*columns, disable=not progress, transient=True) as bar,
-        _pool(min(workers, len(jobs))) as pool,
+        _pool(min(workers, math.ceil(len(wanted) / _STEP))) as pool,
     ):
         task = bar.add_task("waiting for another builder", total=len(wanted))
         with FileLock(folder / ".lock"):  # waits until no other process builds here
-            if store := built():
+            if store := _built(path):
                 return store
-            for old in (place, *folder.glob(".*.new")):
+            for old in (path, *folder.glob(".*.tmp")):  # a damaged store, and what killed builders left
                 shutil.rmtree(old, ignore_errors=True)
             _check_room(folder, refer, wanted, image_size, target_size)
             bar.update(task, description=f"storing {refer.name} at {image_size} px")
-            new.mkdir()
-            try:
-                _fill_all(new, header, wanted, jobs, pool, lambda n: bar.advance(task, n))
-                if _place(refer, image_size, target_size, folder, splits) != place:
+            with atomic_folder(path, overwrite=False) as new:
+                jobs = _jobs(refer, wanted, new, image_size, target_size)
+                _fill_all(new, header, jobs, pool, advance=lambda n: bar.advance(task, n))
+                if _path_of(refer, image_size, target_size, folder, splits) != path:
                     raise StoreError(
                         f"{refer.name}: its images changed while they were stored; build the store again"
                     )
-                new.rename(place)
-                _fsync(folder)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
-    return ImageStore(place)
+    return ImageStore(path)

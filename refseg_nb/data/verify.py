@@ -36,9 +36,17 @@ from refseg_nb.data.refer import (
     load_pickle,
     verify_counts,
 )
+from refseg_nb.data.referit import (
+    MISSING_IMAGES,
+    PUBLISHED_REFERIT,
+    _first,
+    _query_files,
+    _read_sizes,
+    read_mat_mask,
+    read_queries,
+)
+from ..errors import InputError, NotFoundError
 from ..files import write_file
-from ..errors import InputError
-from ..errors import NotFoundError
 
 # %% ../../nbs/03e_verify.ipynb #009
 KINDS = {  # kind of finding -> what it does to a number
@@ -53,14 +61,14 @@ KINDS = {  # kind of finding -> what it does to a number
     "unsafe path": "the file name of an image leads out of the image folder",
     "missing image": "its expressions cannot be scored, and a reader that skips them scores fewer",
     "broken image": "the file is no image, or only the first part of one",
-    "wrong image size": "the masks do not fit the picture",
+    "wrong image size": "the masks do not fit the image",
     "broken mask": "the mask cannot be decoded",
     "missing mask": "its expressions cannot be scored",
     "empty mask": "no pixel is right: the IoU is 0 whatever the model answers",
-    "mask outside image": "a polygon was drawn on a larger picture and is clipped here",
+    "mask outside image": "a polygon was drawn on a larger image and is clipped here",
     "wrong area": "the mask is not the one whose area was recorded",
     "mask outside box": "the mask is not the one whose box was recorded",
-    "shared image": "a picture of a test split was trained on",
+    "shared image": "an image of a test split was trained on",
     "shared object": "an object of a test split was trained on",
     "same picture": "two ids in different splits have the same bytes: a shared image under another name",
     "wrong splits": "trainval is not train and val together",
@@ -70,7 +78,7 @@ KINDS = {  # kind of finding -> what it does to a number
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    "One thing that is wrong with a copy of a data set."
+    "One fault in a copy of a data set."
 
     kind: str  # one of `KINDS`
     where: str  # the file, relative to the root, and the record in it
@@ -92,7 +100,7 @@ def outline_area(
 
 # %% ../../nbs/03e_verify.ipynb #020
 def _number(value) -> bool:
-    "Whether it is a number that a picture can have."
+    "Whether it is a number that an image can have."
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
@@ -241,14 +249,8 @@ class _Copy:
     "A copy of a data set, read as far as it can be; a finding for all that cannot."
 
     def __init__(self, root: Path, name: str):
-        self.root, self.name, self.folder, self.findings, self.files, self.refs = (
-            root,
-            name,
-            root / name,
-            [],
-            {},
-            [],
-        )
+        self.root, self.name, self.folder = root, name, root / name
+        self.findings, self.files, self.refs = [], {}, []
         if not self.folder.is_dir():
             raise NotFoundError(
                 f"{self.folder}: no such folder; the root must hold the data set {name!r} as a folder of this"
@@ -354,22 +356,22 @@ class _ReferCopy(_Copy):
         "The sound sentences of a ref; `said` are the sentence ids so far."
         sentences = []
         for sentence in ref["sentences"]:
-            place = f"{where}, sentence {sentence.get('sent_id') if isinstance(sentence, dict) else '?'}"
+            said_in = f"{where}, sentence {sentence.get('sent_id') if isinstance(sentence, dict) else '?'}"
             if wrong := _wrong(sentence, "sentences"):
-                self.say("malformed record", place, wrong)
+                self.say("malformed record", said_in, wrong)
                 continue
             if sentence["sent_id"] in said:
-                self.say("duplicate id", place, "another sentence has this id")
+                self.say("duplicate id", said_in, "another sentence has this id")
                 continue
             said.add(sentence["sent_id"])
             sentences.append(sentence)
             words = sentence["sent"].split()
             if not words:
-                self.say("empty sentence", place, "has no word")
+                self.say("empty sentence", said_in, "has no word")
             elif list(sentence.get("tokens", words)) != words:
                 self.say(
                     "wrong tokens",
-                    place,
+                    said_in,
                     f"the tokens {' '.join(sentence['tokens'])!r} are not those of {sentence['sent']!r}",
                 )
         ids = ref.get("sent_ids")
@@ -468,7 +470,7 @@ def _check_splits(copy: _Copy):
                 )
 
 
-def _check_pictures(copy: _Copy, digests: dict[int, tuple[str, str]]):
+def _check_same_files(copy: _Copy, digests: dict[int, tuple[str, str]]):
     """No two image ids of different splits may have the same file; `digests` are file name and SHA-256 of
     each image id."""
     if copy.split_by == "google":
@@ -478,9 +480,9 @@ def _check_pictures(copy: _Copy, digests: dict[int, tuple[str, str]]):
         same[digest].append(image_id)
     for ids in same.values():
         if len(set().union(*(splits[i] for i in ids))) > 1 < len(ids):
-            places = ", ".join(f"{i} in {'/'.join(sorted(splits[i]))}" for i in ids)
+            folders = ", ".join(f"{i} in {'/'.join(sorted(splits[i]))}" for i in ids)
             copy.say(
-                "same picture", digests[ids[0]][0], f"is, byte by byte, the file of several images: {places}"
+                "same picture", digests[ids[0]][0], f"is, byte by byte, the file of several images: {folders}"
             )
 
 # %% ../../nbs/03e_verify.ipynb #052
@@ -536,7 +538,7 @@ class _Job:
 # %% ../../nbs/03e_verify.ipynb #056
 def _refer_jobs(copy: _ReferCopy, images: bool) -> list[_Job]:
     "A job for each image that a ref is about, with the annotations that refs point at."
-    used, place = defaultdict(dict), image_folder_of(copy.name)
+    used, folder_name = defaultdict(dict), image_folder_of(copy.name)
     for ref in copy.refs:
         info, annotation = (
             (copy.images or {}).get(ref["image_id"]),
@@ -548,9 +550,9 @@ def _refer_jobs(copy: _ReferCopy, images: bool) -> list[_Job]:
                 if annotation and annotation["image_id"] == ref["image_id"]
                 else {}
             )
-    folder = copy.root / place if images and (copy.root / place).is_dir() else None
+    folder = copy.root / folder_name if images and (copy.root / folder_name).is_dir() else None
     if images and used and not folder:
-        copy.say("missing image", place, f"no such folder: {len(used):,} images are missing")
+        copy.say("missing image", folder_name, f"no such folder: {len(used):,} images are missing")
     infos = [
         ImageInfo(*(copy.images[i][key] for key in ("id", "file_name", "height", "width"))) for i in used
     ]
@@ -558,7 +560,7 @@ def _refer_jobs(copy: _ReferCopy, images: bool) -> list[_Job]:
         _Job(
             info,
             folder,
-            f"{place}/{info.file_name}",
+            f"{folder_name}/{info.file_name}",
             copy.instances_file,
             tuple(used[info.image_id].values()),
         )
@@ -602,8 +604,6 @@ def _check_all(jobs: list, workers: int | None, progress: bool) -> list:
 # %% ../../nbs/03e_verify.ipynb #060
 def _is_berkeley(folder: Path) -> bool:
     "Whether a folder holds ReferIt's query files, or is ReferIt's and holds no refs."
-    from refseg_nb.data.referit import _query_files
-
     return bool(_query_files(folder)) or folder.name == "referit" and not list(folder.glob("refs(*).p"))
 
 
@@ -611,8 +611,6 @@ class _ReferItCopy(_Copy):
     "A copy in the Berkeley layout: query files and .mat masks."
 
     def __init__(self, root: Path, name: str):
-        from refseg_nb.data.referit import MISSING_IMAGES, _query_files, _read_sizes, read_queries
-
         super().__init__(root, name)
         self.split_by, self.refs_file, self.queries, self.sizes = "berkeley", name, {}, {}
         for split, path in _query_files(self.folder).items():
@@ -621,9 +619,9 @@ class _ReferItCopy(_Copy):
                 self.queries[split] = queries
         if not self.queries and not self.findings:
             self.say("unreadable file", name, "no referit_query_<split>.json is there")
-        for place in ("referit_imsize.json", "data/referit_imsize.json"):
-            if (self.folder / place).is_file() and not self.sizes:
-                self.sizes = self.load(f"{name}/{place}", _read_sizes, "JSON") or {}
+        for file in ("referit_imsize.json", "data/referit_imsize.json"):
+            if (self.folder / file).is_file() and not self.sizes:
+                self.sizes = self.load(f"{name}/{file}", _read_sizes, "JSON") or {}
         gone = MISSING_IMAGES if name == "referit" else ()
         for split in ("train", "val", "test", "trainval"):
             for key, texts in self.queries.get(split, {}).items():
@@ -669,7 +667,7 @@ class _ReferItJob:
     look: bool  # at the image file
     file: str  # the image file, relative to the root
     mask_folder: Path
-    place: str  # of the masks, relative to the root
+    mask_path: str  # of the masks, relative to the root
     regions: tuple[str, ...]  # "<image>_<region>"
 
     @property
@@ -678,8 +676,6 @@ class _ReferItJob:
 
     def check(self) -> tuple[list[Finding], str | None]:
         "The findings on the image and its masks, and the SHA-256 of a sound image file."
-        from refseg_nb.data.referit import read_mat_mask
-
         findings, digest, size, name = [], None, self.size, f"{self.image_id}.jpg"
         if size is None:
             try:
@@ -707,40 +703,34 @@ class _ReferItJob:
             except Exception as error:
                 fault = "broken mask", str(error).removeprefix(f"{path}: ")
             if fault:
-                findings.append(Finding(fault[0], f"{self.place}/{region}.mat", fault[1]))
+                findings.append(Finding(fault[0], f"{self.mask_path}/{region}.mat", fault[1]))
         return findings, digest
 
 
 def _referit_jobs(copy: _ReferItCopy, images: bool) -> list[_ReferItJob]:
     "A job for each image, with its regions; a folder that is missing as a whole is one finding."
-    from refseg_nb.data.referit import _first
-
     regions = defaultdict(dict)
     for ref in copy.refs:
         regions[ref["image_id"]][ref["ann_id"]] = True
-    folders = [_first(copy.folder, (name, f"referit-dataset/{name}")) for name in ("images", "mask")]
-    places, there = (
-        [folder.relative_to(copy.root).as_posix() for folder in folders],
-        [folder.is_dir() for folder in folders],
+    image_folder, mask_folder = (
+        _first(copy.folder, (name, f"referit-dataset/{name}")) for name in ("images", "mask")
     )
-    if images and regions and not there[0]:
-        copy.say("missing image", places[0], f"no such folder: {len(regions):,} images are missing")
-    if regions and not there[1]:
-        copy.say(
-            "missing mask",
-            places[1],
-            f"no such folder: {sum(map(len, regions.values())):,} masks are missing",
-        )
+    images_in, masks_in = (f.relative_to(copy.root).as_posix() for f in (image_folder, mask_folder))
+    if images and regions and not image_folder.is_dir():
+        copy.say("missing image", images_in, f"no such folder: {len(regions):,} images are missing")
+    if regions and not mask_folder.is_dir():
+        n = sum(map(len, regions.values()))
+        copy.say("missing mask", masks_in, f"no such folder: {n:,} masks are missing")
     return [
         _ReferItJob(
-            i,
-            copy.sizes.get(i),
-            folders[0],
-            images and there[0],
-            f"{places[0]}/{i}.jpg",
-            folders[1],
-            places[1],
-            tuple(keys) if there[1] else (),
+            image_id=i,
+            size=copy.sizes.get(i),
+            folder=image_folder,
+            look=images and image_folder.is_dir(),
+            file=f"{images_in}/{i}.jpg",
+            mask_folder=mask_folder,
+            mask_path=masks_in,
+            regions=tuple(keys) if mask_folder.is_dir() else (),
         )
         for i, keys in regions.items()
     ]
@@ -748,8 +738,6 @@ def _referit_jobs(copy: _ReferItCopy, images: bool) -> list[_ReferItJob]:
 
 def _referit_counts(copy: _ReferItCopy) -> CountReport:
     "The counts of the query files beside the published ones."
-    from refseg_nb.data.referit import PUBLISHED_REFERIT
-
     name, whats, zero = (
         f"{copy.name} ({copy.split_by})",
         ("images", "refs", "expressions"),
@@ -871,8 +859,7 @@ class VerifyReport:
     ) -> Path:  # the same
         "Write the record as a whole."
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, (json.dumps(self.record(), indent=1) + "\n").encode())
+        write_file(path, json.dumps(self.record(), indent=1) + "\n")
         return path
 
 # %% ../../nbs/03e_verify.ipynb #074
@@ -912,7 +899,7 @@ def verify(
     results = _check_all(jobs, workers, progress)
     copy.findings += [finding for findings, _ in results for finding in findings]
     digests = {job.image_id: (job.file, digest) for job, (_, digest) in zip(jobs, results) if digest}
-    _check_pictures(copy, digests)
+    _check_same_files(copy, digests)
     if digests:
         copy.files["images"] = hashlib.sha256(
             "".join(f"{n} {d}\n" for n, d in sorted(digests.values())).encode("utf-8", "replace")
@@ -1033,8 +1020,7 @@ class LeakageReport:
                 " filter out"
             )
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, "".join(f"{i}\n" for i in self.filter_ids).encode())
+        write_file(path, "".join(f"{i}\n" for i in self.filter_ids))
         return self.filter_text()
 
     def __str__(self):

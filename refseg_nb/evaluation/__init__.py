@@ -1,6 +1,7 @@
 """Evaluation: scores with intervals, records, comparisons, other programs' protocols, and a dense CRF.
 
-`evaluate` scores a model on a split and returns a `Record`; `compare` says whether two of them differ."""
+`evaluate` scores a model on a split and returns a `Record`; `compare` says whether two of them differ.
+"""
 
 import lazy_loader
 

@@ -114,11 +114,3 @@ def scores(
     intersection, union = (torch.as_tensor(x).reshape(-1).to(torch.int64) for x in (intersection, union))
     sums = count_sums(intersection, union, thresholds, comparator, empty_union_iou=empty_union_iou)
     return scores_of_sums(sums, thresholds, empty_union_iou)
-
-# %% ../../nbs/07_metrics.ipynb #024
-def __getattr__(name: str) -> type:  # the old place of a name that the learner still imports from here
-    if name == "SegmentationMetric":
-        from refseg_nb.evaluation.segmentation_metric import SegmentationMetric
-
-        return SegmentationMetric
-    raise AttributeError(name)

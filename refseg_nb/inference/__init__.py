@@ -1,6 +1,7 @@
 """Inference: from an image and a phrase to a mask.
 
-`load` opens a trained model as a `Segmenter`; `segment_batch` answers a file of requests."""
+`load` opens a trained model as a `Segmenter`; `segment_batch` answers a file of requests.
+"""
 
 import lazy_loader
 

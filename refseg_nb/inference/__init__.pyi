@@ -1,7 +1,7 @@
 "Names of `refseg_nb.inference`, for type checkers, completion and the lazy loader."
 
 from .requests import segment_batch
-from .segmenter import Answer, EncodedScene, Segmenter, load, shipped
+from .segmenter import Answer, EncodedScene, Segmenter, load
 
 __all__ = [
     "Answer",
@@ -9,5 +9,4 @@ __all__ = [
     "Segmenter",
     "load",
     "segment_batch",
-    "shipped",
 ]

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import pickle
 import random
-import shutil
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,9 +21,19 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .expressions import FLAVOURS, sample_expressions
-from .scenes import CATEGORIES, GENERATOR_VERSION, HELDOUT, render, sample_scene
 from ..errors import InputError
+from ..files import move_folder, scratch_folder
+from .expressions import FLAVOURS, Expression, sample_expressions
+from .flavours import draw_landscapes, sample_long, write_landscapes
+from refseg_nb.refshapes.scenes import (
+    CATEGORIES,
+    GENERATOR_VERSION,
+    HELDOUT,
+    Rendering,
+    Scene,
+    render,
+    sample_scene,
+)
 
 # %% ../../nbs/02b_dataset.ipynb #006
 SPLITS = ("train", "val", "testA", "testB", "heldout")
@@ -59,17 +69,19 @@ _APART = 10_000_000  # between the splits' scene indices
 CATEGORY_IDS = {name: i for i, name in enumerate(CATEGORIES, 1)}
 
 # %% ../../nbs/02b_dataset.ipynb #008
-def _scene_of(split: str, i: int, seed: int):
+_MAY_BE_MEANT = {  # which objects a split's expressions may mean
+    "testA": lambda t: CATEGORIES[t.category] == "person",
+    "testB": lambda t: CATEGORIES[t.category] != "person",
+    "heldout": lambda t: HELDOUT[t.category] == t.color,
+}
+
+
+def _scene_of(split: str, i: int, seed: int) -> tuple[Scene, list[int]]:
     "The i-th scene of a split, and the objects in it that the split's expressions may mean."
-    scene = sample_scene(
-        seed, SPLITS.index(split) * _APART + i, people=split == "testA", heldout=split == "heldout"
-    )
-    keep = {
-        "testA": lambda t: CATEGORIES[t.category] == "person",
-        "testB": lambda t: CATEGORIES[t.category] != "person",
-        "heldout": lambda t: HELDOUT[t.category] == t.color,
-    }.get(split, lambda t: True)
-    return scene, [i for i, t in enumerate(scene.objects) if keep(t)]
+    number = SPLITS.index(split) * _APART + i
+    scene = sample_scene(seed, number, people=split == "testA", heldout=split == "heldout")
+    keep = _MAY_BE_MEANT.get(split, lambda t: True)
+    return scene, [k for k, t in enumerate(scene.objects) if keep(t)]
 
 # %% ../../nbs/02b_dataset.ipynb #012
 def _encode(masks):
@@ -80,70 +92,91 @@ def _encode(masks):
     return rles, [int(a) for a in areas], [[float(v) for v in b] for b in boxes]
 
 # %% ../../nbs/02b_dataset.ipynb #016
+def _annotations(scene: Scene, drawn: Rendering, image_id: int) -> list[dict]:
+    "COCO's annotations of all objects of a scene."
+    return [
+        {
+            "id": image_id * 10 + k,
+            "image_id": image_id,
+            "category_id": CATEGORY_IDS[t.category],
+            "segmentation": rle,
+            "area": area,
+            "bbox": box,
+            "iscrowd": 0,
+            "attributes": {"color": t.color, "texture": t.texture},
+            "size": round(t.size, 4),
+        }
+        for k, (t, rle, area, box) in enumerate(zip(scene.objects, *_encode(drawn.masks)))
+    ]
+
+
+def _image_record(scene: Scene, image_id: int, file_name: str, resolution: int) -> dict:
+    "COCO's record of an image."
+    return {
+        "license": 0,
+        "file_name": file_name,
+        "coco_url": "",
+        "height": resolution,
+        "width": resolution,
+        "date_captured": "",
+        "flickr_url": "",
+        "id": image_id,
+        "background": scene.background,
+        "horizon": round(scene.horizon, 4),
+    }
+
+
+def _expressions(scene: Scene, referents: list[int], count: int, name: str, seed: int) -> list[Expression]:
+    "What is said about a scene in one of the data sets."
+    rng = random.Random(f"expressions {GENERATOR_VERSION} {name} {seed} {scene.index}")
+    if not count or not referents:
+        return []
+    if name == "refshapes-g":
+        return sample_long(scene, rng, count)
+    return sample_expressions(scene, rng, name, count, referents)
+
+
 def _draw(job: dict) -> list[dict]:
     "Draw a run of one split's images into a folder; returns their records. It runs in a worker process."
-    out, long = [], job["name"] == "refshapes-g"
+    out, resolution = [], job["resolution"]
     for i, count in zip(range(*job["range"]), job["counts"]):
         scene, referents = _scene_of(job["scenes"], i, job["seed"])
-        drawn = render(scene, job["resolution"])
+        drawn = render(scene, resolution)
         image_id = scene.index + 1
         file = f"RefShapes_{image_id:012d}.png"
         if job["images"]:
             Image.fromarray(drawn.image).save(Path(job["images"]) / file, compress_level=4)
-        anns = [
-            {
-                "id": image_id * 10 + k,
-                "image_id": image_id,
-                "category_id": CATEGORY_IDS[t.category],
-                "segmentation": rle,
-                "area": area,
-                "bbox": box,
-                "iscrowd": 0,
-                "attributes": {"color": t.color, "texture": t.texture},
-                "size": round(t.size, 4),
-            }
-            for k, (t, rle, area, box) in enumerate(zip(scene.objects, *_encode(drawn.masks)))
-        ]
-        rng = random.Random(f"expressions {GENERATOR_VERSION} {job['name']} {job['seed']} {scene.index}")
-        if long:
-            from refseg_nb.refshapes.flavours import sample_long
-        if not count or not referents:
-            said = []
-        else:
-            said = (
-                sample_long(scene, rng, count)
-                if long
-                else sample_expressions(scene, rng, job["name"], count, referents)
-            )
-        info = {
-            "license": 0,
-            "file_name": f"{job['tag']}/{file}",
-            "coco_url": "",
-            "height": job["resolution"],
-            "width": job["resolution"],
-            "date_captured": "",
-            "flickr_url": "",
-            "id": image_id,
-            "background": scene.background,
-            "horizon": round(scene.horizon, 4),
+        said = _expressions(scene, referents, count, job["name"], job["seed"])
+        record = {
+            "image": _image_record(scene, image_id, f"{job['tag']}/{file}", resolution),
+            "annotations": _annotations(scene, drawn, image_id),
+            "split": job["split"],
+            "said": [vars(e) for e in said],
         }
-        out.append(
-            {"image": info, "annotations": anns, "split": job["split"], "said": [vars(e) for e in said]}
-        )
+        out.append(record)
     return out
 
 # %% ../../nbs/02b_dataset.ipynb #020
-def _jobs(name, size, seed, resolution, tag, folder, step=25):
+def _jobs(
+    name: str,
+    size: str,
+    seed: int,
+    resolution: int,
+    tag: str,  # the folder of the images in the image folder
+    folder: str | None,  # to draw into; None: the images are there already
+    step: int = 25,  # images of one job
+) -> Iterator[dict]:
+    "The arguments of `_run_job` for all images of a data set."
     spec, more = SIZES[size], name.removeprefix("refshapes")
-    regions = name == "refshapes-stuff"
-    for scenes, n, total in zip(
-        SPLITS, spec.get("images" + more, spec["images"]), spec.get("expressions" + more, spec["expressions"])
-    ):
+    images = spec.get("images" + more, spec["images"])
+    expressions = spec.get("expressions" + more, spec["expressions"])
+    for scenes, n, total in zip(SPLITS, images, expressions):
         split = scenes if name in FLAVOURS else _ONE_TEST.get(scenes)
-        if split is None and (regions or not folder):
+        if split is None and (name == "refshapes-stuff" or not folder):
             continue
-        for a in range(0, n, step):
-            b = min(a + step, n)
+        for first in range(0, n, step):
+            last = min(first + step, n)
+            share = lambda i: total * (i + 1) // n - total * i // n
             yield {
                 "name": name,
                 "seed": seed,
@@ -152,21 +185,19 @@ def _jobs(name, size, seed, resolution, tag, folder, step=25):
                 "images": folder,
                 "scenes": scenes,
                 "split": split,
-                "range": (a, b),
-                "counts": [total * (i + 1) // n - total * i // n if split else 0 for i in range(a, b)],
+                "range": (first, last),
+                "counts": [share(i) if split else 0 for i in range(first, last)],
             }
 
 # %% ../../nbs/02b_dataset.ipynb #024
 def _run_job(job: dict) -> list[dict]:
     "Draw the images of one job, in this process."
-    if job["name"] != "refshapes-stuff":
-        return _draw(job)
-    from refseg_nb.refshapes.flavours import draw_landscapes
-
-    return draw_landscapes(job, SPLITS.index(job["scenes"]) * _APART)
+    if job["name"] == "refshapes-stuff":
+        return draw_landscapes(job, SPLITS.index(job["scenes"]) * _APART)
+    return _draw(job)
 
 
-def _run_jobs(jobs, workers, progress):
+def _run_jobs(jobs: list[dict], workers: int, progress: bool) -> list[list[dict]]:
     "Results of `_run_job` in the order of the jobs."
     done = [None] * len(jobs)
     columns = (TextColumn("drawing RefShapes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -191,100 +222,137 @@ def _run_jobs(jobs, workers, progress):
     return done
 
 # %% ../../nbs/02b_dataset.ipynb #028
-def _assemble(results):
+def _sentence(said: dict, sent_id: int, image_id: int) -> dict:
+    "An expression as REFER has it, with its kind, program and contrast set."
+    sentence = {
+        "tokens": said["text"].split(),
+        "raw": said["text"],
+        "sent_id": sent_id,
+        "sent": said["text"],
+        "kind": said["kind"],
+        "program": said["program"],
+    }
+    return sentence | ({"group": f"{image_id}-{said['group']}"} if said["group"] else {})
+
+
+def _refs_of(record: dict, ref_id: int, sent_id: int) -> list[dict]:
+    "The refs of one image, numbered from `ref_id`, their sentences from `sent_id`."
+    image_id = record["image"]["id"]
+    by_object = {}
+    for said in record["said"]:
+        by_object.setdefault(said["referent"], []).append(said)
+    refs = []
+    for k, expressions in sorted(by_object.items()):
+        annotation = record["annotations"][k]
+        sentences = [_sentence(said, sent_id + i, image_id) for i, said in enumerate(expressions)]
+        sent_id += len(sentences)
+        ref = {
+            "sent_ids": [s["sent_id"] for s in sentences],
+            "file_name": f"RefShapes_{image_id:012d}_{annotation['id']}.png",
+            "ann_id": annotation["id"],
+            "ref_id": ref_id + len(refs),
+            "image_id": image_id,
+            "split": record["split"],
+            "sentences": sentences,
+            "category_id": annotation["category_id"],
+        }
+        refs.append(ref)
+    return refs
+
+
+def _assemble(results: list[list[dict]]) -> tuple[list[dict], dict, dict]:
     "The records of all images as REFER's list of refs and COCO's dict of instances; and the counts."
-    refs, images, annotations, sent_id, counts = [], [], [], 0, {}
-    for record in (r for run in results for r in run if r["split"]):
-        image_id, split = record["image"]["id"], record["split"]
-        counts.setdefault(split, {"images": 0, "refs": 0, "expressions": 0})["images"] += 1
-        images.append(record["image"])
-        annotations += record["annotations"]
-        by_thing = {}
-        for e in record["said"]:
-            by_thing.setdefault(e["referent"], []).append(e)
-        for k, said in sorted(by_thing.items()):
-            ann = record["annotations"][k]
-            sentences = []
-            for e in said:
-                sentence = {
-                    "tokens": e["text"].split(),
-                    "raw": e["text"],
-                    "sent_id": sent_id,
-                    "sent": e["text"],
-                    "kind": e["kind"],
-                    "program": e["program"],
-                }
-                if e["group"]:
-                    sentence["group"] = f"{image_id}-{e['group']}"
-                sentences.append(sentence)
-                sent_id += 1
-            refs.append(
-                {
-                    "sent_ids": [s["sent_id"] for s in sentences],
-                    "file_name": f"RefShapes_{image_id:012d}_{ann['id']}.png",
-                    "ann_id": ann["id"],
-                    "ref_id": len(refs),
-                    "image_id": image_id,
-                    "split": split,
-                    "sentences": sentences,
-                    "category_id": ann["category_id"],
-                }
-            )
-            counts[split]["refs"] += 1
-            counts[split]["expressions"] += len(sentences)
+    records = [record for run in results for record in run if record["split"]]
+    refs, sent_id, counts = [], 0, {}
+    for record in records:
+        found = _refs_of(record, len(refs), sent_id)
+        said = sum(len(ref["sentences"]) for ref in found)
+        refs += found
+        sent_id += said
+        count = counts.setdefault(record["split"], {"images": 0, "refs": 0, "expressions": 0})
+        for what, n in (("images", 1), ("refs", len(found)), ("expressions", said)):
+            count[what] += n
     instances = {
         "info": {"description": "RefShapes", "version": str(GENERATOR_VERSION)},
         "licenses": [{"id": 0, "name": "MIT", "url": ""}],
-        "images": images,
-        "annotations": annotations,
+        "images": [record["image"] for record in records],
+        "annotations": [annotation for record in records for annotation in record["annotations"]],
         "categories": [{"supercategory": CATEGORIES[c], "id": i, "name": c} for c, i in CATEGORY_IDS.items()],
     }
     return refs, instances, counts
 
-# %% ../../nbs/02b_dataset.ipynb #032
-def _drop_leftovers(folder: Path):
-    "Remove temporary folders of processes that are gone."
-    for old in folder.glob(".*.tmp"):
-        pid = old.name.split(".")[-2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-# %% ../../nbs/02b_dataset.ipynb #034
-def _move_in(new: Path, place: Path):
-    "Rename a finished folder to its place; what was there goes."
-    if place.exists():
-        old = place.with_name(f".{place.name}.old.{os.getpid()}.tmp")
-        place.rename(old)
-        new.rename(place)
-        shutil.rmtree(old)
-    else:
-        new.rename(place)
-
-# %% ../../nbs/02b_dataset.ipynb #038
-def _write_refs(folder: Path, name: str, results: list) -> dict:
+# %% ../../nbs/02b_dataset.ipynb #033
+def _write_refs(folder: Path, name: str, results: list[list[dict]]) -> dict:
     "Write the records as REFER's two files; returns the counts."
     refs, instances, counts = _assemble(results)
-    with open(folder / f"refs({'umd' if name == 'refshapes-g' else 'unc'}).p", "wb") as f:
-        pickle.dump(refs, f, protocol=2)
+    partition = "umd" if name == "refshapes-g" else "unc"
+    (folder / f"refs({partition}).p").write_bytes(pickle.dumps(refs, protocol=2))
     (folder / "instances.json").write_text(json.dumps(instances, separators=(",", ":")))
     return counts
 
-# %% ../../nbs/02b_dataset.ipynb #042
+# %% ../../nbs/02b_dataset.ipynb #037
+def _same(file: Path, wanted: dict) -> bool | None:
+    "Whether a data set was made with these parameters; None if there is none."
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    return all(found.get(key) == value for key, value in wanted.items())
+
+
+def _make_regions(home: Path, wanted: dict, workers: int | None, progress: bool) -> None:
+    "Draw landscapes and write them in ReferIt's layout."
+    with scratch_folder(home) as scratch:
+        stage, new = scratch / "drawn", scratch / home.name
+        stage.mkdir()
+        jobs = _jobs_for(wanted, str(stage))
+        results = _run_jobs(jobs, _processes(workers, jobs), progress)
+        counts = write_landscapes(new, results, stage)
+        record = {**wanted, "images": f"{home.name}/images", "counts": counts}
+        (new / "refshapes.json").write_text(json.dumps(record, indent=1))
+        move_folder(new, home)
+
+
+def _make_refs(home: Path, images: Path, wanted: dict, workers: int | None, progress: bool) -> None:
+    "Draw scenes, unless that is done already, and write their expressions in REFER's layout."
+    shared = {"seed": wanted["seed"], "generator": GENERATOR_VERSION}
+    drawn = _same(images / "refshapes.json", shared)
+    with scratch_folder(home) as scratch, scratch_folder(images) as drawing:
+        new, new_images = scratch / home.name, drawing / images.name
+        new.mkdir()
+        new_images.mkdir()
+        jobs = _jobs_for(wanted, None if drawn else str(new_images))
+        results = _run_jobs(jobs, _processes(workers, jobs), progress)
+        counts = _write_refs(new, home.name, results)
+        record = {**wanted, "images": f"images/refshapes/{images.name}", "counts": counts}
+        (new / "refshapes.json").write_text(json.dumps(record, indent=1))
+        (new_images / "refshapes.json").write_text(json.dumps(shared))
+        if not _same(images / "refshapes.json", shared):  # another process may have been faster
+            move_folder(new_images, images)
+        move_folder(new, home)
+
+
+def _processes(workers: int | None, jobs: list[dict]) -> int:
+    "One a core, where there is enough to do."
+    return (workers or os.cpu_count() or 1) if len(jobs) > 12 else 1
+
+
+def _tag(wanted: dict) -> str:
+    "The name of the folder of images."
+    return "{size}-{seed}-{resolution}".format_map(wanted)
+
+
+def _jobs_for(wanted: dict, folder: str | None) -> list[dict]:
+    name, size, seed, resolution = (wanted[key] for key in ("name", "size", "seed", "resolution"))
+    return list(
+        _jobs(name=name, size=size, seed=seed, resolution=resolution, tag=_tag(wanted), folder=folder)
+    )
+
+
 def make_refshapes(
     # the data folder; `<root>/<name>` is written, and the shared images in `<root>/images/refshapes`
     root: str | Path,
-    # or "refshapes+" (no words for places), "refshapes-g" (long sentences), "refshapes-stuff" (regions, in
-    # ReferIt's layout)
+    # or "refshapes+" (no words for positions), "refshapes-g" (long sentences), "refshapes-stuff" (regions,
+    # in ReferIt's layout)
     name: str = "refshapes",
     size: str = "quick",  # "tiny", "quick", "large" or "full"
     *,
@@ -301,31 +369,19 @@ def make_refshapes(
         raise InputError(f"name is {name!r}: it must be one of {', '.join(names)}")
     if size not in SIZES:
         raise InputError(f"size is {size!r}: it must be one of {', '.join(SIZES)}")
-    resolution = resolution or SIZES[size]["resolution"]
-    root = Path(root).expanduser()
-    home = root / name
-    store = root / "images" / "refshapes"
-    tag = f"{size}-{seed}-{resolution}"
     wanted = {
         "name": name,
         "size": size,
         "seed": seed,
-        "resolution": resolution,
+        "resolution": resolution or SIZES[size]["resolution"],
         "generator": GENERATOR_VERSION,
     }
     if name in VERSIONS:
         wanted["expressions"] = VERSIONS[name]
-
-    def same(file, keys):
-        if not file.exists():
-            return None
-        found = json.loads(file.read_text())
-        return all(found.get(k) == wanted[k] for k in keys)
-
-    data, drawn = (
-        same(home / "refshapes.json", list(wanted)),
-        regions or same(store / tag / "refshapes.json", ["seed", "generator"]),
-    )
+    root = Path(root).expanduser()
+    home, images = root / name, root / "images" / "refshapes" / _tag(wanted)
+    data = _same(home / "refshapes.json", wanted)
+    drawn = regions or _same(images / "refshapes.json", {"seed": seed, "generator": GENERATOR_VERSION})
     if data and drawn:
         return home
     if not overwrite and (data is False or data is None and home.exists()):
@@ -333,52 +389,13 @@ def make_refshapes(
             f"{home} holds another data set (see its refshapes.json): choose another root, or pass"
             " overwrite=True to replace it"
         )
-    for folder in (root,) if regions else (root, store):
-        folder.mkdir(parents=True, exist_ok=True)
-        _drop_leftovers(folder)
-    temporary, new_images = root / f".{name}.{os.getpid()}.tmp", store / f".{tag}.{os.getpid()}.tmp"
-    new_home, stage = temporary / name, temporary / "drawn"
-    try:
-        (stage if regions else new_home).mkdir(parents=True)
-        if not drawn:
-            new_images.mkdir()
-        jobs = list(
-            _jobs(
-                name,
-                size,
-                seed,
-                resolution,
-                tag,
-                str(stage) if regions else None if drawn else str(new_images),
-            )
-        )
-        results = _run_jobs(jobs, (workers or os.cpu_count() or 1) if len(jobs) > 12 else 1, progress)
-        if regions:
-            from refseg_nb.refshapes.flavours import write_landscapes
-
-            counts = write_landscapes(new_home, results, stage)
-        else:
-            counts = _write_refs(new_home, name, results)
-        images = f"{name}/images" if regions else f"images/refshapes/{tag}"
-        (new_home / "refshapes.json").write_text(
-            json.dumps({**wanted, "images": images, "counts": counts}, indent=1)
-        )
-        if not drawn:
-            (new_images / "refshapes.json").write_text(
-                json.dumps({"seed": seed, "generator": GENERATOR_VERSION})
-            )
-            # another process was faster
-            if same(store / tag / "refshapes.json", ["seed", "generator"]):
-                shutil.rmtree(new_images)
-            else:
-                _move_in(new_images, store / tag)
-        _move_in(new_home, home)
-    finally:
-        for left in (temporary, new_images):
-            shutil.rmtree(left, ignore_errors=True)
+    if regions:
+        _make_regions(home, wanted, workers, progress)
+    else:
+        _make_refs(home, images, wanted, workers, progress)
     return home
 
-# %% ../../nbs/02b_dataset.ipynb #064
+# %% ../../nbs/02b_dataset.ipynb #059
 def data_root() -> Path:  # `$REFSEG_DATA` if it is set, else a folder in the user's cache
     "Where data sets are kept."
     return Path(os.environ.get("REFSEG_DATA") or Path.home() / ".cache" / "refseg_nb")

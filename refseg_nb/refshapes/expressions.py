@@ -517,7 +517,7 @@ def _between_and_beside(g: _Grammar, noun: Noun, bits: int, positions: bool) -> 
         for second, b in g.anchors[i + 1 :]:
             if a != b:
                 program = Program("between", (noun, _the(anchor), _the(second)))
-                rivals = (w.between(wider, a, b) for wider in g.wider(noun))  # noqa: B023 - used at once
+                rivals = (w.between(wider, a, b) for wider in g.wider(noun))
                 g.keep("between", program, w.between(bits, a, b), rivals)
         for side in _POSITIONS if positions else ():
             referent = w.beside(side, bits, a)

@@ -1,6 +1,7 @@
 """The reproduction: the paper's numbers, the experiments, and tables and figures from their records.
 
-`refseg reproduce` on the command line runs all of it; a record that is there is not computed again."""
+`refseg reproduce` on the command line runs all of it; a record that is there is not computed again.
+"""
 
 import lazy_loader
 

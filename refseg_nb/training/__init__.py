@@ -1,6 +1,7 @@
 """Training: the configuration, the loop, checkpoints, several processes, and pre-training of backbones.
 
-`train` runs a `TrainConfig` from its first step, or from its last checkpoint, to its end."""
+`train` runs a `TrainConfig` from its first step, or from its last checkpoint, to its end.
+"""
 
 import lazy_loader
 

@@ -38,7 +38,7 @@ def check_line_of_box(fn):
 
 # %% ../../../nbs/exercises/ch03c.ipynb #008
 def check_split_of(fn):
-    "One answer for each picture, about a fifth of them val, and the same on every computer."
+    "One answer for each image, about a fifth of them val, and the same on every computer."
     pictures = [f"photos/{i:05d}.jpg" for i in range(2000)]
     first = [fn(picture) for picture in pictures]
     assert set(first) <= {
@@ -46,13 +46,13 @@ def check_split_of(fn):
         "val",
     }, f"the splits are train and val, not {sorted(set(first) - {'train', 'val'})}"
     assert first == [fn(picture) for picture in pictures], (
-        "the same picture was in train first and then in val: no random numbers, please"
+        "the same image was in train first and then in val: no random numbers, please"
     )
     assert first[::-1] == [fn(picture) for picture in pictures[::-1]], (
         "the answer depends on the order in which you are asked"
     )
     share = first.count("val") / len(first)
-    assert 0.15 < share < 0.25, f"{share:.0%} of the pictures are in val, not about 20 %"
+    assert 0.15 < share < 0.25, f"{share:.0%} of the images are in val, not about 20 %"
     uses_hash = "hash" in getattr(getattr(fn, "__code__", None), "co_names", ())
     assert not uses_hash, "Python's hash() of a string differs from run to run: use a digest from hashlib"
     return "check_split_of: correct"

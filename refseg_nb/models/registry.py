@@ -86,7 +86,7 @@ def model_class(
             return entry.model
     raise InputError(f"no registered model has a configuration of type {type(config).__name__}")
 
-# %% ../../nbs/library/registry.ipynb #008
+# %% ../../nbs/library/registry.ipynb #009
 def _preset(entry: RegisteredModel, preset: str) -> str:
     "The preset's name, if the model has it."
     if preset not in entry.model.presets:

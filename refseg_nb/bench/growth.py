@@ -10,18 +10,21 @@ __all__ = ['GROWTH', 'QUICK', 'fitted_slope', 'measured', 'in_child', 'image_cos
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import ArrayLike
 
 from ..errors import InputError
 
 # %% ../../nbs/21d_growth.ipynb #005
 def fitted_slope(
-    x,  # [n] sizes, positive and rising
-    y,  # [n] costs, positive
+    x: ArrayLike,  # [n] sizes, positive and rising
+    y: ArrayLike,  # [n] costs, positive
     upper: bool = True,  # only the upper half of the points, two at least
 ) -> float:  # k of c·x^k
     "The slope of a straight line through log cost over log size (least squares)."
@@ -33,11 +36,9 @@ def fitted_slope(
 
 # %% ../../nbs/21d_growth.ipynb #008
 def measured(
-    work,  # a function without arguments
+    work: Callable[[], object],  # is called
     repeats: int = 3,
-) -> (
-    dict
-):  # "seconds" of processor time, the smallest of the repeats; "memory" in bytes, the most that was taken
+) -> dict:  # "seconds" of processor time, the least of the repeats; "memory" in bytes, the most
     "Time and memory of some work in this process."
     import psutil
 
@@ -53,9 +54,10 @@ def measured(
 
 
 def in_child(
-    task,  # a function of a module, so that another process finds it; what it returns is sent back
-    *args,
-):
+    # a function of a module, so that another process finds it; what it returns is sent back
+    task: Callable[..., Any],
+    *args: Any,  # of the task
+) -> Any:  # what the task returned
     "Run a task in a fresh process with one thread."
     context = torch.multiprocessing.get_context("forkserver")
     # imported once for all children
@@ -269,9 +271,7 @@ def growth(
     out: str | Path = "results/scaling/growth.json",
     points: dict = GROWTH,
     progress: bool = True,  # say what is measured
-) -> (
-    dict
-):  # as in the file: "rows" of {"series", "of", "size", "seconds", "memory"}, and where they were measured
+) -> dict:  # as in the file: "rows" of {"series", "of", "size", "seconds", "memory"}, and where
     """Measure time and memory as phrases, pixels, words, samples and processes grow; what the file holds
     already is not measured again."""
     import tempfile

@@ -30,7 +30,7 @@ class CrfConfig:
     epsilon: float = 1e-6  # probabilities are kept in [epsilon, 1 - epsilon]
     backend: str = "torch"  # or "pydensecrf", the program of the published numbers
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
@@ -106,7 +106,7 @@ class Lattice:
     def __init__(
         self,
         features: Tensor,  # [N, d] float
-    ):
+    ) -> None:
         v, order, self.weights = simplex(lift(features))
         n = v.shape[1]
         radix = (v.amax(0) - v.amin(0) + 4 * n).tolist()

@@ -408,7 +408,7 @@ def test_units_and_typed_sentences_through_a_store_and_expression_batches(typed_
         len(refs)
         == len(set(refs))
         == len(
-            {plain.train_data.samples[i].ref_id for _, indices in plain.train_data.groups for i in indices}
+            {plain.data.train.samples[i].ref_id for _, indices in plain.data.train.groups for i in indices}
         )
     )
 

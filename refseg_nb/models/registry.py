@@ -41,6 +41,8 @@ def register_model(
     "A class decorator: from now on the model has this name."
 
     def register(model: type[RISModel]) -> type[RISModel]:
+        if not model.__module__.startswith("refseg_nb."):
+            _register_own()  # or they would be registered later, over a chapter's own class
         taken = _models.get(name)
         if taken and taken.model.__qualname__ != model.__qualname__:
             raise InputError(f"the name {name!r} is taken by {taken.model.__qualname__}: choose another one")

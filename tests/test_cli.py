@@ -267,7 +267,7 @@ def test_config_files(tmp_path):
     (tmp_path / "d.json").write_text('{"learning": 1}')
     one_line(invoke("train", "--config", tmp_path / "b.json"), 2, "b.json", "JSON")
     one_line(invoke("train", "--config", tmp_path / "c.json"), 2, "c.json")
-    one_line(invoke("train", "--config", tmp_path / "d.json"), 2, "learning", "weight_decay")
+    one_line(invoke("train", "--config", tmp_path / "d.json"), 2, "learning", "--weight-decay")
     one_line(invoke("train", "--config", tmp_path / "e.json"), 2, "e.json")
 
 

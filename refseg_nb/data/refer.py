@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTITIONS', 'PUBLISHED', 'ReferError', 'load_pickle', 'unpack_runs', 'decode_segmentation', 'ImageInfo', 'Sentence',
-           'Ref', 'Sample', 'read_instances', 'read_refs', 'image_folder_of', 'Refer', 'write_refer', 'CountReport',
-           'published_counts', 'verify_counts']
+           'Ref', 'Sample', 'read_instances', 'read_refs', 'data_root', 'image_folder_of', 'Refer', 'write_refer',
+           'CountReport', 'published_counts', 'verify_counts']
 
 # %% ../../nbs/03_refer_format.ipynb #002
 import io
@@ -418,6 +418,11 @@ def read_refs(
     return refs
 
 # %% ../../nbs/03_refer_format.ipynb #047
+def data_root() -> Path:  # `$REFSEG_DATA` where it is set, else `~/.cache/refseg_nb/data`
+    "The folder that keeps all data sets; every `--root` and `root` stands for another one."
+    return Path(os.environ.get("REFSEG_DATA") or Path.home() / ".cache" / "refseg_nb" / "data")
+
+# %% ../../nbs/03_refer_format.ipynb #050
 # where only one is in use
 PARTITIONS = {
     "refcoco": "unc",
@@ -577,7 +582,7 @@ class Refer:
             f" {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)} expressions)"
         )
 
-# %% ../../nbs/03_refer_format.ipynb #049
+# %% ../../nbs/03_refer_format.ipynb #052
 def write_refer(
     folder: str | Path,  # the data set's own folder, `<root>/<name>`; made if it is not there
     refs: list[dict],  # plain dicts in REFER's keys (see the toy ref)
@@ -597,7 +602,7 @@ def write_refer(
             write_file(target / name, data)
     return folder
 
-# %% ../../nbs/03_refer_format.ipynb #053
+# %% ../../nbs/03_refer_format.ipynb #056
 PUBLISHED = {  # (data set, partition) -> split -> images, refs, expressions
     ("refcoco", "unc"): {
         "train": (16994, 42404, 120624),

@@ -21,11 +21,8 @@ Every error that a user can cause is a `RefsegError`. The packages, from the gro
 this is in `nbs/` and begins with `nbs/00_tour.ipynb`; on the command line, begin with `refseg --help`.
 """
 
-__version__ = "0.2.0"
+import lazy_loader
 
-try:
-    import lazy_loader
-except ModuleNotFoundError:  # for the time in which an environment is older than this file
-    from . import _lazy_fallback as lazy_loader
+__version__ = "0.2.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

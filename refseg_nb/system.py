@@ -93,9 +93,7 @@ def available_memory(
 
 def peak_memory(
     device: str | torch.device = "cpu",
-) -> (
-    int
-):  # bytes: torch's largest allocation on a GPU, else the largest resident memory of this process so far
+) -> int:  # bytes: torch's largest allocation on a GPU, else the largest resident memory of this process
     "How much memory it took."
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from limited import enough_memory
 from jsonschema import Draft202012Validator
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -639,11 +640,13 @@ def test_fuzz_lines(folder, lines):
         isinstance(p, Problem) and 0 <= p.line <= 1 + path.read_bytes().count(b"\n") and "\n" not in str(p)
         for p in problems
     )
+    assert "MemoryError" not in str(problems)
     errors = [p for p in problems if p.level == "error"]
     data = folder.parent / "data"
     try:
         own = convert_jsonl(path, data, "own")
     except ConvertError as error:
+        enough_memory(error)
         assert error.problems == errors != [] and not data.exists()
     else:
         assert not errors and all(own.mask(ref.ann_id).any() for ref in own.refs)

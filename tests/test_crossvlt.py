@@ -634,7 +634,7 @@ def test_a_configuration_survives_json_and_refuses_nonsense():
     for config in CROSSVLT_PRESETS.values():
         assert CrossVLTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     for values, said in (
-        ({"text_layer": 6}, "no field text_layer"),
+        ({"text_layer": 6}, "no field 'text_layer'"),
         ({"backbone": "vgg"}, "no backbone called 'vgg'"),
         ({"head_width": 60}, "head_width 60"),
         ({"text_heads": 7}, "text_width 768"),

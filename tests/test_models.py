@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from refseg_nb.training import pretrain
 from refseg_nb.models import backbones as B
 from refseg_nb.models.cost import count_parameters
 from refseg_nb.models.decoder import ASPP, BaselineFusion, LevelAdapter, UpsampleDecoder
@@ -20,6 +19,7 @@ from refseg_nb.models.registry import create_model, list_models, registered
 from refseg_nb.models.sfm import SFM, pixel_positions, sinusoid, word_positions
 from refseg_nb.models.shnet import ABLATIONS, PRESETS, RECIPES, SHNet, SHNetConfig, differences
 from refseg_nb.models.text import TextEncoder
+from refseg_nb.training import pretrain
 
 RELEASED = {
     "text encoder": 1_667_072,

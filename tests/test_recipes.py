@@ -395,20 +395,20 @@ def test_units_and_typed_sentences_through_a_store_and_expression_batches(typed_
     stored, plain = (
         Learner(settings("lavt", typed_root, tmp_path, **more | changes)) for changes in ({}, {"store": None})
     )
-    assert stored.store is not None and stored.plan(0) == plain.plan(0) != plain.plan(1)
-    for a, b in zip(stored.batches(0), plain.batches(0), strict=True):
+    assert stored.data.store is not None and stored.data.plan(0) == plain.data.plan(0) != plain.data.plan(1)
+    for a, b in zip(stored.data.batches(0), plain.data.batches(0), strict=True):
         assert (
             torch.equal(a.words, b.words)
             and torch.equal(a.targets, b.targets)
             and torch.equal(a.images, b.images)
         )
         assert all(s.text == s.sentence.raw for s in a.samples)
-    refs = [s.ref_id for batch in plain.batches(0) for s in batch.samples]
+    refs = [s.ref_id for batch in plain.data.batches(0) for s in batch.samples]
     assert (
         len(refs)
         == len(set(refs))
         == len(
-            {plain.train_data.samples[i].ref_id for _, indices in plain.train_data.groups for i in indices}
+            {plain.data.train.samples[i].ref_id for _, indices in plain.data.train.groups for i in indices}
         )
     )
 

@@ -276,7 +276,10 @@ def test_two_processes_train_as_one(root, two, tmp_path, job):
         assert mine != theirs and theirs == pytest.approx(mine, rel=0.3)
         return
     rough = 50 if job == "bf16" else 1
-    assert theirs == pytest.approx(mine, rel=5e-4 * rough)
+    # another order of sums is another rounding, and AdamW's steps let it grow: a wrong share of a batch shows
+    # in the first steps
+    assert theirs[:4] == pytest.approx(mine[:4], rel=5e-4 * rough)
+    assert theirs == pytest.approx(mine, rel=2e-3 * rough)
     w = one.model.state_dict()
     assert a.keys() == w.keys()
     flat = lambda state: torch.cat(

@@ -32,7 +32,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..models.decoder import double
 from ..models.hcam import average_words
 from ..models.registry import create_model
-from ..models.shnet import SHNet
+from ..models.shnet import SHNet, SHNetConfig
 from ..system import git_commit, machine, versions
 from ..system import peak_memory, reset_peak_memory
 from ..errors import InputError
@@ -61,7 +61,8 @@ class AsPublished(nn.Module):
         super().__init__()
         if unknown := set(savings) - set(SAVINGS):
             raise InputError(f"no saving called {min(unknown)!r}; there are {', '.join(SAVINGS)}")
-        if not (getattr(model.config, "use_sfm", False) and model.config.use_hcam):
+        config = model.config
+        if not (isinstance(config, SHNetConfig) and config.use_sfm and config.use_hcam):
             raise InputError("the published way is written for SHNet with SFM and HCAM")
         self.model, self.savings = model, set(savings)
 
@@ -588,10 +589,10 @@ def main(arguments: list[str] | None = None):
 def read_bench(
     folder: Path,  # `results/bench`
 ) -> dict[str, dict]:  # name -> record
-    "The records that are there."
+    "The records that are there: `DEVICE-CASE.json`."
     return {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(Path(folder).glob("*.json"))
+        for path in sorted(Path(folder).glob("*-*.json"))
     }
 
 

@@ -53,7 +53,7 @@ class Batch:
         "The same batch in page-locked memory (a DataLoader calls this)."
         return self._map(torch.Tensor.pin_memory)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.samples)
 
 # %% ../../nbs/06_batches.ipynb #032
@@ -92,7 +92,7 @@ class RISDataset(Dataset):
         cache_gb: float = 2.0,  # decoded images and targets are kept in memory up to this size
         store: DecodedImages | None = None,  # read from it instead; then nothing is kept in memory here
         sentence: str = "sent",  # which text is read: "sent", cleaned, or "raw", as somebody typed it
-    ):
+    ) -> None:
         if sentence not in SENTENCES:
             raise InputError(f"sentence must be one of {', '.join(map(repr, SENTENCES))}, not {sentence!r}")
         if image_size < 1 or (target_size is not None and target_size < 1):

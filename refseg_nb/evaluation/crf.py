@@ -30,7 +30,7 @@ class CrfConfig:
     epsilon: float = 1e-6  # probabilities are kept in [epsilon, 1 - epsilon]
     backend: str = "torch"  # or "pydensecrf", the program of the published numbers
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
@@ -106,13 +106,13 @@ class Lattice:
     def __init__(
         self,
         features: Tensor,  # [N, d] float
-    ):
+    ) -> None:
         v, order, self.weights = simplex(lift(features))
         n = v.shape[1]
         radix = (v.amax(0) - v.amin(0) + 4 * n).tolist()
         place = [math.prod(radix[:i]) for i in range(n)]
         if place[-1] >= 2**62:
-            raise InputError("the lattice has too many cells: sxy or srgb is too small for this picture")
+            raise InputError("the lattice has too many cells: sxy or srgb is too small for this image")
         # the last coordinate follows from the others
         place = torch.tensor([*place[:-1], 0], device=features.device)
         first, steps = (v * place).sum(1, keepdim=True), place.sum() - n * place[order[:, :-1]]
@@ -201,7 +201,7 @@ def dense_crf(
     image: Tensor | np.ndarray,  # [H, W, 3] uint8
     config: CrfConfig = CrfConfig(),
 ) -> Tensor | np.ndarray:  # the same shape and kind, float32: the marginal of the foreground
-    "Sharpen probability maps of one picture with a fully connected CRF."
+    "Sharpen probability maps of one image with a fully connected CRF."
     p, image = (
         x if isinstance(x, Tensor) else torch.tensor(np.ascontiguousarray(x)) for x in (probability, image)
     )

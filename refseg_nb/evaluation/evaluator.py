@@ -481,7 +481,7 @@ class Record:
     arrays: dict = field(default_factory=dict, repr=False)
     # and, where the data set knows: category, distractors
 
-    def __str__(self):
+    def __str__(self) -> str:
         o, m = self.metrics["overall_iou"], self.metrics["mean_iou"]
         return (
             f"{self.name}: overall IoU {o['value']:.1f} [{o['low']:.1f}, {o['high']:.1f}], mean IoU"

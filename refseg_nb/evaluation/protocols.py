@@ -9,7 +9,7 @@ __all__ = ['RESOLUTIONS', 'SENTENCES', 'PROTOCOLS', 'SAMPLE_FIELDS', 'MUST_AGREE
 
 # %% ../../nbs/13c_protocols.ipynb #002
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -317,7 +317,7 @@ class ThresholdChoice:
     curve: dict[float, float]  # threshold -> overall IoU, percent
     counts: dict[float, tuple[int, int]]  # threshold -> sums of intersections and unions
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"threshold {self.threshold:g}, chosen on {self.chosen_on}: overall IoU"
             f" {self.curve[self.threshold]:.1f}"
@@ -506,7 +506,7 @@ class Comparison:
     groups: dict  # family -> group -> "samples" and the metrics
     resamples: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         p, seeds = self.protocol, self.metrics["overall_iou"]["by_seed"] or []
         data = " ".join(str(p[k]) for k in ("dataset", "split_by", "split") if p.get(k)) or "unnamed data"
         lines = [
@@ -556,38 +556,38 @@ def _by_sample(record: Record) -> Record:
     return replace(record, arrays={k: v[order] for k, v in record.arrays.items()})
 
 
+def _check_comparable(first: Record, other: Record) -> None:
+    "Raise an error unless two records were made in the same way, of the same samples of the same data."
+    who = f"records {first.name!r} and {other.name!r} cannot be compared"
+    for key in MUST_AGREE:
+        x, y = first.protocol.get(key), other.protocol.get(key)
+        if x != y:
+            raise InputError(f"{who}: {key} is {x!r} in one and {y!r} in the other")
+    if not np.array_equal(sample_keys(other), sample_keys(first)):
+        counts = f"{len(first.arrays['union']):,} and {len(other.arrays['union']):,}"
+        raise InputError(
+            f"{who}: they score different samples ({counts}); look at limit and ignored in their protocols"
+        )
+    for key in ("image_id", "area", "pixels"):
+        wrong = np.flatnonzero(other.arrays[key] != first.arrays[key])
+        if wrong.size:
+            ref_id = first.arrays["ref_id"][wrong[0]]
+            raise InputError(f"{who}: {key} of ref {ref_id} differs, so they were scored on different data")
+
+
 def compare(
-    a,  # a `Record`, or a list of them: the same model trained with several seeds
-    b,  # the same for the other model
-    resamples: int = 2000,
-    seed: int = 0,
+    a: Record | Sequence[Record],  # one model; several records: trained with several seeds
+    b: Record | Sequence[Record],  # the other model
+    resamples: int = 2000,  # of the bootstrap
+    seed: int = 0,  # of the bootstrap
 ) -> Comparison:
     "How much better b is than a, in every metric and group, if the two can be compared."
     a, b = ([_by_sample(r) for r in ([x] if isinstance(x, Record) else x)] for x in (a, b))
     if not a or not b:
         raise InputError("compare needs at least one record on each side")
     first = a[0]
-    for r in (*a[1:], *b):
-        for key in MUST_AGREE:
-            x, y = first.protocol.get(key), r.protocol.get(key)
-            if x != y:
-                raise InputError(
-                    f"records {first.name!r} and {r.name!r} cannot be compared: {key} is {x!r} in one and"
-                    f" {y!r} in the other"
-                )
-        if not np.array_equal(sample_keys(r), sample_keys(first)):
-            raise InputError(
-                f"records {first.name!r} and {r.name!r} cannot be compared: they score different samples"
-                f" ({len(first.arrays['union']):,} and {len(r.arrays['union']):,}); look at limit and ignored"
-                " in their protocols"
-            )
-        for key in ("image_id", "area", "pixels"):
-            if (wrong := np.flatnonzero(r.arrays[key] != first.arrays[key])).size:
-                k = first.arrays["ref_id"][wrong[0]]
-                raise InputError(
-                    f"records {first.name!r} and {r.name!r} cannot be compared: {key} of ref {k} differs, so"
-                    " they were scored on different data"
-                )
+    for record in (*a[1:], *b):
+        _check_comparable(first, record)
     values = {
         key: [[str(r.protocol[key]) for r in side if key in r.protocol] for side in (a, b)]
         for key in MAY_DIFFER
@@ -598,17 +598,16 @@ def compare(
         if all(sides) and len(set(sum(sides, []))) > 1
     }
     families = sample_groups(max((r.arrays for r in (*a, *b)), key=len))  # of the record that knows most
-    found = paired_groups(
-        a, b, {(f, n): keep for f, parts in families.items() for n, keep in parts.items()}, resamples, seed
-    )
+    groups = {(f, n): keep for f, parts in families.items() for n, keep in parts.items()}
+    found = paired_groups(a, b, groups=groups, resamples=resamples, seed=seed)
     name = lambda records: records[0].name + (f" ({len(records)} runs)" if len(records) > 1 else "")
     counts = {"samples": len(first.arrays["union"]), "images": len(np.unique(first.arrays["image_id"]))}
     return Comparison(
-        name(a),
-        name(b),
-        first.protocol | counts,
-        differ,
-        {k: v for k, v in found["all"].items() if k != "samples"},
-        {f: {n: found[f, n] for n in parts} for f, parts in families.items()},
-        resamples,
+        a=name(a),
+        b=name(b),
+        protocol=first.protocol | counts,
+        differ=differ,
+        metrics={k: v for k, v in found["all"].items() if k != "samples"},
+        groups={f: {n: found[f, n] for n in parts} for f, parts in families.items()},
+        resamples=resamples,
     )

@@ -41,6 +41,8 @@ def register_model(
     "A class decorator: from now on the model has this name."
 
     def register(model: type[RISModel]) -> type[RISModel]:
+        if not model.__module__.startswith("refseg_nb."):
+            _register_own()  # or they would be registered later, over a chapter's own class
         taken = _models.get(name)
         if taken and taken.model.__qualname__ != model.__qualname__:
             raise InputError(f"the name {name!r} is taken by {taken.model.__qualname__}: choose another one")
@@ -86,7 +88,7 @@ def model_class(
             return entry.model
     raise InputError(f"no registered model has a configuration of type {type(config).__name__}")
 
-# %% ../../nbs/library/registry.ipynb #008
+# %% ../../nbs/library/registry.ipynb #009
 def _preset(entry: RegisteredModel, preset: str) -> str:
     "The preset's name, if the model has it."
     if preset not in entry.model.presets:

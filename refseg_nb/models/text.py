@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 # %% ../../nbs/07b_text.ipynb #011
 class Language(NamedTuple):
     "What the text encoder gives."

@@ -8,6 +8,7 @@ __all__ = ['share_of_batch', 'SumOverProcesses', 'SharedBatchNorm2d', 'share_bat
 
 # %% ../../nbs/21b_scaling_out.ipynb #002
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -24,9 +25,7 @@ def share_of_batch(
     batch: list[tuple[int, list[int]]],
     rank: int,  # this process ...
     world: int,  # ... of so many
-) -> tuple[
-    list[tuple[int, list[int]]], float
-]:  # this process's part, never empty; and its share of the batch's expressions, 0 for a stand-in
+) -> tuple[list[tuple[int, list[int]]], float]:  # its part, never empty, and its share of the expressions
     "Deal a batch out: whole images where there are enough of them, else single expressions."
     if not 0 <= rank < world:
         raise InputError(f"rank must be between 0 and {world - 1}, got {rank}")
@@ -130,7 +129,7 @@ class ProcessLost(RefsegError, ConnectionError):
 @contextmanager
 def notice_lost_process(
     name: str,  # of the run
-):
+) -> Iterator[None]:
     "Turn a broken connection between the processes into one sentence."
     try:
         yield

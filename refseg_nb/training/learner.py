@@ -44,7 +44,7 @@ from ..data.words import WordPieces
 from ..models.losses import aligned, mean_weight, weighted_loss
 from ..models.losses import training_target
 from .distributed import notice_lost_process, share_batch_norm, share_of_batch
-from ..files import atomic_folder, write_file, write_json
+from ..files import atomic_folder, clean_up, write_file, write_json
 from ..models.hub import fingerprint, load_model, load_tensors, save_model
 from ..models.hub import CheckpointError
 from refseg_nb.training.checkpoint import (
@@ -856,6 +856,10 @@ class Run:
         if resume is False and main:
             shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
             (self.out / "result.json").unlink(missing_ok=True)
+        wait()
+        if main:
+            clean_up(self.out)
+            clean_up(self.out / "checkpoint")
         wait()
         found = load_checkpoint(self.out / "checkpoint")
         if found is None and resume is True:

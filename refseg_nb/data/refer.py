@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PARTITIONS', 'PUBLISHED', 'ReferError', 'load_pickle', 'unpack_runs', 'decode_segmentation', 'ImageInfo', 'Sentence',
-           'Ref', 'Sample', 'read_instances', 'read_refs', 'image_folder_of', 'Refer', 'write_refer', 'CountReport',
-           'published_counts', 'verify_counts']
+           'Ref', 'Sample', 'read_instances', 'read_refs', 'data_root', 'image_folder_of', 'Refer', 'write_refer',
+           'CountReport', 'published_counts', 'verify_counts']
 
 # %% ../../nbs/03_refer_format.ipynb #002
+import io
 import json
 import pickle
+import pickletools
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -45,13 +47,16 @@ class _PlainUnpickler(pickle.Unpickler):
 def load_pickle(
     path: str | Path,  # a `refs(...).p` file
 ) -> list[dict]:  # its refs, as they stand in the file
-    "Read a pickled list of dicts and nothing else: no global is ever loaded."
+    """Read a pickled list of dicts and nothing else: no global is ever loaded, and no size is believed that
+    the file cannot hold."""
     path = Path(path)
     if not path.is_file():
         raise NotFoundError(f"{path}: no such file")
     try:
-        with open(path, "rb") as file:
-            refs = _PlainUnpickler(file, path).load()
+        data = path.read_bytes()
+        _check_sizes(data, path)
+        # buffered, as a file on the disk is: twice as fast
+        refs = _PlainUnpickler(io.BufferedReader(io.BytesIO(data)), path).load()
     except ReferError:
         raise
     except Exception as error:  # a damaged pickle can raise almost anything
@@ -59,6 +64,79 @@ def load_pickle(
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise ReferError(f"{path}: holds {type(refs).__name__}, not a list of dicts, one for each ref")
     return refs
+
+# %% ../../nbs/03_refer_format.ipynb #b9e2463f
+# how long the argument of an opcode is, by the standard library's own table
+_ARGUMENTS = {ord(opcode.code): opcode.arg for opcode in pickletools.opcodes}
+_WIDTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+_STOP, _FRAME, _PUT, _LONG_BINPUT = b".\x95pr"
+# bytes of the opcode and its argument; 0 where that has to be looked at
+_STEPS = [0] * 256
+# bytes of the length that stands before the argument
+_COUNTED = {}
+# lines of text
+_LINES = {}
+for _code, _argument in _ARGUMENTS.items():
+    if _argument is None or _argument.n >= 0:
+        _STEPS[_code] = 1 + (_argument.n if _argument else 0)
+    elif _argument.n == pickletools.UP_TO_NEWLINE:
+        _LINES[_code] = 2 if _argument is pickletools.stringnl_noescape_pair else 1
+    else:
+        _COUNTED[_code] = _WIDTHS[_argument.n]
+for _code in (_STOP, _FRAME, _LONG_BINPUT):
+    _STEPS[_code] = 0
+
+
+def _check_memo(index, size, path):
+    if index > size:
+        raise ReferError(
+            f"{path}: numbers an object {index:,}, but {size:,} bytes cannot hold so many; reading it could "
+            "fill the memory, so it is refused: get the file again"
+        )
+
+
+def _check_sizes(data, path):
+    "Walk over a pickle and refuse sizes that it cannot hold; nothing is built."
+    size = len(data)
+    at, end = 0, size  # the end of the frame, or of the file
+    while at < size:
+        code = data[at]
+        step = _STEPS[code]
+        if step:
+            at += step
+        elif code in _COUNTED:
+            start = at + 1 + _COUNTED[code]
+            at = start + int.from_bytes(data[at + 1 : start], "little")
+        elif code == _LONG_BINPUT:
+            _check_memo(int.from_bytes(data[at + 1 : at + 5], "little"), size, path)
+            at += 5
+        elif code in _LINES:
+            start = at + 1
+            for _ in range(_LINES[code]):
+                at = data.find(b"\n", at) + 1 or size + 1
+            if code == _PUT:
+                _check_memo(int(data[start:at]), size, path)
+        elif code == _FRAME and end == size:
+            start = at + 9
+            end = start + int.from_bytes(data[at + 1 : start], "little")
+            at = start
+            if end > size:
+                raise pickle.UnpicklingError("pickle data was truncated")
+        elif code == _FRAME:
+            raise pickle.UnpicklingError("beginning of a new frame before end of current frame")
+        elif code == _STOP:
+            return
+        else:
+            raise pickle.UnpicklingError(f"invalid load key, {chr(code)!r}.")
+        if at >= end:
+            if at > end:
+                raise pickle.UnpicklingError("pickle data was truncated")
+            end = size
 
 # %% ../../nbs/03_refer_format.ipynb #029
 # numbers of at most seven characters; the last character of each must not ask for more
@@ -340,6 +418,11 @@ def read_refs(
     return refs
 
 # %% ../../nbs/03_refer_format.ipynb #047
+def data_root() -> Path:  # `$REFSEG_DATA` where it is set, else `~/.cache/refseg_nb/data`
+    "The folder that keeps all data sets; every `--root` and `root` stands for another one."
+    return Path(os.environ.get("REFSEG_DATA") or Path.home() / ".cache" / "refseg_nb" / "data")
+
+# %% ../../nbs/03_refer_format.ipynb #050
 # where only one is in use
 PARTITIONS = {
     "refcoco": "unc",
@@ -499,7 +582,7 @@ class Refer:
             f" {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)} expressions)"
         )
 
-# %% ../../nbs/03_refer_format.ipynb #049
+# %% ../../nbs/03_refer_format.ipynb #052
 def write_refer(
     folder: str | Path,  # the data set's own folder, `<root>/<name>`; made if it is not there
     refs: list[dict],  # plain dicts in REFER's keys (see the toy ref)
@@ -519,7 +602,7 @@ def write_refer(
             write_file(target / name, data)
     return folder
 
-# %% ../../nbs/03_refer_format.ipynb #053
+# %% ../../nbs/03_refer_format.ipynb #056
 PUBLISHED = {  # (data set, partition) -> split -> images, refs, expressions
     ("refcoco", "unc"): {
         "train": (16994, 42404, 120624),

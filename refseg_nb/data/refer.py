@@ -10,6 +10,7 @@ __all__ = ['PARTITIONS', 'PUBLISHED', 'ReferError', 'load_pickle', 'unpack_runs'
 # %% ../../nbs/03_refer_format.ipynb #002
 import io
 import json
+import os
 import pickle
 import pickletools
 import re
@@ -65,7 +66,7 @@ def load_pickle(
         raise ReferError(f"{path}: holds {type(refs).__name__}, not a list of dicts, one for each ref")
     return refs
 
-# %% ../../nbs/03_refer_format.ipynb #b9e2463f
+# %% ../../nbs/03_refer_format.ipynb #011
 # how long the argument of an opcode is, by the standard library's own table
 _ARGUMENTS = {ord(opcode.code): opcode.arg for opcode in pickletools.opcodes}
 _WIDTHS = {
@@ -138,7 +139,7 @@ def _check_sizes(data, path):
                 raise pickle.UnpicklingError("pickle data was truncated")
             end = size
 
-# %% ../../nbs/03_refer_format.ipynb #029
+# %% ../../nbs/03_refer_format.ipynb #031
 # numbers of at most seven characters; the last character of each must not ask for more
 _PACKED = re.compile(rb"([P-o]{0,6}[0-O])*")
 
@@ -164,7 +165,7 @@ def unpack_runs(
     runs[2::2] = runs[2::2].cumsum()
     return runs.tolist()
 
-# %% ../../nbs/03_refer_format.ipynb #032
+# %% ../../nbs/03_refer_format.ipynb #034
 def _polygon_rle(polygon, h, w, where):
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         raise ReferError(f"{where}: a polygon is a list of x, y, x, y, ... of at least three points")
@@ -225,7 +226,7 @@ def decode_segmentation(
     # joined as run lengths: one plane, however many parts
     return coco_mask.decode(coco_mask.merge(parts)).astype(bool)
 
-# %% ../../nbs/03_refer_format.ipynb #038
+# %% ../../nbs/03_refer_format.ipynb #040
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     "One image, as `instances.json` describes it."
@@ -293,7 +294,7 @@ class Sample:
     def text(self) -> str:
         return self.sentence.raw if self.typed else self.sentence.sent
 
-# %% ../../nbs/03_refer_format.ipynb #040
+# %% ../../nbs/03_refer_format.ipynb #042
 def _get(record: dict, key: str, kind: type, where: str):
     "A field of a record, which must be there and of exactly this type."
     if key not in record:
@@ -359,7 +360,7 @@ def read_instances(
         },
     )
 
-# %% ../../nbs/03_refer_format.ipynb #041
+# %% ../../nbs/03_refer_format.ipynb #043
 def read_refs(
     path: str | Path,  # `refs(<partition>).p`
     images: dict[int, ImageInfo],  # from `read_instances`
@@ -417,12 +418,12 @@ def read_refs(
         )
     return refs
 
-# %% ../../nbs/03_refer_format.ipynb #047
+# %% ../../nbs/03_refer_format.ipynb #049
 def data_root() -> Path:  # `$REFSEG_DATA` where it is set, else `~/.cache/refseg_nb/data`
     "The folder that keeps all data sets; every `--root` and `root` stands for another one."
     return Path(os.environ.get("REFSEG_DATA") or Path.home() / ".cache" / "refseg_nb" / "data")
 
-# %% ../../nbs/03_refer_format.ipynb #050
+# %% ../../nbs/03_refer_format.ipynb #052
 # where only one is in use
 PARTITIONS = {
     "refcoco": "unc",
@@ -582,7 +583,7 @@ class Refer:
             f" {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)} expressions)"
         )
 
-# %% ../../nbs/03_refer_format.ipynb #052
+# %% ../../nbs/03_refer_format.ipynb #054
 def write_refer(
     folder: str | Path,  # the data set's own folder, `<root>/<name>`; made if it is not there
     refs: list[dict],  # plain dicts in REFER's keys (see the toy ref)
@@ -602,7 +603,7 @@ def write_refer(
             write_file(target / name, data)
     return folder
 
-# %% ../../nbs/03_refer_format.ipynb #056
+# %% ../../nbs/03_refer_format.ipynb #058
 PUBLISHED = {  # (data set, partition) -> split -> images, refs, expressions
     ("refcoco", "unc"): {
         "train": (16994, 42404, 120624),

@@ -102,10 +102,12 @@ def _root(
     data: str,  # name of the data set
     size: str = "quick",  # RefShapes size
 ) -> Path:
-    "The folder of a data set: as given, else `$REFSEG_DATA` or `data/`, with one folder a RefShapes size."
+    "The folder of a data set: as given, else in `refseg_nb.data.refer.data_root()`, with one folder a RefShapes size."
+    from refseg_nb.data.refer import data_root
+
     if root:
         return root
-    base = Path(os.environ.get("REFSEG_DATA") or "data")
+    base = data_root()
     return base / size if data.startswith("refshapes") else base
 
 
@@ -128,7 +130,7 @@ Root = Annotated[
     Path | None,
     typer.Option(
         "--root",
-        help="Folder of the data sets. Default: $REFSEG_DATA or data/, with one folder a RefShapes size.",
+        help="Folder of the data sets. Default: $REFSEG_DATA, else ~/.cache/refseg_nb/data, with one folder a RefShapes size.",
     ),
 ]
 SplitBy = Annotated[
@@ -949,7 +951,10 @@ def reproduce(
         ),
     ] = "refshapes",
     data_root: Annotated[
-        Path | None, typer.Option("--root", help="Folder of the data sets. Default: $REFSEG_DATA or data/.")
+        Path | None,
+        typer.Option(
+            "--root", help="Folder of the data sets. Default: $REFSEG_DATA, else ~/.cache/refseg_nb/data."
+        ),
     ] = None,
     split_by: SplitBy = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a row, instead of the budget's.")] = None,

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TABLE2_COLUMNS', 'PAPER', 'WORLDS', 'SCALES', 'ROWS', 'TAGS', 'THIRD', 'FAMILY_DATA', 'NOT_TRAINED', 'FAMILY',
            'FAMILY_LR', 'FAMILY_PRESETS', 'RECIPE', 'PAPER_RECIPE', 'BUDGETS', 'TARGETS', 'CONTROLS', 'REAL_SIZES',
-           'JOB', 'Experiment', 'experiments', 'Budget', 'Cell', 'Table', 'tables', 'default_root', 'wanted', 'plan',
-           'records_of', 'is_done', 'cores', 'estimate', 'full_cost', 'model_config', 'model_cost', 'model_seconds',
-           'thin_curve', 'run_job', 'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
+           'JOB', 'Experiment', 'experiments', 'Budget', 'Cell', 'Table', 'tables', 'wanted', 'plan', 'records_of',
+           'is_done', 'cores', 'estimate', 'full_cost', 'model_config', 'model_cost', 'model_seconds', 'thin_curve',
+           'run_job', 'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
 
 # %% ../../nbs/20_experiments.ipynb #003
 import json
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from ..data.refer import data_root as default_root
 from ..files import write_file
 from ..errors import InputError
 from ..errors import NotFoundError
@@ -469,11 +470,6 @@ def tables() -> dict[str, Table]:
     }
 
 # %% ../../nbs/20_experiments.ipynb #042
-def default_root() -> Path:
-    "Where data sets are kept: `$REFSEG_DATA`, or `data/` here."
-    return Path(os.environ.get("REFSEG_DATA") or "data")
-
-
 def _precision() -> str:
     """bf16 where this machine computes in it: on such a CPU a step takes half the time; elsewhere it would
     be emulated, and slow."""

@@ -270,7 +270,7 @@ def reproduce(
     # "refshapes", or "real": RefCOCO, RefCOCO+, RefCOCOg, ReferIt, those that are there
     data: str = "refshapes",
     split_by: str | None = None,  # another partition than the paper's
-    data_root: Path | None = None,  # default: `$REFSEG_DATA` or `data/`
+    data_root: Path | None = None,  # default: `refseg_nb.data.refer.data_root()`
     steps: int | None = None,  # optimiser steps, instead of the budget's
     n_jobs: int | None = None,  # processes side by side; default one a core
     preset: str = "refshapes",  # size of the model
@@ -327,7 +327,8 @@ def reproduce(
 
 
 def _missing(data_root: Path | None) -> list[str]:
-    from refseg_nb.reproduce.experiments import WORLDS, default_root
+    from refseg_nb.data.refer import data_root as default_root
+    from refseg_nb.reproduce.experiments import WORLDS
 
     return [
         folder

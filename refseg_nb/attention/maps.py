@@ -87,6 +87,23 @@ def _check_level(name, level: AttentionLevel, words: list[str], kind: str):
         "words": f"{len(words)} words",
         "both": f"{h} x {w} pixels and {len(words)} words",
     }
+    _check_axes(where, level, count, of)
+    _check_values(where, level, words)
+    if level.steps is not None:
+        _check_steps(where, level.steps, a.shape, kind)
+    if kind == "relevance":
+        return
+    sums = a.sum(-1, dtype=np.float64)
+    if (bad := np.abs(sums - 1) > 1e-3).any():
+        raise AttentionError(
+            f"{where}: rows must sum to one along the key axis ({of[level.keys]}), but"
+            f" {_first_row(bad, level, words)} sums to {sums[bad][0]:.4g}"
+        )
+
+
+def _check_axes(where: str, level: AttentionLevel, count: dict[str, int], of: dict[str, str]) -> None:
+    "Raise an `AttentionError` where an axis has another size than its tokens."
+    a = level.weights
     for axis, name, size in (("query", "queries", a.shape[2]), ("key", "keys", a.shape[3])):
         held = getattr(level, name)
         if held not in TOKENS:
@@ -99,33 +116,27 @@ def _check_level(name, level: AttentionLevel, words: list[str], kind: str):
         if size == 0:
             raise AttentionError(f"{where}: the {axis} axis is empty")
 
-    def token(query):
-        if level.queries == "words":
-            return f"word {words[query]!r}"
-        return (
-            f"pixel row {query // w}, column {query % w}"
-            if query < h * w
-            else f"word {words[query - h * w]!r}"
-        )
 
-    def first(bad):
-        layer, head, query = (int(i) for i in np.argwhere(bad)[0])
-        return f"layer {layer}, head {head}, query {query} ({token(query)})"
+def _first_row(bad: np.ndarray, level: AttentionLevel, words: list[str]) -> str:
+    "The first bad row, bool [layer, head, query], in words."
+    layer, head, query = (int(i) for i in np.argwhere(bad)[0])
+    h, w = level.grid
+    if level.queries == "words":
+        token = f"word {words[query]!r}"
+    elif query < h * w:
+        token = f"pixel row {query // w}, column {query % w}"
+    else:
+        token = f"word {words[query - h * w]!r}"
+    return f"layer {layer}, head {head}, query {query} ({token})"
 
-    if (bad := ~np.isfinite(a).all(-1)).any():
-        raise AttentionError(f"{where}: NaN or infinite values along the key axis, first at {first(bad)}")
-    if (bad := (a < 0).any(-1)).any():
-        raise AttentionError(f"{where}: negative values along the key axis, first at {first(bad)}")
-    if level.steps is not None:
-        _check_steps(where, level.steps, a.shape, kind)
-    if kind == "relevance":
-        return
-    sums = a.sum(-1, dtype=np.float64)
-    if (bad := np.abs(sums - 1) > 1e-3).any():
-        raise AttentionError(
-            f"{where}: rows must sum to one along the key axis ({of[level.keys]}), but {first(bad)} sums to"
-            f" {sums[bad][0]:.4g}"
-        )
+
+def _check_values(where: str, level: AttentionLevel, words: list[str]) -> None:
+    "Raise an `AttentionError` where a weight is negative or not a finite number."
+    a = level.weights
+    for bad, what in ((~np.isfinite(a).all(-1), "NaN or infinite"), ((a < 0).any(-1), "negative")):
+        if bad.any():
+            row = _first_row(bad, level, words)
+            raise AttentionError(f"{where}: {what} values along the key axis, first at {row}")
 
 
 def _check_steps(where: str, steps: AttentionSteps, shape, kind: str):

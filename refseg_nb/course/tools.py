@@ -128,7 +128,7 @@ def readme_from(
             if text:
                 parts.append(text if isinstance(text, str) else "".join(text))
     text = "\n\n".join(parts).replace("](../", "](").replace('src="../', 'src="')
-    return re.sub(r"\]\((\d\d\w+\.ipynb)\)", r"](nbs/\1)", text).rstrip() + "\n"
+    return re.sub(r"\]\(((?:\d\d|library/)\w+\.ipynb)\)", r"](nbs/\1)", text).rstrip() + "\n"
 
 
 def main(

@@ -6,8 +6,8 @@
 __all__ = ['TABLE2_COLUMNS', 'PAPER', 'WORLDS', 'SCALES', 'ROWS', 'TAGS', 'THIRD', 'FAMILY_DATA', 'NOT_TRAINED', 'FAMILY',
            'FAMILY_LR', 'FAMILY_PRESETS', 'RECIPE', 'PAPER_RECIPE', 'BUDGETS', 'TARGETS', 'CONTROLS', 'REAL_SIZES',
            'JOB', 'Experiment', 'experiments', 'Budget', 'Cell', 'Table', 'tables', 'wanted', 'plan', 'records_of',
-           'is_done', 'cores', 'estimate', 'full_cost', 'model_config', 'model_cost', 'model_seconds', 'thin_curve',
-           'run_job', 'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
+           'is_done', 'estimate', 'full_cost', 'model_config', 'model_cost', 'model_seconds', 'thin_curve', 'run_job',
+           'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
 
 # %% ../../nbs/20_experiments.ipynb #003
 import json
@@ -26,6 +26,7 @@ from ..data.refer import data_root as default_root
 from ..files import write_file
 from ..errors import InputError
 from ..errors import NotFoundError
+from ..system import cores
 
 # %% ../../nbs/20_experiments.ipynb #005
 TABLE2_COLUMNS = ("prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9", "Overall IoU")
@@ -632,11 +633,6 @@ def is_done(job: dict) -> bool:
     return all(Path(file).exists() for file in records_of(job))
 
 # %% ../../nbs/20_experiments.ipynb #057
-def cores() -> int:
-    "CPU cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def estimate(
     jobs: list[dict],  # from `plan`, those that are still to be done
     n_jobs: int | None = None,  # processes side by side
@@ -823,6 +819,7 @@ def run_job(
     from refseg_nb.data.referit import open_data
     from refseg_nb.models.hub import load_model
     from refseg_nb.evaluation.evaluator import evaluate, save_record
+    from refseg_nb.system import pick_device
     from refseg_nb.training.config import TrainConfig
     from refseg_nb.training.learner import read_history, train
 
@@ -847,7 +844,7 @@ def run_job(
             )
         dataset = RISDataset(refer, split, vocabulary, model.config.image_size, None, model.config.max_words)
         record = evaluate(
-            model.to(_device(config.device)),
+            model.to(pick_device(config.device)),
             dataset,
             meta["threshold"],
             name=job["label"],
@@ -857,12 +854,6 @@ def run_job(
         record.config |= about
         save_record(record, Path(file))
     return [Path(file) for file in records_of(job)]
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 # %% ../../nbs/20_experiments.ipynb #074
 # what a job's process runs

@@ -18,7 +18,6 @@ from refseg_nb.reproduce.experiments import (
     BUDGETS,
     PAPER,
     check_jobs,
-    cores,
     draw_data,
     estimate,
     is_done,
@@ -39,6 +38,7 @@ from refseg_nb.reproduce.tables import (
     summarise,
 )
 from ..errors import InputError
+from ..system import cores
 
 # %% ../../nbs/20d_reproduction.ipynb #006
 PAPER_CAPTION = {
@@ -402,7 +402,8 @@ def readme_results(
     ]
     if not (results / "reproduction" / "records").is_dir():
         return "\n".join([*out, "Not recorded yet."]) + "\n"
-    for name, summary in summaries(load_runs(results / "reproduction")).items():
+    runs = load_runs(results / "reproduction")
+    for name, summary in summaries(runs).items():
         if name not in PAPER:
             continue
         out += [
@@ -422,7 +423,7 @@ def readme_results(
         "",
         f"**The family.** {FAMILY_NOTE} Scores are overall IoU with 95 % intervals.",
         "",
-        family_table(load_runs(results / "reproduction")),
+        family_table(runs),
     ]
     return "\n".join(out).rstrip() + "\n"
 

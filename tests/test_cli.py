@@ -532,3 +532,40 @@ def test_ctrl_c_is_exit_code_130(tiny_root, tmp_path):
 def test_debug_keeps_the_traceback(picture, monkeypatch):
     monkeypatch.setenv("REFSEG_DEBUG", "1")
     assert isinstance(invoke("segment", picture.with_name("none.png"), "car").exception, FileNotFoundError)
+
+
+def test_a_bug_keeps_its_traceback_and_says_how_to_report_it(picture, model_folder, monkeypatch):
+    import refseg_nb
+    from refseg_nb.models import hub
+
+    def broken(*args, **kwargs):
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr(hub, "load_tensors", broken)
+    result = invoke("segment", picture, "the red car", "--model", model_folder)
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr and "broadcast together" in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert (
+        "please report" in last
+        and refseg_nb.__version__ in last
+        and "the red car" in last
+        and "://" not in last
+    )
+
+
+def test_messages_speak_the_command_lines_language():
+    from refseg_nb.cli import explain
+    from refseg_nb.errors import InputError
+
+    assert explain(InputError("give split_by='umd'")) == "give --split-by 'umd'"
+    assert explain(InputError("max_steps must be at least 1, got 0")) == "--steps must be at least 1, got 0"
+    assert explain(InputError("use resume=False")) == "use --fresh"
+
+
+def test_segment_says_what_is_wrong_with_image_and_phrase(picture, model_folder, tmp_path):
+    m = ("--model", model_folder)
+    one_line(invoke("segment", picture, "🐶", *m), 2, "has no word")
+    one_line(invoke("segment", "https://example.org/a.jpg", "car", *m), 2, "download it first")
+    os.mkfifo(tmp_path / "pipe.png")
+    one_line(invoke("segment", tmp_path / "pipe.png", "car", *m), 2, "no regular file")

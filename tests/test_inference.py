@@ -65,7 +65,8 @@ def test_every_file_is_read_and_answered_at_its_own_size(name, tmp_path, seg):
     assert pixels.dtype == np.uint8 and pixels.shape == (37, 53, 3) and size == (37, 53)
     answer = seg.encode(tmp_path / name).segment("the red car")
     assert answer.mask.shape == answer.probability.shape == (37, 53) and answer.mask.dtype == bool
-    assert min(answer.overlay().shape[:2]) == 512 and answer.overlay().dtype == np.uint8
+    shown = answer.overlay()
+    assert shown.shape == (512, round(512 * 53 / 37), 3) and shown.dtype == np.uint8
 
 
 def test_the_grey_levels_survive(tmp_path):

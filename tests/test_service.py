@@ -19,7 +19,7 @@ from toy_refer import SMALL
 from refseg_nb.data.words import Vocabulary
 from refseg_nb.inference.requests import parse_request, read_requests, request_id, segment_batch
 from refseg_nb.inference.segmenter import EncodedScene, Segmenter, load
-from refseg_nb.inference.segmenter import requests as service
+from refseg_nb.inference import requests as service
 from refseg_nb.models.hub import save_model
 from refseg_nb.models.registry import create_model
 
@@ -170,7 +170,7 @@ def test_killed_and_called_again(model_folder, shots, tmp_path):
     code = f"""
 import time
 from refseg_nb.inference.segmenter import load
-from refseg_nb.inference.segmenter import requests as service
+from refseg_nb.inference import requests as service
 write = service.write_answer
 service.write_answer = lambda *args: (time.sleep(.2), write(*args))[1]
 service.segment_batch(load({str(model_folder)!r}), {str(asked)!r}, {str(out)!r})"""

@@ -36,6 +36,7 @@ from ..models.shnet import SHNet, SHNetConfig
 from ..system import git_commit, machine, versions
 from ..system import peak_memory, reset_peak_memory
 from ..errors import InputError
+from ..errors import require
 
 # %% ../../nbs/21_fast.ipynb #005
 SAVINGS = (
@@ -272,10 +273,8 @@ def export_onnx(
     words: int = 25,  # T: every phrase is padded to it
 ) -> Path:  # the file: inputs v2, v3, v4, words and image_index, as for `export_segment`
     "The part that runs once a phrase, for ONNX Runtime and others."
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError("ONNX needs two packages more: pip install 'refseg_nb[onnx]'") from error
+    for package in ("onnx", "onnxscript"):
+        require(package, "the ONNX export")
     torch.onnx.export(export_segment(model, phrases, words), dynamo=True, verbose=False).save(path)
     return Path(path)
 

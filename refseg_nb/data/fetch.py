@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from importlib.resources import files as package_files
 from io import BytesIO
 from pathlib import Path, PureWindowsPath
@@ -1002,7 +1003,7 @@ def fetch_images(
         info, reasons = wanted[name], []
         for url in spec.urls:
             try:
-                data = with_retries(lambda: ask(url + name, 3 * info.width * info.height + 100_000), retry)
+                data = with_retries(partial(ask, url + name, 3 * info.width * info.height + 100_000), retry)
                 check_image(BytesIO(data), info)
                 write_file(folder / name, data)
                 return

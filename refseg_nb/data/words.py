@@ -393,6 +393,7 @@ def load_vectors(
 # %% ../../nbs/18_lavt.ipynb #007
 from ..errors import InputError
 from ..errors import NotFoundError
+from ..errors import require
 
 # %% ../../nbs/18_lavt.ipynb #008
 class WordPieces:
@@ -413,6 +414,7 @@ class WordPieces:
             raise InputError(f"not a vocabulary of BERT: it has no {', '.join(missing)}")
         if pieces[0] != "[PAD]":
             raise InputError(f"the first piece must be [PAD], so that padding is 0; it is {pieces[0]!r}")
+        require("transformers", "BERT's WordPieces")
         from transformers import BertTokenizer
 
         self.itos, self.protocol = list(pieces), protocol
@@ -441,6 +443,7 @@ class WordPieces:
         protocol: str = "refseg",
     ) -> "WordPieces":
         "The vocabulary of a published BERT; needs a connection once."
+        require("transformers", "BERT's WordPieces")
         from transformers import AutoTokenizer
 
         try:

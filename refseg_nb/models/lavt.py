@@ -33,6 +33,7 @@ from .base import Recipe
 from typing import Self
 from .base import image_rows
 from .registry import register_model
+from ..errors import require
 
 # %% ../../nbs/18_lavt.ipynb #021
 class SwinStage(nn.Module):
@@ -128,6 +129,7 @@ def swin_backbone(
     "timm's Swin as four stages that compute what the published one computes, at any size."
     if name not in SWINS:
         raise InputError(f"no Swin called {name!r}; there are {', '.join(SWINS)}")
+    require("timm", "a Swin backbone")
     from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 
     made = (
@@ -166,8 +168,7 @@ def swin_backbone(
         expected = {k: v for k, v in swin.state_dict().items() if not k.startswith("norm.")}
         swin.load_state_dict(_check_keys(path, state, expected, unused=("norm.", "head.")), strict=False)
         return SwinBackbone(swin, wordless).freeze(False)
-    import timm
-
+    timm = require("timm", "a Swin backbone")
     try:
         swin = timm.create_model(f"{tag}.ms_in22k", pretrained=True, **made)
     except Exception as error:

@@ -67,6 +67,7 @@ class TextEncoder(nn.Module):
 import torch.nn.functional as F
 from ..errors import InputError
 from ..errors import NotFoundError
+from ..errors import require
 
 # %% ../../nbs/18_lavt.ipynb #042
 class BertText(nn.Module):
@@ -113,6 +114,7 @@ def bert_encoder(
     vectors: Tensor | None = None,  # [vocab_size, D] word vectors to start from; None: as above
 ) -> BertText:
     "BERT, or a small one of the same kind."
+    require("transformers", "BERT")
     from transformers import BertConfig, BertModel
 
     config = BertConfig(

@@ -158,6 +158,11 @@ def _draw(job: dict) -> list[dict]:
     return out
 
 # %% ../../nbs/02b_dataset.ipynb #020
+def _share(total: int, n: int, i: int) -> int:
+    "How many of all expressions the i-th of n images gets: as evenly as can be."
+    return total * (i + 1) // n - total * i // n
+
+
 def _jobs(
     name: str,
     size: str,
@@ -177,7 +182,6 @@ def _jobs(
             continue
         for first in range(0, n, step):
             last = min(first + step, n)
-            share = lambda i: total * (i + 1) // n - total * i // n
             yield {
                 "name": name,
                 "seed": seed,
@@ -187,7 +191,7 @@ def _jobs(
                 "scenes": scenes,
                 "split": split,
                 "range": (first, last),
-                "counts": [share(i) if split else 0 for i in range(first, last)],
+                "counts": [_share(total, n, i) if split else 0 for i in range(first, last)],
             }
 
 # %% ../../nbs/02b_dataset.ipynb #024

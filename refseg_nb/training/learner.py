@@ -430,6 +430,8 @@ def start_accelerator(
     config: TrainConfig,
 ) -> Any:  # an `Accelerator`
     "The devices and processes of a run, as the configuration and the launcher ask for them."
+    if config.tracker:
+        require(TRACKERS[config.tracker], f"tracker={config.tracker!r}")
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
@@ -440,10 +442,7 @@ def start_accelerator(
         AcceleratorState._reset_state()
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device is 'cuda' but torch sees no GPU: use device='cpu' or 'auto'")
-    options = {}
-    if config.tracker:
-        require(TRACKERS[config.tracker], f"tracker={config.tracker!r}")
-        options = {"log_with": config.tracker, "project_dir": config.out}
+    options = {"log_with": config.tracker, "project_dir": config.out} if config.tracker else {}
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision, **options)
     kind = str(accelerator.distributed_type.value)
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):

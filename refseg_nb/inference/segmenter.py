@@ -43,7 +43,8 @@ class Answer:
     image: np.ndarray | None = field(repr=False, default=None)
     # the model's own; None unless it was asked for
     attention: ModelAttention | None = field(repr=False, default=None)
-    warnings: list[str] = field(repr=False, default_factory=list)  # why not to trust it, a sentence each
+    max_words: int | None = None  # so many words the model reads; None: all
+    warnings: list[str] = field(default_factory=list)  # why not to trust it, a sentence each
 
     @property
     def found(self) -> bool:  # whether any pixel is in the mask
@@ -58,8 +59,12 @@ class Answer:
             if self.found
             else "nothing found, score 0"
         )
-        if self.unknown_words:
+        if self.unknown_words and set(self.unknown_words) == set(self.words):
+            text += " (the model knows none of these words: the answer is a guess)"
+        elif self.unknown_words:
             text += f" (unknown words: {', '.join(self.unknown_words)})"
+        if self.max_words is not None and len(self.words) > self.max_words:
+            text += f" (only the first {self.max_words} of {len(self.words)} words were read)"
         return text
 
     def overlay(
@@ -148,7 +153,8 @@ class EncodedScene:
                     score=float(probability[mask].mean()) if mask.any() else 0.0,
                     image=self.image,
                     attention=attention.expression(i, len(ids[i])) if attention is not None else None,
-                    warnings=[*([self.warning] if self.warning else []), *seg.doubts(words[i])],
+                    max_words=seg.max_words,
+                    warnings=[reason for reason in (self.warning, seg.doubt(words[i])) if reason],
                 )
             )
         return answers
@@ -168,7 +174,8 @@ class Segmenter:
         domain: Domain | None = None,  # what it was trained on; None: not known
         name: str = "",  # for people
     ):
-        self.device, self.model = torch.device(device), model.eval().to(device)
+        self.device = torch.device(pick_device(device))
+        self.model = model.eval().to(self.device)
         self.vocabulary, self.threshold, self.sentence = vocabulary, threshold, sentence
         self.image_size, self.max_words = model.config.image_size, model.config.max_words
         self.domain, self.name = domain or domain_of(None), name or type(model).__name__
@@ -179,19 +186,14 @@ class Segmenter:
             f" {len(self.vocabulary):,} words, knows {self.domain}, on {self.device})"
         )
 
-    def doubts(
+    def doubt(
         self,
         words: list[str],  # as `read` gives them
-    ) -> list[str]:
-        "What is wrong with a phrase for this model, a sentence each."
-        found = []
-        if len(self.unknown(words)) == len(set(words)):
-            found.append("the model knows none of these words: its answer has nothing to do with them")
-        if len(self.vocabulary.encode(" ".join(words), 10**6)) > self.max_words:
-            found.append(
-                f"the phrase is longer than the {self.max_words} words that the model reads: the rest was cut"
-            )
-        return found
+    ) -> str | None:
+        "One sentence if the model knows none of a phrase's words."
+        if len(self.unknown(words)) < len(set(words)):
+            return None
+        return "the model knows none of these words: its answer has nothing to do with them"
 
     def read(
         self,
@@ -201,13 +203,15 @@ class Segmenter:
         error."""
         if not isinstance(phrase, str):
             raise InputError(f"the phrase must be a string, not {type(phrase).__name__}")
+        example = 'say what to look for, as in "the red car on the left"'
+        if not phrase.strip():
+            raise InputError(f"the phrase is empty: {example}")
         if self.sentence == "raw":
             words = phrase.split() if any(c.isalnum() for c in phrase) else []
         else:
             words = [w for w in tokenize(phrase) if w in self.vocabulary or any(c.isalnum() for c in w)]
         if not words:
-            said = "the phrase is empty" if not phrase.strip() else f"the phrase {phrase!r} has no word in it"
-            raise InputError(f'{said}: say what to look for, as in "the red car on the left"')
+            raise InputError(f"the phrase {phrase!r} has no word: {example}")
         return words
 
     def unknown(
@@ -260,7 +264,7 @@ def load(
         model,
         vocabulary,
         threshold=meta["threshold"],
-        device=pick_device(device),
+        device=device,
         sentence=training.get("sentence", "sent"),
         domain=domain_of(training.get("data")),
         name=folder.parent.name if folder.name == "model" else folder.name,

@@ -565,7 +565,7 @@ def test_bars_have_the_lengths_of_the_numbers(n):
     }
     said = [t.get_text() for t in fig.legends[0].get_texts()]
     assert (
-        "refshapes val" in said[0]
+        "RefShapes val" in said[0]
         and "paper" in said[-1]
         and fig.legends[0].get_title().get_text() == "Table 9"
     )

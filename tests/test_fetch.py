@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from limited import enough_memory
 from PIL import Image
 
+from refseg_nb.errors import MissingExtra
 from refseg_nb.data import fetch as module
 from refseg_nb.data.fetch import (
     Dropped,
@@ -647,8 +648,11 @@ def test_the_address_of_the_part_is_asked_first(server, tmp_path):
 def test_google_drive_needs_gdown_and_uses_it(server, tmp_path, monkeypatch):
     spec = spec_of(server, "gdrive:abc_1-2", sha256=SHA)
     monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(Unavailable, match="gdrive:abc_1-2: Google Drive needs the package gdown"):
+    with pytest.raises(MissingExtra, match=r"needs the package gdown.*refseg_nb\[drive\]"):
         download(spec, tmp_path / "a.bin", QUICK)
+    two = spec_of(server, "gdrive:abc_1-2", "/nothing", sha256=SHA)
+    with pytest.raises(Unavailable, match="gdrive:abc_1-2: Google Drive needs the package gdown"):
+        download(two, tmp_path / "a.bin", QUICK)
 
     def answers(content, error=None):
         def get(id, output, quiet):

@@ -222,7 +222,7 @@ def test_errors_stay_in_their_line(segmenter, shots, tmp_path):
     for said in (
         "no image at",
         "damaged",
-        "phrase is empty",
+        "has no word",
         "line 6: is not JSON",
         "line 7: phrase must be a string",
         "line 8: id must be",

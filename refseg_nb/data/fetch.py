@@ -500,6 +500,8 @@ def download(
     tick: Tick = lambda have, total: None,  # called with the progress
 ) -> tuple[str, str, list[str]]:  # the address that gave it, its hash, and what went wrong before
     "Get a file from the first address that gives it whole; `Unavailable`, with every reason, if none does."
+    if spec.urls and all(url.startswith("gdrive:") for url in spec.urls):
+        require("gdown", f"{spec.name}, which is on Google Drive,")  # said before any work
     dest.parent.mkdir(parents=True, exist_ok=True)
     part, problems = Part(dest), []
     with _session() as session:

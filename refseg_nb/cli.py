@@ -220,22 +220,17 @@ def _device(
     device: str,  # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> str:
     "A device that exists here."
-    import torch
+    from refseg_nb.system import pick_device
 
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"device {device!r} is not available here: use cpu, or auto") from None
-    return device
+    return pick_device(device)
 
 
 Root = Annotated[
     Path | None,
     typer.Option(
         "--root",
-        help="Folder of the data sets. Default: $REFSEG_DATA, else ~/.cache/refseg_nb/data, with one folder a RefShapes size.",
+        help="Folder of the data sets, with one folder a RefShapes size. Default: $REFSEG_DATA, else"
+        " ~/.cache/refseg_nb/data.",
     ),
 ]
 SplitBy = Annotated[
@@ -703,10 +698,9 @@ def evaluate(
 
     from refseg_nb.data.batches import RISDataset
     from refseg_nb.data.referit import open_data
-    from refseg_nb.inference.segmenter import load
+    from refseg_nb.evaluation.crf import CrfConfig
     from refseg_nb.evaluation.evaluator import evaluate as run
     from refseg_nb.evaluation.evaluator import save_record
-    from refseg_nb.evaluation.crf import CrfConfig
     from refseg_nb.evaluation.protocols import (
         choose_threshold,
         evaluate_protocols,
@@ -714,6 +708,7 @@ def evaluate(
         read_ignore,
         write_samples,
     )
+    from refseg_nb.inference.segmenter import load
     from refseg_nb.training.distributed import first_process, join_processes
 
     rule = find_protocols([protocol])[0] if protocol else None
@@ -993,8 +988,8 @@ def _segment_batch(
         raise typer.BadParameter("--batch needs --out, a folder for results.jsonl and the masks")
     if not batch.exists():
         raise NotFoundError(f"there is no file or folder {batch}")
-    from refseg_nb.inference.segmenter import load
     from refseg_nb.inference.requests import segment_batch
+    from refseg_nb.inference.segmenter import load
 
     report = segment_batch(
         load(model, _device(device)), batch, out, tuple(phrases or ()), progress=sys.stderr.isatty()

@@ -9,6 +9,7 @@ __all__ = ['MODEL_COLORS', 'set_style', 'overlay', 'show_images']
 import textwrap
 
 import numpy as np
+
 from .errors import InputError
 
 # %% ../nbs/library/viz.ipynb #005

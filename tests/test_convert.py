@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from limited import enough_memory
 from jsonschema import Draft202012Validator
+from limited import enough_memory
 from PIL import Image
 from pycocotools import mask as coco_mask
 from toy_refer import SMALL, make_toy

@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 from limited import enough_memory
 from PIL import Image
 
-from refseg_nb.errors import MissingExtra
 from refseg_nb.data import fetch as module
 from refseg_nb.data.fetch import (
     Dropped,
@@ -50,15 +49,16 @@ from refseg_nb.data.fetch import (
     load_manifest,
     may_continue,
     missing_images,
-    with_retries,
     range_request,
     receive,
     safe_member,
     unpack,
     validator_of,
     verify,
+    with_retries,
 )
 from refseg_nb.data.refer import PUBLISHED, ImageInfo, Refer, write_refer
+from refseg_nb.errors import MissingExtra
 
 CONTENT = np.random.default_rng(0).bytes(100_000)
 OTHER = np.random.default_rng(1).bytes(100_000)

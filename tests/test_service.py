@@ -17,9 +17,9 @@ from PIL import Image
 from toy_refer import SMALL
 
 from refseg_nb.data.words import Vocabulary
+from refseg_nb.inference import requests as service
 from refseg_nb.inference.requests import parse_request, read_requests, request_id, segment_batch
 from refseg_nb.inference.segmenter import EncodedScene, Segmenter, load
-from refseg_nb.inference import requests as service
 from refseg_nb.models.hub import save_model
 from refseg_nb.models.registry import create_model
 

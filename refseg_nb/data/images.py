@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from ..errors import InputError
-from ..errors import NotFoundError
+
+from ..errors import InputError, NotFoundError
 
 # %% ../../nbs/library/images.ipynb #006
 class ImageError(InputError):
@@ -192,7 +192,7 @@ def resize_square(
     image: np.ndarray | torch.Tensor,  # uint8 [H, W, 3], or a tensor [3, H, W]
     size: int,  # S
 ) -> torch.Tensor:  # uint8 [3, S, S]
-    "Resize an image to the square that a model reads, antialiased; each side is scaled on its own, so nothing is cut off."
+    "Resize an image to the square that a model reads, antialiased; nothing is cut off."
     pixels = torch.tensor(image).permute(2, 0, 1) if isinstance(image, np.ndarray) else image
     if pixels.shape[1:] == (size, size):
         return pixels

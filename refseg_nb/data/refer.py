@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
-from ..files import atomic_folder, write_file
+
 from ..errors import InputError, NotFoundError
+from ..files import atomic_folder, write_file
 
 # %% ../../nbs/03_refer_format.ipynb #009
 class ReferError(InputError):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.io import savemat
 
 from .refer import ImageInfo, Ref, Refer, ReferError, Sample, Sentence
 from ..errors import ExistsError, InputError, NotFoundError
@@ -460,6 +459,8 @@ def write_referit(
     mask: Callable[[str], np.ndarray],  # the mask of "<image>_<region>", [H, W] bool
 ) -> Path:  # the folder
     "Write a data set in the Berkeley layout, as a whole or not at all."
+    from scipy.io import savemat  # reading needs no scipy, and it is slow to import
+
     folder = Path(folder)
     if folder.exists():
         raise ExistsError(f"{folder} is there already; choose another name or remove it")

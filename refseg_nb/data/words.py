@@ -25,8 +25,8 @@ from torchtext.data import get_tokenizer
 from torchtext.vocab import GloVe, Vectors, Vocab
 
 from .refer import Refer
-from ..files import write_file
 from ..errors import InputError
+from ..files import write_file
 
 # %% ../../nbs/04_words.ipynb #009
 PAD = 0  # fills short expressions up to the longest of the batch
@@ -391,9 +391,7 @@ def load_vectors(
     return vectors, coverage
 
 # %% ../../nbs/18_lavt.ipynb #007
-from ..errors import InputError
-from ..errors import NotFoundError
-from ..errors import require
+from ..errors import InputError, NotFoundError, require
 
 # %% ../../nbs/18_lavt.ipynb #008
 class WordPieces:

@@ -10,23 +10,21 @@ __all__ = ['CheckpointError', 'model_tensors', 'load_tensors', 'fingerprint', 's
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from ..data.words import Vocabulary, WordPieces
+from ..errors import InputError, NotFoundError
 from ..files import atomic_folder
-from ..errors import InputError
-from ..errors import NotFoundError
-from typing import Any
-from .base import RISModel
 from .backbones import SHIPPED_BACKBONES
-from ..data.words import Vocabulary
-from ..data.words import WordPieces
-from .registry import create_from_config
-from importlib.resources import files
-from .registry import registered
-from dataclasses import replace
+from .base import RISModel
+from .registry import create_from_config, registered
 
 # %% ../../nbs/library/hub.ipynb #004
 class CheckpointError(InputError):

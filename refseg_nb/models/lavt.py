@@ -9,31 +9,23 @@ __all__ = ['SWINS', 'SHIPPED_SWIN', 'LAVT_PRESETS', 'LAVT_RECIPES', 'PUBLISHED_N
 
 # %% ../../nbs/18_lavt.ipynb #002
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..errors import InputError, NotFoundError, require
 from .backbones import Backbone, _check_keys, _read_checkpoint
+from .base import AttentionBlock, ModelAttention, ModelConfig, Recipe, RISModel, image_rows
 from .decoder import conv_bn_relu, pick
-from .text import bert_encoder
-from ..errors import InputError
-from ..errors import NotFoundError
-from typing import Any
-from .base import AttentionBlock
-from collections.abc import Callable
-from .base import ModelAttention
-from .base import ModelConfig
-from .base import RISModel
-from .base import Recipe
-from typing import Self
-from .base import image_rows
 from .registry import register_model
-from ..errors import require
+from .text import bert_encoder
 
 # %% ../../nbs/18_lavt.ipynb #021
 class SwinStage(nn.Module):

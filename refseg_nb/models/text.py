@@ -65,9 +65,8 @@ class TextEncoder(nn.Module):
 
 # %% ../../nbs/18_lavt.ipynb #041
 import torch.nn.functional as F
-from ..errors import InputError
-from ..errors import NotFoundError
-from ..errors import require
+
+from ..errors import InputError, NotFoundError, require
 
 # %% ../../nbs/18_lavt.ipynb #042
 class BertText(nn.Module):

@@ -21,9 +21,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..data.refer import data_root
 from ..errors import InputError
 from ..files import move_folder, scratch_folder
-from ..data.refer import data_root
 from .expressions import FLAVOURS, Expression, sample_expressions
 from .flavours import draw_landscapes, sample_long, write_landscapes
 from refseg_nb.refshapes.scenes import (

@@ -23,6 +23,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ..data.referit import write_referit
+from ..errors import InputError
 from refseg_nb.refshapes.expressions import (
     _NOUNS,
     _POSITIONS,
@@ -66,7 +67,6 @@ from refseg_nb.refshapes.scenes import (
     sample_scene,
     silhouettes,
 )
-from ..errors import InputError
 
 # %% ../../nbs/02c_flavours.ipynb #009
 # what is drawn; contrast sets, and what a scene allows, shift it

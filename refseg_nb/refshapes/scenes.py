@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.path import Path as Outline
 from matplotlib.transforms import Affine2D, TransformedPath
+
 from ..errors import InputError
 
 # %% ../../nbs/01_scenes.ipynb #005

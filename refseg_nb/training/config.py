@@ -7,13 +7,12 @@ __all__ = ['TrainConfig']
 
 # %% ../../nbs/library/train_config.ipynb #002
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..data.batches import SENTENCES, UNITS
-from ..models.base import Recipe
 from ..errors import InputError
-from typing import ClassVar
-from ..models.registry import model_recipe
-from ..models.registry import registered
+from ..models.base import Recipe
+from ..models.registry import model_recipe, registered
 
 # %% ../../nbs/library/train_config.ipynb #005
 @dataclass

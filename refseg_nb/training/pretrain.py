@@ -18,10 +18,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..data.refer import Refer
-from ..models.backbones import Backbone
-from ..models.backbones import RefShapesBackbone
 from ..errors import InputError
 from ..files import write_file
+from ..models.backbones import Backbone, RefShapesBackbone
 
 # %% ../../nbs/05b_pretraining.ipynb #007
 @dataclass
@@ -411,6 +410,7 @@ def pretrain_backbone(
 
 # %% ../../nbs/18_lavt.ipynb #034
 from functools import partial
+
 from ..models.lavt import swin_backbone
 
 # %% ../../nbs/18_lavt.ipynb #035

@@ -7,6 +7,7 @@ __all__ = ['check_visible_share', 'check_tight_box', 'check_octaves']
 
 # %% ../../../nbs/exercises/ch01.ipynb #002
 from collections.abc import Callable
+
 import numpy as np
 from pycocotools import mask as coco_mask
 

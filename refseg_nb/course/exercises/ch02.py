@@ -6,8 +6,8 @@
 __all__ = ['check_right_of', 'check_count_words', 'check_anchor_flips']
 
 # %% ../../../nbs/exercises/ch02.ipynb #002
-from collections.abc import Callable
 import random
+from collections.abc import Callable
 
 from ...refshapes.expressions import enumerate_programs, parse_program
 from ...refshapes.scenes import sample_scene

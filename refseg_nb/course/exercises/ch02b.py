@@ -7,6 +7,7 @@ __all__ = ['check_union_reader']
 
 # %% ../../../nbs/exercises/ch02b.ipynb #002
 from collections.abc import Callable
+
 import numpy as np
 
 # %% ../../../nbs/exercises/ch02b.ipynb #005

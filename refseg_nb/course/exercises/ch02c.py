@@ -7,6 +7,7 @@ __all__ = ['check_bits_iou', 'check_differ_in_one_word']
 
 # %% ../../../nbs/exercises/ch02c.ipynb #002
 from collections.abc import Callable
+
 import numpy as np
 
 # %% ../../../nbs/exercises/ch02c.ipynb #005

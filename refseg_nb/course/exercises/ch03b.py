@@ -6,8 +6,8 @@
 __all__ = ['check_lossy_queries', 'check_is_inverted']
 
 # %% ../../../nbs/exercises/ch03b.ipynb #002
-from collections.abc import Callable
 import re
+from collections.abc import Callable
 
 import numpy as np
 

@@ -6,9 +6,9 @@
 __all__ = ['check_missing_ranges', 'check_link_stays_inside']
 
 # %% ../../../nbs/exercises/ch03d.ipynb #002
-from collections.abc import Callable
 import random
 import re
+from collections.abc import Callable
 
 # %% ../../../nbs/exercises/ch03d.ipynb #005
 def check_missing_ranges(fn: Callable) -> str:

@@ -7,6 +7,7 @@ __all__ = ['check_leaves_box', 'check_clean_train']
 
 # %% ../../../nbs/exercises/ch03e.ipynb #002
 from collections.abc import Callable
+
 import numpy as np
 
 # %% ../../../nbs/exercises/ch03e.ipynb #005

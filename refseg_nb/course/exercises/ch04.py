@@ -6,8 +6,8 @@
 __all__ = ['check_coverage_of', 'check_word_mask', 'check_back_off']
 
 # %% ../../../nbs/exercises/ch04.ipynb #002
-from collections.abc import Callable
 import random
+from collections.abc import Callable
 
 import torch
 

@@ -7,6 +7,7 @@ __all__ = ['check_bit_iou', 'check_reads']
 
 # %% ../../../nbs/exercises/ch06b.ipynb #002
 from collections.abc import Callable
+
 import numpy as np
 
 # %% ../../../nbs/exercises/ch06b.ipynb #005

@@ -44,14 +44,9 @@ def demo_scene(
     scene = sample_scene(777, seed)
     said = sample_expressions(scene, random.Random(seed), count=12)
     said.sort(key=lambda e: (e.kind != "relation", len(e.text) < 16))
-    chosen: list[Expression] = []
-    for wanted in (
-        lambda e: True,
-        lambda e: e.kind not in kinds and e.referent not in referents,
-        lambda e: True,
-    ):
-        kinds, referents = {e.kind for e in chosen}, {e.referent for e in chosen}
-        chosen.append(next(e for e in [*filter(wanted, said), *said] if e not in chosen))
+    first = said[0]
+    other = next((e for e in said if e.kind != first.kind and e.referent != first.referent), said[1])
+    chosen = [first, other, next(e for e in said if e not in (first, other))]
     drawn = render(scene, 512)
     return Demo(seed, drawn.image, chosen, np.asarray(drawn.masks))
 

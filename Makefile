@@ -45,13 +45,14 @@ $(PAGES): $(READY)
 site: $(PAGES)
 	$(BIN)/python site/build.py
 
-# Time and memory as the work grows (chapter 21b); what results/scaling/growth.json holds is not measured again
+# Time and memory as the work grows (chapter 21d); what results/scaling/growth.json holds is not measured again
 growth: $(READY)
-	$(BIN)/python -m refseg_nb.scaling
+	$(BIN)/python -m refseg_nb.bench.growth
 
 # SHNet as published against SHNet as computed here (chapter 21); a record in results/bench is not measured again
 bench: $(READY)
 	$(BIN)/python -m refseg_nb.bench.savings
+	$(BIN)/python -m refseg_nb.bench.imports
 
 # From the notebooks to the package, and to the README
 export: $(READY)
@@ -59,17 +60,19 @@ export: $(READY)
 	$(BIN)/nbdev_clean
 
 readme: $(READY)
-	$(BIN)/python -m refseg_nb.course readme
+	$(BIN)/python -m refseg_nb.course.tools readme
 
 # Run chapters and keep their outputs:  make run NB=nbs/05_pictures.ipynb
 run: $(READY)
-	$(BIN)/python -m refseg_nb.course stubs $(NB)
+	$(BIN)/python -m refseg_nb.course.tools stubs $(NB)
 	$(BIN)/nbdev_export
 	$(BIN)/jupyter execute --inplace $(NB)
 	$(BIN)/nbdev_clean
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q nbs tests site setup.py
+	$(BIN)/lint-imports --no-logo
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -29,7 +29,14 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["refseg_nb", "refseg_nb.*"]),
     package_data={
-        "refseg_nb": ["weights/**/*", "data/manifest.toml", "attention/static/*", "training/launch/*"]
+        "refseg_nb": [
+            "py.typed",
+            "**/*.pyi",
+            "weights/**/*",
+            "data/manifest.toml",
+            "attention/static/*",
+            "training/launch/*",
+        ]
     },
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -1,8 +1,10 @@
 """The course as static pages: `make site` builds them into build/site, and opens from a file with the network off.
 
-1. `prepare` writes what Sphinx reads into build/site-source: the chapters without nbdev's directives, with anchors for the symbols that they export;
-   the home page, which is the README; and a page that lists the library's symbols. No notebook is run: the pages show the committed outputs.
-2. Sphinx renders them (conf.py). Anything that it warns about, such as a link to a chapter that does not exist, fails the build.
+1. `prepare` writes what Sphinx reads into build/site-source: the chapters, then the notebooks of nbs/library, without
+   nbdev's directives and with anchors for the symbols that they export; the home page, which is the README; and a page
+   that lists the library's symbols. No notebook is run: the pages show the committed outputs.
+2. Sphinx renders them (conf.py). Anything that it warns about, such as a link to a chapter that does not exist, fails
+   the build.
 """
 
 import argparse
@@ -34,6 +36,7 @@ PARTS = {
     22: "Command line",
     90: "Behind the course",
 }  # a part begins with the chapter of this number
+LIBRARY = "Library"  # the part of the notebooks in nbs/library
 
 
 @dataclass
@@ -49,18 +52,28 @@ class Symbol:
 class Chapter:
     "A notebook, and what it exports."
 
-    name: str  # "03_refer_format"
+    name: str  # "03_refer_format", or "library/viz"
     notebook: nbformat.NotebookNode  # as it is committed
     module: str  # "refseg_nb.data.refer"; empty where nothing is exported
 
     @property
+    def in_library(self) -> bool:
+        return self.name.startswith("library/")
+
+    @property
+    def up(self) -> str:
+        "From the chapter's page to the folder of all pages."
+        return "../" * self.name.count("/")
+
+    @property
     def title(self) -> str:
-        return (
-            f"{self.name.split('_')[0]} · {self.notebook.cells[0].source.splitlines()[0].removeprefix('# ')}"
-        )
+        heading = self.notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+        return heading if self.in_library else f"{self.name.split('_')[0]} · {heading}"
 
     @property
     def part(self) -> str:
+        if self.in_library:
+            return LIBRARY
         return PARTS[max(first for first in PARTS if first <= int(self.name[:2]))]
 
     @property
@@ -77,15 +90,21 @@ class Chapter:
             s
             for c in self.notebook.cells
             if "export" in directives(c)
-            for s in symbols_of(c.source, self.module)
+            for s in symbols_of(c.source, self.exported_to(c))
         ]
+
+    def exported_to(self, cell: nbformat.NotebookNode) -> str:
+        "The module that a cell is exported to: the chapter's, unless the cell names another one."
+        named = directives(cell)["export"]
+        return f"refseg_nb.{named}" if named else self.module
 
 
 def directives(cell) -> dict[str, str]:
-    "nbdev's directives at the head of a code cell: `#| eval: false` is {'eval': 'false'}."
+    "nbdev's directives at the head of a code cell: `# | eval: false` is {'eval': 'false'}."
     if cell.cell_type != "code":
         return {}
-    return {m[1]: m[2] for line in cell.source.splitlines() if (m := re.match(r"#\| *(\w+):? *(.*)$", line))}
+    found = (re.match(r"# ?\| *(\w+):? *(.*)$", line) for line in cell.source.splitlines())
+    return {m[1]: m[2].strip() for m in found if m}
 
 
 def symbols_of(
@@ -120,15 +139,18 @@ def symbols_of(
 
 
 def read(path: Path) -> Chapter:
-    "Read a chapter."
+    "Read a chapter, or a notebook of the library."
     notebook = nbformat.read(path, as_version=4)
     module = next(
         (f"refseg_nb.{d['default_exp']}" for d in map(directives, notebook.cells) if "default_exp" in d), ""
     )
-    return Chapter(path.stem, notebook, module)
+    return Chapter(f"{'library/' * (path.parent.name == 'library')}{path.stem}", notebook, module)
 
 
-RESULTS = "](../results/", "](results/"  # figures are copied to stand beside the pages
+def moved(text: str, chapter: Chapter) -> str:
+    "Links as they are on the site: figures are copied to stand beside the pages, the README is the home page."
+    text = text.replace(f"]({chapter.up}index.ipynb)", f"]({chapter.up}index.md)")
+    return text.replace(f"]({chapter.up}../results/", f"]({chapter.up}results/")
 
 
 def page(chapter: Chapter) -> nbformat.NotebookNode:
@@ -139,9 +161,9 @@ def page(chapter: Chapter) -> nbformat.NotebookNode:
         if "hide" in found or "default_exp" in found:
             continue
         if "export" in found:
-            out.append(anchors(symbols_of(cell.source, chapter.module)))
+            out.append(anchors(symbols_of(cell.source, chapter.exported_to(cell))))
         if found:
-            cell.source = re.sub(r"\A(#\|.*\n?)+", "", cell.source)
+            cell.source = re.sub(r"\A(# ?\|.*\n?)+", "", cell.source)
             imports = all(
                 isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(cell.source).body
             )
@@ -151,12 +173,12 @@ def page(chapter: Chapter) -> nbformat.NotebookNode:
                 *["hide-input"] * imports,
             ]
         if cell.cell_type == "markdown":
-            cell.source = cell.source.replace("](index.ipynb)", "](index.md)").replace(*RESULTS)
+            cell.source = moved(cell.source, chapter)
         for made in (o.data for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})):
-            made["text/markdown"] = made["text/markdown"].replace(*RESULTS)
+            made["text/markdown"] = moved("".join(made["text/markdown"]), chapter)
         out.append(cell)
     where = f"Notebook `nbs/{chapter.name}.ipynb`" + (
-        f", exports [`{chapter.module}`](library.md#{chapter.module.replace('.', '')})"
+        f", exports [`{chapter.module}`]({chapter.up}library.md#{chapter.module.replace('.', '')})"
         if chapter.module
         else ""
     )
@@ -198,10 +220,7 @@ def library(chapters: list[Chapter]) -> str:
     lines = [
         "# The library",
         "",
-        (
-            "Every public name of `refseg_nb`. Each leads to the place in the course where it is built,"
-            " explained and tested."
-        ),
+        ("Every public name of `refseg_nb`. Each leads to the notebook that builds, explains and tests it."),
         "",
     ]
     plain = lambda text: "`".join(
@@ -212,9 +231,9 @@ def library(chapters: list[Chapter]) -> str:
         for chapter in inside:
             lines += [f"### `{chapter.module}`", "", f"[]({chapter.name}.ipynb): {chapter.sentence}", ""]
             for s in chapter.symbols[1:]:
-                short = s.name.removeprefix(chapter.module + ".")
+                level = 1 if s.kind == "method" else 0
                 lines.append(
-                    f"{'  ' * short.count('.')}- {{py:obj}}`{short.rpartition('.')[2]} <{s.name}>`"
+                    f"{'  ' * level}- {{py:obj}}`{s.name.rpartition('.')[2]} <{s.name}>`"
                     + (f" · {plain(s.summary)}" if s.summary else "")
                 )
             lines.append("")
@@ -226,8 +245,11 @@ def prepare(
     source: Path,  # an empty folder
 ) -> list[Chapter]:
     "Write what Sphinx reads."
-    chapters = [read(path) for path in sorted(nbs.glob("[0-9]*.ipynb"))]
+    chapters = [
+        read(path) for path in [*sorted(nbs.glob("[0-9]*.ipynb")), *sorted(nbs.glob("library/*.ipynb"))]
+    ]
     texts = {chapter.name: nbformat.writes(page(chapter)) for chapter in chapters}
+    (source / "library").mkdir()
     for name, text in texts.items():
         (source / f"{name}.ipynb").write_text(text, encoding="utf-8")
     (source / "library.md").write_text(library(chapters), encoding="utf-8")
@@ -247,7 +269,9 @@ def prepare(
         (ROOT / "data_setup" / "README.md").read_text(encoding="utf-8").replace("](../nbs/", "]("),
         encoding="utf-8",
     )
-    for name in set(re.findall(r"\]\(((?:results/|LICENSE)[^){]*)\)", home + "".join(texts.values()))):
+    for name in set(
+        re.findall(r"\]\((?:\.\./)?((?:results/|LICENSE)[^){]*)\)", home + "".join(texts.values()))
+    ):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     known = {s.name: f"{c.name}.html#{s.name}" for c in chapters for s in c.symbols}

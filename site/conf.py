@@ -1,5 +1,5 @@
-"""Sphinx's settings for the course's pages, and the two things that it is taught: anchors for the library's
-symbols, and links to them from the code."""
+"""Sphinx's settings for the course's pages, and two additions: anchors for the library's symbols, and links to
+them from the code."""
 
 import json
 import re
@@ -74,11 +74,16 @@ def page_of(app, docname, name):
     "Where a name that stands in a chapter leads to, if it means a symbol of the library."
     name = name.removesuffix("()")
     full = app.site_links["names"].get(docname, {}).get(name, name)
-    # prose names things of other chapters: `create_model`, `Refer`
+    # prose uses names of other chapters: `create_model`, `Refer`
     if full not in app.site_links["symbols"] and re.search(r"[A-Z_]", name):
         ends = [s for s in app.site_links["symbols"] if s.endswith("." + name)]
         full = ends[0] if len(ends) == 1 else name
-    return app.site_links["symbols"].get(full)
+    return from_page(docname, app.site_links["symbols"].get(full))
+
+
+def from_page(docname, address):
+    "An address as a page writes it: the notebooks of the library are one folder down."
+    return address and "../" * docname.count("/") + address
 
 
 def inside(node, kinds):
@@ -99,10 +104,11 @@ def link_prose(app, doctree, docname):
 def link_code(app, pagename, templatename, context, doctree):
     """Link the names in code cells, and make every line of code its own box, so that a long one wraps below
     its own indentation."""
+    symbols = {full: from_page(pagename, address) for full, address in app.site_links["symbols"].items()}
     names = {
-        name: app.site_links["symbols"][full]
+        name: symbols[full]
         for name, full in app.site_links["names"].get(pagename, {}).items()
-        if full in app.site_links["symbols"]
+        if full in symbols
     }
 
     def line(text):
@@ -116,7 +122,7 @@ def link_code(app, pagename, templatename, context, doctree):
         code = found[2]
         code = re.sub(
             r'<span class="n">refseg_nb</span><span class="o">\.</span><span class="n">load</span>',
-            lambda m: f'<a class="symbol" href="{app.site_links["symbols"]["refseg_nb.load"]}">{m[0]}</a>',
+            lambda m: f'<a class="symbol" href="{symbols["refseg_nb.load"]}">{m[0]}</a>',
             code,
         )
         code = re.sub(
@@ -126,11 +132,7 @@ def link_code(app, pagename, templatename, context, doctree):
         )
         code = re.sub(
             r'<span class="nn">(refseg_nb[\w.]*)</span>',
-            lambda m: (
-                f'<a class="symbol" href="{app.site_links["symbols"][m[1]]}">{m[0]}</a>'
-                if m[1] in app.site_links["symbols"]
-                else m[0]
-            ),
+            lambda m: f'<a class="symbol" href="{symbols[m[1]]}">{m[0]}</a>' if m[1] in symbols else m[0],
             code,
         )
         return found[1] + "\n".join(map(line, code.rstrip("\n").split("\n"))) + found[3]
@@ -145,7 +147,7 @@ def link_code(app, pagename, templatename, context, doctree):
         # what is read out is what is seen
         body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
         # in the outputs of cells
-        context["body"] = re.sub(r'href="(?:nbs/)?(\d\w+)\.ipynb"', r'href="\1.html"', body)
+        context["body"] = re.sub(r'href="(?:nbs/)?((?:\d|library/)\w+)\.ipynb"', r'href="\1.html"', body)
 
 
 def setup(app):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from limited import run_limited
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -26,3 +27,15 @@ def tiny_root(tmp_path_factory):
     for name in ("refshapes", "refshapes+"):
         make_refshapes(root, name, "tiny", progress=False)
     return root
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Every Hypothesis test runs in a process of its own, under a memory limit; its fixtures are this one's."""
+    body = pyfuncitem.obj
+    if getattr(body, "is_hypothesis_test", False):
+        pyfuncitem.obj = lambda **arguments: run_limited(lambda: body(**arguments))
+    try:
+        return (yield)
+    finally:
+        pyfuncitem.obj = body

@@ -8,6 +8,10 @@ step() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
 
 step "lint"
 ruff check .
+ruff format --check -q nbs tests site setup.py
+
+step "the order of the rooms"
+lint-imports --no-logo
 
 step "the package is what the notebooks export, and the notebooks are clean"
 fingerprint() { find refseg_nb nbs -name '*.py' -o -name '*.ipynb' | sort | xargs sha256sum | sha256sum; }

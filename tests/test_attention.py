@@ -27,8 +27,9 @@ from refseg_nb.attention.maps import (
 )
 from refseg_nb.data.refer import Refer
 from refseg_nb.inference.segmenter import Segmenter
+from refseg_nb.models.base import AttentionBlock, ModelAttention
+from refseg_nb.models.registry import create_model
 from refseg_nb.models.sfm import SFM, JointAttention
-from refseg_nb.models.shnet import create_model
 
 WORDS = ["the", "red", "ball"]
 
@@ -123,12 +124,10 @@ def test_the_blocks_are_the_matrix_cut_and_folded(h, w, n, queries, keys):
             maps.block(1, 0, "pixels", "words")
 
 
-def test_a_model_s_attention_may_bring_its_own_maps():
-    class Theirs:
-        def maps(self, words):
-            return AttentionMaps.from_arrays(
-                rows((1, 1, 6, 3)), words, (2, 3), queries="pixels", keys="words"
-            )
+def test_the_attention_of_a_model_of_one_s_own():
+    class Theirs(ModelAttention):
+        def blocks(self):
+            return {1: AttentionBlock([torch.from_numpy(rows((1, 1, 6, 3)))], (2, 3), "pixels", "words")}
 
     assert attention_maps(Theirs(), WORDS).levels[1].queries == "pixels"
     with pytest.raises(AttentionError, match="dict is not known"):

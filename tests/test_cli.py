@@ -41,8 +41,8 @@ def model_folder(tmp_path_factory):
     import torch
 
     from refseg_nb.data.words import Vocabulary
-    from refseg_nb.models.shnet import create_model
     from refseg_nb.models.hub import save_model
+    from refseg_nb.models.registry import create_model
 
     torch.manual_seed(0)
     vocabulary = Vocabulary.build(["the red car on the left"])
@@ -142,17 +142,72 @@ def test_segment_writes_mask_and_overlay_beside_the_image(picture, model_folder)
     assert result.returncode == 0, result.stderr
     assert seconds < 30  # 10 s is the promise, alone on a machine
     mask, overlay = (
-        Image.open(picture.with_name("photo.mask.png")),
-        Image.open(picture.with_name("photo.overlay.png")),
+        Image.open(picture.with_name("photo.the-red-car.mask.png")),
+        Image.open(picture.with_name("photo.the-red-car.overlay.png")),
     )
-    assert mask.size == overlay.size == (60, 40) and mask.mode == "L" and overlay.mode == "RGB"
+    assert mask.size == (60, 40) and mask.mode == "L" and overlay.mode == "RGB"
+    assert min(overlay.size) >= 512, "large enough to look at"
     assert set(np.unique(mask)) <= {0, 255}
-    assert "score" in result.stdout and "photo.mask.png" in result.stdout and result.stderr == ""
+    assert "score" in result.stdout and "photo.the-red-car.mask.png" in result.stdout and result.stderr == ""
     assert sorted(p.name for p in picture.parent.iterdir()) == [
-        "photo.mask.png",
-        "photo.overlay.png",
         "photo.png",
+        "photo.the-red-car.mask.png",
+        "photo.the-red-car.overlay.png",
     ]
+
+
+def test_segment_replaces_only_what_it_wrote_itself(picture, model_folder):
+    ask = lambda *more: invoke("segment", picture, "the red car", "--model", model_folder, *more)
+    mine = picture.with_name("photo.the-red-car.mask.png")
+    mine.write_bytes(b"a person's own file")
+    one_line(ask(), 2, "is there already", "--force")
+    assert mine.read_bytes() == b"a person's own file"
+    assert ask("--force").exit_code == 0 and ask().exit_code == 0, "its own files it replaces"
+    assert invoke("segment", picture, "the blue car", "--model", model_folder).exit_code == 0
+    assert len(list(picture.parent.glob("photo.the-*-car.*.png"))) == 4, "two phrases, two pairs of files"
+    other = picture.with_name("photo.jpg")
+    Image.open(picture).convert("RGB").save(other)
+    one_line(invoke("segment", other, "the red car", "--model", model_folder), 2, "is there already")
+
+
+def test_a_picture_unlike_the_domain_and_unknown_words_get_one_warning_each(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    done = refseg("segment", tmp_path / "noise.png", "zzyzx")
+    assert done.returncode == 0 and "the model knows drawn scenes of RefShapes" in done.stdout
+    assert done.stderr.count("unlike what the model knows") == 1
+    assert done.stderr.count("knows none of these words") == 1
+    from refseg_nb.refshapes.scenes import render, sample_scene
+
+    Image.fromarray(render(sample_scene(0, 1), 300).image).save(tmp_path / "scene.png")
+    assert refseg("segment", tmp_path / "scene.png", "the tree").stderr == ""
+
+
+def test_demo_needs_no_file(tmp_path):
+    done = refseg("demo", "--no-open", "--out", tmp_path / "d")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "d" / "scene-4.html").read_text()
+    assert page.count("<figure>") == 3 and "://" not in page.replace("http://www.w3.org", "")
+    assert Image.open(tmp_path / "d" / "scene-4.png").size == (512, 512)
+
+
+def test_every_field_can_be_set_and_help_has_examples():
+    from dataclasses import fields
+
+    from refseg_nb.cli import config_fields, in_options
+    from refseg_nb.training.config import TrainConfig
+
+    assert [f.name for f in config_fields()] == [f.name for f in fields(TrainConfig)]
+    text = invoke("train", "--help").output
+    for field in config_fields():
+        assert field.option[:20] in text, field.name
+    assert in_options("max_steps must be 1, or resume=False; split_by='unc'") == (
+        "--steps must be 1, or --fresh; --split-by 'unc'"
+    )
+    for command in ("demo", "segment", "explore", "train", "evaluate", "compare", "pretrain", "reproduce"):
+        assert "Example:" in invoke(command, "--help").output, command
+    first = invoke("--help").output.split("Try it")[1]
+    assert first.index("demo") < first.index("segment") < first.index("explore") < first.index("train ")
 
 
 def test_segment_imports_only_what_it_needs(picture, model_folder):
@@ -171,7 +226,7 @@ def test_explore_writes_one_page(picture, model_folder, monkeypatch, tmp_path):
     opened = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
     result = invoke("explore", picture, "the red car", "--model", model_folder)
-    page = picture.with_name("photo.explorer.html")
+    page = picture.with_name("photo.the-red-car.explorer.html")
     assert result.exit_code == 0 and opened == [page.absolute().as_uri()], result.output
     assert page.stat().st_size < 2e6 and "://" not in page.read_text().replace("http://www.w3.org", "")
     two = invoke(
@@ -241,7 +296,7 @@ def test_segment_never_leaves_half_a_picture(picture, model_folder, monkeypatch)
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError):
-        cli._write_pictures({picture.with_name("a.png"): Image.new("L", (4, 4))})
+        cli._write_pictures({picture.with_name("a.png"): Image.new("L", (4, 4))}, picture, "car")
     assert sorted(p.name for p in picture.parent.iterdir()) == ["photo.png"]
 
 
@@ -267,7 +322,7 @@ def test_config_files(tmp_path):
     (tmp_path / "d.json").write_text('{"learning": 1}')
     one_line(invoke("train", "--config", tmp_path / "b.json"), 2, "b.json", "JSON")
     one_line(invoke("train", "--config", tmp_path / "c.json"), 2, "c.json")
-    one_line(invoke("train", "--config", tmp_path / "d.json"), 2, "learning", "weight_decay")
+    one_line(invoke("train", "--config", tmp_path / "d.json"), 2, "learning", "--weight-decay")
     one_line(invoke("train", "--config", tmp_path / "e.json"), 2, "e.json")
 
 
@@ -532,3 +587,40 @@ def test_ctrl_c_is_exit_code_130(tiny_root, tmp_path):
 def test_debug_keeps_the_traceback(picture, monkeypatch):
     monkeypatch.setenv("REFSEG_DEBUG", "1")
     assert isinstance(invoke("segment", picture.with_name("none.png"), "car").exception, FileNotFoundError)
+
+
+def test_a_bug_keeps_its_traceback_and_says_how_to_report_it(picture, model_folder, monkeypatch):
+    import refseg_nb
+    from refseg_nb.models import hub
+
+    def broken(*args, **kwargs):
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr(hub, "load_tensors", broken)
+    result = invoke("segment", picture, "the red car", "--model", model_folder)
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr and "broadcast together" in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert (
+        "please report" in last
+        and refseg_nb.__version__ in last
+        and "the red car" in last
+        and "://" not in last
+    )
+
+
+def test_messages_speak_the_command_lines_language():
+    from refseg_nb.cli import explain
+    from refseg_nb.errors import InputError
+
+    assert explain(InputError("give split_by='umd'")) == "give --split-by 'umd'"
+    assert explain(InputError("max_steps must be at least 1, got 0")) == "--steps must be at least 1, got 0"
+    assert explain(InputError("use resume=False")) == "use --fresh"
+
+
+def test_segment_says_what_is_wrong_with_image_and_phrase(picture, model_folder, tmp_path):
+    m = ("--model", model_folder)
+    one_line(invoke("segment", picture, "🐶", *m), 2, "has no word")
+    one_line(invoke("segment", "https://example.org/a.jpg", "car", *m), 2, "download it first")
+    os.mkfifo(tmp_path / "pipe.png")
+    one_line(invoke("segment", tmp_path / "pipe.png", "car", *m), 2, "no regular file")

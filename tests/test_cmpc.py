@@ -15,6 +15,7 @@ from torch import nn
 from refseg_nb.data.batches import RISDataset
 from refseg_nb.data.refer import Refer
 from refseg_nb.data.words import Vocabulary, vocabulary_for
+from refseg_nb.evaluation.protocols import PROTOCOLS
 from refseg_nb.models.cmpc import (
     CMPC,
     CMPC_PRESETS,
@@ -24,18 +25,15 @@ from refseg_nb.models.cmpc import (
     RelationGraph,
     WordReader,
     coordinates,
-    count_flops,
-    count_parameters,
-    create_cmpc,
     deeplab_backbone,
     enlarge,
     load_published,
     pad_same,
-    parameter_groups,
     published_layout,
 )
+from refseg_nb.models.cost import count_flops, count_parameters
 from refseg_nb.models.hub import load_model, save_model
-from refseg_nb.evaluation.protocols import PROTOCOLS
+from refseg_nb.models.registry import create_model
 
 TINY = CMPCConfig(
     backbone="refshapes",
@@ -299,11 +297,11 @@ def test_the_published_layout_holds_the_published_number_of_weights():
 @pytest.fixture(scope="module")
 def published():
     with torch.device("meta"):
-        return create_cmpc("published", vocab_size=12_112, backbone_weights="none")
+        return create_model("cmpc", "published", vocab_size=12_112, backbone_weights="none")
 
 
 def test_parameters_of_every_part(published):
-    counts = count_parameters(published)
+    counts = count_parameters(published, trained=True)
     assert counts == {
         "word vectors": 3_633_600,
         "LSTM": 5_204_000,
@@ -323,12 +321,16 @@ def test_parameters_of_every_part(published):
     # PyTorch's second LSTM bias: the constant forget bias
     assert trained == counts["total"] and frozen == 42_500_160 + 4_000
     assert trained + 42_500_160 == 118_555_768
-    assert 0.25e6 < count_parameters(create_cmpc(vocab_size=80, backbone_weights="none"))["total"] < 0.35e6
+    assert (
+        0.25e6
+        < count_parameters(create_model("cmpc", vocab_size=80, backbone_weights="none"))["total"]
+        < 0.35e6
+    )
 
 
 def test_operations_by_hand():
     n, t, c, d = 16, 20, 8, 4
-    flops = {k: round(x * 1e9) for k, x in count_flops(TINY).items()}
+    flops = {k: round(x * 1e9) for k, x in count_flops(TINY, words=20).items()}
     assert (
         flops["MUTAN, picture"] == 3 * 2 * n * (c + 8) * 2 * c and flops["MUTAN, words"] == 3 * 2 * c * 2 * c
     )
@@ -353,8 +355,8 @@ def test_operations_by_hand():
 
 
 def test_only_convolutions_are_decayed(published):
-    decayed, free = ({id(p) for p in g["params"]} for g in parameter_groups(published))
-    assert [g["weight_decay"] for g in parameter_groups(published, 0.5)] == [0.5, 0.0] and not decayed & free
+    decayed, free = ({id(p) for p in g["params"]} for g in published.parameter_groups())
+    assert [g["weight_decay"] for g in published.parameter_groups(0.5)] == [0.5, 0.0] and not decayed & free
     assert decayed | free == {id(p) for p in published.parameters() if p.requires_grad}
     names = {name for name, p in published.named_parameters() if id(p) in decayed}
     assert all(
@@ -539,8 +541,8 @@ def test_backbone_weights_from_a_file(tmp_path):
 
 def test_other_backbones_come_at_stride_8():
     with torch.device("meta"):
-        model = create_cmpc(
-            "published", vocab_size=5, backbone="deeplabv3plus-resnet101", backbone_weights="none"
+        model = create_model(
+            "cmpc", "published", vocab_size=5, backbone="deeplabv3plus-resnet101", backbone_weights="none"
         )
         assert [tuple(v.shape[2:]) for v in model.backbone(torch.empty(1, 3, 320, 320))] == [(40, 40)] * 3
         assert model(torch.empty(1, 3, 320, 320), torch.ones(1, 20, dtype=torch.long)).shape == (1, 320, 320)
@@ -548,29 +550,29 @@ def test_other_backbones_come_at_stride_8():
 
 def test_word_vectors_give_the_table_and_its_size():
     vectors = torch.randn(7, 5)
-    model = create_cmpc(vectors=vectors, backbone_weights="none", train_words=False)
+    model = create_model("cmpc", vectors=vectors, backbone_weights="none", train_words=False)
     assert (
         torch.equal(model.reader.encoder.embedding.weight[1:], vectors[1:])
         and not model.reader.encoder.embedding.weight.requires_grad
     )
-    assert count_parameters(model)["word vectors"] == 0
+    assert count_parameters(model, trained=True)["word vectors"] == 0
 
 
 def test_a_configuration_survives_json_and_names_what_is_wrong():
     for config in CMPC_PRESETS.values():
         assert CMPCConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(ValueError, match="CMPCConfig has no field chanels"):
+    with pytest.raises(ValueError, match="CMPCConfig has no field 'chanels'"):
         CMPCConfig.from_dict({"chanels": 3})
     with pytest.raises(ValueError, match="no backbone called 'vgg'"):
         CMPCConfig(backbone="vgg")
     with pytest.raises(ValueError, match="auxiliary"):
         CMPCConfig(auxiliary=0.4)
     with pytest.raises(ValueError, match="no preset called 'paper'; there are published, refshapes"):
-        create_cmpc("paper", vocab_size=3)
+        create_model("cmpc", "paper", vocab_size=3)
     with pytest.raises(ValueError, match="vocab_size is needed"):
-        create_cmpc()
+        create_model("cmpc")
     with pytest.raises(FileNotFoundError, match="deeplab_resnet_init.ckpt"):
-        create_cmpc("published", vocab_size=3)
+        create_model("cmpc", "published", vocab_size=3)
 
 
 def test_which_image_must_be_said():
@@ -588,7 +590,7 @@ def test_which_image_must_be_said():
 
 
 def test_half_precision_on_a_cpu_gives_finite_gradients_everywhere():
-    model = create_cmpc(vocab_size=V)
+    model = create_model("cmpc", vocab_size=V)
     images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16):
         losses = model.losses(model.encode(images), padded(), torch.tensor(OF), torch.rand(4, 32, 32))
@@ -601,7 +603,7 @@ def test_half_precision_on_a_cpu_gives_finite_gradients_everywhere():
 
 def test_it_survives_saving(tmp_path):
     vocabulary = Vocabulary.build(["the second smallest ball", "boat closest to the green boat"])
-    model = create_cmpc(vocab_size=len(vocabulary)).eval()
+    model = create_model("cmpc", vocab_size=len(vocabulary)).eval()
     save_model(tmp_path / "m", model, vocabulary, {"model": "cmpc"})
     make = lambda stored: (CMPC(CMPCConfig.from_dict(stored["config"]), len(vocabulary)), vocabulary)
     again, _, meta = load_model(tmp_path / "m", make)
@@ -616,7 +618,7 @@ def test_the_learner_trains_it(tiny_root, tmp_path):
     from refseg_nb.training.learner import train
 
     vocabulary = vocabulary_for(Refer(tiny_root, "refshapes"))
-    model = create_cmpc(vocab_size=len(vocabulary))
+    model = create_model("cmpc", vocab_size=len(vocabulary))
     before = model.score.weight.detach().clone()
     sizes = dict(limit=2, images_per_batch=1, expressions_per_image=2, max_steps=2)
     result = train(
@@ -636,9 +638,9 @@ def test_it_learns_two_scenes_by_heart(tiny_root):
     rows = which[0] + which[1]
     words, target = data.words[rows], torch.stack([data.target(data.samples[k].ann_id) for k in rows]).float()
     # less work than the preset's
-    model = create_cmpc(vocab_size=len(vocabulary), channels=48, fused=32, heads=2)
+    model = create_model("cmpc", vocab_size=len(vocabulary), channels=48, fused=32, heads=2)
     raw = model.backbone(torch.stack([data.image(i) for i in ids]))
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4), 2e-3)
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-4), 2e-3)
     for _ in range(30):
         loss = sum(model.losses(model.adapt(raw), words, index, target).values())
         optimizer.zero_grad()
@@ -652,8 +654,8 @@ def test_it_learns_two_scenes_by_heart(tiny_root):
 
 @pytest.mark.slow
 def test_a_training_step_at_the_published_size():
-    model = create_cmpc("published", vocab_size=12_112, backbone_weights="none")
-    optimizer = torch.optim.Adam(parameter_groups(model), CMPC_RECIPES["published"].lr)
+    model = create_model("cmpc", "published", vocab_size=12_112, backbone_weights="none")
+    optimizer = torch.optim.Adam(model.parameter_groups(), CMPC_RECIPES["published"].lr)
     words, targets = torch.randint(1, 12_112, (1, 20)), torch.zeros(1, 320, 320)
     targets[:, 100:200, 50:150] = 1
     features = model.encode(torch.randint(0, 256, (1, 3, 320, 320), dtype=torch.uint8))

@@ -2,14 +2,16 @@
 
 import ast
 import importlib
+import io
 import re
 import statistics
+import tokenize
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from refseg_nb.course.tools import exercise_stub, exercises, readme_from, solution_of
+from refseg_nb.course.tools import exercise_stub, exercises, readme_from, same_code, solution_of
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -89,18 +91,30 @@ def test_chapter_has_objectives_summary_exercises_and_next(path):
     assert "objectives" in text and "minutes" in text
     for heading in ("summary", "next"):
         assert re.search(rf"^#+ .*{heading}|^\*\*{heading}", text, re.M), f"no {heading}"
-    if path.stem[:2] not in ("00", "20", "22"):
+    # the four were cut out of chapters 05, 08, 12 and 21b, which kept the exercises
+    cut_out = ("05b", "07b", "11c", "21d")
+    if path.stem[:2] not in ("00", "20", "22") and path.stem[:3] not in cut_out:
         assert list(exercises(read(path))), "a chapter has exercises"
+
+
+def logical_lines(source):
+    "Statements and headers of blocks: a count that the formatter's layout does not change."
+    source = "\n".join(x for x in source.splitlines() if not x.startswith(("%", "!")))
+    tokens = tokenize.generate_tokens(io.StringIO(source + "\n").readline)
+    return sum(token.type == tokenize.NEWLINE for token in tokens)
 
 
 @by_name(CHAPTERS)
 def test_chapter_is_more_prose_than_code_and_its_cells_are_small(path):
     notebook = read(path)
     code = [c for c in notebook.cells if visible(c)]
-    lines = [len([x for x in c.source.splitlines() if x.strip() and not x.startswith("#|")]) for c in code]
+    lines = [logical_lines(c.source) for c in code]
     assert sum(c.cell_type == "markdown" for c in notebook.cells) >= 0.9 * len(code)
     assert statistics.median(lines) <= 9, f"median cell of {statistics.median(lines)} lines"
-    showing = sum(bool(c.get("outputs")) or "assert" in c.source or "#| export" in c.source for c in code)
+    exported = re.compile(r"^#\s*\|\s*export", re.M)
+    showing = sum(
+        bool(c.get("outputs")) or "assert" in c.source or bool(exported.search(c.source)) for c in code
+    )
     assert showing >= 0.6 * len(code), "most cells show or assert something"
     assert sum(
         "assert" in c.source or "test_" in c.source or "check_" in c.source or "expect_error" in c.source
@@ -122,7 +136,9 @@ EXERCISES = [(p, text.source, stub.source, name) for p in CHAPTERS for text, stu
 )
 def test_exercise_stub_is_made_from_its_solution_and_the_check_tells_them_apart(path, text, stub, name):
     assert "difficulty" in text and "minutes" in text and "<summary>Hint</summary>" in text
-    assert stub == exercise_stub(text, name), "stub and solution differ: make them again with `make run`"
+    assert same_code(stub, exercise_stub(text, name)), (
+        "stub and solution differ: make them again with `make run`"
+    )
     module = importlib.import_module(f"refseg_nb.course.exercises.ch{path.stem.split('_')[0]}")
     check = getattr(module, f"check_{name}")
     solved, empty = {}, {f"check_{name}": check}

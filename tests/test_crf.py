@@ -12,6 +12,7 @@ from test_evaluation import toy_dataset, toy_model
 from toy_refer import make_toy
 
 from refseg_nb.data.refer import Refer
+from refseg_nb.errors import MissingExtra
 from refseg_nb.evaluation.crf import (
     CrfConfig,
     Lattice,
@@ -380,7 +381,7 @@ def test_bad_input_is_named():
 def test_a_missing_backend_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydensecrf.densecrf", None)
     image, p = picture(10, 12)
-    with pytest.raises(ValueError, match="pydensecrf2.*backend 'torch'"):
+    with pytest.raises(MissingExtra, match=r"backend 'torch'.*refseg_nb\[crf\]"):
         dense_crf(p, image, replace(CMPC, backend="pydensecrf"))
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
+from refseg_nb.models.cost import count_parameters
 from refseg_nb.models.crossvlt import (
     BERT_NAMES,
     CROSSVLT_PRESETS,
@@ -22,13 +23,12 @@ from refseg_nb.models.crossvlt import (
     LanguageStage,
     alignment_loss,
     attend,
-    create_crossvlt,
     load_published,
     similarity_map,
 )
-from refseg_nb.models.lavt import SWINS, parameter_groups
+from refseg_nb.models.lavt import SWINS
 from refseg_nb.models.losses import weighted_loss
-from refseg_nb.models.shnet import count_parameters
+from refseg_nb.models.registry import create_model
 
 DEAD = 2 * 1024**2  # the released gate after the last stage, which nothing reads
 TINY = replace(CROSSVLT_PRESETS["refshapes"], backbone_weights="none", window=3, factor=1)
@@ -42,7 +42,7 @@ def _seed():
 @pytest.fixture(scope="module")
 def base():
     with torch.device("meta"):
-        return create_crossvlt("base", backbone_weights="none", text_weights="none")
+        return create_model("crossvlt", "base", backbone_weights="none", text_weights="none")
 
 
 def shaken(module):
@@ -444,14 +444,14 @@ def test_parameters_by_part_are_the_published_ones(base):
         16,
     ]
     assert sum(p.numel() for p in base.parameters() if p.requires_grad) == 212_873_850 - DEAD + 4
-    spared, decayed = (sum(p.numel() for p in group["params"]) for group in parameter_groups(base))
+    spared, decayed = (sum(p.numel() for p in group["params"]) for group in base.parameter_groups())
     assert (spared, spared + decayed) == (258_296, 212_873_850 - DEAD + 4)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "large"])
 def test_the_other_sizes_can_be_built_and_differ_where_their_swins_do(size):
     with torch.device("meta"):
-        model = create_crossvlt(size, backbone_weights="none", text_weights="none")
+        model = create_model("crossvlt", size, backbone_weights="none", text_weights="none")
     width = SWINS[f"swin-{size}"]["embed_dim"]
     assert [n.normalized_shape[0] for n in model.norms] == [width * 2**i for i in range(4)]
     assert model.fusion[0].query.out_features == 2 * width and [m.heads for m in model.fusion] == [
@@ -634,7 +634,7 @@ def test_a_configuration_survives_json_and_refuses_nonsense():
     for config in CROSSVLT_PRESETS.values():
         assert CrossVLTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     for values, said in (
-        ({"text_layer": 6}, "no field text_layer"),
+        ({"text_layer": 6}, "no field 'text_layer'"),
         ({"backbone": "vgg"}, "no backbone called 'vgg'"),
         ({"head_width": 60}, "head_width 60"),
         ({"text_heads": 7}, "text_width 768"),
@@ -645,9 +645,9 @@ def test_a_configuration_survives_json_and_refuses_nonsense():
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="no preset called 'huge'"):
-        create_crossvlt("huge")
+        create_model("crossvlt", "huge")
     with pytest.raises(ValueError, match="vocab_size is needed"):
-        create_crossvlt()
+        create_model("crossvlt")
     model = tiny()
     images, words, _ = batch()
     features = model.encode(images)
@@ -681,7 +681,7 @@ def test_a_saved_model_comes_back(tmp_path):
 @pytest.mark.slow
 def test_one_training_step_at_the_published_size():
     "About 4 GB and half a minute on one core."
-    model = create_crossvlt("base", backbone_weights="none", text_weights="none").train()
+    model = create_model("crossvlt", "base", backbone_weights="none", text_weights="none").train()
     images, words = (
         torch.randint(0, 256, (1, 3, 480, 480), dtype=torch.uint8),
         torch.randint(1, 30_000, (1, 21)),

@@ -12,7 +12,6 @@ from toy_refer import SMALL, make_toy
 from refseg_nb.data.batches import RISDataset
 from refseg_nb.data.refer import Refer
 from refseg_nb.data.words import UNK, vocabulary_for
-from refseg_nb.models.shnet import create_model
 from refseg_nb.evaluation.evaluator import (
     Evaluator,
     Record,
@@ -26,7 +25,8 @@ from refseg_nb.evaluation.evaluator import (
     probability_at,
     save_record,
 )
-from refseg_nb.evaluation.metrics import SegmentationMetric
+from refseg_nb.evaluation.segmentation_metric import SegmentationMetric
+from refseg_nb.models.registry import create_model
 
 
 def toy_dataset(root, split="val"):

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from refseg_nb.models.decoder import UpsampleDecoder, double, doubled_conv, doubling_taps
-from refseg_nb.models.shnet import create_model
 from refseg_nb.bench import savings as fast
+from refseg_nb.models.decoder import UpsampleDecoder, double, doubled_conv, doubling_taps
+from refseg_nb.models.registry import create_model
 
 SMALL = dict(
     vocab_size=30,

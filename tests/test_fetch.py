@@ -23,6 +23,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from limited import enough_memory
 from PIL import Image
 
 from refseg_nb.data import fetch as module
@@ -34,7 +35,7 @@ from refseg_nb.data.fetch import (
     Manifest,
     Mismatch,
     Part,
-    Patience,
+    RetryPolicy,
     SetSpec,
     Unavailable,
     Unpack,
@@ -48,20 +49,21 @@ from refseg_nb.data.fetch import (
     load_manifest,
     may_continue,
     missing_images,
-    patiently,
     range_request,
     receive,
     safe_member,
     unpack,
     validator_of,
     verify,
+    with_retries,
 )
 from refseg_nb.data.refer import PUBLISHED, ImageInfo, Refer, write_refer
+from refseg_nb.errors import MissingExtra
 
 CONTENT = np.random.default_rng(0).bytes(100_000)
 OTHER = np.random.default_rng(1).bytes(100_000)
-QUICK = Patience(timeout=10, attempts=3, pause=0.005)
-HASTY = Patience(timeout=0.5, attempts=3, pause=0.005)  # where a server stalls
+QUICK = RetryPolicy(timeout=10, attempts=3, pause=0.005)
+HASTY = RetryPolicy(timeout=0.5, attempts=3, pause=0.005)  # where a server stalls
 SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -557,7 +559,7 @@ def test_patience_counts_only_tries_that_gained_nothing(monkeypatch):
         raise Dropped("gone", wait=7 if have[0] == 1 else 0)
 
     with pytest.raises(Unavailable, match=r"gone \(3 tries\)"):
-        patiently(action, Patience(attempts=3, pause=1), lambda: have[0])
+        with_retries(action, RetryPolicy(attempts=3, pause=1), lambda: have[0])
     assert waits == [7, 1, 2, 1, 2, 4] and have == [3]
 
 
@@ -646,8 +648,11 @@ def test_the_address_of_the_part_is_asked_first(server, tmp_path):
 def test_google_drive_needs_gdown_and_uses_it(server, tmp_path, monkeypatch):
     spec = spec_of(server, "gdrive:abc_1-2", sha256=SHA)
     monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(Unavailable, match="gdrive:abc_1-2: Google Drive needs the package gdown"):
+    with pytest.raises(MissingExtra, match=r"needs the package gdown.*refseg_nb\[drive\]"):
         download(spec, tmp_path / "a.bin", QUICK)
+    two = spec_of(server, "gdrive:abc_1-2", "/nothing", sha256=SHA)
+    with pytest.raises(Unavailable, match="gdrive:abc_1-2: Google Drive needs the package gdown"):
+        download(two, tmp_path / "a.bin", QUICK)
 
     def answers(content, error=None):
         def get(id, output, quiet):
@@ -973,6 +978,7 @@ def test_fuzz_archives(tmp_path, content, damages, keep):
     try:
         placed = unpack(tmp_path / "x", tmp_path / "target" / "into")
     except FetchError as error:
+        enough_memory(error)
         assert str(error).startswith("x: ") and str(error).isprintable()
         placed = []
     assert all_files(tmp_path) == sorted([f"target/into/{name}" for name in placed] + ["x"])
@@ -1217,7 +1223,7 @@ def test_a_picture_longer_than_its_pixels_is_cut_off(server, pictures, tmp_path)
     name = next(iter(pictures.data))
     server.files[f"/train2014/{name}"] = pictures.data[name] + bytes(10**6)
     failed = fetch_images(pictures.spec, {name: pictures.wanted[name]}, tmp_path, {}, QUICK)
-    assert "longer than such a picture can be" in failed[name] and all_files(tmp_path) == []
+    assert "longer than such an image can be" in failed[name] and all_files(tmp_path) == []
 
 
 def test_another_address_for_pictures(server, pictures, tmp_path):
@@ -1319,7 +1325,7 @@ def world(server, pictures, tmp_path, monkeypatch):
         get=lambda **more: fetch(
             "refcoco",
             tmp_path / "data",
-            **({"manifest": manifest, "progress": False, "patience": QUICK} | more),
+            **({"manifest": manifest, "progress": False, "retry": QUICK} | more),
         ),
     )
 
@@ -1383,7 +1389,7 @@ def test_what_was_changed_or_lost_since_is_noticed(world):
 
 def test_a_file_that_changed_since_it_was_verified_is_verified_again(server, tmp_path):
     book = Manifest({"a.bin": spec_of(server, sha256=SHA)}, {}, {"a": SetSpec("a", ("a.bin",))})
-    get = lambda: fetch("a", tmp_path, manifest=book, progress=False, patience=QUICK)
+    get = lambda: fetch("a", tmp_path, manifest=book, progress=False, retry=QUICK)
     assert get().ok and get().items[0].detail == "verified before"
     os.utime(tmp_path / "a.bin", ns=(1, 1))
     assert get().items[0].detail == "was there; verified" and get().items[0].detail == "verified before"
@@ -1397,7 +1403,7 @@ def test_a_file_that_changed_since_it_was_verified_is_verified_again(server, tmp
     spec = replace(book.files["a.bin"], sha256=hashlib.sha256(OTHER).hexdigest())
     server.files["/a.bin"] = OTHER
     assert statuses(
-        fetch("a", tmp_path, manifest=replace(book, files={"a.bin": spec}), progress=False, patience=QUICK)
+        fetch("a", tmp_path, manifest=replace(book, files={"a.bin": spec}), progress=False, retry=QUICK)
     ) == {"a.bin": "fetched"}
     assert (tmp_path / "a.bin").read_bytes() == OTHER
 
@@ -1582,8 +1588,8 @@ def test_a_file_of_unknown_size_is_compared_with_the_room_when_the_server_tells_
 def test_a_full_disk_is_said_and_the_part_is_kept(world, monkeypatch):
     real = module.receive
 
-    def full(session, url, part, *more):
-        real(session, url, part, *more) if "gone" in url else part.begin(url, None)
+    def full(session, url, part, **more):
+        real(session, url, part, **more) if "gone" in url else part.begin(url, None)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "receive", full)
@@ -1732,7 +1738,7 @@ def test_the_other_sets(server, tmp_path, monkeypatch, book):
             unpack=spec.unpack and replace(spec.unpack, count=spec.unpack.count and 2),
         )
     get = lambda name, **more: fetch(
-        name, tmp_path / "data", manifest=replace(book, files=files), progress=False, patience=QUICK, **more
+        name, tmp_path / "data", manifest=replace(book, files=files), progress=False, retry=QUICK, **more
     )
 
     assert get("glove").ok and (tmp_path / "home/.cache/refseg_nb/vectors/glove.840B.300d.zip").is_file()

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from refseg_nb.data.refer import Refer
+from refseg_nb.evaluation.evaluator import Record
 from refseg_nb.refshapes.expressions import parse_program
+from refseg_nb.reproduce.experiments import PAPER
 from refseg_nb.reproduce.figures import (
     CAUSE_COLORS,
     CAUSES,
-    COLORS,
     QUANTILES,
     anchors_of,
     answers,
@@ -41,7 +42,7 @@ from refseg_nb.reproduce.figures import (
     gains,
     png,
 )
-from refseg_nb.evaluation.evaluator import Record
+from refseg_nb.viz import MODEL_COLORS
 
 
 class MadeUp:
@@ -546,7 +547,7 @@ def summary(labels, paper=True, kinds=True):
 
 @pytest.mark.parametrize("n", [1, 4, 8, 9, 15])
 def test_bars_have_the_lengths_of_the_numbers(n):
-    labels = [*COLORS, *(f"model number {i}" for i in range(20))][:n]
+    labels = [*MODEL_COLORS, *(f"model number {i}" for i in range(20))][:n]
     lying = n > 8
     fig = figure_bars(summary(labels))
     (ax,) = fig.axes
@@ -564,7 +565,7 @@ def test_bars_have_the_lengths_of_the_numbers(n):
     }
     said = [t.get_text() for t in fig.legends[0].get_texts()]
     assert (
-        "refshapes val" in said[0]
+        "RefShapes val" in said[0]
         and "paper" in said[-1]
         and fig.legends[0].get_title().get_text() == "Table 9"
     )
@@ -573,7 +574,11 @@ def test_bars_have_the_lengths_of_the_numbers(n):
 
 
 def test_labels_of_the_bars_do_not_overlap():
-    for labels in ([*COLORS], list(COLORS)[:4], [f"SHNet, a rather long label {i}" for i in range(15)]):
+    for labels in (
+        [*MODEL_COLORS],
+        list(MODEL_COLORS)[:4],
+        [f"SHNet, a rather long label {i}" for i in range(15)],
+    ):
         fig = figure_bars(summary(labels))
         png(fig)
         (ax,) = fig.axes
@@ -653,7 +658,12 @@ def seen_by(matrix, color):
     ids=["all", "no green", "no red"],
 )
 def test_colours_stay_apart_for_everybody(matrix):
-    for colors in (COLORS, colors_of(["SHNet", "MGATE", "TGFE", "GBFM"]), CAUSE_COLORS):
+    figures = [
+        list(PAPER["table2"]["rows"]),
+        list(PAPER["table4"]["rows"]),
+        ["SHNet", "CMPC", "LAVT", "CrossVLT"],
+    ]
+    for colors in (*map(colors_of, figures), CAUSE_COLORS):
         lab = [seen_by(matrix, c) for c in colors.values()]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > 15, (
             "2 is just seen, 15 is another colour"

@@ -1,6 +1,7 @@
 """The library's answer on every kind of picture that a person has, with a small untrained model: what comes
 back, and at which size."""
 
+import os
 import subprocess
 import sys
 
@@ -10,11 +11,12 @@ import torch
 from PIL import Image
 
 import refseg_nb
+from refseg_nb.data.images import LONGEST_SIDE, ImageError, read_image, resize_square
 from refseg_nb.data.words import Vocabulary
-from refseg_nb.data.images import resize_square, LONGEST_SIDE, ImageError, read_image
+from refseg_nb.errors import InputError
 from refseg_nb.inference.segmenter import Segmenter, load
-from refseg_nb.models.shnet import create_model
 from refseg_nb.models.hub import save_model
+from refseg_nb.models.registry import create_model
 
 
 def small_model(prior=0.5):
@@ -63,7 +65,8 @@ def test_every_file_is_read_and_answered_at_its_own_size(name, tmp_path, seg):
     assert pixels.dtype == np.uint8 and pixels.shape == (37, 53, 3) and size == (37, 53)
     answer = seg.encode(tmp_path / name).segment("the red car")
     assert answer.mask.shape == answer.probability.shape == (37, 53) and answer.mask.dtype == bool
-    assert answer.overlay().shape == (37, 53, 3)
+    shown = answer.overlay()
+    assert shown.shape == (512, round(512 * 53 / 37), 3) and shown.dtype == np.uint8
 
 
 def test_the_grey_levels_survive(tmp_path):
@@ -169,11 +172,23 @@ def test_an_array_that_is_no_picture_is_said(array):
 
 def test_phrases(seg):
     scene = seg.encode(picture())
-    for phrase in ("", "   ", "\n", "?!"):
-        with pytest.raises(ValueError, match="the phrase is empty"):
+    for phrase, said in (
+        ("", "is empty"),
+        ("   ", "is empty"),
+        ("\n", "is empty"),
+        ("?!", "has no word"),
+        ("🐶", "has no word"),
+    ):
+        with pytest.raises(InputError, match=said):
             scene.segment(phrase)
-        with pytest.raises(ValueError, match="the phrase is empty"):
+        with pytest.raises(InputError, match=said):
             seg.segment(picture(), phrase)
+    assert scene.segment("the red car").unknown_words == []
+    assert "first 25 of 40 words" in scene.segment("car " * 40).message
+    assert "none of these words" in scene.segment("zebra unicorn").message
+    assert scene.segment_all([]) == []
+    with pytest.raises(InputError, match="must be a list of phrases"):
+        scene.segment_all("the dog")
     with pytest.raises(ValueError, match="must be a string"):
         scene.segment(None)
     answer = scene.segment("The RED zebra, zebra!")
@@ -250,3 +265,36 @@ def test_load(tmp_path, seg):
         load("nothing")
     with pytest.raises(AttributeError):
         refseg_nb.no_such_name  # noqa: B018
+
+
+def test_bytes_and_tensors_of_every_layout_are_read():
+    from io import BytesIO
+
+    file = BytesIO()
+    Image.fromarray(picture()).save(file, "PNG")
+    tensor = torch.from_numpy(picture())
+    for image in (file, BytesIO(file.getvalue()), file.getvalue(), tensor, tensor.permute(2, 0, 1)):
+        assert np.array_equal(read_image(image)[0], picture())
+    assert np.abs(read_image((tensor / 255).bfloat16())[0].astype(int) - picture()).max() <= 1
+    with pytest.raises(ImageError, match="the tensor"):
+        read_image(torch.zeros(2, 5, 7))
+
+
+def test_what_cannot_be_an_image_is_refused_with_its_own_message(tmp_path):
+    with pytest.raises(ImageError, match="NoneType"):
+        read_image(None)
+    for address in ("https://example.org/a.jpg", "http://example.org"):
+        with pytest.raises(ImageError, match="download it first"):
+            read_image(address)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="no regular file"):
+        read_image(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="the image"):
+        read_image(b"no image")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_said():
+    for device in ("cuda", "abacus"):
+        with pytest.raises(InputError, match=device):
+            load(device=device)

@@ -17,8 +17,9 @@ pytest.importorskip("transformers")
 
 from refseg_nb.data.batches import RISDataset
 from refseg_nb.data.refer import Refer
-from refseg_nb.data.words import Vocabulary, vocabulary_for
-from refseg_nb.data.words import WordPieces
+from refseg_nb.data.words import Vocabulary, WordPieces, vocabulary_for
+from refseg_nb.models.cost import count_flops, count_parameters
+from refseg_nb.models.hub import load_model, save_model
 from refseg_nb.models.lavt import (
     LAVT,
     LAVT_PRESETS,
@@ -28,20 +29,16 @@ from refseg_nb.models.lavt import (
     LAVTConfig,
     SwinBackbone,
     TopDownDecoder,
-    count_flops,
-    create_lavt,
     difference,
     language_gate,
     load_published,
-    parameter_groups,
     swin_backbone,
 )
 from refseg_nb.models.losses import weighted_loss
+from refseg_nb.models.registry import create_model
 from refseg_nb.models.text import bert_encoder
-from refseg_nb.training.pretrain import pretrain_swin
-from refseg_nb.models.shnet import count_parameters
-from refseg_nb.models.hub import load_model, save_model
 from refseg_nb.training.learner import Objective
+from refseg_nb.training.pretrain import pretrain_swin
 
 DEAD = 2 * 1024**2  # the published gate of stage 4, which feeds nothing
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "red", "car", "chim", "##ney", "tall", "##er", "!"]
@@ -68,14 +65,14 @@ def _seed():
 def tiny():
     "The small preset on a vocabulary of 40 words, in eval mode."
     torch.manual_seed(0)
-    return create_lavt(vocab_size=VOCAB).eval()
+    return create_model("lavt", vocab_size=VOCAB).eval()
 
 
 @pytest.fixture(scope="module")
 def base():
     "The published LAVT on the device that has no memory."
     with torch.device("meta"):
-        return create_lavt("base", backbone_weights="none", text_weights="none")
+        return create_model("lavt", "base", backbone_weights="none", text_weights="none")
 
 
 def phrases(*lengths, longest=6):
@@ -120,7 +117,7 @@ def test_parameters_of_the_published_size_by_part(base):
 
 
 def test_what_the_published_optimizer_trains(base):
-    spared, decayed = parameter_groups(base, 0.01)
+    spared, decayed = base.parameter_groups(0.01)
     assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.01)
     n_spared, n_decayed = (sum(p.numel() for p in g["params"]) for g in (spared, decayed))
     assert n_spared == 258_296 and n_spared + n_decayed == 189_726_586 - DEAD
@@ -133,7 +130,7 @@ def test_what_the_published_optimizer_trains(base):
 @pytest.mark.parametrize("name, embed, depth", [("tiny", 96, 12), ("small", 96, 24), ("large", 192, 24)])
 def test_the_other_sizes_are_made(name, embed, depth):
     with torch.device("meta"):
-        model = create_lavt(name, backbone_weights="none", text_weights="none", image_size=224)
+        model = create_model("lavt", name, backbone_weights="none", text_weights="none", image_size=224)
     assert model.backbone.channels == (embed, 2 * embed, 4 * embed, 8 * embed)
     assert sum(len(s.blocks) for s in model.backbone.stages) == depth
     window = LAVT_PRESETS[name].window
@@ -328,7 +325,7 @@ def test_the_pretrained_small_swin_is_the_one_that_hears_words_later(tiny_root, 
     assert [v.shape[1:] for v in result.backbone(torch.zeros(1, 3, 96, 96))] == [
         (16 << i, 24 >> i, 24 >> i) for i in range(4)
     ]
-    model = create_lavt(vocab_size=VOCAB, backbone_weights=str(tmp_path / "swin.safetensors")).eval()
+    model = create_model("lavt", vocab_size=VOCAB, backbone_weights=str(tmp_path / "swin.safetensors")).eval()
     assert (
         not model.backbone.frozen
         and model.backbone.state_dict().keys() == result.backbone.state_dict().keys()
@@ -395,7 +392,7 @@ def test_pixel_word_attention_equals_loops(heads):
 def test_a_phrase_of_one_token_says_nothing_and_begin_mends_it(tiny):
     image = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
     one, other = torch.tensor([[3]]), torch.tensor([[9]])
-    dumb = create_lavt(vocab_size=VOCAB, begin=False).eval()
+    dumb = create_model("lavt", vocab_size=VOCAB, begin=False).eval()
     with torch.no_grad():
         f1, f2 = (
             dumb.fusion[0](dumb.encode(image)[0].flatten(1, 2), *dumb.text(w)[:2])[0] for w in (one, other)
@@ -469,7 +466,10 @@ def test_the_answer_is_enlarged_between_the_middles_of_places_and_begins_at_the_
         decoder.eval()([torch.zeros(1, c, s, s) for c, s in zip((2, 3, 4, 6), (12, 6, 3, 2))])
     ).sigmoid()
     torch.testing.assert_close(empty, torch.full_like(empty, 0.05))
-    small, double = create_lavt(vocab_size=VOCAB, factor=1).eval(), create_lavt(vocab_size=VOCAB).eval()
+    small, double = (
+        create_model("lavt", vocab_size=VOCAB, factor=1).eval(),
+        create_model("lavt", vocab_size=VOCAB).eval(),
+    )
     double.load_state_dict(small.state_dict())
     images, words = torch.rand(1, 3, 96, 96), phrases(3, longest=3)
     with torch.no_grad():
@@ -756,7 +756,7 @@ def test_shared_encoding_gives_what_each_phrase_alone_gets(tiny):
 
 
 def test_heads_show_in_the_attention():
-    model = create_lavt(vocab_size=VOCAB, heads=(1, 2, 4, 8)).eval()
+    model = create_model("lavt", vocab_size=VOCAB, heads=(1, 2, 4, 8)).eval()
     with torch.no_grad():
         attention = model.segment(
             model.encode(torch.zeros(1, 3, 96, 96)), phrases(3, longest=3), return_attention=True
@@ -776,13 +776,13 @@ def test_configuration_goes_to_json_and_back_and_bad_fields_are_named():
         with pytest.raises(ValueError, match=text):
             LAVTConfig.from_dict(values)
     with pytest.raises(ValueError, match="vocab_size"):
-        create_lavt("refshapes")
+        create_model("lavt", "refshapes")
     with pytest.raises(ValueError, match="huge"):
-        create_lavt("huge")
+        create_model("lavt", "huge")
 
 
 def test_gradients_reach_what_is_trained_and_nothing_else():
-    model = create_lavt(vocab_size=VOCAB, trained_layers=1, text_layers=2)
+    model = create_model("lavt", vocab_size=VOCAB, trained_layers=1, text_layers=2)
     weighted_loss(
         model(torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), phrases(3, 5)),
         (torch.rand(2, 96, 96) > 0.5).float(),
@@ -802,8 +802,8 @@ def test_two_scenes_are_learnt_by_heart(tiny_root):
     vocabulary = vocabulary_for(refer)
     data = RISDataset(refer, "val", vocabulary)
     batch = data[[(g, data.groups[g][1][:2]) for g in (0, 1)]]
-    model = create_lavt(vocab_size=len(vocabulary))
-    objective, optimizer = Objective(model), torch.optim.AdamW(parameter_groups(model), lr=2e-3)
+    model = create_model("lavt", vocab_size=len(vocabulary))
+    objective, optimizer = Objective(model), torch.optim.AdamW(model.parameter_groups(), lr=2e-3)
     for _ in range(30):
         loss = objective(batch.images, None, batch.words, batch.image_index, batch.targets)
         optimizer.zero_grad()
@@ -839,7 +839,7 @@ def test_a_saved_model_is_read_back(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_training_step_at_the_published_size():
-    model = create_lavt("base", backbone_weights="none", text_weights="none").train()
+    model = create_model("lavt", "base", backbone_weights="none", text_weights="none").train()
     words = torch.randint(1, 30_522, (1, 20))
     loss = weighted_loss(
         model(torch.randint(0, 256, (1, 3, 480, 480), dtype=torch.uint8), words),

@@ -10,13 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from refseg_nb.evaluation.metrics import (
-    THRESHOLDS,
-    SegmentationMetric,
-    intersection_union,
-    iou,
-    iou_of_counts,
-)
+from refseg_nb.evaluation.metrics import THRESHOLDS, intersection_union, iou, iou_of_counts, scores
+from refseg_nb.evaluation.segmentation_metric import SegmentationMetric
 
 
 def random_masks(n=40, h=31, w=47, seed=0):
@@ -73,9 +68,10 @@ def test_counts_against_fractions(pairs, comparator, empty):
     wrong."""
     counts = [(min(i, u), u) for i, u in pairs]
     ious = [Fraction(i, u) if u else Fraction(empty) for i, u in counts]
-    metric = SegmentationMetric(comparator=comparator, empty=empty)
+    metric = SegmentationMetric(comparator=comparator, empty_union_iou=empty)
     metric.update_counts([i for i, _ in counts], [u for _, u in counts])
     got = metric.compute()
+    assert got == scores(*map(list, zip(*counts)), comparator=comparator, empty_union_iou=empty)
     for x in THRESHOLDS:
         f = Fraction(str(x))
         expected = 100 * sum(v > f if comparator == ">" else v >= f for v in ious) / len(ious)
@@ -109,17 +105,17 @@ def test_large_sums():
 
 def test_empty_masks():
     none, some = torch.zeros(1, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4, dtype=torch.bool)
-    assert iou(none, none).item() == 1 and iou(none, none, empty=0.0).item() == 0
+    assert iou(none, none).item() == 1 and iou(none, none, empty_union_iou=0.0).item() == 0
     assert iou(none, some).item() == 0 and iou(some, none).item() == 0
     metric = SegmentationMetric()
     metric.update(torch.cat([none, some]), torch.cat([none, some]))
     assert metric.compute()["overall_iou"] == 100 and metric.compute()["mean_iou"] == 100
-    metric = SegmentationMetric(empty=0.0)
+    metric = SegmentationMetric(empty_union_iou=0.0)
     metric.update(torch.cat([none, some]), torch.cat([none, some]))
     assert metric.compute()["overall_iou"] == 100 and metric.compute()["mean_iou"] == 50, (
         "an empty pair adds nothing to the overall IoU"
     )
-    metric = SegmentationMetric(empty=0.5)
+    metric = SegmentationMetric(empty_union_iou=0.5)
     metric.update(none, none)
     assert metric.compute()["overall_iou"] == 50
     assert all(map(math.isnan, SegmentationMetric().compute().values()))
@@ -144,8 +140,10 @@ def test_what_is_refused():
         intersection_union(a, torch.zeros(2, 5, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="comparator"):
         SegmentationMetric(comparator="<")
-    with pytest.raises(ValueError, match="empty"):
-        SegmentationMetric(empty=2.0)
+    with pytest.raises(ValueError, match="empty_union_iou"):
+        SegmentationMetric(empty_union_iou=2.0)
+    with pytest.raises(ValueError, match="comparator"):
+        scores([1], [2], comparator="<")
     with pytest.raises(ValueError, match="2 predicted"):
         SegmentationMetric().update(list(a), list(a)[:1])
 

@@ -27,10 +27,11 @@ from refseg_nb.refshapes.dataset import make_refshapes
 from refseg_nb.reproduce.report import readme_results, report_text, summaries
 from refseg_nb.reproduce.tables import conclusions, controls_table, cost_table, load_runs
 from refseg_nb.reproduce.tables import markdown_table, print_table
-from refseg_nb.training.checkpoint import fingerprint
-from refseg_nb.training.evaluation import evaluate
-from refseg_nb.training.learner import Learner, TrainConfig, train
-from refseg_nb.training.protocols import evaluate_protocols
+from refseg_nb.models.hub import fingerprint
+from refseg_nb.evaluation.evaluator import evaluate
+from refseg_nb.training.config import TrainConfig
+from refseg_nb.training.learner import Learner, train
+from refseg_nb.evaluation.protocols import evaluate_protocols
 
 STEP = "optimizer_step"  # the method of `Learner` that takes one step and returns its loss
 # isort: on

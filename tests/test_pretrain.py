@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from refseg_nb.cli import app
 from refseg_nb.data.refer import Refer
 from refseg_nb.models import backbones as B
+from refseg_nb.training import pretrain as P
 
 
 @pytest.fixture(autouse=True)
@@ -25,16 +26,16 @@ def _seed():
 
 @pytest.fixture(scope="module")
 def data(tiny_root):
-    return B.pixel_labels(Refer(tiny_root, "refshapes"), "val")
+    return P.pixel_labels(Refer(tiny_root, "refshapes"), "val")
 
 
 @pytest.fixture(scope="module")
 def result(tiny_root, tmp_path_factory):
     "Both tasks, three epochs on 32 pictures, and the files."
     folder = tmp_path_factory.mktemp("weights")
-    paths = {task: folder / f"{task}.safetensors" for task in B.TASKS}
+    paths = {task: folder / f"{task}.safetensors" for task in P.TASKS}
     return {
-        task: (B.pretrain_backbone(tiny_root, task=task, epochs=3, limit=32, progress=False, out=path), path)
+        task: (P.pretrain_backbone(tiny_root, task=task, epochs=3, limit=32, progress=False, out=path), path)
         for task, path in paths.items()
     }
 
@@ -57,8 +58,8 @@ def test_presence_is_what_the_file_lists(tiny_root, data):
     ids = sorted({s.image_id for s in refer.samples("val")})
     colours = data.attributes["color"][0]
     categories, painted = (
-        B.presence(data.category, len(data.names) - 1),
-        B.presence(data.attributes["color"][1], len(colours)),
+        P.presence(data.category, len(data.names) - 1),
+        P.presence(data.attributes["color"][1], len(colours)),
     )
     for row, image_id in enumerate(ids):
         things = refer.annotations_of(image_id)
@@ -73,14 +74,14 @@ def test_presence_is_what_the_file_lists(tiny_root, data):
 def test_average_precision_is_torchmetrics():
     scores, true = torch.randn(40, 6), (torch.rand(40, 6) < torch.linspace(0.1, 0.9, 6)).float()
     true[0], true[1] = 0, 1  # every value is in some pictures and not in others
-    for k, got in enumerate(B.average_precision(scores, true)):
+    for k, got in enumerate(P.average_precision(scores, true)):
         assert float(got) == pytest.approx(
             float(binary_average_precision(scores[:, k], true[:, k].long())), abs=1e-5
         )
 
 
 def test_average_precision_of_what_cannot_be_ranked_is_nan():
-    got = B.average_precision(torch.randn(5, 3), torch.tensor([[0.0, 1, 0]] * 4 + [[0.0, 1, 1]]))
+    got = P.average_precision(torch.randn(5, 3), torch.tensor([[0.0, 1, 0]] * 4 + [[0.0, 1, 1]]))
     assert got.isnan().tolist() == [True, True, False]
 
 
@@ -94,7 +95,7 @@ def test_only_the_pixels_task_knows_where_things_are(data):
     shuffled = labels.flatten(2)[:, :, torch.randperm(labels[0, 0].numel())].view_as(labels)
     with torch.no_grad():
         levels = net(images)
-        pixels, presence = B.PixelHeads(net.channels, data), B.PresenceHead(net.channels, data)
+        pixels, presence = P.PixelHeads(net.channels, data), P.PresenceHead(net.channels, data)
         assert float(presence.loss(levels, images, labels)) == float(presence.loss(levels, images, shuffled))
         assert float(pixels.loss(levels, images, labels)) != pytest.approx(
             float(pixels.loss(levels, images, shuffled)), abs=1e-3
@@ -103,7 +104,7 @@ def test_only_the_pixels_task_knows_where_things_are(data):
 
 def test_presence_loss_by_hand(data):
     net = B.RefShapesBackbone().eval()
-    head = B.PresenceHead(net.channels, data)
+    head = P.PresenceHead(net.channels, data)
     x = data.batch(torch.arange(3))
     with torch.no_grad():
         levels = net(x[:, :3])
@@ -134,14 +135,14 @@ def test_a_picture_without_things_has_a_finite_loss(data):
         torch.rand(2, 3, 96, 96),
         torch.zeros(2, 2 + len(data.attributes), 96, 96, dtype=torch.long),
     )
-    for heads in (B.PixelHeads(net.channels, data), B.PresenceHead(net.channels, data)):
+    for heads in (P.PixelHeads(net.channels, data), P.PresenceHead(net.channels, data)):
         assert heads.loss(net(images), images, labels).isfinite()
 
 
 def test_perfect_predictions_score_one(data):
     channels = B.RefShapesBackbone().channels
     names = {k: m for k, (_, m) in data.attributes.items()}
-    head = B.PresenceHead(channels, data)
+    head = P.PresenceHead(channels, data)
     overall, each, attributes = head.score(head.targets(data.category, names.values()), data)
     there = {data.names[k] for k in data.category.unique().tolist() if k}
     assert (
@@ -152,7 +153,7 @@ def test_perfect_predictions_score_one(data):
         for k, m in names.items()
     }
     category = F.one_hot(data.category[:, ::2, ::2].long(), len(data.names)).permute(0, 3, 1, 2).float()
-    overall, each, attributes = B.PixelHeads(channels, data).score({"category": category} | coarse, data)
+    overall, each, attributes = P.PixelHeads(channels, data).score({"category": category} | coarse, data)
     # the outline is lost at half the resolution, and nothing else
     assert set(attributes.values()) == {1.0} and 0.7 < overall < 1
 
@@ -160,10 +161,10 @@ def test_perfect_predictions_score_one(data):
 # ---- training and its files
 
 
-@pytest.mark.parametrize("task", B.TASKS)
+@pytest.mark.parametrize("task", P.TASKS)
 def test_pretraining_learns_and_writes_what_it_returns(result, task):
     r, path = result[task]
-    assert r.backbone.frozen and r.losses[-1] < r.losses[0] and r.metric == B.TASKS[task].metric
+    assert r.backbone.frozen and r.losses[-1] < r.losses[0] and r.metric == P.TASKS[task].metric
     again = B.create_backbone("refshapes", path)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in r.backbone.state_dict().items())
     assert path.stat().st_size < 1e6 and {v.dtype for v in load_file(path).values()} == {
@@ -182,9 +183,9 @@ def test_pretraining_learns_and_writes_what_it_returns(result, task):
 
 def test_pretraining_says_what_is_wrong_before_it_begins(tiny_root, tmp_path):
     with pytest.raises(ValueError, match="'pixels' or 'presence', not 'boxes'"):
-        B.pretrain_backbone(tiny_root, task="boxes")
+        P.pretrain_backbone(tiny_root, task="boxes")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
-        B.pretrain_backbone(tiny_root, out=tmp_path / "weights.pt")
+        P.pretrain_backbone(tiny_root, out=tmp_path / "weights.pt")
 
 
 def test_command_line(tiny_root, tmp_path, monkeypatch):
@@ -237,21 +238,21 @@ def test_shipped_classifier_ranks_pictures_it_has_not_seen(data):
     with torch.no_grad():
         x = net(data.images)[2].mean((2, 3))
         chance = B.create_backbone("refshapes-classifier", "none")(data.images)[2].mean((2, 3))
-    true = B.presence(data.category, len(data.names) - 1)
+    true = P.presence(data.category, len(data.names) - 1)
 
     def quality(x):
         x = torch.cat([(x - x.mean(0)) / (x.std(0) + 1e-6), torch.ones(len(x), 1)], 1)
         fit, held = x[::2], x[1::2]
         w = fit.T @ torch.linalg.solve(fit @ fit.T + 10 * torch.eye(len(fit)), true[::2])
-        return float(B.average_precision(held @ w, true[1::2]).nanmean())
+        return float(P.average_precision(held @ w, true[1::2]).nanmean())
 
     assert quality(x) > quality(chance) + 0.1
 
 
 def test_a_model_with_the_classifier_can_be_stored(tmp_path):
     from refseg_nb.data.words import Vocabulary
-    from refseg_nb.models.shnet import create_model
     from refseg_nb.models.hub import load_model, save_model
+    from refseg_nb.models.registry import create_model
 
     vocabulary = Vocabulary.build(["the red car"])
     model = create_model(

@@ -279,7 +279,7 @@ def test_bad_protocols_are_refused(toy):
         ({"side": 4}, "no side"),
         ({"comparator": "<"}, "comparator"),
         ({"threshold": 1.0}, "threshold"),
-        ({"empty": 2}, "empty"),
+        ({"empty_union_iou": 2}, "empty_union_iou"),
         ({"sentences": "any"}, "sentences"),
         ({"headline": "ciou"}, "headline"),
         ({"resolution": "binary", "side": 0}, "needs a side"),
@@ -409,7 +409,7 @@ def test_sums_beyond_32_bits():
 def test_a_threshold_is_chosen_on_exact_sums(toy, monkeypatch):
     """Sums that differ by one pixel in 10^17: float64 would call it a tie and take 0.5."""
 
-    def measure(self, model, names, count, *_):
+    def measure(self, model, names, count, **_):
         n = np.arange(len(self.samples))
         return {
             k: n if k == "index" else 10**17 // len(n) - ((k == (0.5, "I")) & (n == 0))
@@ -625,19 +625,23 @@ def test_failures_are_counted_at_their_borders():
         np.array([0, 9, 10, 11, 49, 50, 51, 100, 0, 3]),
         np.array([100, 100, 100, 100, 100, 100, 100, 100, 0, 30]),
     )
-    columns = metric_columns(inter, union, empty=0.0)
+    columns = metric_columns(inter, union, empty_union_iou=0.0)
     found = metrics_of_sums(columns.sum(0))
     assert {k: found[k] for k in FAILURES} == {"wrong_object": 30, "sloppy_mask": 40, "right": 30}
     assert metrics_of_sums(metric_columns(inter, union).sum(0))["right"] == 40, (
         "two empty masks are right where that is the rule"
     )
     for comparator in (">", ">="):
-        again = metrics_of_sums(metric_columns(inter, union, comparator=comparator, empty=0.0).sum(0))
+        again = metrics_of_sums(
+            metric_columns(inter, union, comparator=comparator, empty_union_iou=0.0).sum(0)
+        )
         assert {k: again[k] for k in FAILURES} == {k: found[k] for k in FAILURES}, (
             "what right means does not hang on the comparator"
         )
     assert (
-        metrics_of_sums(metric_columns(inter, union, comparator=">=", empty=0.0).sum(0))["precision@0.5"]
+        metrics_of_sums(metric_columns(inter, union, comparator=">=", empty_union_iou=0.0).sum(0))[
+            "precision@0.5"
+        ]
         == found["right"]
     )
 
@@ -856,8 +860,8 @@ def test_a_comparison_of_trainings_shows_each():
         [fake_record(40, quality=q, seed=s, name=n) for s in (1, 2)] for n, q in (("one", 0.6), ("two", 0.62))
     )
     c = compare(a, b, resamples=50)
-    assert c.a == "one (2 trainings)" and c.metrics == paired_bootstrap(a, b, resamples=50)
-    assert "b - a for each training: " + ", ".join(
+    assert c.a == "one (2 runs)" and c.metrics == paired_bootstrap(a, b, resamples=50)
+    assert "b - a for each run: " + ", ".join(
         f"{x:+.2f}" for x in c.metrics["overall_iou"]["by_seed"]
     ) in str(c)
 

@@ -4,8 +4,8 @@ import pytest
 
 from refseg_nb.data.batches import RISDataset
 from refseg_nb.data.refer import Refer
-from refseg_nb.models.hub import load_model
 from refseg_nb.evaluation.evaluator import evaluate
+from refseg_nb.models.hub import load_model
 from refseg_nb.training.config import TrainConfig
 from refseg_nb.training.learner import train
 

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import pickletools
+import struct
 import subprocess
 import sys
 import zlib
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from limited import enough_memory, run_limited
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -241,8 +244,8 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
     folder = write_refer(tmp_path / "mine", [toy()], toy_instances())
     before = (folder / "instances.json").read_bytes()
     code = (
-        "import os, sys; from refseg_nb.data import refer; real = os.replace\n"
-        "refer.os.replace = lambda *a: os._exit(9)\n"
+        "import os; from refseg_nb.data import refer\n"
+        "os.replace = lambda *a: os._exit(9)\n"
         f"refer.write_refer({str(folder)!r}, [], {{'images': [], 'annotations': [], 'categories': []}})"
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -284,6 +287,132 @@ def test_what_is_no_list_of_dicts_is_named(tmp_path, payload, says):
     (tmp_path / "refs(unc).p").write_bytes(payload)
     with pytest.raises(ReferError, match=rf"refs\(unc\)\.p: .*{says}"):
         load_pickle(tmp_path / "refs(unc).p")
+
+
+def framed(inside, after):
+    """A frame of protocol 4, long enough that no buffer holds it whole."""
+    inside = b"N0" * 200000 + inside
+    return b"\x80\x04\x95" + struct.pack("<Q", len(inside)) + inside + after
+
+
+RAW = pickle.dumps([toy()], protocol=2)
+# sizes that the file cannot hold
+BOMBS = [
+    # what the fuzz tests below found, in a toy set with a byte or three changed; the first takes 22 GB
+    (RAW[:35] + b"r" + RAW[36:], "numbers an object 1,476,872,963, but 306 bytes"),
+    (RAW[:244] + b"r" + RAW[245:], "numbers an object"),
+    (RAW[:155] + b"C" + RAW[156:], "numbers an object"),
+    (RAW[:252] + b"\0\0@" + RAW[255:], "not a readable pickle.*truncated"),
+    (b"\x88r\0\0\0\x04", "numbers an object"),
+    # ten bytes for two gigabytes, and for more
+    (b"\x80\x02(lr" + struct.pack("<I", 2**27) + b".", "numbers an object 134,217,728, but 10 bytes"),
+    (
+        b"\x80\x02(lr" + struct.pack("<I", 2**31 - 1) + b".",
+        "numbers an object 2,147,483,647.*get the file again",
+    ),
+    (b"\x80\x02(lr" + struct.pack("<I", 2**32 - 1) + b".", "numbers an object"),
+    (b"(lp134217728\n.", "numbers an object 134,217,728"),
+    (b"(lp134_217_728\n.", "numbers an object 134,217,728"),
+    # C reads this number up to the zero
+    (b"(lp134217728\0x\n.", "not a readable pickle"),
+    (b"(lp" + b"9" * 5000 + b"\n.", "not a readable pickle"),
+    # after whatever has an argument to be skipped
+    (b"S'\xe9'\n0V\xe9\n0X\1\0\0\0.0C\1.0cr\nr\n]r\0\0\0\x08.", "numbers an object"),
+    # where a frame ends in an argument, C's reader goes on behind the frame with a whole one
+    (framed(b"]r\1\0", b"\0\0N."), "truncated"),
+    (framed(b"X\4\0\0\0r", b"abcU]" + b"r\0\0\0\x08.".ljust(93) + b"."), "truncated"),
+    (framed(b"]p-", b"134217728\n."), "truncated"),
+    (framed(b"\x95" + struct.pack("<Q", 6) + b"N0", b"N0]r\0\0\0\x08."), "not a readable pickle"),
+]
+BOMBS += [
+    (b"\x80\x05" + opcode + struct.pack(form, count) + b"abc.", "not a readable pickle.*truncated")
+    for opcode, form in [
+        (b"B", "<I"),
+        (b"T", "<I"),
+        (b"X", "<I"),
+        (b"\x8b", "<I"),
+        (b"\x8d", "<Q"),
+        (b"\x8e", "<Q"),
+        (b"\x95", "<Q"),
+        (b"\x96", "<Q"),
+    ]
+    for count in (2**27, 2**31 - 1, 2**32 - 1)
+]
+
+
+@pytest.mark.parametrize("payload,says", BOMBS)
+def test_a_pickle_bomb_takes_no_memory(tmp_path, payload, says):
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(payload)
+
+    def body():
+        with pytest.raises(ReferError, match=rf"refs\(unc\)\.p: .*{says}") as caught:
+            load_pickle(path)
+        enough_memory(caught.value)
+        assert "\n" not in str(caught.value)
+
+    run_limited(body, room=2**26)
+
+
+def test_a_pickle_bomb_takes_no_memory_in_a_fresh_process(tmp_path):
+    """The same, as a user meets it: the peak of a process that reads a bomb is that of one that does not."""
+    resource = pytest.importorskip("resource")
+    (tmp_path / "refs(unc).p").write_bytes(BOMBS[0][0])
+    code = (
+        "import resource\n"
+        "from refseg_nb.data.refer import ReferError, load_pickle\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "try:\n"
+        f"    load_pickle({str(tmp_path / 'refs(unc).p')!r})\n"
+        "except ReferError as error:\n"
+        "    assert 'numbers an object' in str(error)\n"
+        "    print(peak() / before)"
+    )
+    assert resource.RLIMIT_AS
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 1 <= float(done.stdout) < 1.1
+
+
+def honest():
+    """Refs as any writer leaves them: short and long strings, numbers of every size, what occurs twice."""
+    odd = {"none": None, "yes": True, "float": 0.1, "accent": "café", "line": "a\nb", "long": "x" * 70000}
+    odd["numbers"] = [0, 255, 256, 65536, -1, 2**31, 2**63, 2**2100, -(2**70)]
+    odd["tuples"] = [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)]
+    odd["bytes"] = [b"r\xff\xff\xff\x7f", b"y" * 300, b"z" * 70000]
+    return [toy(ref_id=i, number=f"a string of its own: {i}") for i in range(400)] + [odd, odd]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("optimised", [False, True])
+def test_no_honest_pickle_is_refused(tmp_path, protocol, optimised):
+    """The walk ends where the pickle does, in every protocol, by both of Python's own writers."""
+    refs = honest()
+    if protocol < 3:
+        # they become calls of a function
+        del refs[-1]["bytes"]
+    for writer in (pickle._Pickler, pickle.Pickler):
+        buffer = io.BytesIO()
+        writer(buffer, protocol).dump(refs)
+        raw = pickletools.optimize(buffer.getvalue()) if optimised else buffer.getvalue()
+        (tmp_path / "r.p").write_bytes(raw)
+        assert load_pickle(tmp_path / "r.p") == refs
+
+
+def test_the_largest_number_is_the_size_of_the_file(tmp_path):
+    for index, fine in ((9, True), (10, False)):
+        (tmp_path / "r.p").write_bytes(b"\x80\x02]r" + struct.pack("<I", index) + b".")
+        if fine:
+            assert load_pickle(tmp_path / "r.p") == []
+        else:
+            with pytest.raises(ReferError, match="numbers an object 10, but 9 bytes"):
+                load_pickle(tmp_path / "r.p")
 
 
 def test_python_2_strings(tmp_path):
@@ -415,6 +544,7 @@ def test_fuzz_segmentations(segmentation):
     try:
         mask = decode_segmentation(segmentation, 10, 14, "annotation 7")
     except ReferError as error:
+        enough_memory(error)
         assert str(error).startswith("annotation 7")
     else:
         assert mask.shape == (10, 14) and mask.dtype == bool
@@ -462,10 +592,10 @@ def test_fuzz_refs_and_instances(tmp_path, data):
             refer.mask(ann_id)
         refer.counts()
     except ReferError as error:
+        enough_memory(error)
         assert "fuzz" in str(error) and "\n" not in str(error)
 
 
-RAW = pickle.dumps([toy()], protocol=2)
 overwritten = st.builds(
     lambda at, junk: RAW[:at] + junk + RAW[at + len(junk) :],
     st.integers(0, 300),
@@ -481,13 +611,42 @@ def test_fuzz_pickles(tmp_path, payload):
     try:
         refs = load_pickle(path)
     except ReferError as error:
+        enough_memory(error)
         assert "refs(unc).p" in str(error)
     else:
         assert all(isinstance(ref, dict) for ref in refs)
         try:
             read_refs(path, {}, {})
-        except ReferError:
-            pass
+        except ReferError as error:
+            enough_memory(error)
+
+
+# opcodes with any argument, honest or not: sizes above all
+sizes = st.integers(0, 30) | st.sampled_from([2**27, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1])
+opcodes = st.builds(
+    lambda opcode, size, width, tail: (
+        opcode.code.encode("latin1") + size.to_bytes(8, "little")[:width] + tail
+    ),
+    st.sampled_from(pickletools.opcodes),
+    sizes,
+    st.sampled_from([0, 0, 1, 2, 4, 4, 8]),
+    st.just(b"") | st.binary(max_size=6) | sizes.map(lambda size: b"%d\n" % size),
+)
+bombs = sizes.map(lambda size: b"]r" + (size % 2**32).to_bytes(4, "little")) | sizes.map(
+    lambda s: b"]p%d\n" % s
+)
+
+
+@quiet
+@given(st.lists(opcodes | bombs | st.sampled_from([b"]", b"}", b"N", b"(", b"0"]), max_size=8))
+def test_fuzz_opcodes(tmp_path, pieces):
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(b"".join(pieces) + b".")
+    try:
+        load_pickle(path)
+    except ReferError as error:
+        enough_memory(error)
+        assert "refs(unc).p" in str(error)
 
 
 @quiet
@@ -501,8 +660,9 @@ def test_fuzz_json(tmp_path, payload):
     folder.mkdir(exist_ok=True)
     (folder / "refs(unc).p").write_bytes(pickle.dumps([], protocol=2))
     (folder / "instances.json").write_bytes(payload)
-    with pytest.raises(ReferError, match=r"instances\.json"):
+    with pytest.raises(ReferError, match=r"instances\.json") as caught:
         Refer(tmp_path, "fuzz", "unc")
+    enough_memory(caught.value)
 
 
 def test_deep_nesting_is_an_error_and_not_a_crash(tmp_path):

@@ -81,16 +81,16 @@ def test_golden_hash_of_scenes_and_expressions():
     assert h.hexdigest()[:16] == "0e8e902e74b1c3b0"
 
 
-def test_things_are_visible_numerous_and_grouped(drawn):
+def test_objects_are_visible_numerous_and_grouped(drawn):
     for s, r in drawn:
-        assert 5 <= len(s.things) <= 8 and r.visible.min() >= MIN_VISIBLE
-        assert max(Counter(t.category for t in s.things).values()) >= 2
-        for t in s.things:
+        assert 5 <= len(s.objects) <= 8 and r.visible.min() >= MIN_VISIBLE
+        assert max(Counter(t.category for t in s.objects).values()) >= 2
+        for t in s.objects:
             x0, y0, x1, y1 = t.box
             assert 0 < x0 and 0 < y0 and x1 < 1 and y1 < 1, "nothing is cut by the frame"
 
 
-def test_sizes_span_three_octaves_and_small_things_can_be_seen(drawn):
+def test_sizes_span_three_octaves_and_small_objects_can_be_seen(drawn):
     areas = np.concatenate([r.masks.sum((1, 2)) for _, r in drawn])
     assert np.log2(np.percentile(areas, 97) / np.percentile(areas, 3)) >= 3
     for _, r in drawn:
@@ -109,13 +109,13 @@ def test_shapes_are_not_their_boxes_and_some_are_occluded(drawn):
 
 
 def test_no_heldout_combination_unless_asked_for(drawn):
-    assert not any(HELDOUT[t.category] == t.color for s, _ in drawn for t in s.things)
+    assert not any(HELDOUT[t.category] == t.color for s, _ in drawn for t in s.objects)
     assert all(
-        any(HELDOUT[t.category] == t.color for t in sample_scene(0, i, heldout=True).things)
+        any(HELDOUT[t.category] == t.color for t in sample_scene(0, i, heldout=True).objects)
         for i in range(40)
     )
     assert all(
-        sum(CATEGORIES[t.category] == "person" for t in sample_scene(0, i, people=True).things) >= 2
+        sum(CATEGORIES[t.category] == "person" for t in sample_scene(0, i, people=True).objects) >= 2
         for i in range(40)
     )
 
@@ -127,7 +127,7 @@ def test_the_same_scene_at_any_size(size):
     assert (
         r.image.shape == (size, size, 3)
         and r.image.dtype == np.uint8
-        and r.masks.shape == (len(scene.things), size, size)
+        and r.masks.shape == (len(scene.objects), size, size)
     )
     assert (occlude(r.full) == r.masks).all() and r.masks.sum(0).max() == 1
     centre = [(np.nonzero(m)[1].mean() / size, np.nonzero(m)[0].mean() / size) for m in r.full]
@@ -213,17 +213,17 @@ def test_relations_flip_with_their_anchor(said):
 
 
 def test_referents_are_even(said):
-    """Rank of the referent among the things of its image, by what could give it away."""
+    """Rank of the referent among the objects of its image, by what could give it away."""
     keys = {
         "size": lambda s, t: t.size,
         "depth": lambda s, t: t.box[3],
         "centrality": lambda s, t: math.hypot(t.x - 0.5, t.y - 0.5),
         "x": lambda s, t: t.x,
-        "rivals": lambda s, t: sum(u.category == t.category for u in s.things) + 1e-3 * t.x,
+        "rivals": lambda s, t: sum(u.category == t.category for u in s.objects) + 1e-3 * t.x,
     }
     for name, key in keys.items():
         ranks = [
-            np.argsort(np.argsort([key(s, t) for t in s.things]))[e.referent] / (len(s.things) - 1)
+            np.argsort(np.argsort([key(s, t) for t in s.objects]))[e.referent] / (len(s.objects) - 1)
             for s, _, e in flat(said)
         ]
         assert abs(np.mean(ranks) - 0.5) < 0.035, name
@@ -278,7 +278,7 @@ def test_no_text_in_pixels(said):
         b = r.masks[r.masks.sum((1, 2)).argmax()]
         largest.append((m & b).sum() / (m | b).sum())
         union.append(m.sum() / u.sum())
-        chance.append(1 / len(s.things))
+        chance.append(1 / len(s.objects))
     assert max(np.mean(largest), np.mean(union)) <= 1.15 * np.mean(chance)
 
 

@@ -15,11 +15,13 @@ import numpy as np
 import psutil
 import pytest
 
-from refseg_nb.models.shnet import FAMILY, PRESETS, SHNetConfig, family
+from refseg_nb.evaluation.evaluator import make_record, save_record
+from refseg_nb.models.registry import model_recipe
+from refseg_nb.models.shnet import PRESETS, SHNetConfig
 from refseg_nb.reproduce import experiments as E
 from refseg_nb.reproduce import report as R
 from refseg_nb.reproduce import tables as T
-from refseg_nb.evaluation.evaluator import make_record, save_record
+from refseg_nb.reproduce.experiments import FAMILY
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "results" / "reproduction"
@@ -412,7 +414,7 @@ def test_plan_of_the_family(tmp_path):
     }
     for name in FAMILY:
         c = TrainConfig(**real[f"{name}-uncplus"], out="x")
-        recipe = family(name).recipes[E.FAMILY_PRESETS[name]]
+        recipe = model_recipe(name, E.FAMILY_PRESETS[name])
         assert (c.preset, c.lr, c.weight_decay, c.data) == (
             E.FAMILY_PRESETS[name],
             recipe.lr,
@@ -425,7 +427,8 @@ def test_plan_of_the_family(tmp_path):
 def test_cost_of_a_model_against_counts_by_hand():
     """Parameters: the model's own, less its table of words. Operations: SHNet's parts that an image pays,
     and the phrase's, as chapter 11 counts them."""
-    from refseg_nb.models.shnet import count_flops, create_model
+    from refseg_nb.models.cost import count_flops
+    from refseg_nb.models.registry import create_model
 
     config = E.model_config({"model": "shnet", "preset": "refshapes", "overrides": {"grid": 8}})
     assert config == PRESETS["refshapes"].to_dict() | {"grid": 8}

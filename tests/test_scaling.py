@@ -19,9 +19,12 @@ from torch import nn
 from toy_refer import SMALL, make_toy
 from typer.testing import CliRunner
 
-from refseg_nb.cli import app
-from refseg_nb.models.shnet import create_model
 from refseg_nb.bench.growth import GROWTH, fitted_slope, growth
+from refseg_nb.cli import app
+from refseg_nb.evaluation.evaluator import load_record
+from refseg_nb.models.registry import create_model
+from refseg_nb.training.checkpoint import checkpoints
+from refseg_nb.training.config import TrainConfig
 from refseg_nb.training.distributed import (
     ProcessLost,
     SharedBatchNorm2d,
@@ -29,9 +32,6 @@ from refseg_nb.training.distributed import (
     share_batch_norm,
     share_of_batch,
 )
-from refseg_nb.training.checkpoint import checkpoints
-from refseg_nb.evaluation.evaluator import load_record
-from refseg_nb.training.config import TrainConfig
 from refseg_nb.training.learner import Learner, Objective, read_history, train
 
 CONTEXT = torch.multiprocessing.get_context("forkserver")
@@ -234,7 +234,9 @@ GRADIENTS = {"plain": {"loss": "bce+dice"}, "weighted": {"class_weights": (0.2, 
 def first_gradient(root, out, **changes) -> dict:
     learner = Learner(TrainConfig(**values(root, out, **changes)))
     learner.objective.train()
-    group = [batch for _, batch in zip(range(learner.config.accumulate), learner.batches(0), strict=False)]
+    group = [
+        batch for _, batch in zip(range(learner.config.accumulate), learner.data.batches(0), strict=False)
+    ]
     learner.optimizer_step(group)
     return {k: p.grad.clone() for k, p in learner.model.named_parameters() if p.grad is not None}
 
@@ -274,7 +276,10 @@ def test_two_processes_train_as_one(root, two, tmp_path, job):
         assert mine != theirs and theirs == pytest.approx(mine, rel=0.3)
         return
     rough = 50 if job == "bf16" else 1
-    assert theirs == pytest.approx(mine, rel=5e-4 * rough)
+    # another order of sums is another rounding, and AdamW's steps let it grow: a wrong share of a batch shows
+    # in the first steps
+    assert theirs[:4] == pytest.approx(mine[:4], rel=5e-4 * rough)
+    assert theirs == pytest.approx(mine, rel=2e-3 * rough)
     w = one.model.state_dict()
     assert a.keys() == w.keys()
     flat = lambda state: torch.cat(

@@ -17,11 +17,11 @@ from PIL import Image
 from toy_refer import SMALL
 
 from refseg_nb.data.words import Vocabulary
-from refseg_nb.inference.segmenter import EncodedScene, Segmenter, load
-from refseg_nb.models.shnet import create_model
 from refseg_nb.inference import requests as service
 from refseg_nb.inference.requests import parse_request, read_requests, request_id, segment_batch
+from refseg_nb.inference.segmenter import EncodedScene, Segmenter, load
 from refseg_nb.models.hub import save_model
+from refseg_nb.models.registry import create_model
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_errors_stay_in_their_line(segmenter, shots, tmp_path):
     for said in (
         "no image at",
         "damaged",
-        "phrase is empty",
+        "has no word",
         "line 6: is not JSON",
         "line 7: phrase must be a string",
         "line 8: id must be",

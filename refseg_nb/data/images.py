@@ -6,15 +6,17 @@
 __all__ = ['LONGEST_SIDE', 'ImageError', 'read_image', 'resize_square']
 
 # %% ../../nbs/library/images.ipynb #002
+import os
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from ..errors import InputError
-from ..errors import NotFoundError
+
+from ..errors import InputError, NotFoundError
 
 # %% ../../nbs/library/images.ipynb #006
 class ImageError(InputError):
@@ -71,51 +73,104 @@ def _flatten(
         return white.convert("RGB")
     return im.convert("RGB")
 
-# %% ../../nbs/library/images.ipynb #014
+# %% ../../nbs/library/images.ipynb #015
+def _array_image(
+    array: np.ndarray,  # [H, W] or [H, W, 1|3|4]
+    name: str,  # how it is called in an error
+) -> Image.Image:
+    "Samples in an array as a Pillow image."
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
+        raise ImageError(f"{name} has shape {list(array.shape)}: give [H, W], [H, W, 3] or [H, W, 4]")
+    return Image.fromarray(np.ascontiguousarray(_eight_bits(array, name)))
+
+
+def _tensor_image(
+    tensor: torch.Tensor,  # [H, W], [1|3|4, H, W] or [H, W, 1|3|4], any number type
+) -> Image.Image:
+    "A tensor as a Pillow image; where both ends could be channels, the first is taken, as torch does."
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    array = tensor.numpy()
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    elif array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (1, 3, 4)):
+        raise ImageError(f"the tensor has shape {list(array.shape)}: give [3, H, W], [H, W, 3] or [H, W]")
+    return _array_image(array, "the tensor")
+
+
+def _open_file(
+    file: Path | BytesIO,  # where the bytes are
+    name: str,  # how it is called in an error
+) -> Image.Image:
+    "Open an encoded image; Pillow reads its pixels later."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(file)
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{name} is not an image that can be read: give a PNG, JPEG or another common format"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is too large to be opened safely ({error}): scale it down first") from None
+    except PermissionError:
+        raise ImageError(f"{name} may not be read: check the file's permissions") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{name} cannot be read ({error}): the file may be damaged") from None
+
+
+def _image_path(
+    path: str | Path,
+) -> Path:
+    "The path of a regular file, or an error that says what is there instead."
+    if "://" in str(path):
+        raise ImageError(f"{path} is a web address: download it first, then give the file")
+    path = Path(path)
+    if not path.exists():
+        raise NotFoundError(f"there is no image at {path}")
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder: give one image file")
+    if not path.is_file():
+        raise ImageError(
+            f"{path} is no regular file (a pipe, socket or device): save the image to a file first"
+        )
+    return path
+
+
+def _open(
+    image: object,  # see `read_image`
+) -> tuple[Image.Image, str]:  # a Pillow image, perhaps not decoded yet; how it is called in an error
+    "Open an image of any kind."
+    if isinstance(image, torch.Tensor):
+        return _tensor_image(image), "the tensor"
+    if isinstance(image, np.ndarray):
+        return _array_image(image, "the array"), "the array"
+    if isinstance(image, Image.Image):
+        return image, "the image"
+    if isinstance(image, bytes | bytearray):
+        image = BytesIO(image)
+    if isinstance(image, BytesIO):
+        return _open_file(image, "the image"), "the image"
+    if isinstance(image, str | os.PathLike):
+        path = _image_path(os.fspath(image))
+        return _open_file(path, str(path)), str(path)
+    raise ImageError(
+        f"an image cannot be of type {type(image).__name__}: give a path, bytes, a Pillow image, an array or a tensor"
+    )
+
+# %% ../../nbs/library/images.ipynb #016
 def read_image(
-    # a path, a Pillow image, an array [H, W], [H, W, 1|3|4], or a tensor [3, H, W]; uint8, uint16, bool or
-    # float in [0, 1]
-    image,
+    # a path, the bytes of a file or a `BytesIO`, a Pillow image, an array [H, W] or [H, W, 1|3|4], or a
+    # tensor [3, H, W] or [H, W, 3]; uint8, uint16, bool or float in [0, 1]
+    image: str | os.PathLike | bytes | BytesIO | Image.Image | np.ndarray | torch.Tensor,
 ) -> tuple[
     np.ndarray, tuple[int, int]
 ]:  # uint8 [h, w, 3], sides at most `LONGEST_SIDE`; and the original (H, W), turned as EXIF says
     "Read any picture that a person has."
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
-        if image.ndim == 3:
-            image = image.transpose(1, 2, 0)
-    if isinstance(image, np.ndarray):
-        name = "the array"
-        if image.ndim == 3 and image.shape[2] == 1:
-            image = image[..., 0]
-        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)) or 0 in image.shape:
-            raise ImageError(f"the array has shape {list(image.shape)}: give [H, W], [H, W, 3] or [H, W, 4]")
-        im = Image.fromarray(np.ascontiguousarray(_eight_bits(image, name)))
-    elif isinstance(image, Image.Image):
-        im, name = image, "the image"
-    else:
-        path = Path(image)
-        name = str(path)
-        if not path.exists():
-            raise NotFoundError(f"there is no image at {name}")
-        if path.is_dir():
-            raise ImageError(f"{name} is a folder: give one image file")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                im = Image.open(path)
-        except UnidentifiedImageError:
-            raise ImageError(
-                f"{name} is not an image that can be read: give a PNG, JPEG or another common format"
-            ) from None
-        except Image.DecompressionBombError as error:
-            raise ImageError(
-                f"{name} is too large to be opened safely ({error}): scale it down first"
-            ) from None
-        except PermissionError:
-            raise ImageError(f"{name} may not be read: check the file's permissions") from None
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ImageError(f"{name} cannot be read ({error}): the file may be damaged") from None
+    im, name = _open(image)
     try:
         w, h = im.size
         if w * h == 0:
@@ -132,12 +187,12 @@ def read_image(
         raise ImageError(f"{name} cannot be read ({error}): the file may be damaged") from None
     return np.array(im), ((w, h) if turned else (h, w))
 
-# %% ../../nbs/library/images.ipynb #022
+# %% ../../nbs/library/images.ipynb #024
 def resize_square(
     image: np.ndarray | torch.Tensor,  # uint8 [H, W, 3], or a tensor [3, H, W]
     size: int,  # S
 ) -> torch.Tensor:  # uint8 [3, S, S]
-    "Resize an image to the square that a model reads, antialiased; each side is scaled on its own, so nothing is cut off."
+    "Resize an image to the square that a model reads, antialiased; nothing is cut off."
     pixels = torch.tensor(image).permute(2, 0, 1) if isinstance(image, np.ndarray) else image
     if pixels.shape[1:] == (size, size):
         return pixels

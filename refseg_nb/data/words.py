@@ -12,6 +12,7 @@ import tempfile
 import urllib.error
 import zipfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -24,8 +25,8 @@ from torchtext.data import get_tokenizer
 from torchtext.vocab import GloVe, Vectors, Vocab
 
 from .refer import Refer
-from ..files import write_file
 from ..errors import InputError
+from ..files import write_file
 
 # %% ../../nbs/04_words.ipynb #009
 PAD = 0  # fills short expressions up to the longest of the batch
@@ -74,7 +75,7 @@ class Vocabulary:
     @classmethod
     def build(
         cls,
-        sentences,  # expressions, as strings
+        sentences: Iterable[str],  # expressions
         min_freq: int = 1,  # rarer tokens are left out
     ) -> "Vocabulary":
         "Count the tokens of the expressions; the most frequent word gets number 2, ties go by the alphabet."
@@ -117,19 +118,19 @@ class Vocabulary:
         tokens = [tokenize(text) for text in texts]
         lengths = [len(t) for t in tokens]
         report = EncodingReport(
-            len(texts),
-            sum(lengths),
-            sum(token not in self for t in tokens for token in t),
-            lengths.count(0),
-            sum(n > max_words for n in lengths),
-            max(lengths, default=0),
-            max_words,
+            expressions=len(texts),
+            words=sum(lengths),
+            unknown=sum(token not in self for t in tokens for token in t),
+            empty=lengths.count(0),
+            cut=sum(n > max_words for n in lengths),
+            longest=max(lengths, default=0),
+            max_words=max_words,
         )
         return [[self.number(token) for token in t[:max_words]] or [UNK] for t in tokens], report
 
     def decode(
         self,
-        numbers,  # words of one expression: list of int, or Tensor [T]
+        numbers: Iterable[int] | torch.Tensor,  # words of one expression, [T]
     ) -> str:  # the words, joined by spaces; padding is left out
         "Back to words, as the model saw them."
         return " ".join(self.itos[int(i)] for i in numbers if int(i) != PAD)
@@ -248,7 +249,7 @@ class VectorsError(InputError):
 
 # %% ../../nbs/04_words.ipynb #047
 @contextmanager
-def _open_vectors(path: Path, member: str):
+def _open_vectors(path: Path, member: str) -> Iterator:
     """The lines of a vector file, as bytes: plain text, or a text file in a zip (GloVe's own packaging; it
     is not unpacked)."""
     if path.suffix == ".zip":
@@ -374,13 +375,13 @@ def load_vectors(
     missing = [word for word in words if word not in table.stoi]
     found = [word for word in words if word in table.stoi]
     coverage = Coverage(
-        source.name,
-        table.dim,
-        len(words),
-        len(found),
-        sum(counts[w] for w in words),
-        sum(counts[w] for w in found),
-        tuple(missing[:10]),
+        source=source.name,
+        dim=table.dim,
+        types=len(words),
+        types_found=len(found),
+        tokens=sum(counts[w] for w in words),
+        tokens_found=sum(counts[w] for w in found),
+        missing=tuple(missing[:10]),
     )
     if kept is not None and _store(kept.with_name(kept.name + ".safetensors"), save({"vectors": vectors})):
         _store(
@@ -390,8 +391,7 @@ def load_vectors(
     return vectors, coverage
 
 # %% ../../nbs/18_lavt.ipynb #007
-from ..errors import InputError
-from ..errors import NotFoundError
+from ..errors import InputError, NotFoundError, require
 
 # %% ../../nbs/18_lavt.ipynb #008
 class WordPieces:
@@ -412,6 +412,7 @@ class WordPieces:
             raise InputError(f"not a vocabulary of BERT: it has no {', '.join(missing)}")
         if pieces[0] != "[PAD]":
             raise InputError(f"the first piece must be [PAD], so that padding is 0; it is {pieces[0]!r}")
+        require("transformers", "BERT's WordPieces")
         from transformers import BertTokenizer
 
         self.itos, self.protocol = list(pieces), protocol
@@ -440,6 +441,7 @@ class WordPieces:
         protocol: str = "refseg",
     ) -> "WordPieces":
         "The vocabulary of a published BERT; needs a connection once."
+        require("transformers", "BERT's WordPieces")
         from transformers import AutoTokenizer
 
         try:

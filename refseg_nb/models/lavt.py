@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['SWINS', 'SHIPPED_SWIN', 'LAVT_PRESETS', 'LAVT_RECIPES', 'PUBLISHED_NAMES', 'SwinStage', 'SwinBackbone',
            'swin_backbone', 'over_places', 'PWAM', 'language_gate', 'TopDownDecoder', 'difference',
-           'PixelWordAttention', 'LAVTConfig', 'LAVT', 'LAVTRecipe', 'create_lavt', 'count_flops', 'parameter_groups',
-           'rename_published', 'load_published']
+           'PixelWordAttention', 'LAVTConfig', 'swin_parameter_groups', 'LAVT', 'rename_published', 'load_published']
 
 # %% ../../nbs/18_lavt.ipynb #002
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..errors import InputError, NotFoundError, require
 from .backbones import Backbone, _check_keys, _read_checkpoint
+from .base import AttentionBlock, ModelAttention, ModelConfig, Recipe, RISModel, image_rows
 from .decoder import conv_bn_relu, pick
+from .registry import register_model
 from .text import bert_encoder
-from ..errors import InputError
-from ..errors import NotFoundError
 
 # %% ../../nbs/18_lavt.ipynb #021
 class SwinStage(nn.Module):
@@ -119,6 +121,7 @@ def swin_backbone(
     "timm's Swin as four stages that compute what the published one computes, at any size."
     if name not in SWINS:
         raise InputError(f"no Swin called {name!r}; there are {', '.join(SWINS)}")
+    require("timm", "a Swin backbone")
     from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 
     made = (
@@ -157,8 +160,7 @@ def swin_backbone(
         expected = {k: v for k, v in swin.state_dict().items() if not k.startswith("norm.")}
         swin.load_state_dict(_check_keys(path, state, expected, unused=("norm.", "head.")), strict=False)
         return SwinBackbone(swin, wordless).freeze(False)
-    import timm
-
+    timm = require("timm", "a Swin backbone")
     try:
         swin = timm.create_model(f"{tag}.ms_in22k", pretrained=True, **made)
     except Exception as error:
@@ -280,7 +282,7 @@ def difference(
 
 # %% ../../nbs/18_lavt.ipynb #070
 @dataclass
-class PixelWordAttention:
+class PixelWordAttention(ModelAttention):
     """Which words each place of a picture attends to: `attention[stage]` is [B, heads, H, W, T], rows sum to
     one over T, padded words get 0."""
 
@@ -296,22 +298,25 @@ class PixelWordAttention:
 
     def expression(
         self,
-        b: int,  # which of the batch
+        row: int,  # which of the batch
+        words: int | None = None,  # known from the mask
     ) -> "PixelWordAttention":  # B = 1, T without padding
         "The attention of one expression."
-        real = self.mask[b]
+        real = self.mask[row]
         return PixelWordAttention(
-            {s: a[b : b + 1, ..., real] for s, a in self.stages.items()}, real[real][None], self.begin
+            {s: a[row : row + 1, ..., real] for s, a in self.stages.items()}, real[real][None], self.begin
         )
 
-    def blocks(self) -> dict[int, tuple[Tensor, tuple[int, int], str, str]]:
-        """By stage: weights [B, heads, query, key], their grid, who looks, at what; see
-        `refseg_nb.attention.maps`."""
-        return {s: (a.flatten(2, 3), tuple(a.shape[2:4]), "pixels", "words") for s, a in self.stages.items()}
+    def blocks(self) -> dict[int, AttentionBlock]:
+        "By stage, one layer each: positions attend to words."
+        return {
+            stage: AttentionBlock([a.flatten(2, 3)], tuple(a.shape[2:4]), "pixels", "words")
+            for stage, a in self.stages.items()
+        }
 
 # %% ../../nbs/18_lavt.ipynb #072
 @dataclass(frozen=True)
-class LAVTConfig:
+class LAVTConfig(ModelConfig):
     "What LAVT is made of. Defaults are the published LAVT's."
 
     # pictures
@@ -340,10 +345,10 @@ class LAVTConfig:
     # foreground share that the untrained decoder predicts; None: about one half, as published
     prior: float | None = None
 
-    def __post_init__(self):
+    def check(self) -> None:
+        "Raise an `InputError` for a backbone that does not exist, heads or layers that do not fit."
         if self.backbone not in SWINS:
             raise InputError(f"no backbone called {self.backbone!r}; there are {', '.join(SWINS)}")
-        object.__setattr__(self, "heads", tuple(self.heads))
         if len(self.heads) != 4:
             raise InputError(f"heads must name a number for each of 4 stages, not {self.heads}")
         if self.trained_layers is not None and not 0 <= self.trained_layers <= self.text_layers:
@@ -352,126 +357,18 @@ class LAVTConfig:
                 f" {self.trained_layers}"
             )
 
-    def to_dict(self) -> dict:
-        "Plain values, ready for JSON."
-        return asdict(self)
+    @property
+    def pieces_of(self) -> str | None:
+        "The BERT whose WordPieces it reads; None with a [CLS] of its own before the course's words."
+        if self.begin:
+            return None
+        return "bert-base-uncased" if self.text_weights in (None, "none") else self.text_weights
 
-    @classmethod
-    def from_dict(
-        cls,
-        values: dict,  # as `to_dict` gave them, perhaps by way of JSON
-    ) -> "LAVTConfig":
-        "The configuration again; unknown fields are an error."
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise InputError(f"LAVTConfig has no field {', '.join(sorted(unknown))}")
-        return cls(**values)
+    def without_weights(self) -> Self:
+        "The same model with random weights, BERT's too."
+        return replace(self, backbone_weights="none", text_weights="none")
 
 # %% ../../nbs/18_lavt.ipynb #076
-class LAVT(nn.Module):
-    """LAVT (CVPR 2022). Words enter after every stage of the Swin, so only stage 1 can be shared between the
-    phrases about a picture."""
-
-    def __init__(
-        self,
-        config: LAVTConfig,  # what it is made of
-        vocab_size: int = 30_522,  # tokens, with PAD = 0
-        vectors: Tensor | None = None,  # [vocab_size, D] word vectors to start from
-        backbone: SwinBackbone | None = None,  # None: made by `config`
-    ):
-        super().__init__()
-        c = self.config = config
-        self.backbone = backbone or swin_backbone(
-            c.backbone, c.window, c.image_size, c.drop_path, c.backbone_weights
-        )
-        self.text = bert_encoder(
-            c.text_layers,
-            c.text_width,
-            c.text_heads,
-            vocab_size,
-            c.text_dropout,
-            c.begin,
-            c.text_weights,
-            vectors,
-        )
-        if c.trained_layers is not None:
-            self.text.requires_grad_(False)
-            self.text.bert.encoder.layer[: c.trained_layers].requires_grad_(True)
-        channels = self.backbone.channels
-        self.fusion = nn.ModuleList(PWAM(n, c.text_width, heads) for n, heads in zip(channels, c.heads))
-        self.gates = nn.ModuleList(map(language_gate, channels[:3]))
-        self.norms = nn.ModuleList(map(nn.LayerNorm, channels))
-        self.decoder = TopDownDecoder(channels, c.decoder_width, c.prior)
-
-    def adapt(
-        self,
-        levels: list[Float[Tensor, "K H W C"]],  # the backbone's output: stage 1
-    ) -> list[Float[Tensor, "K H W C"]]:
-        "The same: there is nothing to adapt before a word is read."
-        return levels
-
-    def encode(
-        self,
-        images: UInt8[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
-    ) -> list[Float[Tensor, "K H W C"]]:  # what `segment` takes
-        "The little that is done once an image: patches and the blocks of stage 1."
-        return self.adapt(self.backbone(images))
-
-    def segment(
-        self,
-        features: list[Float[Tensor, "K H W C"]],  # from `encode`
-        words: Int[Tensor, "B T"],  # token numbers, padded with 0
-        # the image of each expression; None: one each, or all about the only image
-        image_index: Int[Tensor, " B"] | None = None,
-        return_attention: bool = False,  # also give the attention of every place to every word
-    ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], PixelWordAttention]:
-        "Logits for each expression, at the size of stage 1 times `factor`. Stages 2 to 4 run anew for each."
-        k, b = len(features[0]), len(words)
-        if image_index is None and k != b:
-            if k != 1:
-                raise InputError(
-                    f"{k} images and {b} expressions: image_index must say which image each expression is"
-                    " about"
-                )
-            image_index = torch.zeros(b, dtype=torch.long, device=words.device)
-        language, v = self.text(words), pick(features[0], image_index)
-        maps, attention = [], {}
-        for i in range(4):
-            f, a = self.fusion[i](v.flatten(1, 2), language.words, language.mask)
-            f = f.view_as(v)
-            maps.append(self.norms[i](f).permute(0, 3, 1, 2))
-            if return_attention:
-                attention[i + 1] = a.unflatten(2, v.shape[1:3])
-            if i < 3:
-                v = self.backbone.stages[i + 1](v + self.gates[i](f) * f)
-        logits = difference(self.decoder(maps), self.config.factor)
-        return (
-            (logits, PixelWordAttention(attention, language.mask, self.config.begin))
-            if return_attention
-            else logits
-        )
-
-    def forward(
-        self,
-        images: UInt8[Tensor, "K 3 S S"],  # bytes, or floats in [0, 1]
-        words: Int[Tensor, "B T"],  # token numbers, padded with 0
-        image_index: Int[Tensor, " B"] | None = None,  # the image of each expression
-    ) -> Float[Tensor, "B h w"]:
-        "Encode, then segment."
-        return self.segment(self.encode(images), words, image_index)
-
-    def parts(self) -> dict[str, list[nn.Module]]:
-        "The modules of each part."
-        return {
-            "Swin": [self.backbone],
-            "text encoder": [self.text],
-            "PWAM": [self.fusion],
-            "gates": [self.gates],
-            "norms": [self.norms],
-            "decoder": [self.decoder],
-        }
-
-# %% ../../nbs/18_lavt.ipynb #078
 LAVT_PRESETS: dict[str, LAVTConfig] = {
     "base": LAVTConfig(),  # the published one
     "tiny": LAVTConfig(backbone="swin-tiny", window=7),
@@ -496,101 +393,38 @@ LAVT_PRESETS: dict[str, LAVTConfig] = {
     ),
 }
 
-
-@dataclass(frozen=True)
-class LAVTRecipe:
-    "How LAVT is trained and measured. Defaults are the released code's and its README's."
-
-    batch_size: int = 32
-    epochs: int = 40
-    lr: float = 5e-5  # AdamW, the same for every group
-    weight_decay: float = 1e-2  # not for the picture encoder's norms and tables: see `parameter_groups`
-    schedule: str = "polynomial"  # each step, to 0, without warm-up
-    power: float = 0.9
-    class_weights: tuple[float, float] = (0.9, 1.1)  # of background and referent, in `weighted_loss`
-    # pixels a side at which answer and mask are compared: the picture's; None: the logits' own
-    mask_size: int | None = 480
-    # "hard": half of the pixel or more (published: the nearest pixel); "soft": the share of each cell that
-    # the mask covers
-    target: str = "hard"
-    unit: str = "ref"  # of an epoch. "ref": one random sentence of each; "sentence": all
-    sentence: str = "raw"  # as typed; "sent": cleaned
-    protocol: str = "lavt"  # of the evaluation (chapter 13c) and of the cut of long phrases (`WordPieces`)
-
-
-LAVT_RECIPES: dict[str, LAVTRecipe] = {name: LAVTRecipe() for name in ("base", "tiny", "small", "large")} | {
-    "refshapes": LAVTRecipe(
+_PUBLISHED = Recipe(
+    batch_size=32,
+    epochs=40,
+    lr=5e-5,  # AdamW, the same for every group
+    weight_decay=1e-2,  # not for the image encoder's norms and tables: see `swin_parameter_groups`
+    schedule="polynomial",  # each step, to 0, without warm-up
+    power=0.9,
+    class_weights=(0.9, 1.1),  # of background and referent, in `weighted_loss`
+    mask_size=480,  # pixels a side at which answer and mask are compared: the image's
+    target="hard",  # half of the pixel or more (published: the nearest pixel)
+    unit="ref",  # an epoch has one random sentence of each ref
+    sentence="raw",  # as typed
+    protocol="lavt",  # chapter 13c; also the cut of long phrases
+)
+LAVT_RECIPES: dict[str, Recipe] = dict.fromkeys(("base", "tiny", "small", "large"), _PUBLISHED) | {
+    "refshapes": Recipe(
+        batch_size=32,
         epochs=14,
         lr=1e-3,
+        weight_decay=1e-2,
+        power=0.9,
         class_weights=(1.0, 1.0),
-        mask_size=None,
-        target="soft",
-        unit="sentence",
-        sentence="sent",
-        protocol="refseg",
     )
 }
 
-
-def create_lavt(
-    preset: str = "refshapes",  # a key of `LAVT_PRESETS`
-    # tokens, with PAD = 0; None: BERT's 30,522, where the preset reads with BERT
-    vocab_size: int | None = None,
-    vectors: Tensor | None = None,  # [V, D] word vectors to start from
-    backbone: SwinBackbone | str | None = None,  # a module, or a key of `SWINS`; None: the preset's
-    **overrides,  # fields of `LAVTConfig` to change
-) -> LAVT:
-    "LAVT by preset, with single fields changed."
-    if preset not in LAVT_PRESETS:
-        raise InputError(f"no preset called {preset!r}; there are {', '.join(LAVT_PRESETS)}")
-    if isinstance(backbone, str):
-        overrides["backbone"], backbone = backbone, None
-    if vocab_size is None and vectors is not None:
-        vocab_size = len(vectors)
-    if vocab_size is None and preset == "refshapes":
-        raise InputError("vocab_size is needed: how many words the vocabulary has")
-    return LAVT(
-        LAVTConfig.from_dict(LAVT_PRESETS[preset].to_dict() | overrides),
-        vocab_size or 30_522,
-        vectors,
-        backbone,
-    )
-
-# %% ../../nbs/18_lavt.ipynb #084
-def count_flops(
-    config: LAVTConfig,  # any size
-    words: int = 20,  # T
-) -> dict[
-    str, float
-]:  # part -> GFLOP (2 x multiply-adds) for one image and one phrase; the first part is done once an image
-    "Floating-point operations by part, counted on a model without data."
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        model = LAVT(replace(config, backbone_weights="none", text_weights="none")).eval()
-        image, phrase = (
-            torch.empty(1, 3, config.image_size, config.image_size),
-            torch.ones(1, words, dtype=torch.long),
-        )
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image, phrase)
-    of = {name: sum(flops.values()) / 1e9 for name, flops in counter.get_flop_counts().items()}
-    return {
-        "stage 1": of["LAVT.backbone"],
-        "stages 2-4": sum(of[f"LAVT.backbone.stages.{i}"] for i in (1, 2, 3)),
-        "text encoder": of["LAVT.text"],
-        "PWAM": sum(of[f"LAVT.fusion.{i}"] for i in range(4)),
-        "gates": sum(of[f"LAVT.gates.{i}"] for i in range(3)),
-        "decoder": of["LAVT.decoder"],
-    }
-
-# %% ../../nbs/18_lavt.ipynb #093
-def parameter_groups(
-    model: LAVT,
-    weight_decay: float = 1e-2,  # of all but the picture encoder's norms and tables
-) -> list[dict]:  # AdamW's groups: two, of trained parameters only
-    """The published groups: no weight decay for what is called a norm or a table of relative positions in
-    the picture encoder and its fusion."""
+# %% ../../nbs/18_lavt.ipynb #078
+def swin_parameter_groups(
+    model: nn.Module,  # LAVT or CrossVLT
+    weight_decay: float = 1e-2,  # of all but the image encoder's norms and tables
+) -> list[dict[str, Any]]:  # AdamW's groups: two, of trained parameters only
+    """The published groups: no weight decay for what is called a norm or a table of relative positions in the
+    image encoder and its fusion."""
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
     for name, p in model.named_parameters():
         spared = not name.startswith(("text.", "decoder.")) and (
@@ -600,8 +434,105 @@ def parameter_groups(
             groups[0 if spared else 1]["params"].append(p)
     return groups
 
+# %% ../../nbs/18_lavt.ipynb #080
+@register_model("lavt")
+class LAVT(RISModel):
+    """LAVT (CVPR 2022). Words enter after every stage of the Swin, so only stage 1 can be shared between the
+    phrases about a picture."""
 
-LAVT.parameter_groups = parameter_groups  # the learner asks the model
+    Config = LAVTConfig
+    presets = LAVT_PRESETS
+    recipes = LAVT_RECIPES
+
+    def __init__(
+        self,
+        config: LAVTConfig,  # what it is made of
+        vocab_size: int = 30_522,  # tokens, with PAD = 0
+        vectors: Tensor | None = None,  # [vocab_size, D] word vectors to start from
+        backbone: SwinBackbone | None = None,  # None: made by `config`
+    ):
+        super().__init__(config, vocab_size)
+        c = config
+        self.backbone = backbone or swin_backbone(
+            c.backbone, c.window, c.image_size, c.drop_path, c.backbone_weights
+        )
+        self.text = bert_encoder(
+            c.text_layers,
+            c.text_width,
+            c.text_heads,
+            vocab_size,
+            c.text_dropout,
+            c.begin,
+            c.text_weights,
+            vectors,
+        )
+        if c.trained_layers is not None:
+            self.text.requires_grad_(False)
+            self.text.bert.encoder.layer[: c.trained_layers].requires_grad_(True)
+        channels = self.backbone.channels
+        self.fusion = nn.ModuleList(PWAM(n, c.text_width, heads) for n, heads in zip(channels, c.heads))
+        self.gates = nn.ModuleList(map(language_gate, channels[:3]))
+        self.norms = nn.ModuleList(map(nn.LayerNorm, channels))
+        self.decoder = TopDownDecoder(channels, c.decoder_width, c.prior)
+
+    def segment(
+        self,
+        features: list[Float[Tensor, "K H W C"]],  # from `encode`
+        words: Int[Tensor, "B T"],  # token numbers, padded with 0
+        # the image of each expression; None: one each, or all about the only image
+        image_index: Int[Tensor, " B"] | None = None,
+        return_attention: bool = False,  # also give the attention of every place to every word
+    ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], PixelWordAttention]:
+        "Logits for each expression, at the size of stage 1 times `factor`. Stages 2 to 4 run anew for each."
+        image_index = image_rows(len(features[0]), len(words), image_index, words.device)
+        language, v = self.text(words), pick(features[0], image_index)
+        maps, attention = [], {}
+        for i in range(4):
+            f, a = self.fusion[i](v.flatten(1, 2), language.words, language.mask)
+            f = f.view_as(v)
+            maps.append(self.norms[i](f).permute(0, 3, 1, 2))
+            if return_attention:
+                attention[i + 1] = a.unflatten(2, v.shape[1:3])
+            if i < 3:
+                v = self.backbone.stages[i + 1](v + self.gates[i](f) * f)
+        logits = difference(self.decoder(maps), self.config.factor)
+        return (
+            (logits, PixelWordAttention(attention, language.mask, self.config.begin))
+            if return_attention
+            else logits
+        )
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        "The modules of each part."
+        return {
+            "Swin": [self.backbone],
+            "text encoder": [self.text],
+            "PWAM": [self.fusion],
+            "gates": [self.gates],
+            "norms": [self.norms],
+            "decoder": [self.decoder],
+        }
+
+    def parameter_groups(
+        self,
+        weight_decay: float = 1e-2,
+    ) -> list[dict[str, Any]]:
+        "The published groups, by `swin_parameter_groups`."
+        return swin_parameter_groups(self, weight_decay)
+
+    def flop_parts(
+        self,
+        of: Callable[[str], float],  # path of a module -> its GFLOP
+    ) -> dict[str, float]:  # the first part is done once an image
+        "GFLOP by part."
+        return {
+            "stage 1": of("backbone"),
+            "stages 2-4": sum(of(f"backbone.stages.{i}") for i in (1, 2, 3)),
+            "text encoder": of("text"),
+            "PWAM": sum(of(f"fusion.{i}") for i in range(4)),
+            "gates": sum(of(f"gates.{i}") for i in range(3)),
+            "decoder": of("decoder"),
+        }
 
 # %% ../../nbs/18_lavt.ipynb #097
 # a published name -> ours, or after "!" why it is left out; the first row that matches holds

@@ -9,6 +9,7 @@ __all__ = ['training_target', 'dice_loss', 'aligned', 'mean_weight', 'weighted_l
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+
 from ..errors import InputError
 
 # %% ../../nbs/11c_losses.ipynb #005

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 # %% ../../nbs/07b_text.ipynb #011
 class Language(NamedTuple):
     "What the text encoder gives."
@@ -63,8 +65,8 @@ class TextEncoder(nn.Module):
 
 # %% ../../nbs/18_lavt.ipynb #041
 import torch.nn.functional as F
-from ..errors import InputError
-from ..errors import NotFoundError
+
+from ..errors import InputError, NotFoundError, require
 
 # %% ../../nbs/18_lavt.ipynb #042
 class BertText(nn.Module):
@@ -111,6 +113,7 @@ def bert_encoder(
     vectors: Tensor | None = None,  # [vocab_size, D] word vectors to start from; None: as above
 ) -> BertText:
     "BERT, or a small one of the same kind."
+    require("transformers", "BERT")
     from transformers import BertConfig, BertModel
 
     config = BertConfig(

@@ -7,10 +7,12 @@ __all__ = ['TrainConfig']
 
 # %% ../../nbs/library/train_config.ipynb #002
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..data.batches import SENTENCES, UNITS
-from ..models.shnet import Recipe, recipes_of
 from ..errors import InputError
+from ..models.base import Recipe
+from ..models.registry import model_recipe, registered
 
 # %% ../../nbs/library/train_config.ipynb #005
 @dataclass
@@ -95,7 +97,7 @@ class TrainConfig:
     quiet: bool = False  # no progress bar
 
     # a resumed run may change these: they do not change the weights
-    FREE = (
+    FREE: ClassVar[tuple[str, ...]] = (
         "root",
         "num_workers",
         "store",
@@ -107,41 +109,50 @@ class TrainConfig:
         "quiet",
     )
 
-    # what SHNet's recipe does not say, and what it is there
-    BESIDE = {
-        "sentence": "sent",
-        "unit": "sentence",
-        "class_weights": None,
-        "optimizer": "adamw",
-        "end_lr": 0.0,
+    # what the recipe fills in where it is None, under the same name
+    FROM_RECIPE: ClassVar[tuple[str, ...]] = (
+        "lr",
+        "weight_decay",
+        "schedule",
+        "power",
+        "mask_size",
+        "grayscale",
+        "threshold",
+        "sentence",
+        "unit",
+        "class_weights",
+        "optimizer",
+        "end_lr",
+    )
+    CHOICES: ClassVar[dict[str, tuple]] = {
+        "loss": ("bce", "bce+dice"),
+        "optimizer": ("adamw", "adam"),
+        "sentence": SENTENCES,
+        "unit": UNITS,
+        "schedule": ("polynomial", "plateau"),
+        "targets": ("soft", "hard", "dilated"),
+        "mixed_precision": ("no", "bf16", "fp16"),
+        "keep": ("last", "best"),
+        "tracker": (None, "tensorboard", "wandb"),
+        "cache_dtype": ("float32", "float16", "bfloat16"),
+        "cache_features": (True, False, "auto"),
     }
+    COUNTS: ClassVar[tuple[str, ...]] = ("epochs", "accumulate", "eval_every")
+    COUNTS_OR_NONE: ClassVar[tuple[str, ...]] = (
+        "images_per_batch",
+        "max_steps",
+        "checkpoint_every",
+        "limit",
+        "expressions_per_image",
+        "mask_size",
+        "threads",
+        "decay_steps",
+    )
 
-    def __post_init__(self):
-        self.root, self.out, self.cache_folder, self.pieces = (
-            str(self.root),
-            str(self.out),
-            *(p and str(p) for p in (self.cache_folder, self.pieces)),
-        )
-        recipe = self.recipe()
-        # a recipe may count in steps
-        steps = getattr(recipe, "steps", None) if self.epochs is None and self.max_steps is None else None
-        defaults = {
-            "epochs": 10**6 if steps else recipe.epochs or 30,
-            "max_steps": steps,
-            "targets": recipe.target,
-        }
-        defaults |= {
-            k: getattr(recipe, k, getattr(Recipe, k))
-            for k in ("lr", "weight_decay", "schedule", "power", "mask_size", "grayscale", "threshold")
-        }
-        defaults |= {k: getattr(recipe, k, usual) for k, usual in self.BESIDE.items()}
-        if self.images_per_batch is None and self.batch_size is None:
-            defaults |= (
-                {"images_per_batch": 8} if self.preset == "refshapes" else {"batch_size": recipe.batch_size}
-            )
-        for mine, theirs in defaults.items():
-            if getattr(self, mine) is None:
-                setattr(self, mine, theirs)
+    def __post_init__(self) -> None:
+        self.root, self.out = str(self.root), str(self.out)
+        self.cache_folder, self.pieces = (p and str(p) for p in (self.cache_folder, self.pieces))
+        self._fill_from_recipe()
         if self.class_weights is not None:
             if len(self.class_weights) != 2 or min(self.class_weights) <= 0:
                 raise InputError(
@@ -149,37 +160,44 @@ class TrainConfig:
                     f" {self.class_weights}"
                 )
             self.class_weights = tuple(map(float, self.class_weights))
-        choices = {
-            "loss": ("bce", "bce+dice"),
-            "optimizer": ("adamw", "adam"),
-            "sentence": SENTENCES,
-            "unit": UNITS,
-            "schedule": ("polynomial", "plateau"),
-            "targets": ("soft", "hard", "dilated"),
-            "mixed_precision": ("no", "bf16", "fp16"),
-            "keep": ("last", "best"),
-            "tracker": (None, "tensorboard", "wandb"),
-            "cache_dtype": ("float32", "float16", "bfloat16"),
-            "cache_features": (True, False, "auto"),
-        }
-        for name, allowed in choices.items():
+        self._check_choices()
+        self._check_counts()
+        self._check_rates()
+        self._check_together()
+
+    def recipe(self) -> Recipe:
+        "The recipe of the model's preset."
+        return model_recipe(self.model, self.preset)
+
+    def _fill_from_recipe(self) -> None:
+        "Put the recipe's value into each field that was left open."
+        recipe = self.recipe()
+        # a recipe may count in steps
+        steps = recipe.steps if self.epochs is None and self.max_steps is None else None
+        defaults = {name: getattr(recipe, name) for name in self.FROM_RECIPE}
+        defaults |= {"epochs": 10**6 if steps else recipe.epochs or 30, "max_steps": steps}
+        defaults["targets"] = recipe.target
+        if self.images_per_batch is None and self.batch_size is None:
+            if self.preset == "refshapes":
+                defaults["images_per_batch"] = 8
+            else:
+                defaults["batch_size"] = recipe.batch_size
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _check_choices(self) -> None:
+        for name, allowed in self.CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(
                     f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
                 )
-        for name in ("epochs", "accumulate", "eval_every"):
+
+    def _check_counts(self) -> None:
+        for name in self.COUNTS:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in (
-            "images_per_batch",
-            "max_steps",
-            "checkpoint_every",
-            "limit",
-            "expressions_per_image",
-            "mask_size",
-            "threads",
-            "decay_steps",
-        ):
+        for name in self.COUNTS_OR_NONE:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
         if self.images_per_batch and self.batch_size:
@@ -187,14 +205,13 @@ class TrainConfig:
                 "images_per_batch and batch_size exclude each other: a batch is counted in images or in"
                 " expressions"
             )
-        least = 1 if self.model == "cmpc" else 2  # CMPC has no BatchNorm, and is published with 1
+        least = registered(self.model).model.smallest_batch
         if self.batch_size is not None and self.batch_size < least:
-            raise InputError(
-                "batch_size must be at least"
-                f" {least}{' (one expression alone cannot be normalised)' * (least > 1)}, got"
-                f" {self.batch_size}"
-            )
-        if self.lr <= 0:
+            why = " (one expression alone cannot be normalised)" if least > 1 else ""
+            raise InputError(f"batch_size must be at least {least}{why}, got {self.batch_size}")
+
+    def _check_rates(self) -> None:
+        if not self.lr > 0:
             raise InputError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.end_lr <= self.lr:
             raise InputError(f"end_lr must be between 0 and lr = {self.lr}, got {self.end_lr}")
@@ -202,6 +219,8 @@ class TrainConfig:
             raise InputError(f"grayscale is a probability, got {self.grayscale}")
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold must be between 0 and 1, got {self.threshold}")
+
+    def _check_together(self) -> None:
         if self.val_split is None and self.schedule == "plateau":
             raise InputError(
                 "schedule='plateau' follows the loss on the validation split: name a val_split, or use"
@@ -214,12 +233,3 @@ class TrainConfig:
                 "cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs"
                 " change"
             )
-
-    def recipe(self):
-        "The recipe of the model's preset."
-        recipes = recipes_of(self.model)
-        if self.preset not in recipes:
-            raise InputError(
-                f"{self.model} has no preset called {self.preset!r}; there are {', '.join(recipes)}"
-            )
-        return recipes[self.preset]

@@ -24,6 +24,7 @@ import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,7 @@ class Field:
 @cache
 def config_fields() -> tuple[Field, ...]:
     "The fields of `TrainConfig`, read from its source: importing it would take seconds, and help must be quick."
-    source = (Path(__file__).parent / "training" / "config.py").read_text(encoding="utf-8")
+    source = (files("refseg_nb") / "training" / "config.py").read_text(encoding="utf-8")
     comments, alone = {}, set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

@@ -29,6 +29,7 @@ class RegisteredModel:
 
 
 _models: dict[str, RegisteredModel] = {}
+_classes: dict[type[ModelConfig], type[RISModel]] = {}  # class of configuration -> class of model
 _OWN = ("shnet", "cmpc", "lavt", "crossvlt")  # modules of this package that register models
 _BERT_PIECES = 30_522  # of bert-base-uncased
 
@@ -41,11 +42,15 @@ def register_model(
     "A class decorator: from now on the model has this name."
 
     def register(model: type[RISModel]) -> type[RISModel]:
-        if not model.__module__.startswith("refseg_nb."):
-            _register_own()  # or they would be registered later, over a chapter's own class
+        own = model.__module__.startswith("refseg_nb.")
+        if not own:
+            _register_own()  # or they would be registered later
+        _classes[model.Config] = model
         taken = _models.get(name)
         if taken and taken.model.__qualname__ != model.__qualname__:
             raise InputError(f"the name {name!r} is taken by {taken.model.__qualname__}: choose another one")
+        if taken and taken.model.__module__.startswith("refseg_nb.") and not own:
+            return model  # the chapter that writes this class: the name stays the package's
         if set(model.presets) != set(model.recipes):
             raise InputError(f"{model.__name__} must have a recipe for each of its presets, and no other")
         _models[name] = RegisteredModel(name, model, title or model.__name__, changes)
@@ -83,9 +88,8 @@ def model_class(
 ) -> type[RISModel]:
     "The class of model that a configuration belongs to."
     _register_own()
-    for entry in _models.values():
-        if type(config) is entry.model.Config:
-            return entry.model
+    if type(config) in _classes:
+        return _classes[type(config)]
     raise InputError(f"no registered model has a configuration of type {type(config).__name__}")
 
 # %% ../../nbs/library/registry.ipynb #009

@@ -39,7 +39,7 @@ def runs(cell):
 
 
 def visible(cell):
-    return runs(cell) and not cell.source.startswith(("#| hide", "#| default_exp"))
+    return runs(cell) and not re.match(r"#\s*\|\s*(hide|default_exp)\b", cell.source)
 
 
 @by_name(NOTEBOOKS)

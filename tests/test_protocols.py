@@ -48,12 +48,15 @@ from refseg_nb.evaluation.protocols import (
     read_samples,
     write_samples,
 )
+from refseg_nb.models.base import ModelConfig
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 class Canned(torch.nn.Module):
     """Answers that depend on image and words alone: random maps, smooth enough to have an inside."""
+
+    config = ModelConfig()
 
     def __init__(self, low=-3.0, high=3.0):
         super().__init__()

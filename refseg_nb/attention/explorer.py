@@ -284,9 +284,10 @@ def _picture_url(picture: np.ndarray) -> str:
     "The picture as a data: address, at most 640 pixels a side."
     image = Image.fromarray(picture)
     image.thumbnail((640, 640))
+    kind = "PNG" if max(image.size) <= 200 else "JPEG"
     buffer = io.BytesIO()
-    image.save(buffer, "PNG" if max(image.size) <= 200 else "JPEG", quality=88)
-    return f"data:image/{'png' if max(image.size) <= 200 else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, kind, quality=88)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 class _State(anywidget.AnyWidget):
@@ -380,11 +381,16 @@ const host = document.getElementById("%(id)s");
 const packed = Uint8Array.from(atob(host.dataset.state), c => c.charCodeAt(0));
 const raw = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 const head = new DataView(raw).getUint32(0, true);
-const state = JSON.parse(new TextDecoder().decode(new Uint8Array(raw, 4, head)), (key, v) => v && v.$at ? new DataView(raw, 4 + head + v.$at[0], v.$at[1]) : v);
+const bytes = v => v && v.$at ? new DataView(raw, 4 + head + v.$at[0], v.$at[1]) : v;
+const state = JSON.parse(new TextDecoder().decode(new Uint8Array(raw, 4, head)), (key, v) => bytes(v));
 const reacts = {};
 const model = {
   get: name => state[name],
-  set(name, value) { if (state[name] !== value) { state[name] = value; for (const f of reacts["change:" + name] ?? []) f(); } },
+  set(name, value) {
+    if (state[name] === value) return;
+    state[name] = value;
+    for (const f of reacts["change:" + name] ?? []) f();
+  },
   save_changes() {}, send() {},
   on(event, f) { (reacts[event] ??= new Set()).add(f); },
   off(event, f) { reacts[event]?.delete(f); },

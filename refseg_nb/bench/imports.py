@@ -120,6 +120,6 @@ def main(
         print(f"{row['command']:40} {row['min']:6.2f} {row['median']:6.2f}")
 
 # %% ../../nbs/library/import_speed.ipynb #011
-#| eval: false
+# | eval: false
 if __name__ == "__main__":
     main()

@@ -433,7 +433,7 @@ def validate_jsonl(
         more += len(problems[room:])
     return found + ([Problem(0, "", f"has {more:,} problems more")] if more else [])
 
-# %% ../../nbs/03c_own_data.ipynb #052
+# %% ../../nbs/03c_own_data.ipynb #054
 def _put(source: Path, target: Path, images: str):
     "Link or copy a file; a copy appears when it is complete."
     if images == "link":
@@ -444,7 +444,7 @@ def _put(source: Path, target: Path, images: str):
     with atomic_file(target, sync=False) as part:
         shutil.copy2(source, part)
 
-# %% ../../nbs/03c_own_data.ipynb #055
+# %% ../../nbs/03c_own_data.ipynb #057
 class _Staging:
     """Files on their way to a root: data sets appear at the end, and if anything fails, everything that was
     put there goes away again."""
@@ -513,7 +513,7 @@ class _Staging:
         if isinstance(error, ReferError):  # say it without the hidden folder's name
             raise ConvertError(str(error).replace(f"{self.folder}{os.sep}", "")) from error
 
-# %% ../../nbs/03c_own_data.ipynb #057
+# %% ../../nbs/03c_own_data.ipynb #059
 def convert_jsonl(
     path: str | Path,  # the JSONL file
     root: str | Path,  # where data sets are kept; gets `<name>/` and `images/<name>/`
@@ -594,7 +594,7 @@ def convert_jsonl(
         stage.publish()
     return Refer(root, name)
 
-# %% ../../nbs/03c_own_data.ipynb #065
+# %% ../../nbs/03c_own_data.ipynb #067
 _IMAGE_FOLDERS = ("images", "mask", "train2014", "mscoco", "saiapr_tc-12", "saiaprtc12", "referit-dataset")
 # what else the folders are called
 _NAMES = {"refcocoplus": "refcoco+", "refcoco_plus": "refcoco+", "exp-referit": "referit"}
@@ -657,7 +657,7 @@ def detect_layout(
         " file"
     )
 
-# %% ../../nbs/03c_own_data.ipynb #069
+# %% ../../nbs/03c_own_data.ipynb #071
 def _stage_refer(stage, source, folder, name, old_name, image_folder):
     "Copy the annotation files of one data set and link its images; the partitions."
     instances = next(
@@ -731,7 +731,7 @@ def _stage_berkeley(stage, folder, name):
             stage.missing += 1
     return ["berkeley"]
 
-# %% ../../nbs/03c_own_data.ipynb #071
+# %% ../../nbs/03c_own_data.ipynb #073
 _COLUMNS = ("ref_id", "ann_id", "image_id", "category_id", "split", "sentences", "raw_anns", "raw_image_info")
 
 
@@ -762,7 +762,7 @@ def _read_parquet(files: list[Path]) -> tuple[list[dict], dict]:
             ) from error
     return refs, {"images": list(images.values()), "annotations": list(annotations.values())}
 
-# %% ../../nbs/03c_own_data.ipynb #073
+# %% ../../nbs/03c_own_data.ipynb #075
 def _parquet_row(row, where, refs, images, annotations):
     "Add one row to what was read."
     for column, key, table in (("raw_image_info", "image_id", images), ("raw_anns", "ann_id", annotations)):
@@ -786,7 +786,7 @@ def _parquet_row(row, where, refs, images, annotations):
         }
     )
 
-# %% ../../nbs/03c_own_data.ipynb #077
+# %% ../../nbs/03c_own_data.ipynb #079
 def _stage_parquet(stage, source, files, name, image_folder):
     "Write the refs of parquet files in the REFER layout."
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
@@ -804,7 +804,7 @@ def _stage_parquet(stage, source, files, name, image_folder):
     _link_images(stage, refer, source=source, folder=source, old_name=name, image_folder=image_folder)
     return [partition]
 
-# %% ../../nbs/03c_own_data.ipynb #079
+# %% ../../nbs/03c_own_data.ipynb #081
 @dataclass(frozen=True)
 class Conversion:
     "What `convert` has done."

@@ -81,7 +81,7 @@ class Dropped(FetchError):
 class Mismatch(FetchError):
     "What has arrived is not the file."
 
-
+# %% ../../nbs/03d_fetch.ipynb #019
 def _line(error: Exception) -> str:
     "Another library's error, in one line that can be printed."
     return "".join(filter(str.isprintable, f"{type(error).__name__}: {error}".split("\n")[0]))
@@ -104,7 +104,7 @@ def validator_of(
     etag = headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
 
-
+# %% ../../nbs/03d_fetch.ipynb #021
 def body_range(
     status: int,  # of the answer: 200, 206 or 416
     headers: Mapping[str, str],  # of the answer
@@ -128,7 +128,7 @@ def body_range(
         f" {stated or 'missing'}"
     )
 
-# %% ../../nbs/03d_fetch.ipynb #021
+# %% ../../nbs/03d_fetch.ipynb #025
 class Part:
     """A download that is not whole yet: `<file>.part`, and `<file>.part.json`, which says from which address
     it came and in which version."""
@@ -175,7 +175,7 @@ class Part:
         self.note.unlink(missing_ok=True)
         return self.dest
 
-# %% ../../nbs/03d_fetch.ipynb #023
+# %% ../../nbs/03d_fetch.ipynb #027
 def may_continue(
     part: Part,  # what is on the disk
     url: str,  # the address that will be asked
@@ -185,7 +185,7 @@ def may_continue(
     origin = part.origin
     return bool(part.have) and (hashed or bool(origin.get("url") == url and origin.get("validator")))
 
-# %% ../../nbs/03d_fetch.ipynb #027
+# %% ../../nbs/03d_fetch.ipynb #031
 _BUSY = (408, 425, 429)  # besides all of 500 to 599: worth asking again
 
 
@@ -195,7 +195,7 @@ def _session() -> requests.Session:
     session.headers["User-Agent"] = "refseg_nb (course on referring image segmentation)"
     return session
 
-
+# %% ../../nbs/03d_fetch.ipynb #033
 def _check_answer(url: str, answer: requests.Response) -> None:
     "Refuse an answer that is not the file; `Dropped` if the server is only busy."
     status, reason = answer.status_code, http.client.responses.get(answer.status_code, "")
@@ -233,7 +233,7 @@ def _open(
         what = f"no byte for {timeout:g} seconds" if late else "the connection failed or broke off"
         raise Dropped(f"{url}: {what}") from error
 
-
+# %% ../../nbs/03d_fetch.ipynb #035
 def _begin(answer, url: str, part: Part, size: int | None, hashed: bool) -> tuple[int, int | None]:
     "Read an answer's headers and prepare the part; where its bytes belong, and the size of the whole file."
     have, same = part.have, part.origin.get("url") == url
@@ -294,7 +294,7 @@ def receive(
     if total is not None and start < total:
         raise Dropped(f"{url}: ended after {start:,} of {total:,} bytes")
 
-# %% ../../nbs/03d_fetch.ipynb #035
+# %% ../../nbs/03d_fetch.ipynb #045
 @dataclass(frozen=True)
 class RetryPolicy:
     "How long to wait for a server, and how often to ask it."
@@ -323,7 +323,7 @@ def with_retries(
                 raise Unavailable(f"{error} ({failures} tries)") from error
             time.sleep(min(60.0, max(error.wait, retry.pause * 2**failures)))
 
-# %% ../../nbs/03d_fetch.ipynb #040
+# %% ../../nbs/03d_fetch.ipynb #050
 @dataclass(frozen=True)
 class Unpack:
     "What to do with an archive."
@@ -335,7 +335,7 @@ class Unpack:
     # REFER annotations: partitions whose counts are compared with the published ones
     partitions: tuple[str, ...] = ()
 
-
+# %% ../../nbs/03d_fetch.ipynb #052
 @dataclass(frozen=True)
 class FileSpec:
     "One file of the manifest: where it is, where it goes, and what is known of it."
@@ -367,7 +367,7 @@ class FileSpec:
     def algorithm(self) -> str:
         return "md5" if self.md5 and not self.sha256 else "sha256"
 
-
+# %% ../../nbs/03d_fetch.ipynb #054
 _PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head)", re.I)
 # how torch.save's new and old formats begin
 _TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")
@@ -425,7 +425,7 @@ def _examine(path: Path, spec: FileSpec) -> None:
     except Exception as error:
         raise Mismatch(f"{spec.name}: not readable from end to end ({type(error).__name__})") from error
 
-
+# %% ../../nbs/03d_fetch.ipynb #056
 def verify(
     path: Path,  # the file, or its part
     spec: FileSpec,  # what is known of it
@@ -448,7 +448,7 @@ def verify(
         _examine(path, spec)
     return f"{spec.algorithm}:{digest}"
 
-# %% ../../nbs/03d_fetch.ipynb #046
+# %% ../../nbs/03d_fetch.ipynb #064
 def _from_drive(url: str, part: Part) -> None:
     "A file of Google Drive, through gdown if that is installed."
     try:
@@ -512,7 +512,7 @@ def download(
                 return url, found, problems
     raise Unavailable("; ".join(problems) or f"{spec.name}: no address is known", problems)
 
-# %% ../../nbs/03d_fetch.ipynb #056
+# %% ../../nbs/03d_fetch.ipynb #074
 def safe_member(
     name: str,  # as the archive has it
 ) -> str:  # relative, with forward slashes; empty for the folder itself
@@ -550,7 +550,7 @@ def _tar_members(archive: tarfile.TarFile):
         if name and info.isreg():
             yield name, info.size, lambda info=info: archive.extractfile(info)
 
-# %% ../../nbs/03d_fetch.ipynb #060
+# %% ../../nbs/03d_fetch.ipynb #078
 def _below(name: str, folder: str) -> str:
     "What of a member's path lies below the folder of this name, or all of it."
     *parents, last = name.split("/")
@@ -562,7 +562,7 @@ def _below(name: str, folder: str) -> str:
 def _fits_any(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
-
+# %% ../../nbs/03d_fetch.ipynb #080
 def _chosen(entries, into: Path, members: tuple[str, ...], wanted: set[str] | None) -> dict:
     "The members that are asked for: {path below `into`: (size, function that opens it)}."
     chosen, seen, others = {}, set(), []
@@ -645,7 +645,7 @@ def unpack(
         kind = FetchError if isinstance(error, OSError) else Mismatch
         raise kind(f"{path.name}: cannot be unpacked ({_line(error)})") from error
 
-# %% ../../nbs/03d_fetch.ipynb #068
+# %% ../../nbs/03d_fetch.ipynb #090
 @dataclass(frozen=True)
 class ImageSpec:
     "A folder of images that can be had one by one."
@@ -805,7 +805,7 @@ def load_manifest(
         _check_set(spec, f"{source.name}: sets.{name}", book)
     return book
 
-# %% ../../nbs/03d_fetch.ipynb #073
+# %% ../../nbs/03d_fetch.ipynb #095
 def _stamp(path: Path) -> list[int] | None:
     "Size and time of the last change."
     try:
@@ -896,7 +896,7 @@ def _look(spec: FileSpec, base: Path, note: dict) -> tuple[str, str, dict]:
             return "refused", f"{error}; move {spec.unpack.into}/ away to have it fetched", {}
     return "absent", "", {}
 
-# %% ../../nbs/03d_fetch.ipynb #077
+# %% ../../nbs/03d_fetch.ipynb #101
 def check_space(
     needs: dict[Path, int],  # bytes that each folder will get
 ) -> None:
@@ -913,7 +913,7 @@ def check_space(
                 " nothing was fetched"
             )
 
-# %% ../../nbs/03d_fetch.ipynb #083
+# %% ../../nbs/03d_fetch.ipynb #107
 def image_names(
     spec: ImageSpec,  # how the files are called
     infos: list[ImageInfo],  # what `instances.json` lists
@@ -929,7 +929,7 @@ def image_names(
             bad[info.file_name] = f"{info.file_name!r} is not the name of image {info.image_id}"
     return good, bad
 
-
+# %% ../../nbs/03d_fetch.ipynb #109
 def check_image(
     source: str | Path | BinaryIO,
     info: ImageInfo,  # its size in `instances.json`
@@ -949,7 +949,7 @@ def check_image(
     except Exception as error:
         raise Mismatch(f"{info.file_name}: not a whole JPEG") from error
 
-# %% ../../nbs/03d_fetch.ipynb #088
+# %% ../../nbs/03d_fetch.ipynb #114
 def missing_images(
     wanted: dict[str, ImageInfo],  # by file name
     folder: Path,  # where they are
@@ -1036,7 +1036,7 @@ def fetch_images(
     finally:
         pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/03d_fetch.ipynb #092
+# %% ../../nbs/03d_fetch.ipynb #118
 @dataclass
 class Item:
     "One line of a report: a file, or the images."
@@ -1092,7 +1092,7 @@ class FetchReport:
         )
         return "\n".join(lines + ([""] if terms else []) + list(terms))
 
-# %% ../../nbs/03d_fetch.ipynb #095
+# %% ../../nbs/03d_fetch.ipynb #121
 def _base(kind: str, root: Path) -> Path:
     "The folder that a file's path is relative to."
     if kind == "root":
@@ -1192,7 +1192,7 @@ def _planned(spec: FileSpec, base: Path, found: tuple[str, str, dict]) -> Item:
         )
     return item
 
-# %% ../../nbs/03d_fetch.ipynb #099
+# %% ../../nbs/03d_fetch.ipynb #125
 def _set_aside(dest: Path, why: str) -> str:
     os.replace(dest, dest.with_name(dest.name + ".wrong"))
     return f"{why}; the file is now called {dest.name}.wrong"
@@ -1353,7 +1353,7 @@ def _get_images(
         item.by_hand = _by_hand(spec, root, archive.to, spec.folder)
     return [*items, item]
 
-# %% ../../nbs/03d_fetch.ipynb #102
+# %% ../../nbs/03d_fetch.ipynb #128
 def fetch(
     name: str,  # refcoco, refcoco+, refcocog, refclef, referit, glove or backbones
     root: str | Path,  # the data sets' folder

@@ -114,7 +114,7 @@ def _leaves(segmentation, height, width) -> float:
     except (ValueError, TypeError, OverflowError):
         return 0.0  # `decode_segmentation` says what it is
 
-
+# %% ../../nbs/03e_verify.ipynb #022
 def mask_faults(
     annotation: dict,  # COCO's dict; `area` and `bbox` are compared where they are there
     height: int,  # of the image
@@ -155,7 +155,7 @@ def mask_faults(
             faults.append(("mask outside box", f"the mask leaves its box by {leaves:.1f} pixels"))
     return faults
 
-# %% ../../nbs/03e_verify.ipynb #032
+# %% ../../nbs/03e_verify.ipynb #034
 def image_faults(
     folder: Path,  # the image folder
     info: ImageInfo,  # file name and size, as `instances.json` has them
@@ -195,7 +195,7 @@ def image_faults(
         ]
     return []
 
-# %% ../../nbs/03e_verify.ipynb #038
+# %% ../../nbs/03e_verify.ipynb #040
 _FIELDS = {  # what each record must have; None: any type
     "images": {"id": int, "file_name": str, "height": int, "width": int},
     "annotations": {"id": int, "image_id": int, "category_id": int, "segmentation": None},
@@ -400,7 +400,7 @@ class _ReferCopy(_Copy):
             for split, refs in splits.items()
         }
 
-# %% ../../nbs/03e_verify.ipynb #044
+# %% ../../nbs/03e_verify.ipynb #046
 def _check_links(copy: _ReferCopy):
     """Refs, annotations, images and categories must belong together; a table that could not be read is not
     compared with."""
@@ -446,7 +446,7 @@ def _check_links(copy: _ReferCopy):
                 f"is not listed, but {n:,} annotations have it",
             )
 
-# %% ../../nbs/03e_verify.ipynb #048
+# %% ../../nbs/03e_verify.ipynb #052
 def _splits_of(copy: _Copy, key: str) -> dict:
     """The splits in which each image (`image_id`) or object (`ann_id`) occurs; RefCLEF's test splits count
     as one."""
@@ -469,7 +469,7 @@ def _check_splits(copy: _Copy):
                     kind, f"{copy.refs_file}: {noun} {number}", f"has refs in {' and '.join(sorted(splits))}"
                 )
 
-
+# %% ../../nbs/03e_verify.ipynb #054
 def _check_same_files(copy: _Copy, digests: dict[int, tuple[str, str]]):
     """No two image ids of different splits may have the same file; `digests` are file name and SHA-256 of
     each image id."""
@@ -485,7 +485,7 @@ def _check_same_files(copy: _Copy, digests: dict[int, tuple[str, str]]):
                 "same picture", digests[ids[0]][0], f"is, byte by byte, the file of several images: {folders}"
             )
 
-# %% ../../nbs/03e_verify.ipynb #052
+# %% ../../nbs/03e_verify.ipynb #058
 _MOST_PIXELS = 100_000_000  # of an image that is decoded at all
 
 
@@ -535,7 +535,7 @@ class _Job:
             ]
         return findings, digest
 
-# %% ../../nbs/03e_verify.ipynb #056
+# %% ../../nbs/03e_verify.ipynb #062
 def _refer_jobs(copy: _ReferCopy, images: bool) -> list[_Job]:
     "A job for each image that a ref is about, with the annotations that refs point at."
     used, folder_name = defaultdict(dict), image_folder_of(copy.name)
@@ -567,7 +567,7 @@ def _refer_jobs(copy: _ReferCopy, images: bool) -> list[_Job]:
         for info in infos
     ]
 
-
+# %% ../../nbs/03e_verify.ipynb #064
 def _check_bundle(jobs: list) -> list:
     return [job.check() for job in jobs]
 
@@ -601,12 +601,12 @@ def _check_all(jobs: list, workers: int | None, progress: bool) -> list:
             keep(_check_bundle(bundle))
     return [result for results in done for result in results]
 
-# %% ../../nbs/03e_verify.ipynb #060
+# %% ../../nbs/03e_verify.ipynb #068
 def _is_berkeley(folder: Path) -> bool:
     "Whether a folder holds ReferIt's query files, or is ReferIt's and holds no refs."
     return bool(_query_files(folder)) or folder.name == "referit" and not list(folder.glob("refs(*).p"))
 
-
+# %% ../../nbs/03e_verify.ipynb #070
 class _ReferItCopy(_Copy):
     "A copy in the Berkeley layout: query files and .mat masks."
 
@@ -656,7 +656,7 @@ class _ReferItCopy(_Copy):
         message = f"differs from train and val together in {len(other):,} regions, such as {min(other)}"
         self.say("wrong splits", f"{self.name}: referit_query_trainval.json", message)
 
-# %% ../../nbs/03e_verify.ipynb #065
+# %% ../../nbs/03e_verify.ipynb #077
 @dataclass(frozen=True, slots=True)
 class _ReferItJob:
     "An image of ReferIt and the masks of its regions."
@@ -788,7 +788,7 @@ def _referit_counts(copy: _ReferItCopy) -> CountReport:
         rows,
     )
 
-# %% ../../nbs/03e_verify.ipynb #071
+# %% ../../nbs/03e_verify.ipynb #085
 @dataclass
 class VerifyReport:
     "What `verify` found out about a copy of a data set."
@@ -862,7 +862,7 @@ class VerifyReport:
         write_file(path, json.dumps(self.record(), indent=1) + "\n")
         return path
 
-# %% ../../nbs/03e_verify.ipynb #074
+# %% ../../nbs/03e_verify.ipynb #088
 def _refer_counts(copy: _ReferCopy) -> CountReport:
     "The counts beside the published ones."
     try:
@@ -923,7 +923,7 @@ def verify(
         seconds=time.perf_counter() - start,
     )
 
-# %% ../../nbs/03e_verify.ipynb #093
+# %% ../../nbs/03e_verify.ipynb #109
 COCO_SETS = ("refcoco", "refcoco+", "refcocog")  # their images are all in COCO's train2014
 FILTER_PARTITIONS = (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "google"), ("refcocog", "umd"))
 FILTER_IMAGES = 10_113  # images in a val or test split of one of these: the usual leak filter

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -648,7 +648,7 @@ def evaluate(
         "crf": asdict(crf) if crf else False,
     }
     if config is None:
-        config = asdict(model.config) if is_dataclass(getattr(model, "config", None)) else {}
+        config = model.config.to_dict()
     seconds = time.perf_counter() - start
     record = make_record(
         name,

@@ -10,7 +10,7 @@ __all__ = ['RESOLUTIONS', 'SENTENCES', 'PROTOCOLS', 'SAMPLE_FIELDS', 'MUST_AGREE
 # %% ../../nbs/13c_protocols.ipynb #002
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -284,7 +284,7 @@ def evaluate_protocols(
     rows = gather_rows(
         evaluator.measure(model, names, count, features=features, autocast=autocast, progress=bar)
     )
-    config = asdict(model.config) if is_dataclass(getattr(model, "config", None)) else {}
+    config = model.config.to_dict()
     device = next(model.parameters()).device
     found = {}
     for p in wanted:

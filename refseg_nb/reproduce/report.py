@@ -133,10 +133,13 @@ def report_text(
     return "\n".join(out)
 
 # %% ../../nbs/20d_reproduction.ipynb #008
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse;font-size:13px;margin:1rem 0;display:block;overflow-x:auto}}img{{max-width:100%}}h2{{margin-top:2.5rem}}
-td,th{{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}}td:first-child,th:first-child{{text-align:left;font-weight:600}}
+table{{border-collapse:collapse;font-size:13px;margin:1rem 0;display:block;overflow-x:auto}}
+img{{max-width:100%}}h2{{margin-top:2.5rem}}
+td,th{{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}}
+td:first-child,th:first-child{{text-align:left;font-weight:600}}
 em{{color:#555;font-size:13px}}code{{background:#f3f3f3;padding:0 .2rem;overflow-wrap:anywhere}}
 @media (prefers-color-scheme: dark){{body{{background:#181a1b;color:#ddd}}td,th{{border-color:#444}}em{{color:#aaa}}
 code{{background:#2a2c2e}}img{{background:#fff}}}}</style>{body}</html>"""

@@ -10,11 +10,15 @@ __all__ = ['METRICS', 'CONTROL_NAMES', 'load_runs', 'row_scores', 'only_kind', '
 # %% ../../nbs/20b_tables.ipynb #003
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import InputError, NotFoundError
 from .experiments import TABLE2_COLUMNS, Table, model_config, model_cost, plan, tables
+
+if TYPE_CHECKING:
+    from refseg_nb.evaluation.evaluator import Record
 
 # %% ../../nbs/20b_tables.ipynb #005
 # the paper's column -> the record's metric
@@ -104,6 +108,13 @@ def difference(
     }
 
 # %% ../../nbs/20b_tables.ipynb #019
+def _measured_on(record: "Record") -> str:
+    "The data set and split of a record, and how large they are."
+    p, expressions = record.protocol, len(record.arrays["union"])
+    images = len(np.unique(record.arrays["image_id"]))
+    return f"{p.get('dataset')} {p.get('split')} ({expressions:,} expressions on {images:,} images)"
+
+
 def summarise(
     runs: dict,  # from `load_runs`
     table: str | Table = "table2",  # a key of `tables()`
@@ -159,15 +170,7 @@ def summarise(
             }
         )
     first = next((records[0] for label in rows for c in spec.rows[label] if (records := there(c))), None)
-    on = {
-        f"{p.get('dataset')} {p.get('split')} ({len(r.arrays['union']):,} expressions on {len(np.unique(r.arrays['image_id'])):,} images)": (
-            None
-        )
-        for label in rows
-        for c in spec.rows[label]
-        for r in there(c) or ()
-        for p in [r.protocol]
-    }
+    measured = [r for label in rows for c in spec.rows[label] for r in there(c) or ()]
     return {
         "title": spec.title,
         "columns": list(spec.columns),
@@ -175,7 +178,7 @@ def summarise(
         "rows": rows,
         "cited": {k: list(v) for k, v in spec.cited.items()},
         "differences": pairs,
-        "measured on": list(on),
+        "measured on": list(dict.fromkeys(map(_measured_on, measured))),
         "protocol": first and first.protocol,
         "interval": f"95 %, {resamples} bootstrap draws over images; the trainings stay fixed",
     }

@@ -72,7 +72,7 @@ def rng_tensors(
         out["cuda"] = torch.cuda.get_rng_state(device)
     return out
 
-
+# %% ../../nbs/11b_checkpoints.ipynb #011
 def load_rng(
     tensors: dict[str, Tensor],
     device: str | torch.device = "cpu",
@@ -82,7 +82,7 @@ def load_rng(
     if torch.device(device).type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], device)
 
-# %% ../../nbs/11b_checkpoints.ipynb #013
+# %% ../../nbs/11b_checkpoints.ipynb #015
 def save_checkpoint(
     folder: str | Path,  # of all checkpoints of a run: <out>/checkpoint
     step: int,  # optimizer steps done

@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig']
 
 # %% ../../nbs/library/train_config.ipynb #002
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 from ..data.batches import SENTENCES, UNITS
@@ -174,7 +174,8 @@ class TrainConfig:
         recipe = self.recipe()
         # a recipe may count in steps
         steps = recipe.steps if self.epochs is None and self.max_steps is None else None
-        defaults = {name: getattr(recipe, name) for name in self.FROM_RECIPE}
+        of_recipe = asdict(recipe)
+        defaults = {name: of_recipe[name] for name in self.FROM_RECIPE}
         defaults |= {"epochs": 10**6 if steps else recipe.epochs or 30, "max_steps": steps}
         defaults["targets"] = recipe.target
         if self.images_per_batch is None and self.batch_size is None:

@@ -733,7 +733,7 @@ def test_jupyterlab_point_click_lock_edit(lab, browser):
     page.get_by_label("Phrase", exact=True).fill("?!")
     page.keyboard.press("Enter")
     page.wait_for_function(
-        "() => document.querySelector('.refseg-explorer .status').textContent.includes('empty')"
+        "() => document.querySelector('.refseg-explorer .status').textContent.includes('no word')"
     )
     assert (
         page.locator(".panel").count() == 2

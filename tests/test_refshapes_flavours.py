@@ -825,7 +825,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_the_next_one_cleans_up(tmp
 def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch):
     small(monkeypatch)
     monkeypatch.setattr(
-        "refseg_nb.data.referit.savemat",
+        "scipy.io.savemat",
         lambda *a, **k: (_ for _ in ()).throw(OSError("no space left on device")),
     )
     with pytest.raises(OSError, match="no space"):

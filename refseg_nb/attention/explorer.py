@@ -381,8 +381,8 @@ const host = document.getElementById("%(id)s");
 const packed = Uint8Array.from(atob(host.dataset.state), c => c.charCodeAt(0));
 const raw = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 const head = new DataView(raw).getUint32(0, true);
-const bytes = v => v && v.$at ? new DataView(raw, 4 + head + v.$at[0], v.$at[1]) : v;
-const state = JSON.parse(new TextDecoder().decode(new Uint8Array(raw, 4, head)), (key, v) => bytes(v));
+const unpacked = v => v && v.$at ? new DataView(raw, 4 + head + v.$at[0], v.$at[1]) : v;
+const state = JSON.parse(new TextDecoder().decode(new Uint8Array(raw, 4, head)), (key, v) => unpacked(v));
 const reacts = {};
 const model = {
   get: name => state[name],

@@ -276,9 +276,10 @@ def test_two_processes_train_as_one(root, two, tmp_path, job):
         assert mine != theirs and theirs == pytest.approx(mine, rel=0.3)
         return
     rough = 50 if job == "bf16" else 1
-    # another order of sums is another rounding, and AdamW's steps let it grow: a wrong share of a batch shows
-    # in the first steps
-    assert theirs[:4] == pytest.approx(mine[:4], rel=5e-4 * rough)
+    # Another order of sums is another rounding, and AdamW, which divides by the root of the second moment, makes
+    # whole steps of it: the losses part by a factor of about ten a step (measured: 0, 0, 0, 8e-5, 6e-4). A wrong
+    # share of a batch shows at once, so the first steps have the narrow bound.
+    assert theirs[:3] == pytest.approx(mine[:3], rel=2e-4 * rough)
     assert theirs == pytest.approx(mine, rel=2e-3 * rough)
     w = one.model.state_dict()
     assert a.keys() == w.keys()

@@ -29,7 +29,7 @@ from refseg_nb.models.lavt import (
     TopDownDecoder,
     difference,
     language_gate,
-    over_places,
+    over_positions,
     rename_published,
     swin_backbone,
     swin_parameter_groups,
@@ -151,7 +151,7 @@ class MHCA(nn.Module):
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B heads N T"] | None]:  # F; the attention if asked
         "F = GELU((IN(attend(IN(X W_q), L) W_o) + X) W_m)."
         y, weights = attend(
-            over_places(F.instance_norm, self.query(places)),
+            over_positions(F.instance_norm, self.query(places)),
             self.key(words),
             self.value(words),
             self.heads,
@@ -159,7 +159,7 @@ class MHCA(nn.Module):
             0.0,
             return_weights,
         )
-        return F.gelu(self.mix(over_places(F.instance_norm, self.out(y)) + places)), weights
+        return F.gelu(self.mix(over_positions(F.instance_norm, self.out(y)) + places)), weights
 
 # %% ../../nbs/19_crossvlt.ipynb #032
 def similarity_map(

@@ -78,7 +78,7 @@ class BertText(nn.Module):
         # put a [CLS] of its own before the words: for a vocabulary that has none; its number is the table's
         # last
         begin: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.bert, self.begin = bert, begin
 
@@ -151,5 +151,5 @@ def bert_encoder(
             raise InputError(f"vectors must be [{vocab_size}, {width}], not {list(vectors.shape)}")
         with torch.no_grad():
             bert.embeddings.word_embeddings.weight[:vocab_size] = vectors
-    # transformers hands it out in eval mode: who trains without noticing has no dropout
+    # transformers returns it in eval mode: trained like that, it would have no dropout
     return BertText(bert.train(), begin)

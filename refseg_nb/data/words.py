@@ -404,7 +404,7 @@ class WordPieces:
         # how a long expression is cut. "refseg": [SEP] stays; "lavt": a plain slice, which loses [SEP], as
         # published
         protocol: str = "refseg",
-    ):
+    ) -> None:
         if protocol not in ("refseg", "lavt"):
             raise InputError(f"protocol must be 'refseg' or 'lavt', not {protocol!r}")
         missing = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if t not in pieces]
@@ -422,7 +422,7 @@ class WordPieces:
     @classmethod
     def from_file(
         cls,
-        path: str | Path,  # vocab.txt: a piece a line
+        path: str | Path,  # vocab.txt: one piece per line
         protocol: str = "refseg",
     ) -> "WordPieces":
         "Read BERT's own vocabulary file."
@@ -453,13 +453,13 @@ class WordPieces:
             ) from error
         return cls(sorted(vocab, key=vocab.get), protocol)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.itos)
 
-    def __contains__(self, word):
+    def __contains__(self, word: str) -> bool:
         return bool(pieces := self.tokenizer.tokenize(word)) and "[UNK]" not in pieces
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, WordPieces) and (self.itos, self.protocol) == (other.itos, other.protocol)
 
     __hash__ = None
@@ -477,13 +477,13 @@ class WordPieces:
         tokens = self.tokenizer(list(texts))["input_ids"] if texts else []
         lengths, unknown = [len(t) for t in tokens], self.stoi["[UNK]"]
         report = EncodingReport(
-            len(texts),
-            sum(lengths),
-            sum(t.count(unknown) for t in tokens),
-            sum(n == 2 for n in lengths),
-            sum(n > max_words for n in lengths),
-            max(lengths, default=0),
-            max_words,
+            expressions=len(texts),
+            words=sum(lengths),
+            unknown=sum(t.count(unknown) for t in tokens),
+            empty=sum(n == 2 for n in lengths),
+            cut=sum(n > max_words for n in lengths),
+            longest=max(lengths, default=0),
+            max_words=max_words,
         )
         keep = max_words if self.protocol == "lavt" else max_words - 1
         return [t if len(t) <= max_words else t[:keep] + t[-1:] * (max_words - keep) for t in tokens], report
@@ -528,5 +528,5 @@ class WordPieces:
             "\n".join([*self.itos, self.protocol]).encode("utf-8", "surrogatepass")
         ).hexdigest()[:12]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"WordPieces({len(self):,} pieces, cut as {self.protocol})"

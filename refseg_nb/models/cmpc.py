@@ -39,7 +39,7 @@ WORD_TYPES = ("entity", "attribute", "relation", "unnecessary")
 
 
 class ReadWords(NamedTuple):
-    "What is known of the phrases."
+    "What is known about the phrases."
 
     words: Float[Tensor, "B T C"]  # w_t, each of length 1; zero at padding
     mask: Bool[Tensor, "B T"]  # True at real words
@@ -58,9 +58,9 @@ class WordReader(nn.Module):
         word_dim: int = 300,  # D, unless `vectors` say otherwise
         vectors: Tensor | None = None,  # [V, D] to start from; None: random
         train_words: bool = True,  # False: the table of vectors is frozen
-    ):
+    ) -> None:
         super().__init__()
-        self.encoder = TextEncoder(vocab_size, channels, word_dim, vectors, train_words)
+        self.encoder = TextEncoder(vocab_size, channels, word_dim, vectors=vectors, train_words=train_words)
         constant = self.encoder.lstm.bias_hh_l0.requires_grad_(False)
         with torch.no_grad():
             constant.zero_()[channels : 2 * channels] = 1  # TensorFlow's forget bias
@@ -80,14 +80,14 @@ class WordReader(nn.Module):
         q, s = (
             F.normalize(torch.einsum("bt,btc->bc", share, w), dim=1) for share in (seen, seen + types[..., 2])
         )
-        return ReadWords(w, language.mask, types, q, s)
+        return ReadWords(words=w, mask=language.mask, types=types, entities=q, necessary=s)
 
 # %% ../../nbs/17_cmpc.ipynb #013
 def coordinates(
     height: int,  # H
     width: int,  # W
 ) -> Float[Tensor, "8 H W"]:  # x_min, y_min, x_max, y_max, x_centre, y_centre, 1/W, 1/H
-    "Eight numbers that tell each place where it lies; the picture goes from -1 to 1."
+    "Eight numbers that say where each position lies; the image spans -1 to 1."
     y, x = (torch.linspace(-1, 1, n + 1) for n in (height, width))
     left, right = (edge.expand(height, -1) for edge in (x[:-1], x[1:]))
     top, bottom = (edge[:, None].expand(-1, width) for edge in (y[:-1], y[1:]))
@@ -96,13 +96,13 @@ def coordinates(
 
 # %% ../../nbs/17_cmpc.ipynb #019
 class MUTAN(nn.Module):
-    "Fusion by products: some heads of tanh(picture) * tanh(words), summed (Ben-younes et al., 2017)."
+    "Fusion by products: some heads of tanh(image) * tanh(words), summed (Ben-younes et al., 2017)."
 
     def __init__(
         self,
-        channels: int,  # C, of pictures and words
+        channels: int,  # C, of images and words
         heads: int = 5,  # products that are summed
-    ):
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.visual = nn.Conv2d(channels + 8, heads * channels, 1)
@@ -110,11 +110,11 @@ class MUTAN(nn.Module):
 
     def look(
         self,
-        v: Float[Tensor, "K C H W"],  # features of the pictures
+        v: Float[Tensor, "K C H W"],  # features of the images
         where: Float[Tensor, "8 H W"],  # of `coordinates`
     ) -> Float[Tensor, "K H W heads C"]:
-        """The picture's factors: once a picture. Channels stand last: all that follows sums over them, and
-        on a CPU that is a quarter faster."""
+        """The image's factors, once per image. Channels come last because all that follows sums over them; on
+        a CPU that is a quarter faster."""
         return (
             self.visual(torch.cat([v, where.expand(len(v), -1, -1, -1)], dim=1))
             .tanh()
@@ -124,9 +124,9 @@ class MUTAN(nn.Module):
 
     def forward(
         self,
-        seen: Float[Tensor, "B H W heads C"],  # of `look`, one an expression
+        seen: Float[Tensor, "B H W heads C"],  # of `look`, one per expression
         sentence: Float[Tensor, "B C"],  # q
-    ) -> Float[Tensor, "B C H W"]:  # X, each place of length 1
+    ) -> Float[Tensor, "B C H W"]:  # X, each position of length 1
         "norm(tanh(sum of seen_k * tanh(U_k q)))."
         said = self.language(sentence).tanh().view(len(sentence), 1, 1, self.heads, -1)
         return F.normalize((seen * said).sum(3).tanh(), dim=3).permute(0, 3, 1, 2)
@@ -135,17 +135,17 @@ class MUTAN(nn.Module):
 def joint_norm(
     channels: int,  # each has its own scale and shift
 ) -> nn.GroupNorm:
-    "TensorFlow's old `layer_norm`: one mean and variance over all channels and places of a picture."
+    "TensorFlow's old `layer_norm`: one mean and variance over all channels and positions of an image."
     return nn.GroupNorm(1, channels, eps=1e-12)
 
 
 class RelationGraph(nn.Module):
-    "Places send messages through the relation words: affinity P Q^T, which is never built."
+    "Positions send messages through the relation words: affinity P Q^T, which is never built."
 
     def __init__(
         self,
         channels: int,  # C
-    ):
+    ) -> None:
         super().__init__()
         self.place, self.word, self.out = (
             nn.Linear(channels, channels),
@@ -162,15 +162,16 @@ class RelationGraph(nn.Module):
         relation: Float[Tensor, "B T"],  # p^rel
     ) -> tuple[
         Float[Tensor, "B C H W"], Float[Tensor, "B N T"], Float[Tensor, "B N T"]
-    ]:  # R, each place of length 1; P and Q for N = HW places
+    ]:  # R, each position of length 1; P and Q for N = HW positions
         "R = norm(ReLU(LN(W ReLU(X + LN(P Q^T X)))))."
-        places, keys = x.flatten(2), self.word(words)
+        positions, keys = x.flatten(2), self.word(words)
         scores = (
-            torch.einsum("bcn,btc->bnt", places, keys @ self.place.weight) + (keys @ self.place.bias)[:, None]
+            torch.einsum("bcn,btc->bnt", positions, keys @ self.place.weight)
+            + (keys @ self.place.bias)[:, None]
         )
         scores = scores * relation[:, None] / math.sqrt(x.shape[1])
         p, q = scores.masked_fill(~mask[:, None], -math.inf).softmax(2), scores.softmax(1)
-        found = torch.einsum("bnt,bcn->btc", q, places)
+        found = torch.einsum("bnt,bcn->btc", q, positions)
         h = (x + self.norm1(torch.einsum("bnt,btc->bcn", p, found).view_as(x))).relu()
         return F.normalize(self.norm2(self.out(h)).relu(), dim=1), p, q
 
@@ -184,7 +185,7 @@ class Level(nn.Module):
         channels: int,  # C
         fused: int,  # channels of the result
         heads: int = 5,  # of MUTAN
-    ):
+    ) -> None:
         super().__init__()
         self.lateral = nn.Conv2d(inputs, channels, 1)
         self.fusion, self.graph = MUTAN(channels, heads), RelationGraph(channels)
@@ -196,7 +197,7 @@ class Level(nn.Module):
         level: Float[Tensor, "K R h w"],  # a raw level
         where: Float[Tensor, "8 H W"],  # of `coordinates`
     ) -> Float[Tensor, "K H W heads C"]:
-        "All that no word is needed for: once a picture."
+        "All that needs no words, once per image."
         v = self.lateral(level)
         # no CPU kernel for bfloat16
         if v.shape[2:] != where.shape[1:]:
@@ -205,7 +206,7 @@ class Level(nn.Module):
 
     def forward(
         self,
-        seen: Float[Tensor, "B H W heads C"],  # of `look`, one an expression
+        seen: Float[Tensor, "B H W heads C"],  # of `look`, one per expression
         said: ReadWords,
         where: Float[Tensor, "8 H W"],
     ) -> tuple[
@@ -215,11 +216,11 @@ class Level(nn.Module):
         x = self.fusion(seen, said.entities)
         r, p, q = self.graph(x, said.words, said.mask, said.types[..., 2])
         c = x.shape[1]
-        maps, sentence, place = self.mix.weight.split((2 * c, c, 8), dim=1)
+        maps, sentence, position = self.mix.weight.split((2 * c, c, 8), dim=1)
         y = (
             F.conv2d(torch.cat([x, r], dim=1), maps)
             + F.conv2d(said.entities[..., None, None], sentence)
-            + F.conv2d(where[None], place, self.mix.bias)
+            + F.conv2d(where[None], position, self.mix.bias)
         )
         return y.relu(), p, q
 
@@ -230,8 +231,8 @@ class PeepholeConvLSTM(nn.Module):
     def __init__(
         self,
         channels: int,  # D
-        grid: int,  # H = W: peepholes have a weight for each place
-    ):
+        grid: int,  # H = W: peepholes have a weight for each position
+    ) -> None:
         super().__init__()
         self.input, self.state = (nn.Conv2d(channels, 4 * channels, 1, bias=False) for _ in range(2))
         self.peepholes = nn.Parameter(torch.zeros(3, channels, grid, grid))  # w_i, w_f, w_o
@@ -267,7 +268,7 @@ class WideTGFE(TGFE):
         words: int,  # C, of the sentence
         grid: int,  # H = W
         rounds: int = 2,  # in the program; the paper says 3
-    ):
+    ) -> None:
         super().__init__(channels, rounds)
         for exchange in chain(*self.rounds):
             exchange.query, exchange.context = (
@@ -279,7 +280,7 @@ class WideTGFE(TGFE):
 # %% ../../nbs/17_cmpc.ipynb #049
 def enlarge(
     x: Float[Tensor, "B 1 H W"],
-    factor: int,  # pixels a place
+    factor: int,  # pixels per position
     legacy: bool = False,  # as TensorFlow 1 did it: pixel n is read at n / factor
 ) -> Float[Tensor, "B 1 h w"]:
     "Bilinear enlargement by a whole number."
@@ -303,7 +304,7 @@ def pad_same(
 class DeepLabResNet(ResNetBackbone):
     "ResNet-101 as DeepLab has it: three levels at stride 8, in Caffe's layout."
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(output_stride=8)
         self.mean.copy_(torch.tensor([122.679, 116.669, 104.007]).view(1, 3, 1, 1) / 255)
         self.std.fill_(1 / 255)
@@ -317,7 +318,7 @@ class DeepLabResNet(ResNetBackbone):
             if isinstance(m, nn.BatchNorm2d):
                 m.eps = 1e-3
 
-    def levels(self, x):
+    def levels(self, x: Float[Tensor, "K 3 H W"]) -> list[Tensor]:
         "C3, C4, C5: the outputs of layers 2, 3 and 4."
         body = self.body
         x = body.relu(body.bn1(body.conv1(pad_same(x.flip(1), 7, 2))))
@@ -398,11 +399,11 @@ def deeplab_backbone(
 # %% ../../nbs/17_cmpc.ipynb #061
 @dataclass
 class CMPCAttention(ModelAttention):
-    """What the words are for, and how they connect the places; levels are 2, 3, 4 (CMPC's C3, C4, C5),
-    places row by row."""
+    """What the words are for, and how they connect the positions; levels are 2, 3, 4 (CMPC's C3, C4, C5),
+    positions row by row."""
 
     types: Float[Tensor, "B T 4"]  # shares of `WORD_TYPES`: rows sum to one, padding gets 0
-    # P: which word a place listens to; rows sum to one, padding gets 0
+    # P: which word a position listens to; rows sum to one, padding gets 0
     to_words: dict[int, Float[Tensor, "B N T"]]
     to_places: dict[int, Float[Tensor, "B N T"]]  # Q: where a word looks; columns sum to one
     grid: tuple[int, int]  # H, W, and N = HW
@@ -418,7 +419,7 @@ class CMPCAttention(ModelAttention):
         self,
         level: int,  # 2, 3 or 4
     ) -> Float[Tensor, "B N N"]:
-        "P Q^T: how much each place (row) takes from each place (column); rows sum to one."
+        "P Q^T: how much each position (row) takes from each position (column); rows sum to one."
         return self.to_words[level] @ self.to_places[level].transpose(1, 2)
 
     def expression(
@@ -488,7 +489,7 @@ class CMPC(RISModel):
         vocab_size: int,  # V, with PAD = 0
         vectors: Tensor | None = None,  # [V, D] word vectors to start from; None: random
         backbone: Backbone | None = None,  # None: made by `config`
-    ):
+    ) -> None:
         super().__init__(config, vocab_size)
         c, d = config.channels, config.fused
         if backbone is not None:
@@ -497,7 +498,9 @@ class CMPC(RISModel):
             self.backbone = deeplab_backbone(config.backbone_weights)
         else:
             self.backbone = create_backbone(config.backbone, config.backbone_weights, 8)
-        self.reader = WordReader(vocab_size, c, config.word_dim, vectors, config.train_words)
+        self.reader = WordReader(
+            vocab_size, c, config.word_dim, vectors=vectors, train_words=config.train_words
+        )
         self.levels = nn.ModuleList(Level(n, c, d, config.heads) for n in self.backbone.channels)
         self.exchange = WideTGFE(d, c, config.grid, config.rounds)
         self.score = nn.Conv2d(d, 1, 3, padding=1)
@@ -510,10 +513,15 @@ class CMPC(RISModel):
         self,
         levels: list[Tensor],  # the backbone's raw levels
     ) -> list[Float[Tensor, "K H W heads C"]]:
-        "Laterals and MUTAN's visual factors: the picture's share of the head."
+        "Laterals and MUTAN's visual factors: the image's share of the head."
         return [level.look(v, self.where) for level, v in zip(self.levels, levels)]
 
-    def comprehend(self, features, words, image_index=None):
+    def comprehend(
+        self,
+        features: list[Float[Tensor, "K H W heads C"]],  # from `encode` or `adapt`
+        words: Int[Tensor, "B T"],  # word numbers, padded with 0
+        image_index: Int[Tensor, " B"] | None = None,  # the image of each expression
+    ) -> tuple[Float[Tensor, "B D H W"], tuple[Float[Tensor, "B D H W"], ...], CMPCAttention]:
         "The map that the answer is read from, the maps of the three levels, and the attention."
         image_index = image_rows(len(features[0]), len(words), image_index, words.device)
         said = self.reader(words)
@@ -552,7 +560,7 @@ class CMPC(RISModel):
         image_index: Int[Tensor, " B"] | None,  # the image of each expression
         targets: Float[Tensor, "B h w"],  # in [0, 1], at the logits' size
         # (logits, targets) -> what each of the four maps is judged by
-        mask_loss=F.binary_cross_entropy_with_logits,
+        mask_loss: Callable[[Tensor, Tensor], Tensor] = F.binary_cross_entropy_with_logits,
     ) -> dict[str, Float[Tensor, ""]]:  # "mask" and "levels", weighted: their sum is minimised
         "What is minimised in training, by name: the answer is compared with the mask, and so is each level."
         top, maps, _ = self.comprehend(features, words, image_index)
@@ -664,7 +672,7 @@ def load_published(
 ) -> tuple[
     dict[str, Tensor], dict[str, list[str]]
 ]:  # a state dict for `CMPC` without its backbone; for each of its keys, the arrays that it comes from
-    "A published head for this model; a name too many or too few, or a wrong shape, is an error."
+    "A published head for this model; an extra or missing name, or a wrong shape, is an error."
     arrays = {name: torch.as_tensor(a) for name, a in arrays.items()}
     _check_keys(
         "published CMPC",
@@ -677,7 +685,7 @@ def load_published(
     )
     own, state, report = _head(vocab_size, config), {}, {}
 
-    def put(key, value, *names):
+    def put(key: str, value: Tensor, *names: str) -> None:
         state[key], report[key] = value.contiguous(), list(names)
 
     for name, a in arrays.items():

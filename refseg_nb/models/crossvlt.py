@@ -10,6 +10,7 @@ __all__ = ['BERT_NAMES', 'CROSSVLT_PRESETS', 'CROSSVLT_RECIPES', 'PUBLISHED_NAME
 # %% ../../nbs/19_crossvlt.ipynb #002
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ from refseg_nb.models.lavt import (
     TopDownDecoder,
     difference,
     language_gate,
-    over_places,
+    over_positions,
     rename_published,
     swin_backbone,
     swin_parameter_groups,
@@ -56,12 +57,12 @@ def attend(
         weights = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
         y = F.dropout(weights, dropout) @ u
     else:
-        weights, y = None, F.scaled_dot_product_attention(q, k, u, mask, dropout)
+        weights, y = None, F.scaled_dot_product_attention(q, k, u, attn_mask=mask, dropout_p=dropout)
     return rearrange(y, "b h n d -> b n (h d)"), weights
 
 # %% ../../nbs/19_crossvlt.ipynb #015
 class BertBlock(nn.Module):
-    "A layer of BERT (post-norm) whose words may ask something else than themselves."
+    "A layer of BERT (post-norm) whose words may ask other features than their own."
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class BertBlock(nn.Module):
         ffn: int,  # width of the feed-forward part
         asked: int | None = None,  # channels of what is asked; None: D, the words themselves
         dropout: float = 0.1,  # of the attention weights and of both parts' outputs
-    ):
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value, self.out = (
@@ -87,7 +88,7 @@ class BertBlock(nn.Module):
     def forward(
         self,
         words: Float[Tensor, "B T D"],
-        asked: Float[Tensor, "B M E"],  # the places of a picture, or the words again
+        asked: Float[Tensor, "B M E"],  # the positions of an image, or the words again
         mask: Bool[Tensor, "B M"] | None = None,  # what of it is real; None: all
         return_weights: bool = False,
     ) -> tuple[
@@ -95,13 +96,13 @@ class BertBlock(nn.Module):
     ]:  # the new words; the attention if asked
         "LN(L + attend(L, X) W), then LN(L + FFN(L))."
         y, weights = attend(
-            self.query(words),
-            self.key(asked),
-            self.value(asked),
-            self.heads,
-            mask,
-            self.dropout.p * self.training,
-            return_weights,
+            queries=self.query(words),
+            keys=self.key(asked),
+            values=self.value(asked),
+            heads=self.heads,
+            mask=mask,
+            dropout=self.dropout.p * self.training,
+            return_weights=return_weights,
         )
         words = self.norm1(words + self.dropout(self.out(y)))
         return self.norm2(words + self.dropout(self.ffn(words))), weights
@@ -120,16 +121,16 @@ BERT_NAMES: dict[str, str] = {  # `BertBlock` -> a layer of `transformers`' BERT
 
 # %% ../../nbs/19_crossvlt.ipynb #025
 class MHCA(nn.Module):
-    """Multi-head cross attention of the vision encoder: each place asks the words, and adds the answer to
+    """Multi-head cross attention of the vision encoder: each position asks the words, and adds the answer to
     itself."""
 
     def __init__(
         self,
-        width: int,  # C, of the places
+        width: int,  # C, of the positions
         inner: int,  # of queries, keys and values
         dim: int,  # D, of the words
         heads: int,
-    ):
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value = (
@@ -151,15 +152,14 @@ class MHCA(nn.Module):
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B heads N T"] | None]:  # F; the attention if asked
         "F = GELU((IN(attend(IN(X W_q), L) W_o) + X) W_m)."
         y, weights = attend(
-            over_places(F.instance_norm, self.query(places)),
-            self.key(words),
-            self.value(words),
-            self.heads,
-            mask,
-            0.0,
-            return_weights,
+            queries=over_positions(F.instance_norm, self.query(places)),
+            keys=self.key(words),
+            values=self.value(words),
+            heads=self.heads,
+            mask=mask,
+            return_weights=return_weights,
         )
-        return F.gelu(self.mix(over_places(F.instance_norm, self.out(y)) + places)), weights
+        return F.gelu(self.mix(over_positions(F.instance_norm, self.out(y)) + places)), weights
 
 # %% ../../nbs/19_crossvlt.ipynb #032
 def similarity_map(
@@ -167,12 +167,12 @@ def similarity_map(
     sentence: Float[Tensor, "B A"],  # c
     temperature: Float[Tensor, ""] | float = 1.0,
 ) -> Float[Tensor, "B H W"]:  # between -1 / temperature and 1 / temperature
-    "How much each place resembles the phrase: cosine / temperature."
+    "How much each position resembles the phrase: cosine / temperature."
     return F.cosine_similarity(places, sentence[:, None, None], dim=-1) / temperature
 
 
 def alignment_loss(
-    similarity: list[Float[Tensor, "B ..."]],  # a map a stage, of any size
+    similarity: list[Float[Tensor, "B ..."]],  # one map per stage, of any size
     targets: Float[Tensor, "B h w"],  # in [0, 1]
 ) -> Float[Tensor, ""]:
     """Each map enlarged to the target's size and compared with it as logits; the sum over the stages of the
@@ -185,19 +185,19 @@ def alignment_loss(
 
 # %% ../../nbs/19_crossvlt.ipynb #038
 class LanguageStage(nn.Module):
-    "Stage 2, 3 or 4 of the language encoder: the words ask the picture, then each other."
+    "Stage 2, 3 or 4 of the language encoder: the words ask the image, then each other."
 
     def __init__(
         self,
         dim: int,  # D, of the words
         heads: int,
-        asked: int,  # C, of the places
+        asked: int,  # C, of the positions
         dropout: float = 0.1,
-    ):
+    ) -> None:
         super().__init__()
         self.ask, self.read = (
-            BertBlock(dim, heads, 4 * dim, asked, dropout),
-            BertBlock(dim, heads, 4 * dim, None, dropout),
+            BertBlock(dim, heads, ffn=4 * dim, asked=asked, dropout=dropout),
+            BertBlock(dim, heads, ffn=4 * dim, dropout=dropout),
         )
 
     def forward(
@@ -209,7 +209,7 @@ class LanguageStage(nn.Module):
     ) -> tuple[
         Float[Tensor, "B T D"], Float[Tensor, "B heads T N"] | None
     ]:  # the new words; where they looked if asked
-        "One layer that asks the places, one that asks the words."
+        "One layer that asks the positions, one that asks the words."
         words, looks = self.ask(words, places, None, return_weights)
         return self.read(words, words, mask)[0], looks
 
@@ -218,7 +218,7 @@ class LanguageStage(nn.Module):
 class CrossVLTConfig(ModelConfig):
     "What CrossVLT is made of. Defaults are the released model's."
 
-    # pictures
+    # images
     backbone: str = "swin-base"  # a key of `SWINS`
     # None: ImageNet-22k; "none": random; or a file in the layout of Swin's authors
     backbone_weights: str | None = None
@@ -236,8 +236,8 @@ class CrossVLTConfig(ModelConfig):
     begin: bool = False  # put a [CLS] before the words: needed with the course's vocabulary, which has none
     max_words: int = 21  # tokens, [CLS] and [SEP] among them
     # fusion and decoder
-    head_width: int = 64  # channels of a head where places ask words
-    align_width: int = 256  # A, where places and phrase are compared
+    head_width: int = 64  # channels of a head where positions ask words
+    align_width: int = 256  # A, where positions and phrase are compared
     decoder_width: int | None = None  # None: half of the last stage's channels
     factor: int = 1  # the answer is enlarged so many times, bilinearly; 1: as published
     # foreground share that the untrained decoder predicts; None: about one half, as published
@@ -305,13 +305,13 @@ CROSSVLT_RECIPES: dict[str, Recipe] = {  # fields as in chapter 18
 # %% ../../nbs/19_crossvlt.ipynb #048
 @dataclass
 class CrossAttention(ModelAttention):
-    "Who looked where, in both directions; stages count from 1, and all weights of a row sum to one."
+    "The attention in both directions; stages count from 1, and all weights of a row sum to one."
 
-    # stages 1 to 4: how much each place heeds each word, after the blocks
+    # stages 1 to 4: how much each position attends to each word, after the blocks
     places: dict[int, Float[Tensor, "B heads H W T"]]
     # stages 1 to 3: the same after patch merging, on the next stage's grid
     merged: dict[int, Float[Tensor, "B heads h w T"]]
-    # stages 2 to 4: how much each word heeds each place of the grid that the stage before left behind
+    # stages 2 to 4: how much each word attends to each position of the grid that the stage before gave
     words: dict[int, Float[Tensor, "B heads T h w"]]
     # stages 1 to 4: the alignment's maps (cosine / temperature)
     similarity: dict[int, Float[Tensor, "B H W"]]
@@ -327,12 +327,12 @@ class CrossAttention(ModelAttention):
         real, one = self.mask[row], slice(row, row + 1)
         cut = lambda maps: {i: a[one][..., real] for i, a in maps.items()}
         return CrossAttention(
-            cut(self.places),
-            cut(self.merged),
-            {i: a[one][:, :, real] for i, a in self.words.items()},
-            {i: s[one] for i, s in self.similarity.items()},
-            real[real][None],
-            self.begin,
+            places=cut(self.places),
+            merged=cut(self.merged),
+            words={i: a[one][:, :, real] for i, a in self.words.items()},
+            similarity={i: s[one] for i, s in self.similarity.items()},
+            mask=real[real][None],
+            begin=self.begin,
         )
 
     def blocks(self) -> dict[str, AttentionBlock]:
@@ -351,8 +351,8 @@ class CrossAttention(ModelAttention):
 # %% ../../nbs/19_crossvlt.ipynb #049
 @register_model("crossvlt")
 class CrossVLT(RISModel):
-    """CrossVLT (TMM 2023). Words and places inform each other at every stage, so only stage 1 can be shared
-    between the phrases about a picture."""
+    """CrossVLT (TMM 2023). Words and positions inform each other at every stage, so only stage 1 can be shared
+    between the phrases about an image."""
 
     Config = CrossVLTConfig
     presets = CROSSVLT_PRESETS
@@ -364,15 +364,22 @@ class CrossVLT(RISModel):
         vocab_size: int = 30_522,  # tokens, with PAD = 0
         vectors: Tensor | None = None,  # [vocab_size, D] word vectors to start from
         backbone: SwinBackbone | None = None,  # None: made by `config`
-    ):
+    ) -> None:
         super().__init__(config, vocab_size)
         c = config
         self.backbone = backbone or swin_backbone(
-            c.backbone, c.window, c.image_size, c.drop_path, c.backbone_weights
+            c.backbone, c.window, c.image_size, drop_path=c.drop_path, weights=c.backbone_weights
         )
         channels, d = self.backbone.channels, c.text_width
         first = bert_encoder(
-            c.text_layers, d, c.text_heads, vocab_size, c.text_dropout, c.begin, c.text_weights, vectors
+            layers=c.text_layers,
+            width=d,
+            heads=c.text_heads,
+            vocab_size=vocab_size,
+            dropout=c.text_dropout,
+            begin=c.begin,
+            weights=c.text_weights,
+            vectors=vectors,
         )
         first.bert.embeddings.requires_grad_(c.train_embeddings)
         self.text = nn.ModuleList(
@@ -389,8 +396,15 @@ class CrossVLT(RISModel):
         self.temperature = nn.Parameter(torch.ones(len(channels)))
         self.decoder = TopDownDecoder(channels, c.decoder_width, c.prior)
 
-    def meet(self, fusion, v, words, mask, return_attention):
-        """The places of a map [B, H, W, C] ask the words: F, and the attention [B, heads, H, W, T], as maps
+    def meet(
+        self,
+        fusion: MHCA,
+        v: Float[Tensor, "B H W C"],  # the map
+        words: Float[Tensor, "B T D"],
+        mask: Bool[Tensor, "B T"],  # True at real words
+        return_attention: bool,
+    ) -> tuple[Float[Tensor, "B H W C"], Float[Tensor, "B heads H W T"] | None]:
+        """The positions of a map [B, H, W, C] ask the words: F, and the attention [B, heads, H, W, T], as maps
         again."""
         f, heard = fusion(v.flatten(1, 2), words, mask, return_attention)
         return f.view_as(v), heard.unflatten(2, v.shape[1:3]) if return_attention else None
@@ -411,7 +425,7 @@ class CrossVLT(RISModel):
             pick(features[0], image_index),
             self.backbone.stages,
             [],
-            CrossAttention({}, {}, {}, {}, mask, self.config.begin),
+            CrossAttention(places={}, merged={}, words={}, similarity={}, mask=mask, begin=self.config.begin),
         )
         for i in range(4):
             if i:
@@ -423,11 +437,13 @@ class CrossVLT(RISModel):
                 seen.similarity[i + 1] = similarity_map(
                     self.align_places[i](v), self.align_words[i](l[:, 0]), self.temperature[i]
                 )
-            f, seen.places[i + 1] = self.meet(self.fusion[i], v, l, mask, return_attention)
+            f, seen.places[i + 1] = self.meet(self.fusion[i], v, l, mask, return_attention=return_attention)
             maps.append(self.norms[i](f).permute(0, 3, 1, 2))
             if i < 3:
                 v = stages[i + 1].downsample(v + self.gates[i](f) * f)
-                f, seen.merged[i + 1] = self.meet(self.merged_fusion[i], v, l, mask, return_attention)
+                f, seen.merged[i + 1] = self.meet(
+                    self.merged_fusion[i], v, l, mask, return_attention=return_attention
+                )
                 v = v + self.merged_gates[i](f) * f
         return difference(self.decoder(maps), self.config.factor), seen
 
@@ -437,7 +453,7 @@ class CrossVLT(RISModel):
         words: Int[Tensor, "B T"],  # token numbers, padded with 0
         # the image of each expression; None: one each, or all about the only image
         image_index: Int[Tensor, " B"] | None = None,
-        return_attention: bool = False,  # also give who looked where, in both directions
+        return_attention: bool = False,  # also give the attention, in both directions
     ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], CrossAttention]:
         """Logits for each expression, at the size of stage 1 times `factor`. Everything but stage 1's blocks
         runs anew for each."""
@@ -451,7 +467,7 @@ class CrossVLT(RISModel):
         image_index: Int[Tensor, " B"] | None,  # the image of each expression
         targets: Float[Tensor, "B h w"],  # in [0, 1]
         # (logits, targets) -> what the decoder's logits are judged by
-        mask_loss=F.binary_cross_entropy_with_logits,
+        mask_loss: Callable[[Tensor, Tensor], Tensor] = F.binary_cross_entropy_with_logits,
     ) -> dict[str, Float[Tensor, ""]]:  # "mask" and "alignment", weighted: their sum is minimised
         "What is minimised in training, by name."
         logits, seen = self.run(features, words, image_index, align=self.config.alignment_weight > 0)
@@ -547,5 +563,5 @@ def load_published(
         PUBLISHED_NAMES,
         expected,
         "CrossVLT",
-        {"temperature": torch.ones(4)},
+        given={"temperature": torch.ones(4)},
     )

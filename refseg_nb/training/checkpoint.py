@@ -41,7 +41,7 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     tensors: dict[str, Tensor],
     groups: list,
-):
+) -> None:
     "Put back what `optimizer_tensors` took."
     parameters, state = [p for group in optimizer.param_groups for p in group["params"]], {}
     for key, value in tensors.items():
@@ -76,7 +76,7 @@ def rng_tensors(
 def load_rng(
     tensors: dict[str, Tensor],
     device: str | torch.device = "cpu",
-):
+) -> None:
     "Put back what `rng_tensors` took."
     torch.set_rng_state(tensors["cpu"])
     if torch.device(device).type == "cuda" and "cuda" in tensors:

@@ -6,17 +6,19 @@
 __all__ = ['check_sentence_vector', 'check_gather']
 
 # %% ../../../nbs/exercises/ch17.ipynb #002
+from collections.abc import Callable
+
 import torch
 
 # %% ../../../nbs/exercises/ch17.ipynb #004
-def check_sentence_vector(fn):
+def check_sentence_vector(fn: Callable) -> str:
     "Compare with a loop over phrases and words."
     torch.manual_seed(0)
     words, types = torch.randn(3, 4, 5), torch.randn(3, 4, 4).softmax(-1)
     types[1, 2:] = 0
     for wanted in ([0, 1], [0, 1, 2], [3]):
         got = fn(words, types, wanted)
-        assert got.shape == (3, 5), f"one vector an expression is wanted: [3, 5], not {list(got.shape)}"
+        assert got.shape == (3, 5), f"one vector per expression is wanted: [3, 5], not {list(got.shape)}"
         for b in range(3):
             total = torch.zeros(5)
             for t in range(4):
@@ -31,8 +33,8 @@ def check_sentence_vector(fn):
     return "check_sentence_vector: correct"
 
 # %% ../../../nbs/exercises/ch17.ipynb #006
-def check_gather(fn):
-    "Compare with the built graph on few places, then count operations on many."
+def check_gather(fn: Callable) -> str:
+    "Compare with the built graph on few positions, then count operations on many."
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
@@ -44,7 +46,7 @@ def check_gather(fn):
         ]
     )
     got = fn(p, q, x)
-    assert got.shape == x.shape, f"one vector a place is wanted: {list(x.shape)}, not {list(got.shape)}"
+    assert got.shape == x.shape, f"one vector per position is wanted: {list(x.shape)}, not {list(got.shape)}"
     assert not torch.allclose(got, graph @ x, atol=1e-5), "the messages were sent once; send them twice"
     assert torch.allclose(got, graph @ (graph @ x), atol=1e-5), "the messages differ"
     n, t, c = 500, 4, 16
@@ -53,6 +55,6 @@ def check_gather(fn):
     limit = 2 * n * t * (4 * c + t)
     spent = counter.get_total_flops()
     assert spent <= limit, (
-        f"{spent:,} operations where {limit:,} are enough: something of size places x places was built"
+        f"{spent:,} operations where {limit:,} are enough: a matrix of size positions x positions was built"
     )
     return "check_gather: correct"

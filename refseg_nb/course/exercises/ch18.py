@@ -6,11 +6,13 @@
 __all__ = ['check_padded_sides', 'check_word_weights']
 
 # %% ../../../nbs/exercises/ch18.ipynb #002
+from collections.abc import Callable
+
 import torch
 
 # %% ../../../nbs/exercises/ch18.ipynb #005
-def check_padded_sides(fn):
-    "Compare with maps that are really merged, 2 x 2 places at a time, and cut into windows."
+def check_padded_sides(fn: Callable) -> str:
+    "Compare with maps that are really merged, 2 x 2 positions at a time, and cut into windows."
     for image_size, window in ((480, 12), (384, 12), (224, 7), (448, 7), (96, 6), (200, 7), (36, 4)):
         side, want = image_size // 4, []
         for _ in range(4):
@@ -28,8 +30,8 @@ def check_padded_sides(fn):
     return "check_padded_sides: correct"
 
 # %% ../../../nbs/exercises/ch18.ipynb #008
-def check_word_weights(fn):
-    "Compare with a loop over expressions, heads, places and words."
+def check_word_weights(fn: Callable) -> str:
+    "Compare with a loop over expressions, heads, positions and words."
     torch.manual_seed(0)
     for heads in (1, 2, 4):
         q, k = 3 * torch.randn(2, 5, 8), 3 * torch.randn(2, 4, 8)

@@ -7,12 +7,13 @@ __all__ = ['check_floor', 'check_ask_twice']
 
 # %% ../../../nbs/exercises/ch19.ipynb #002
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 # %% ../../../nbs/exercises/ch19.ipynb #005
-def check_floor(fn):
+def check_floor(fn: Callable) -> str:
     "Compare with the best of all similarities on a fine grid."
     tried = torch.linspace(-1, 1, 401)
     for temperature in (1.0, 0.5, 0.2, 2.0):
@@ -35,35 +36,35 @@ def check_floor(fn):
     return "check_floor: correct"
 
 # %% ../../../nbs/exercises/ch19.ipynb #008
-def check_ask_twice(fn):
+def check_ask_twice(fn: Callable) -> str:
     "Compare with the steps written out."
     torch.manual_seed(0)
-    places, words = torch.randn(2, 8, 4), torch.randn(2, 3, 4)
+    positions, words = torch.randn(2, 8, 4), torch.randn(2, 3, 4)
     a, b, c, d = torch.randn(4, 4, 4)
     fusion, merged_fusion = (lambda x, l, w=w: torch.tanh(x @ w + l.sum(1, keepdim=True)) for w in (a, b))
     gate, merged_gate = (lambda f, w=w: torch.tanh(f @ w) for w in (c, d))
     merge = lambda x: x[:, ::2] - 2 * x[:, 1::2]
-    kept = places.clone()
-    answer = fn(places, words, fusion, gate, merge, merged_fusion, merged_gate)
+    kept = positions.clone()
+    answer = fn(positions, words, fusion, gate, merge, merged_fusion, merged_gate)
     assert isinstance(answer, tuple) and len(answer) == 2, (
-        "the answer is a pair: (F for the decoder, the next stage's places)"
+        "the answer is a pair: (F for the decoder, the next stage's positions)"
     )
-    assert torch.equal(places, kept), "the places were changed: `+=` works in place"
-    first = torch.tanh(places @ a + words.sum(1, keepdim=True))
+    assert torch.equal(positions, kept), "the positions were changed: `+=` works in place"
+    first = torch.tanh(positions @ a + words.sum(1, keepdim=True))
     weights = torch.tanh(first @ c)
     assert not torch.allclose(answer[0], weights * first), "the decoder gets F as it is, not gated"
-    assert not torch.allclose(answer[0], places + weights * first), (
-        "the decoder gets F, not the places that F was added to"
+    assert not torch.allclose(answer[0], positions + weights * first), (
+        "the decoder gets F, not the positions that F was added to"
     )
     assert torch.allclose(answer[0], first, atol=1e-5), "F for the decoder differs"
-    middle = places + weights * first
+    middle = positions + weights * first
     merged = middle[:, ::2] - 2 * middle[:, 1::2]
     second = torch.tanh(merged @ b + words.sum(1, keepdim=True))
     assert answer[1].shape == merged.shape, (
-        f"the next stage's places should be {list(merged.shape)}, not {list(answer[1].shape)}"
+        f"the next stage's positions should be {list(merged.shape)}, not {list(answer[1].shape)}"
     )
-    assert not torch.allclose(answer[1], merged), "the merged places have not asked the words again"
+    assert not torch.allclose(answer[1], merged), "the merged positions have not asked the words again"
     assert torch.allclose(answer[1], merged + torch.tanh(second @ d) * second, atol=1e-5), (
-        "the next stage's places differ"
+        "the next stage's positions differ"
     )
     return "check_ask_twice: correct"

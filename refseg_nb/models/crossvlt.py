@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import AttentionBlock, ModelAttention, ModelConfig, Recipe, RISModel, image_rows
+from .base import AttentionBlock, ModelAttention, Recipe, RISModel, image_rows
 from .decoder import pick
 from refseg_nb.models.lavt import (
     LAVT_RECIPES,
@@ -37,7 +37,7 @@ from refseg_nb.models.lavt import (
 )
 from .lavt import PUBLISHED_NAMES as LAVT_NAMES
 from .registry import register_model
-from .text import bert_encoder
+from .text import BertConfig, bert_encoder
 
 # %% ../../nbs/19_crossvlt.ipynb #011
 def attend(
@@ -215,7 +215,7 @@ class LanguageStage(nn.Module):
 
 # %% ../../nbs/19_crossvlt.ipynb #042
 @dataclass(frozen=True)
-class CrossVLTConfig(ModelConfig):
+class CrossVLTConfig(BertConfig):
     "What CrossVLT is made of. Defaults are the released model's."
 
     # images
@@ -260,17 +260,6 @@ class CrossVLTConfig(ModelConfig):
                 f"head_width {self.head_width} does not divide {2 * width}, twice the channels of"
                 f" {self.backbone}"
             )
-
-    @property
-    def pieces_of(self) -> str | None:
-        "The BERT whose WordPieces it reads; None with a [CLS] of its own before the course's words."
-        if self.begin:
-            return None
-        return "bert-base-uncased" if self.text_weights in (None, "none") else self.text_weights
-
-    def without_weights(self) -> Self:
-        "The same model with random weights, BERT's too."
-        return replace(self, backbone_weights="none", text_weights="none")
 
 # %% ../../nbs/19_crossvlt.ipynb #044
 CROSSVLT_PRESETS: dict[str, CrossVLTConfig] = {

@@ -13,7 +13,7 @@ from collections.abc import Callable, ItemsView
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError, NotFoundError, require
 from .backbones import Backbone, _check_keys, _read_checkpoint
-from .base import AttentionBlock, ModelAttention, ModelConfig, Recipe, RISModel, image_rows
+from .base import AttentionBlock, ModelAttention, Recipe, RISModel, image_rows
 from .decoder import conv_bn_relu, pick
 from .registry import register_model
-from .text import bert_encoder
+from .text import BertConfig, bert_encoder
 
 # %% ../../nbs/18_lavt.ipynb #021
 class SwinStage(nn.Module):
@@ -314,9 +314,9 @@ class PixelWordAttention(ModelAttention):
             for stage, a in self.stages.items()
         }
 
-# %% ../../nbs/18_lavt.ipynb #072
+# %% ../../nbs/18_lavt.ipynb #074
 @dataclass(frozen=True)
-class LAVTConfig(ModelConfig):
+class LAVTConfig(BertConfig):
     "What LAVT is made of. Defaults are the published LAVT's."
 
     # images
@@ -357,18 +357,7 @@ class LAVTConfig(ModelConfig):
                 f" {self.trained_layers}"
             )
 
-    @property
-    def pieces_of(self) -> str | None:
-        "The BERT whose WordPieces it reads; None with a [CLS] of its own before the course's words."
-        if self.begin:
-            return None
-        return "bert-base-uncased" if self.text_weights in (None, "none") else self.text_weights
-
-    def without_weights(self) -> Self:
-        "The same model with random weights, BERT's too."
-        return replace(self, backbone_weights="none", text_weights="none")
-
-# %% ../../nbs/18_lavt.ipynb #076
+# %% ../../nbs/18_lavt.ipynb #078
 LAVT_PRESETS: dict[str, LAVTConfig] = {
     "base": LAVTConfig(),  # the published one
     "tiny": LAVTConfig(backbone="swin-tiny", window=7),
@@ -418,7 +407,7 @@ LAVT_RECIPES: dict[str, Recipe] = dict.fromkeys(("base", "tiny", "small", "large
     )
 }
 
-# %% ../../nbs/18_lavt.ipynb #078
+# %% ../../nbs/18_lavt.ipynb #080
 def swin_parameter_groups(
     model: nn.Module,  # LAVT or CrossVLT
     weight_decay: float = 1e-2,  # of all but the image encoder's norms and tables
@@ -434,7 +423,7 @@ def swin_parameter_groups(
             groups[0 if spared else 1]["params"].append(p)
     return groups
 
-# %% ../../nbs/18_lavt.ipynb #080
+# %% ../../nbs/18_lavt.ipynb #082
 @register_model("lavt")
 class LAVT(RISModel):
     """LAVT (CVPR 2022). Words enter after every stage of the Swin, so only stage 1 can be shared between the
@@ -534,7 +523,7 @@ class LAVT(RISModel):
             "decoder": of("decoder"),
         }
 
-# %% ../../nbs/18_lavt.ipynb #097
+# %% ../../nbs/18_lavt.ipynb #099
 # a published name -> ours, or after "!" why it is left out; the first row that matches holds
 PUBLISHED_NAMES: dict[str, str] = {
     r"backbone\.layers\.\d\.blocks\.\d+\.attn\.relative_position_index": (

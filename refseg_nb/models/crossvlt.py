@@ -37,7 +37,7 @@ from refseg_nb.models.lavt import (
 )
 from .lavt import PUBLISHED_NAMES as LAVT_NAMES
 from .registry import register_model
-from .text import BertConfig, bert_encoder
+from .text import BertReaderConfig, bert_encoder
 
 # %% ../../nbs/19_crossvlt.ipynb #011
 def attend(
@@ -215,7 +215,7 @@ class LanguageStage(nn.Module):
 
 # %% ../../nbs/19_crossvlt.ipynb #042
 @dataclass(frozen=True)
-class CrossVLTConfig(BertConfig):
+class CrossVLTConfig(BertReaderConfig):
     "What CrossVLT is made of. Defaults are the released model's."
 
     # images

@@ -25,7 +25,7 @@ from .backbones import Backbone, _check_keys, _read_checkpoint
 from .base import AttentionBlock, ModelAttention, Recipe, RISModel, image_rows
 from .decoder import conv_bn_relu, pick
 from .registry import register_model
-from .text import BertConfig, bert_encoder
+from .text import BertReaderConfig, bert_encoder
 
 # %% ../../nbs/18_lavt.ipynb #021
 class SwinStage(nn.Module):
@@ -316,7 +316,7 @@ class PixelWordAttention(ModelAttention):
 
 # %% ../../nbs/18_lavt.ipynb #074
 @dataclass(frozen=True)
-class LAVTConfig(BertConfig):
+class LAVTConfig(BertReaderConfig):
     "What LAVT is made of. Defaults are the published LAVT's."
 
     # images

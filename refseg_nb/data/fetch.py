@@ -1152,12 +1152,12 @@ def _images_to_get(book: Manifest, name: str, root: Path, mode: str) -> tuple[in
         missing = book.sets[name].image_count or 0
     if mode == "all":
         missing = max(missing, spec.count - _images_in(root / spec.folder))
-    pictures = missing * archive.size // spec.count
+    size = missing * archive.size // spec.count
     if mode == "needed" or not missing:
-        return missing, pictures
+        return missing, size
     dest = root / archive.to
     return missing, (0 if dest.is_file() else max(0, archive.size - Part(dest).have)) + (
-        archive.size if mode == "all" else pictures
+        archive.size if mode == "all" else size
     )
 
 

@@ -26,7 +26,7 @@ KINDS = ("attribute", "superlative", "relation", "composition")
 FLAVOURS = ("refshapes", "refshapes+")  # with words for positions, as RefCOCO; without, as RefCOCO+
 GAP = 0.06  # of position, between the object meant and the next, as a share of the side
 DISTANCE_RATIO = 1.35
-SIZE_RATIO = 1.25  # of `Thing.size`; 1.56 in area
+SIZE_RATIO = 1.25  # of `SceneObject.size`; 1.56 in area
 # sizes between them are neither: phrases that need to know are rejected
 BIG, NOT_BIG, SMALL, NOT_SMALL = 0.25, 0.205, 0.145, 0.18
 _POSITIONS, _EXTENTS = ("left", "right", "top", "bottom"), ("biggest", "smallest")

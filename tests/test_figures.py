@@ -707,7 +707,7 @@ def test_figure_4_shows_what_the_rule_chose(refer, pair):
         assert texts(ax[0]) == [] and [texts(x) for x in ax[1:]] == [
             [iou_text(refer, m, s)] for m in models.values()
         ]
-    assert [ax.get_ylabel() for ax in grid[:, 0]] == ["picture, truth", "half", "shifted"]
+    assert [ax.get_ylabel() for ax in grid[:, 0]] == ["image, truth", "half", "shifted"]
     assert png(fig)[:4] == b"\x89PNG" and plt.get_fignums() == []
     with pytest.raises(ValueError, match="testA has no sentence"):
         figure_baseline(models, records, refer, "testA")
@@ -732,7 +732,7 @@ def test_figure_6_shows_every_phrase_of_one_picture(refer, pair):
     samples = [s for s in refer.samples("val") if s.image_id == image_id]
     shown = [ax for ax in fig.axes if ax.axison]
     assert [ax.get_title().replace("\n", " ") for ax in shown] == [
-        "the picture",
+        "the image",
         *(f"“{s.text}”" for s in samples),
     ]
     assert [texts(ax) for ax in shown[1:]] == [[iou_text(refer, models["shifted"], s)] for s in samples]

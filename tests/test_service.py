@@ -122,7 +122,7 @@ def test_a_folder_and_phrases(segmenter, shots, tmp_path):
     ]
     with pytest.raises(ValueError, match="say what to look for"):
         segment_batch(segmenter, shots, tmp_path / "none")
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="there is no image"):
         segment_batch(segmenter, tmp_path / "out" / "masks" / "..", tmp_path / "none", PHRASES)
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         segment_batch(segmenter, tmp_path / "gone", tmp_path / "none", PHRASES)

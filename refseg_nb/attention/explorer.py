@@ -17,6 +17,7 @@ import struct
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anywidget
 import numpy as np
@@ -36,6 +37,10 @@ from refseg_nb.attention.maps import (
 )
 from ..data.images import read_image
 from ..inference.segmenter import Segmenter, load
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/15_explorer.ipynb #009
 def pack_rows(
@@ -84,12 +89,12 @@ def pool_pixels(
     return (member / member.sum(1, keepdims=True)) @ a @ member.T
 
 # %% ../../nbs/15_explorer.ipynb #016
-def _pack_steps(a: AttentionLevel):
+def _pack_steps(a: AttentionLevel) -> dict | None:
     "What the steps need, for the browser: little-endian floats, pixels and words apart; None stays None."
     if a.steps is None:
         return None
 
-    def floats(array, axis):
+    def floats(array: np.ndarray, axis: str) -> dict[str, bytes]:
         return {
             of: array[..., part].astype("<f4").tobytes()
             for of in ("pixels", "words")
@@ -122,7 +127,7 @@ def outline(
     return [np.clip((line - 0.5) / (w, h), 0, 1).round(4).ravel().tolist() for line in lines]
 
 
-def _pack_mask(mask, grids):
+def _pack_mask(mask: np.ndarray | None, grids: set[tuple[int, int]]) -> dict | None:
     "A mask for the browser; None stays None."
     if mask is None:
         return None
@@ -186,7 +191,7 @@ class Panel:
     ) -> dict:
         "Plain values and bytes for the browser."
 
-        def level(name, a: AttentionLevel):
+        def level(name: int | str, a: AttentionLevel) -> dict:
             blocks = {key: a.block(*parts) for key, parts in BLOCKS.items()}
             pooled = max(a.grid) > side and blocks["pp"] is not None
             if pooled:
@@ -228,7 +233,7 @@ def _corners(what: dict) -> tuple[int, int, int, int]:
     )
 
 
-def _weights(what: dict, panel: Panel, grid) -> np.ndarray:
+def _weights(what: dict, panel: Panel, grid: tuple[int, int]) -> np.ndarray:
     "How much each pixel counts in what is locked, [H*W], sums to one."
     h, w = grid
     if "mask" in what:
@@ -252,7 +257,7 @@ def view(
     head: int | str = "mean",  # a number, "mean" or "max"
     kind: str = "raw",
     direction: str = "looks",  # or "is looked at"
-):  # ([H, W] or None, [T] or None)
+) -> tuple[np.ndarray | None, np.ndarray | None]:  # [H, W]; [T]
     "What a token has with each pixel and each word; None where the model has no such attention."
     a, token = panel.maps[kind].levels[level], "words" if "word" in what else "pixels"
     looks = direction == "looks"
@@ -280,9 +285,9 @@ STATIC = Path(str(files("refseg_nb"))) / "attention" / "static"
 LIVE_BYTES, PAGE_BYTES = 12_000_000, 2_000_000
 
 
-def _picture_url(picture: np.ndarray) -> str:
-    "The picture as a data: address, at most 640 pixels a side."
-    image = Image.fromarray(picture)
+def _image_url(pixels: np.ndarray) -> str:
+    "The image as a data: address, at most 640 pixels a side."
+    image = Image.fromarray(pixels)
     image.thumbnail((640, 640))
     kind = "PNG" if max(image.size) <= 200 else "JPEG"
     buffer = io.BytesIO()
@@ -295,7 +300,7 @@ class _State(anywidget.AnyWidget):
 
     _esm = STATIC / "explorer.js"
     _css = STATIC / "explorer.css"
-    data = t.Dict().tag(sync=True)  # picture, palette and panels, packed
+    data = t.Dict().tag(sync=True)  # image, palette and panels, packed
     phrase = t.Unicode().tag(sync=True)  # set it, here or in the browser, and it is segmented
     live = t.Bool(False).tag(sync=True)  # whether a model is behind it
     can_keep = t.Bool(False).tag(sync=True)  # whether there is an edited answer to keep
@@ -311,21 +316,21 @@ class _State(anywidget.AnyWidget):
     panels = t.List()  # of `Panel`, in Python only
 
     @t.validate("level")
-    def _known_level(self, proposal):
+    def _known_level(self, proposal: dict) -> str:
         levels = dict.fromkeys(str(name) for panel in self.panels for name in panel.maps["raw"].levels)
         if levels and proposal["value"] not in levels:
             raise t.TraitError(f"there is no level {proposal['value']!r}; there are {', '.join(levels)}")
         return proposal["value"]
 
     @t.validate("head")
-    def _known_head(self, proposal):
+    def _known_head(self, proposal: dict) -> str:
         head = proposal["value"]
         if head not in ("mean", "max") and not head.isdecimal():
             raise t.TraitError(f"head must be a number, 'mean' or 'max', not {head!r}")
         return head
 
     @t.validate("locked")
-    def _known_lock(self, proposal):
+    def _known_lock(self, proposal: dict) -> dict | None:
         what = proposal["value"]
         if what is None:
             return None
@@ -370,7 +375,7 @@ class _State(anywidget.AnyWidget):
                 f"the attention does not fit into {limit / 1e6:.1f} MB: show fewer levels, layers or heads"
             )
         return {
-            "image": {"url": _picture_url(self._picture), "width": w, "height": h},
+            "image": {"url": _image_url(self._picture), "width": w, "height": h},
             "palette": palette,
             "panels": [p.pack(side) for p in self.panels],
         }
@@ -423,7 +428,7 @@ def _freeze(state: dict) -> str:
     at."""
     buffers, at = [], 0
 
-    def out(value):
+    def out(value: object) -> object:
         nonlocal at
         if isinstance(value, bytes):
             buffers.append(value)
@@ -490,7 +495,7 @@ class _Pages(_State):
             write_file(Path(path), page.encode())
         return page
 
-    def figure(self):
+    def figure(self) -> "Figure":
         """What is shown, as a matplotlib figure: for each panel the words with their shares, the map, and
         its scale."""
         import matplotlib.pyplot as plt
@@ -510,7 +515,7 @@ class _Pages(_State):
         plt.close(fig)
         return fig
 
-    def _save(self, path, **options) -> bytes:
+    def _save(self, path: str | Path | None, **options: object) -> bytes:
         from matplotlib import rc_context
 
         from refseg_nb.files import write_file
@@ -538,8 +543,8 @@ class _Pages(_State):
         return self._save(path, format="svg", metadata={"Date": None}).decode()
 
 
-def _shown(state, k: int):
-    "What panel number k shows: (what is looked from, kind, level, layer, head)."
+def _shown(state: "_State", k: int) -> tuple[dict, str, int | str, int, int | str]:
+    "What panel number k shows: (what is locked, kind, level, layer, head)."
     panel, what = state.panels[k], state.locked or {"panel": k, "mask": "predicted"}
     if "word" in what and what["panel"] != k:
         word = state.panels[what["panel"]].words[what["word"]]
@@ -559,7 +564,7 @@ def _shown(state, k: int):
 
 
 def _name(what: dict, panel: Panel) -> str:
-    "What is looked from, in words."
+    "What is locked, in words."
     if "word" in what:
         return f"“{panel.words[what['word']]}”"
     if "mask" in what and getattr(panel, what["mask"]) is None:
@@ -569,7 +574,7 @@ def _name(what: dict, panel: Panel) -> str:
     return f"pixel {what['pixel'][0]}, {what['pixel'][1]}" if "pixel" in what else "the box"
 
 
-def _draw_words(ax, panel: Panel, words, least: float):
+def _draw_words(ax: "Axes", panel: Panel, words: np.ndarray | None, least: float) -> None:
     """The words in a row, each on the colour of its share; the end of the scale is the largest share, or
     `least`."""
     from matplotlib import colormaps
@@ -590,12 +595,12 @@ def _draw_words(ax, panel: Panel, words, least: float):
         )
 
 
-def _draw_panel(state, k: int, above, ax):
+def _draw_panel(state: "_State", k: int, above: "Axes", ax: "Axes") -> None:
     "One panel's words into `above`, its map into `ax`."
     from matplotlib.patches import Rectangle
 
     panel, (what, kind, level, layer, head) = state.panels[k], _shown(state, k)
-    pixels, words = view(panel, what, level, layer, head, kind, state.direction)
+    pixels, words = view(panel, what, level, layer, head=head, kind=kind, direction=state.direction)
     # a word with less than its even share is not bright
     _draw_words(above, panel, words, 1 / panel.maps[kind].levels[level].weights.shape[-1])
     of = f", {head} over heads" if head in ("mean", "max") else f", head {head}"
@@ -638,14 +643,15 @@ class Explorer(_Pages):
 
     def __init__(
         self,
-        model,  # a `Segmenter`, or what `refseg_nb.load` takes: a shipped model's name, or a folder
-        image,  # whatever `read_image` reads
+        # a `Segmenter`, or what `refseg_nb.load` takes: a shipped model's name, or a folder
+        model: Segmenter | str | Path,
+        image: object,  # whatever `read_image` reads
         phrase: str,  # what to look for
-        beside=None,  # a second model that answers the same phrase
+        beside: Segmenter | str | Path | None = None,  # a second model that answers the same phrase
         truth: np.ndarray | None = None,  # bool [H, W]: the true mask, outlined
         names: tuple[str, ...] = (),  # titles of the models; default: the name or folder that was given
-        **traits,  # such as level, layer, head, kind
-    ):
+        **traits: object,  # such as level, layer, head, kind
+    ) -> None:
         given = [m for m in (model, beside) if m is not None]
         self._names = [
             *names[:2],
@@ -664,20 +670,22 @@ class Explorer(_Pages):
     @classmethod
     def from_arrays(
         cls,
-        image,  # whatever `read_image` reads
+        image: object,  # whatever `read_image` reads
         words: list[str],  # T
-        attention,  # `AttentionMaps`; or [layer, head, query, key], or a dict: level -> such an array
-        grid=None,  # (H, W), or a dict: level -> (H, W); not needed for `AttentionMaps`
+        # `AttentionMaps`; or [layer, head, query, key], or a dict: level -> such an array
+        attention: AttentionMaps | np.ndarray | dict,
+        # (H, W), or a dict: level -> (H, W); not needed for `AttentionMaps`
+        grid: tuple | dict | None = None,
         queries: str = "both",  # who looks: "pixels", "words", "both" (pixels first)
         keys: str = "both",  # at what
         predicted: np.ndarray | None = None,  # bool [H0, W0]
         truth: np.ndarray | None = None,  # bool [H0, W0]
         title: str = "",
-        **traits,
+        **traits: object,
     ) -> "Explorer":
         "An explorer of any model's arrays, without the model: the phrase cannot be edited."
         if not isinstance(attention, AttentionMaps):
-            attention = AttentionMaps.from_arrays(attention, words, grid, queries, keys)
+            attention = AttentionMaps.from_arrays(attention, words, grid, queries=queries, keys=keys)
         if list(words) != attention.words:
             raise AttentionError(f"words are {list(words)}, but the attention is of {attention.words}")
         maps = {"raw": attention}
@@ -687,14 +695,14 @@ class Explorer(_Pages):
         self._names, self._scenes, self._truth = [title], [], truth
         self._start(
             read_image(image)[0],
-            [Panel(maps, " ".join(words), predicted, truth, title)],
+            [Panel(maps, " ".join(words), predicted=predicted, truth=truth, title=title)],
             live=False,
             **traits,
         )
         return self
 
-    def _start(self, picture, panels, live, **traits):
-        self._picture = picture
+    def _start(self, image: np.ndarray, panels: list[Panel], live: bool, **traits: object) -> None:
+        self._picture = image
         for panel in panels:
             for name in ("predicted", "truth"):
                 mask = getattr(panel, name)
@@ -721,10 +729,16 @@ class Explorer(_Pages):
             except AttentionError:
                 pass  # not every attention can be rolled out
         return Panel(
-            maps, phrase, answer.mask, self._truth, self._names[k], answer.message, answer.unknown_words
+            maps,
+            phrase,
+            predicted=answer.mask,
+            truth=self._truth,
+            title=self._names[k],
+            note=answer.message,
+            unknown=answer.unknown_words,
         )
 
-    def _ask(self, change):
+    def _ask(self, change: dict) -> None:
         "Segment the new phrase; the last kept answer stays beside it."
         if not self.live:
             return
@@ -744,7 +758,7 @@ class Explorer(_Pages):
                 self.can_keep, self.data = len(self._scenes) == 1, self._pack(LIVE_BYTES)
         self.answered += 1
 
-    def keep(self):
+    def keep(self) -> None:
         "Keep the edited answer alone, as the one that the next edit is compared with."
         if not self.can_keep:
             return
@@ -754,7 +768,7 @@ class Explorer(_Pages):
             self.panels[0].title = self._names[0]
             self.can_keep, self.data = False, self._pack(LIVE_BYTES)
 
-    def open(self):
+    def open(self) -> None:
         "Nothing: the browser gets its megabytes when the explorer is shown, not when it is made."
 
     @property
@@ -763,11 +777,11 @@ class Explorer(_Pages):
         super().open()
         return self.comm.comm_id
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Explorer({self.phrase!r}, locked={self.locked})"
 
-    def _repr_mimebundle_(self, **kwargs):
-        "The live view, and for pages and viewers without a kernel the exported one and a picture."
+    def _repr_mimebundle_(self, **kwargs: object) -> object:
+        "The live view, and for pages and viewers without a kernel the exported one and a PNG."
         bundle = super()._repr_mimebundle_(**kwargs)
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         if data is None:

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def in_child(
         child.join()
 
 
-def _child(send, task, *args):
+def _child(send: Connection, task: Callable[..., Any], *args: Any) -> None:
     torch.set_num_threads(1)
     send.send(task(*args))
 
@@ -85,7 +86,7 @@ def image_cost(
     preset: str,  # of SHNet: "refshapes" (small) or "paper"
     training: bool,  # forward and backward, or only forward
     phrases: int = 0,  # about one image; 0: one, or two in training, since BatchNorm cannot normalise one
-    side: int = 0,  # of the picture in pixels; 0: the preset's
+    side: int = 0,  # of the image in pixels; 0: the preset's
     words: int = 8,  # of each phrase
     repeats: int = 3,
 ) -> dict:  # as `measured`
@@ -99,7 +100,7 @@ def image_cost(
     phrases = phrases or 1 + training
     tokens, index = torch.ones(phrases, words, dtype=torch.long), torch.zeros(phrases, dtype=torch.long)
 
-    def work():
+    def work() -> None:
         with torch.set_grad_enabled(training):
             logits = model.segment(model.encode(images), tokens, index)
         if training:
@@ -116,14 +117,14 @@ def write_annotations(
     from refseg_nb.data.refer import write_refer
 
     rng, images = np.random.default_rng(0), max(1, round(samples / 7))
-    nouns, places = (
+    nouns, positions = (
         [f"object{i}" for i in range(2000)],
         ("left", "right", "top", "bottom", "behind the tree", "in front of the house"),
     )
     refs = []
     for n in range(samples):
         # some words are frequent, most are rare
-        said = f"{nouns[int(2000 * rng.random() ** 3)]} on the {places[n % 6]}"
+        said = f"{nouns[int(2000 * rng.random() ** 3)]} on the {positions[n % 6]}"
         refs.append(
             {
                 "ref_id": n + 1,
@@ -187,7 +188,9 @@ def data_cost(
     return measured(lambda: epoch_batches(data, 8, 2, shuffle=True), 1)
 
 # %% ../../nbs/21d_growth.ipynb #014
-def _training_member(send, rank, world, port, root, out, steps):
+def _training_member(
+    send: Connection, rank: int, world: int, port: int, root: str, out: str, steps: int
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -328,7 +331,7 @@ def growth(
     return record
 
 
-def _model_point(preset, training, series, size):
+def _model_point(preset: str, training: bool, series: str, size: int) -> dict:
     return image_cost(preset, training, **{series: size}, repeats=1 if preset == "paper" else 5)
 
 # %% ../../nbs/21d_growth.ipynb #018

@@ -34,6 +34,7 @@ from ..models.decoder import double
 from ..models.hcam import average_words
 from ..models.registry import create_model
 from ..models.shnet import SHNet, SHNetConfig
+from ..models.text import Language
 from ..system import git_commit, machine, peak_memory, reset_peak_memory, versions
 
 # %% ../../nbs/21_fast.ipynb #005
@@ -56,7 +57,7 @@ class AsPublished(nn.Module):
         self,
         model: SHNet,  # with SFM and HCAM; its weights are used, not copied
         savings: tuple[str, ...] = (),  # of `SAVINGS`
-    ):
+    ) -> None:
         super().__init__()
         if unknown := set(savings) - set(SAVINGS):
             raise InputError(f"no saving called {min(unknown)!r}; there are {', '.join(SAVINGS)}")
@@ -91,7 +92,7 @@ class AsPublished(nn.Module):
         )
 
 # %% ../../nbs/21_fast.ipynb #007
-def _fuse(self: AsPublished, features, language) -> tuple[list[Tensor], list[Tensor]]:
+def _fuse(self: AsPublished, features: list[Tensor], language: Language) -> tuple[list[Tensor], list[Tensor]]:
     "SFM a level at a time: maps and language vectors, three of each."
     if "one SFM call" in self.savings:
         return self.model.fuse(features, language)[:2]
@@ -103,11 +104,11 @@ def _fuse(self: AsPublished, features, language) -> tuple[list[Tensor], list[Ten
 AsPublished.fuse = _fuse
 
 # %% ../../nbs/21_fast.ipynb #009
-def _hcam(self: AsPublished, maps, vectors) -> Tensor:
+def _hcam(self: AsPublished, maps: list[Tensor], vectors: list[Tensor]) -> Tensor:
     "Equations 2 and 3 as they are written."
     h, mixed = self.model.hcam, []
 
-    def weight(gate, f, vector):
+    def weight(gate: nn.Module, f: Tensor, vector: Tensor) -> Tensor:
         if "split gates" in self.savings:
             return gate(gate.visual(f), vector)
         return torch.sigmoid(gate.after(gate.conv(torch.cat([f, vector[:, :, None, None].expand_as(f)], 1))))
@@ -144,8 +145,8 @@ AsPublished.decode = _decode
 # %% ../../nbs/21_fast.ipynb #019
 def make_case(
     preset: str = "paper",  # of SHNet
-    pixels: int = 320,  # side of the pictures
-    phrases: int = 7,  # expressions about each picture
+    pixels: int = 320,  # side of the images
+    phrases: int = 7,  # expressions about each image
     images: int = 1,  # K
     length: int = 8,  # words in the longest phrase
     device: str = "cpu",  # "meta" counts without computing
@@ -160,7 +161,7 @@ def make_case(
             backbone_weights="none",
             **({"image_size": pixels} if preset != "refshapes" else {}),
         )
-    pictures = torch.randint(0, 256, (images, 3, pixels, pixels), dtype=torch.uint8, generator=generator)
+    inputs = torch.randint(0, 256, (images, 3, pixels, pixels), dtype=torch.uint8, generator=generator)
     words = torch.randint(2, 10_000, (images * phrases, length), generator=generator)
     words[1:] *= torch.arange(length) < torch.randint(
         2, length + 1, (images * phrases - 1, 1), generator=generator
@@ -169,14 +170,14 @@ def make_case(
     for part in model.modules():
         if isinstance(part, nn.Conv2d):
             part.to(memory_format=torch.channels_last)  # as the learner does
-    # PyTorch's first weights let a signal fade from layer to layer, and answers that are all alike would
+    # PyTorch's initial weights let a signal fade from layer to layer, and answers that are all alike would
     # agree too easily
     with torch.no_grad():
         for head in (model.hcam.aggregate, model.aspp, model.decoder):
             for part in head.modules():
                 if isinstance(part, (nn.Conv2d, nn.Conv3d)):
                     part.weight.mul_(6**0.5)
-    return model.to(device).eval(), tuple(t.to(device) for t in (pictures, words, index))
+    return model.to(device).eval(), tuple(t.to(device) for t in (inputs, words, index))
 
 
 def count(
@@ -239,7 +240,7 @@ def fold_norms(
 class Segment(nn.Module):
     "`SHNet.segment` as a module's forward, for exporting."
 
-    def __init__(self, model: SHNet):
+    def __init__(self, model: SHNet) -> None:
         super().__init__()
         self.model = model
 
@@ -252,7 +253,9 @@ def export_segment(
     model: SHNet,  # in eval mode
     phrases: int = 1,  # B
     words: int = 25,  # T: every phrase is padded to it
-):  # a `torch.export.ExportedProgram`: three levels [1, C, H, W], words [B, T] and image_index [B] to logits [B, h, w]
+) -> (
+    "torch.export.ExportedProgram"
+):  # three levels [1, C, H, W], words [B, T] and image_index [B] to logits [B, h, w]
     "The part that runs once a phrase, as a graph without Python, for fixed numbers of phrases and words."
     c = model.config
     p = next(model.parameters())
@@ -346,7 +349,7 @@ def ways_of(
         faster = torch.compile(model)
         runs["here, compiled"] = lambda: faster(*batch)
 
-    def step(run, precision):
+    def step(run: Callable[[], Tensor], precision: str) -> Tensor:
         kind = str(device).split(":")[0]
         mixed = torch.autocast(kind, torch.bfloat16) if precision == "bf16" else nullcontext()
         if what == "inference":
@@ -383,7 +386,7 @@ def measure(
     phrases = len(batch[1])
     ways = {
         name: way
-        for name, way in ways_of(what, model, batch, device, compiled).items()
+        for name, way in ways_of(what, model, batch, device=device, compiled=compiled).items()
         if only is None or name in only
     }
     meta, empty = make_case(preset, pixels, phrases, device="meta")
@@ -450,7 +453,7 @@ def _about(device: str) -> dict:
 def loader_rate(
     root: Path,  # of a RefShapes data set
     pixels: int = 320,
-    stored: bool = True,  # from the image store; False: each picture decoded and resized again
+    stored: bool = True,  # from the image store; False: each image decoded and resized again
     workers: int = 0,  # processes
     seconds: float = 2.0,  # at least
 ) -> float:  # expressions a second
@@ -465,7 +468,9 @@ def loader_rate(
     refer = Refer(root, "refshapes")
     with tempfile.TemporaryDirectory() as folder:
         store = build_store(refer, pixels, 72, folder, progress=False) if stored else None
-        data = RISDataset(refer, "train", vocabulary_for(refer), pixels, 72, store=store, cache_gb=0.0)
+        data = RISDataset(
+            refer, "train", vocabulary_for(refer), pixels, target_size=72, store=store, cache_gb=0.0
+        )
         n, epoch, start = 0, 0, None
         while start is None or time.perf_counter() - start < seconds:
             for batch in make_loader(data, 7, shuffle=True, epoch=epoch, num_workers=workers):
@@ -487,7 +492,7 @@ def measure_loader(
     root = tiny_data()
     rows = {
         f"{size} px, {'store' if stored else 'files'}, {n} workers": {
-            "expressions_per_second": loader_rate(root, size, stored, n, seconds)
+            "expressions_per_second": loader_rate(root, size, stored=stored, workers=n, seconds=seconds)
         }
         for size in pixels
         for stored in (True, False)
@@ -559,7 +564,7 @@ def bench(
     return done
 
 
-def main(arguments: list[str] | None = None):
+def main(arguments: list[str] | None = None) -> None:
     "`python -m refseg_nb.bench.savings [--quick] [--out FOLDER] [--device cpu] [--only NAME] [--threads N]`"
     import argparse
 
@@ -596,7 +601,7 @@ def read_bench(
 def bench_cases(
     records: dict[str, dict],  # of `read_bench`
     what: str,  # "inference" or "training"
-) -> list[dict]:  # the records, small pictures and few phrases first
+) -> list[dict]:  # the records, small images and few phrases first
     "The records of one kind, without the compiled case, which has other ways."
     found = [r for name, r in records.items() if r["what"] == what and "compiled" not in name]
     return sorted(found, key=lambda r: (r["pixels"], r["phrases"]))
@@ -608,7 +613,7 @@ def bench_table(
     """How many times as fast, expressions a second, share of the peak and memory, in markdown: a line a way,
     a column a case."""
 
-    def cell(row):
+    def cell(row: dict) -> str:
         parts = [f"{row['times_as_fast']:.2f} ×", f"{row['expressions_per_second']:.2f}/s"]
         if row["share_of_peak"]:
             parts.append(f"{row['share_of_peak']:.0%} of peak")

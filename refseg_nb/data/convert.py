@@ -114,7 +114,7 @@ class Problem:
     message: str  # one sentence without a subject, such as "is missing"
     level: str = "error"  # or "warning": the data can be converted, but look at it
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = ", ".join(part for part in (f"line {self.line}" if self.line else "", self.field) if part)
         return f"{where or 'the file'} {self.message}" + (" (warning)" if self.level == "warning" else "")
 
@@ -122,7 +122,7 @@ class Problem:
 class ConvertError(InputError):
     "Data that cannot be converted; the message names the file and what is wrong, `problems` holds all of it."
 
-    def __init__(self, message: str, problems: Iterable[Problem] = ()):
+    def __init__(self, message: str, problems: Iterable[Problem] = ()) -> None:
         super().__init__(message)
         self.problems = list(problems)
 
@@ -222,7 +222,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 class FieldError(InputError):
     "What is wrong with an image or a mask, and in which part of the field."
 
-    def __init__(self, message: str, *parts: str | int):
+    def __init__(self, message: str, *parts: str | int) -> None:
         super().__init__(message)
         self.parts = parts
 
@@ -300,7 +300,7 @@ def _mask_polygons(polygons, size):
 class _OwnData:
     "One pass over a JSONL file: its problems and, for each good line, what a converter needs."
 
-    def __init__(self, path: str | Path, images: bool):
+    def __init__(self, path: str | Path, images: bool) -> None:
         self.path, self.look, self.base = Path(path), images, Path(path).resolve().parent
         if not self.path.is_file():
             raise NotFoundError(f"{self.path}: no such file")
@@ -449,7 +449,7 @@ class _Staging:
     """Files on their way to a root: data sets appear at the end, and if anything fails, everything that was
     put there goes away again."""
 
-    def __init__(self, root: str | Path, names: Iterable[str], images: str):
+    def __init__(self, root: str | Path, names: Iterable[str], images: str) -> None:
         if images not in ("link", "copy"):
             raise InputError(f"images must be 'link' or 'copy', not {images!r}")
         self.root, self.names, self.images = Path(root), list(names), images
@@ -814,7 +814,7 @@ class Conversion:
     images: int  # images (and ReferIt's masks) that were linked or copied
     missing: int  # those that were not found
 
-    def __str__(self):
+    def __str__(self) -> str:
         sets = ", ".join(f"{name} ({', '.join(partitions)})" for name, partitions in self.data.items())
         return f"{self.layout}: {sets}; {self.images:,} images found" + (
             f", {self.missing:,} NOT found" if self.missing else ""

@@ -65,7 +65,7 @@ class FetchError(RefsegError, OSError):
 class Unavailable(FetchError):
     "An address does not give the file; another one may."
 
-    def __init__(self, message: str, reasons: list[str] | None = None):
+    def __init__(self, message: str, reasons: list[str] | None = None) -> None:
         super().__init__(message)
         self.reasons = reasons or [message]  # one for each address that was asked
 
@@ -73,7 +73,7 @@ class Unavailable(FetchError):
 class Dropped(FetchError):
     "The connection broke off, or the server is busy: the same address may give the rest."
 
-    def __init__(self, message: str, wait: float = 0.0):
+    def __init__(self, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
         self.wait = wait  # seconds that the server asked for
 
@@ -136,7 +136,7 @@ class Part:
     def __init__(
         self,
         dest: Path,  # the final name
-    ):
+    ) -> None:
         self.dest = Path(dest)
         self.path, self.note = (self.dest.with_name(self.dest.name + end) for end in (".part", ".part.json"))
 
@@ -817,7 +817,7 @@ def _stamp(path: Path) -> list[int] | None:
 class _Notes:
     "What has been verified under a folder: one small file for each item, in `.fetch`."
 
-    def __init__(self, base: Path):
+    def __init__(self, base: Path) -> None:
         self.folder = base / ".fetch"
 
     def read(self, name: str) -> dict:
@@ -1072,7 +1072,7 @@ class FetchReport:
         "The report as plain data, for JSON."
         return asdict(self) | {"ok": self.ok}
 
-    def __str__(self):
+    def __str__(self) -> str:
         state = "a plan" if self.dry_run else "whole" if self.ok else "not whole"
         lines = [
             f"{self.name} in {self.root}: {state}"
@@ -1104,7 +1104,7 @@ def _base(kind: str, root: Path) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def _undouble(folder: Path):
+def _undouble(folder: Path) -> None:
     """Move the contents of refcoco/refcoco/ up, where somebody has unpacked an archive into a folder of its
     own name."""
     while (folder / folder.name).is_dir() and not [
@@ -1152,12 +1152,12 @@ def _images_to_get(book: Manifest, name: str, root: Path, mode: str) -> tuple[in
         missing = book.sets[name].image_count or 0
     if mode == "all":
         missing = max(missing, spec.count - _images_in(root / spec.folder))
-    pictures = missing * archive.size // spec.count
+    size = missing * archive.size // spec.count
     if mode == "needed" or not missing:
-        return missing, pictures
+        return missing, size
     dest = root / archive.to
     return missing, (0 if dest.is_file() else max(0, archive.size - Part(dest).have)) + (
-        archive.size if mode == "all" else pictures
+        archive.size if mode == "all" else size
     )
 
 

@@ -20,15 +20,15 @@ from ..errors import InputError, NotFoundError
 
 # %% ../../nbs/library/images.ipynb #006
 class ImageError(InputError):
-    "A picture that cannot be read; the message names it and says what to do."
+    "An image that cannot be read; the message names it and says what to do."
 
 # %% ../../nbs/library/images.ipynb #008
-LONGEST_SIDE = 2048  # a picture is kept at most this large; its mask still comes back at the original size
+LONGEST_SIDE = 2048  # an image is kept at most this large; its mask still comes back at the original size
 
 
 def _eight_bits(
     values: np.ndarray,  # any number type, any shape
-    name: str,  # how the picture is called in an error
+    name: str,  # how the image is called in an error
 ) -> np.ndarray:  # uint8, same shape
     "Bring samples to 0..255: bool, 8 bits, 16 bits, or floats in [0, 1]."
     if values.dtype == np.uint8:
@@ -51,7 +51,7 @@ def _eight_bits(
 # %% ../../nbs/library/images.ipynb #011
 def _flatten(
     im: Image.Image,  # any mode
-    name: str,  # how the picture is called in an error
+    name: str,  # how the image is called in an error
 ) -> Image.Image:  # mode RGB
     "Any Pillow mode to RGB: transparency goes over white, 16 bits are scaled to 8."
     if im.mode in ("I", "F") or im.mode.startswith("I;16"):
@@ -169,7 +169,7 @@ def read_image(
 ) -> tuple[
     np.ndarray, tuple[int, int]
 ]:  # uint8 [h, w, 3], sides at most `LONGEST_SIDE`; and the original (H, W), turned as EXIF says
-    "Read any picture that a person has."
+    "Read any image that a person has."
     im, name = _open(image)
     try:
         w, h = im.size

@@ -34,7 +34,7 @@ class ReferError(InputError):
 class _PlainUnpickler(pickle.Unpickler):
     "An unpickler for plain data: it refuses every global, so that no pickle can call anything."
 
-    def __init__(self, file, path):
+    def __init__(self, file, path) -> None:
         # Python 2's str; ASCII, the default, fails on the first accent
         super().__init__(file, encoding="latin1")
         self.path = path
@@ -458,7 +458,7 @@ class Refer:
         split_by: str | None = None,  # the partition: unc, google, umd, micro; RefCOCOg's must be named
         # where the images are, if not in the usual folder under the root
         image_folder: str | Path | None = None,
-    ):
+    ) -> None:
         self.root, self.name, self.folder = Path(root), name, Path(root) / name
         if not self.folder.is_dir():
             raise NotFoundError(
@@ -578,7 +578,7 @@ class Refer:
             for split in self.splits
         }
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"Refer({self.name}, {self.split_by}:"
             f" {', '.join(f'{split} {len(self._samples[split])}' for split in self.splits)} expressions)"
@@ -645,7 +645,7 @@ class CountReport:
     def ok(self) -> bool:
         return self.status == "whole"
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"{self.name}: {self.message}"]
         for row in self.rows:
             want = {what: f" of {n:>7,}" if n else "" for what, n in row["published"].items()}

@@ -211,7 +211,7 @@ def _query_files(folder):
 class _Images(Mapping):
     "Image id -> `ImageInfo`; a size that no file states is read from the image when it is first asked for."
 
-    def __init__(self, ids, folder, sizes):
+    def __init__(self, ids, folder, sizes) -> None:
         self._folder, self._infos = folder, dict.fromkeys(ids)
         for image_id, (width, height) in sizes.items():
             if image_id in self._infos:
@@ -224,13 +224,13 @@ class _Images(Mapping):
             self._infos[image_id] = ImageInfo(image_id, f"{image_id}.jpg", height, width)
         return self._infos[image_id]
 
-    def __contains__(self, image_id):
+    def __contains__(self, image_id) -> bool:
         return image_id in self._infos
 
     def __iter__(self):
         return iter(self._infos)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._infos)
 
 
@@ -295,7 +295,7 @@ class ReferIt(Refer):
         self,
         root: str | Path,  # the folder that holds `<name>/`
         name: str = "referit",  # the folder of the data set
-    ):
+    ) -> None:
         self.root, self.name, self.folder, self.split_by = Path(root), name, Path(root) / name, "berkeley"
         if not self.folder.is_dir():
             raise NotFoundError(
@@ -439,7 +439,7 @@ class ReferIt(Refer):
             except Exception as error:
                 raise ReferError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         lost = "".join(
             f"; {n} of {split} left out, their image was never distributed"
             for split, n in self.left_out.items()

@@ -84,7 +84,7 @@ class Finding:
     where: str  # the file, relative to the root, and the record in it
     message: str  # what is wrong there
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.where}: {self.message}"
 
 # %% ../../nbs/03e_verify.ipynb #014
@@ -248,7 +248,7 @@ def _sha256(path: Path) -> str:
 class _Copy:
     "A copy of a data set, read as far as it can be; a finding for all that cannot."
 
-    def __init__(self, root: Path, name: str):
+    def __init__(self, root: Path, name: str) -> None:
         self.root, self.name, self.folder = root, name, root / name
         self.findings, self.files, self.refs = [], {}, []
         if not self.folder.is_dir():
@@ -279,7 +279,7 @@ class _Copy:
 class _ReferCopy(_Copy):
     "A copy in the REFER layout."
 
-    def __init__(self, root: Path, name: str, split_by: str | None):
+    def __init__(self, root: Path, name: str, split_by: str | None) -> None:
         super().__init__(root, name)
         found = sorted(path.name[5:-3] for path in self.folder.glob("refs(*).p"))
         self.split_by = (
@@ -610,7 +610,7 @@ def _is_berkeley(folder: Path) -> bool:
 class _ReferItCopy(_Copy):
     "A copy in the Berkeley layout: query files and .mat masks."
 
-    def __init__(self, root: Path, name: str):
+    def __init__(self, root: Path, name: str) -> None:
         super().__init__(root, name)
         self.split_by, self.refs_file, self.queries, self.sizes = "berkeley", name, {}, {}
         for split, path in _query_files(self.folder).items():
@@ -825,7 +825,7 @@ class VerifyReport:
         number = Counter(finding.kind for finding in self.findings)
         return {kind: number[kind] for kind in KINDS if kind in number}
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [
             f"{self.name} ({self.split_by}): {self.status}; {self.counts.message}",
             *str(self.counts).splitlines()[1:],
@@ -943,7 +943,7 @@ class Leak:
     def share(self) -> float:
         return len(self.ids) / self.images
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{self.train} trains on {len(self.ids):,} of the {self.images:,} images ({self.share:.1%}) of"
             f" {self.held_out} {self.split}"
@@ -1035,7 +1035,7 @@ class LeakageReport:
         write_file(path, "".join(f"{i}\n" for i in self.filter_ids))
         return self.filter_text()
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [
             f"{name} ({by}): {', '.join(f'{split} {len(ids):,}' for split, ids in splits.items())} images"
             for (name, by), splits in self.splits.items()

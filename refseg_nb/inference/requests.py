@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -25,10 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import InputError, NotFoundError
 
+if TYPE_CHECKING:
+    from refseg_nb.inference.segmenter import Answer, Segmenter
+
 # %% ../../nbs/21c_service.ipynb #005
 @dataclass
 class Request:
-    "One question about one picture; or a line that is none, with the reason."
+    "One question about one image; or a line that is none, with the reason."
 
     line: int  # of the file; of a folder's requests, their number; from 1
     id: str  # names the mask
@@ -40,7 +44,7 @@ class Request:
 def request_id(
     image: str,  # as it was given
     phrase: str,
-) -> str:  # the picture's name and ten hexadecimal digits
+) -> str:  # the image's name and ten hexadecimal digits
     "A name for a request that depends on nothing but what is asked."
     digits = hashlib.blake2b(f"{image}\0{phrase}".encode(errors="surrogatepass"), digest_size=5).hexdigest()
     return (re.sub(r"[^\w.-]+", "-", Path(image).stem)[:40].strip("-.") or "image") + "-" + digits
@@ -75,26 +79,26 @@ def parse_request(
 
 # %% ../../nbs/21c_service.ipynb #008
 def read_requests(
-    source: str | Path,  # a JSONL of requests, or a folder of pictures
-    phrases: tuple[str, ...] = (),  # asked about each picture of a folder
+    source: str | Path,  # a JSONL of requests, or a folder of images
+    phrases: tuple[str, ...] = (),  # asked about each image of a folder
 ) -> Iterator[Request]:
-    "The requests of a file or of a folder, in its order; a folder's pictures by name."
+    "The requests of a file or of a folder, in its order; a folder's images by name."
     source = Path(source)
     if source.is_dir():
         if not phrases:
             raise InputError(
-                f"{source} is a folder: say what to look for in its pictures with --phrase, which may be"
+                f"{source} is a folder: say what to look for in its images with --phrase, which may be"
                 " repeated"
             )
         endings = Image.registered_extensions()
         names = sorted(path.name for path in source.iterdir() if path.suffix.lower() in endings)
         if not names:
-            raise InputError(f"there is no picture in {source}")
+            raise InputError(f"there is no image in {source}")
         pairs = ((name, phrase) for name in names for phrase in phrases)
         yield from (Request(n, request_id(*pair), *pair) for n, pair in enumerate(pairs, 1))
     elif source.is_file():
         if phrases:
-            raise InputError(f"{source} names its phrases itself: --phrase is for a folder of pictures")
+            raise InputError(f"{source} names its phrases itself: --phrase is for a folder of images")
         with open(source, encoding="utf-8-sig", errors="replace") as file:
             yield from (parse_request(n, line) for n, line in enumerate(file, 1) if line.strip())
     else:
@@ -130,7 +134,7 @@ def request_index(
 def add_request(
     index: sqlite3.Connection,
     request: Request,
-):
+) -> None:
     "Put a request into the index; the same one twice is one, and one name for two is an error of the second."
     row = index.execute("SELECT line, image, phrase FROM request WHERE id = ?", (request.id,)).fetchone()
     if row and row[1:] == (request.image, request.phrase):
@@ -151,7 +155,7 @@ def add_request(
 def by_image(
     index: sqlite3.Connection,
 ) -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:  # image, its (id, phrase)
-    "What is still to be answered, one picture after the other."
+    "What is still to be answered, one image after the other."
     rows = index.execute(
         "SELECT image, id, phrase FROM request WHERE done = 0 AND error IS NULL ORDER BY image, line"
     )
@@ -191,8 +195,8 @@ def keep_results(
 @contextmanager
 def own_folder(
     out: Path,
-    segmenter,  # the `Segmenter` that answers
-):
+    segmenter: "Segmenter",  # the one that answers
+) -> Iterator[None]:
     "Make a folder ready for one call and one model, and keep others out meanwhile."
     from refseg_nb.files import write_json
     from refseg_nb.models.hub import fingerprint
@@ -225,11 +229,11 @@ def _reason(error: Exception) -> str:
 
 
 def answers(
-    segmenter,  # a `Segmenter`
-    path: Path,  # of the picture
+    segmenter: "Segmenter",
+    path: Path,  # of the image
     asked: Iterator[tuple[str, str]],  # id, phrase
-) -> Iterator[tuple[str, str, object]]:  # id, phrase, and an `Answer` or the reason why there is none
-    "Encode a picture once and answer what is asked about it, a few phrases at a time."
+) -> Iterator[tuple[str, str, "Answer | str"]]:  # id, phrase, and an `Answer` or the reason why there is none
+    "Encode an image once and answer what is asked about it, a few phrases at a time."
     try:
         scene = segmenter.encode(path)
     except (OSError, ValueError) as error:
@@ -252,9 +256,9 @@ def answers(
 def write_answer(
     out: Path,
     name: str,  # id of the request
-    answer,  # an `Answer`
+    answer: "Answer",
 ) -> dict:  # what the result's line says of it
-    "Write the mask, whole or not at all: white on black, at the picture's size."
+    "Write the mask, whole or not at all: white on black, at the image's size."
     path = out / "masks" / f"{name}.png"
     part = path.with_name(f".{name}.tmp")
     Image.fromarray(answer.mask).convert("L").save(part, format="PNG")
@@ -283,7 +287,7 @@ class BatchReport:
     def ok(self) -> bool:
         return self.failed == 0
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = (
             f"{self.requests:,} requests: {self.before:,} answered before, {self.done:,} now (of"
             f" {self.images:,} images), {self.failed:,} failed"
@@ -296,14 +300,14 @@ class BatchReport:
 
 
 def segment_batch(
-    segmenter,  # a `Segmenter`
-    source: str | Path,  # a JSONL of requests, or a folder of pictures
+    segmenter: "Segmenter",
+    source: str | Path,  # a JSONL of requests, or a folder of images
     out: str | Path,  # gets results.jsonl and masks/
-    phrases: tuple[str, ...] = (),  # asked about each picture of a folder
+    phrases: tuple[str, ...] = (),  # asked about each image of a folder
     progress: bool = False,  # show a bar
 ) -> BatchReport:
-    """Answer all requests that have no answer in `out` yet; a call that was stopped is gone on with by the
-    same call."""
+    """Answer all requests that have no answer in `out` yet; after a stop, the
+    same call resumes it."""
     source, out = Path(source), Path(out)
     base = source if source.is_dir() else source.parent
     requests = read_requests(source, tuple(phrases))
@@ -318,18 +322,18 @@ def segment_batch(
         for request in (first, *requests) if first else ():
             add_request(index, request)
         report = BatchReport(
-            index.execute("SELECT COUNT(*) FROM request").fetchone()[0],
-            keep_results(index, out),
-            0,
-            0,
-            0,
-            out,
+            requests=index.execute("SELECT COUNT(*) FROM request").fetchone()[0],
+            before=keep_results(index, out),
+            done=0,
+            failed=0,
+            images=0,
+            out=out,
         )
         index.execute("COMMIT")
         task = bar.add_task("Segmenting", total=report.requests, completed=report.before)
         with open(out / "results.jsonl", "a", encoding="utf-8", buffering=1) as log:
 
-            def write(name, image, phrase, **rest):
+            def write(name: str, image: str | None, phrase: str | None, **rest: object) -> None:
                 log.write(
                     json.dumps({"id": name, "image": image, "phrase": phrase} | rest, ensure_ascii=False)
                     + "\n"

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..data.images import read_image, resize_square
-from ..data.words import pad_words, tokenize
+from ..data.words import Vocabulary, pad_words, tokenize
 from ..errors import InputError
 from ..evaluation.evaluator import probability_at
 from .domain import Domain, domain_of
@@ -31,8 +31,8 @@ class Answer:
 
     phrase: str  # as it was given
     words: list[str]  # its words; the model reads the first `max_words`
-    unknown_words: list[str]  # words that are not in the model's vocabulary: it read <unk> in their place
-    mask: np.ndarray  # bool [H, W], at the picture's original size
+    unknown_words: list[str]  # words that are not in the model's vocabulary: it read <unk> instead
+    mask: np.ndarray  # bool [H, W], at the image's original size
     probability: np.ndarray  # float32 [H, W]
     score: float  # mean probability inside the mask; 0 when nothing was found
     # uint8 [h, w, 3]: the image, for `overlay`
@@ -84,7 +84,7 @@ class Answer:
         return f"Answer({self.phrase!r}: {self.message})"
 
     def _repr_png_(self) -> bytes | None:
-        "The answer as a picture, for notebooks."
+        "The answer as an image, for notebooks."
         if self.image is None:
             return None
         buffer = io.BytesIO()
@@ -100,8 +100,8 @@ class EncodedScene:
         segmenter: "Segmenter",  # who encoded it
         image: np.ndarray,  # uint8 [h, w, 3]
         size: tuple[int, int],  # the original (H, W)
-        features: list,  # what the model's `encode` gave, for one picture
-    ):
+        features: list,  # what the model's `encode` gave, for one image
+    ) -> None:
         self.segmenter, self.image, self.size, self.features = segmenter, image, size, features
         self.warning = segmenter.domain.warning(image)  # why not to trust any answer about it, or None
 
@@ -157,19 +157,19 @@ class EncodedScene:
 
 # %% ../../nbs/library/segmenter.ipynb #010
 class Segmenter:
-    "A trained model, its vocabulary and its threshold: everything from a picture and a phrase to a mask."
+    "A trained model, its vocabulary and its threshold: everything from an image and a phrase to a mask."
 
     def __init__(
         self,
         model: RISModel,
-        vocabulary,  # `refseg_nb.data.words.Vocabulary`
+        vocabulary: Vocabulary,
         threshold: float = 0.5,  # a pixel is in the mask above this probability
         device: str = "cpu",  # where to run
         # what it was trained to read: phrases split into words and cleaned, or "raw", as typed
         sentence: str = "sent",
         domain: Domain | None = None,  # what it was trained on; None: not known
         name: str = "",  # for people
-    ):
+    ) -> None:
         self.device = torch.device(pick_device(device))
         self.model = model.eval().to(self.device)
         self.vocabulary, self.threshold, self.sentence = vocabulary, threshold, sentence
@@ -220,19 +220,19 @@ class Segmenter:
     @torch.inference_mode()
     def encode(
         self,
-        image,  # whatever `read_image` reads
+        image: object,  # whatever `read_image` reads
     ) -> EncodedScene:
-        "Encode one picture."
+        "Encode one image."
         pixels, size = read_image(image)
         batch = resize_square(pixels, self.image_size)[None]
         return EncodedScene(self, pixels, size, self.model.encode(batch.to(self.device)))
 
     def segment(
         self,
-        image,  # whatever `read_image` reads
+        image: object,  # whatever `read_image` reads
         phrase: str,  # what to look for
     ) -> Answer:
-        "Encode one picture and segment one phrase."
+        "Encode one image and segment one phrase."
         self.read(phrase)  # an empty phrase is said before any work
         return self.encode(image).segment(phrase)
 

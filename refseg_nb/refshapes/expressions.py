@@ -26,7 +26,7 @@ KINDS = ("attribute", "superlative", "relation", "composition")
 FLAVOURS = ("refshapes", "refshapes+")  # with words for positions, as RefCOCO; without, as RefCOCO+
 GAP = 0.06  # of position, between the object meant and the next, as a share of the side
 DISTANCE_RATIO = 1.35
-SIZE_RATIO = 1.25  # of `Thing.size`; 1.56 in area
+SIZE_RATIO = 1.25  # of `SceneObject.size`; 1.56 in area
 # sizes between them are neither: phrases that need to know are rejected
 BIG, NOT_BIG, SMALL, NOT_SMALL = 0.25, 0.205, 0.145, 0.18
 _POSITIONS, _EXTENTS = ("left", "right", "top", "bottom"), ("biggest", "smallest")
@@ -43,7 +43,7 @@ class Noun:
     texture: str = ""
     size: str = ""
 
-    def __str__(self):
+    def __str__(self) -> str:
         return ".".join(word for word in (self.noun, self.size, self.texture, self.color) if word)
 
     @property
@@ -63,7 +63,7 @@ class Program:
     op: str
     args: tuple
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.op}({', '.join(map(str, self.args))})"
 
 
@@ -127,7 +127,7 @@ def parse_program(
 class Sets:
     "Sets of a scene's objects as bits of an int, and the words that name them."
 
-    def __init__(self, scene: Scene):
+    def __init__(self, scene: Scene) -> None:
         self.objects = scene.objects
         self.n = len(scene.objects)
         self.all = (1 << self.n) - 1
@@ -172,7 +172,7 @@ class Sets:
 class Orders(Sets):
     "Superlatives: the first, or the second, of a set from one side."
 
-    def __init__(self, scene: Scene):
+    def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
         self.key = {
             "left": [t.x for t in self.objects],
@@ -204,7 +204,7 @@ class Orders(Sets):
         return found if min(centre - left, right - centre) >= GAP else None
 
 # %% ../../nbs/02_expressions.ipynb #037
-def _gap(a, b):
+def _gap(a, b) -> float:
     "Distance between the boxes of two objects."
     (left, top, right, bottom), (left2, top2, right2, bottom2) = a.box, b.box
     return math.hypot(max(left - right2, left2 - right, 0), max(top - bottom2, top2 - bottom, 0))
@@ -213,7 +213,7 @@ def _gap(a, b):
 class Distances(Orders):
     "Closest to and farthest from one anchor, or a set of them."
 
-    def __init__(self, scene: Scene):
+    def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
         self.centre = [[math.hypot(a.x - b.x, a.y - b.y) for b in self.objects] for a in self.objects]
         self.clear = [[_gap(a, b) for b in self.objects] for a in self.objects]
@@ -434,14 +434,14 @@ def _noun_phrases(w: World) -> list[tuple[Noun, int]]:
 class _Grammar:
     "The noun phrases of a scene, and the minimal programs that were found with them."
 
-    def __init__(self, w: World):
+    def __init__(self, w: World) -> None:
         self.w, self.found = w, []  # (program, referent, name of the construction)
         phrases = _noun_phrases(w)
         self._shorter = {noun: [w.set_of(noun.without(slot)) for slot in _slots(noun)] for noun, _ in phrases}
         self.anchors = [(noun, w.one(bits)) for noun, bits in phrases if self._is_name(noun, bits)]
         self.heads = [(noun, bits) for noun, bits in phrases if bits & (bits - 1)]
 
-    def _is_name(self, noun, bits):
+    def _is_name(self, noun, bits) -> bool:
         "Whether a noun phrase names one object, and needs all of its words to do so."
         less = [bits for bits in self._shorter[noun] if bits is not None]
         return self.w.one(bits) is not None and all(self.w.one(bits) is None for bits in less)
@@ -616,7 +616,7 @@ def _join(*words: str) -> str:
     return " ".join(word for word in words if word)
 
 
-def _dressed(word: str, noun: Noun, texture: str, rng, terse: bool) -> str:
+def _dressed(word: str, noun: Noun, texture: str, rng: random.Random, terse: bool) -> str:
     'A person, and what colour and texture say about the clothes: "man in the striped red shirt".'
     worn = _join(noun.texture if texture.startswith("with") else texture, noun.color)
     if not worn:
@@ -639,7 +639,7 @@ def _dressed(word: str, noun: Noun, texture: str, rng, terse: bool) -> str:
     return _join(worn, garment, word) if terse else _join(word, "with", article, worn, garment)
 
 
-def _noun_text(noun: Noun, rng, terse: bool) -> tuple[str, str]:
+def _noun_text(noun: Noun, rng: random.Random, terse: bool) -> tuple[str, str]:
     "The words before and from the noun on, without determiner."
     word = _pick(rng, _NOUNS.get(noun.noun, (noun.noun,)))
     size = _pick(rng, _SIZE[noun.size]) if noun.size else ""
@@ -655,7 +655,7 @@ def _noun_text(noun: Noun, rng, terse: bool) -> tuple[str, str]:
 class _Wording:
     "Words for one program about one scene."
 
-    def __init__(self, scene: Scene, rng: random.Random, terse: bool):
+    def __init__(self, scene: Scene, rng: random.Random, terse: bool) -> None:
         self.w, self.rng, self.terse = world(scene), rng, terse
         self.the = "" if terse else "the"
 
@@ -888,7 +888,7 @@ def _weight(program: Program, name: str, kind: str, scene: Scene) -> float:
     return weight
 
 
-def _draw(rng, items: list[tuple]):
+def _draw(rng: random.Random, items: list[tuple]):
     "One of (item, weight), by weight."
     u = rng.random() * sum(weight for _, weight in items)
     for item, weight in items:
@@ -901,7 +901,7 @@ def _draw(rng, items: list[tuple]):
 class _Stock:
     "What there is to say about a scene, and what has been said."
 
-    def __init__(self, scene: Scene, programs, allowed: list[int]):
+    def __init__(self, scene: Scene, programs, allowed: list[int]) -> None:
         self.used = set()  # texts of the programs that have been said
         self.pools = {}  # (kind, referent) -> construction -> [(program, weight)]
         self.frames = {}  # frame -> [(program, referent, weight)]
@@ -921,7 +921,7 @@ class _Stock:
         left = {name: [x for x in items if str(x[0]) not in self.used] for name, items in pool.items()}
         return {name: items for name, items in left.items() if items}
 
-    def draw(self, referent: int, mix: dict[str, float], rng) -> Program | None:
+    def draw(self, referent: int, mix: dict[str, float], rng: random.Random) -> Program | None:
         "A program for an object: a kind by `mix`, then a construction, then a program by its weight."
         kinds = []
         for kind, share in mix.items():
@@ -945,7 +945,7 @@ class _Stock:
         ]
 
 
-def _queue(allowed: list[int], count: int, rng) -> list[int]:
+def _queue(allowed: list[int], count: int, rng: random.Random) -> list[int]:
     "Whom to ask about: all objects in a random order, then all of them again."
     queue = []
     while allowed and len(queue) < count:
@@ -1021,7 +1021,7 @@ _CUES = [
 class _Measured:
     "Centres and sizes of a scene's objects, as measured on their silhouettes; and plain noun phrases."
 
-    def __init__(self, scene: Scene, rendering: Rendering):
+    def __init__(self, scene: Scene, rendering: Rendering) -> None:
         self.objects = scene.objects
         side = rendering.image.shape[0]
         boxes = [

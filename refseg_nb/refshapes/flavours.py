@@ -143,7 +143,7 @@ _WAYS = {
 _TAILS = ("in the picture", "in the image", "in the scene", "in the photo")
 
 
-def _long_noun(noun: Noun, rng) -> tuple[str, bool]:
+def _long_noun(noun: Noun, rng: random.Random) -> tuple[str, bool]:
     """A noun phrase, and whether it ends in a clause: "ball that is red", "man who is wearing a striped
     shirt"."""
     front, word = _noun_text(noun, rng, terse=False)
@@ -158,7 +158,7 @@ def _long_noun(noun: Noun, rng) -> tuple[str, bool]:
     return _join(*size, word, link, look, "in color" if look in COLORS and rng.random() < 0.4 else ""), True
 
 # %% ../../nbs/02c_flavours.ipynb #017
-def _long_superlative(program: Program, scene: Scene, rng) -> str:
+def _long_superlative(program: Program, scene: Scene, rng: random.Random) -> str:
     "A superlative as in chapter 02, or as a clause."
     text = realise(program, scene, rng, terse=False)
     first, rest = text.removeprefix("the ").split(" ", 1)
@@ -175,7 +175,7 @@ def _long_superlative(program: Program, scene: Scene, rng) -> str:
 class _LongWording:
     "Words for one program about one scene, as whole sentences."
 
-    def __init__(self, scene: Scene, rng):
+    def __init__(self, scene: Scene, rng: random.Random) -> None:
         self.scene, self.rng = scene, rng
 
     def plain(self, noun: Noun) -> str:
@@ -263,7 +263,7 @@ class Landscape(Scene):
     patches: list[tuple] = field(default_factory=list)  # (background, polygon), painted in this order
 
 
-def _line(rng, low: float, high: float, bend: float = 0.05) -> np.ndarray:
+def _line(rng: random.Random, low: float, high: float, bend: float = 0.05) -> np.ndarray:
     "A wavy line across the image, from left to right."
     x = np.linspace(-0.05, 1.05, 24)
     a, b = (low + (high - low) * rng.random() for _ in "ab")
@@ -276,7 +276,7 @@ def _beyond(line: np.ndarray, y: float) -> np.ndarray:
     return np.concatenate([line, [(1.05, y), (-0.05, y)]])
 
 
-def _pond(rng) -> np.ndarray:
+def _pond(rng: random.Random) -> np.ndarray:
     "A crooked oval anywhere in the image."
     angle = np.linspace(0, 6.283, 40, endpoint=False)
     radius, length, turn = 0.12 + 0.12 * rng.random(), 1 + 0.6 * rng.random(), 3.14 * rng.random()
@@ -289,7 +289,7 @@ def _pond(rng) -> np.ndarray:
     return np.stack([cx + x * cos - y * sin, cy + x * sin + y * cos], 1)
 
 # %% ../../nbs/02c_flavours.ipynb #036
-def _patch(rng) -> np.ndarray:
+def _patch(rng: random.Random) -> np.ndarray:
     "A pond, a shore or a river."
     shape = _pick(rng, ("pond", "pond", "shore", "river"))
     if shape == "pond":
@@ -302,7 +302,7 @@ def _patch(rng) -> np.ndarray:
     return polygon[:, ::-1] if rng.random() < 0.6 else polygon
 
 
-def _land_below(rng, kinds: list[str]) -> list[tuple]:
+def _land_below(rng: random.Random, kinds: list[str]) -> list[tuple]:
     "Under a sky: one or two strips of land at the bottom."
     strips = zip(kinds, (0.3, 0.6), (0.9, 0.95), (0.9, 0.5))
     return [
@@ -312,7 +312,7 @@ def _land_below(rng, kinds: list[str]) -> list[tuple]:
     ]
 
 
-def _patches_on_land(rng, kinds: list[str], objects) -> list[tuple]:
+def _patches_on_land(rng: random.Random, kinds: list[str], objects) -> list[tuple]:
     "On land: one to three patches, and perhaps a sky above the feet of all that stands there."
     out = [(_pick(rng, kinds), _patch(rng)) for _ in range(1 + int(3 * rng.random()))]
     feet = [(t.x, t.box[3]) for t in objects if t.category not in FLYERS]
@@ -323,7 +323,7 @@ def _patches_on_land(rng, kinds: list[str], objects) -> list[tuple]:
     return out
 
 
-def _patchwork(rng, ground: str, objects) -> list[tuple]:
+def _patchwork(rng: random.Random, ground: str, objects) -> list[tuple]:
     "Patches, as (background, polygon)."
     kinds = _shuffled(rng, [kind for kind in LAND if kind != ground])
     patches = _land_below(rng, kinds) if ground == "sky" else _patches_on_land(rng, kinds, objects)
@@ -446,14 +446,14 @@ def atoms(
     return out
 
 
-def _single(bits):
+def _single(bits) -> bool:
     return bool(bits) and not bits & (bits - 1)
 
 
 class Atoms:
     "The atoms of a landscape, their areas, and sets of them as bits of an int."
 
-    def __init__(self, scene: Landscape):
+    def __init__(self, scene: Landscape) -> None:
         self.scene, self.kinds, self.map = scene, patch_kinds(scene), atoms(scene)
         self.n = len(scene.objects)
         self.count = self.n + len(self.kinds)
@@ -476,7 +476,7 @@ class Atoms:
 class Grounds(Atoms):
     "What is true about objects and the ground."
 
-    def __init__(self, scene: Landscape):
+    def __init__(self, scene: Landscape) -> None:
         super().__init__(scene)
         self.world = world(scene)
         ys, xs = np.indices(self.map.shape) / len(self.map)
@@ -534,7 +534,7 @@ def _about_ground(program: Program) -> bool:
 class Meanings(Grounds):
     "Executes programs whose answer is a region: a set of atoms."
 
-    def __init__(self, scene: Landscape):
+    def __init__(self, scene: Landscape) -> None:
         super().__init__(scene)
         self.memo = {}
 
@@ -650,7 +650,7 @@ def _program(op: str, *args) -> Program:
 class _RegionGrammar:
     "What regions can be made of, and the programs for regions that were found."
 
-    def __init__(self, regions: Meanings):
+    def __init__(self, regions: Meanings) -> None:
         self.regions = regions
         w = regions.world
         # (program, region, name of the construction)
@@ -718,7 +718,7 @@ _WHERE = {"left": "left of", "right": "right of", "top": "above", "bottom": "bel
 class _Words:
     "Words for one program."
 
-    def __init__(self, regions, rng):
+    def __init__(self, regions, rng: random.Random) -> None:
         self.regions, self.rng = regions, rng
         self.the = "the" if rng.random() < 0.35 else ""
 
@@ -923,7 +923,7 @@ class _Candidate:
 class _RegionStock:
     "What there is to say about the regions of a landscape, and what has been said."
 
-    def __init__(self, regions: Regions):
+    def __init__(self, regions: Regions) -> None:
         self.regions, self.used, self.times = regions, set(), Counter()
         self.pools = {}  # kind -> construction -> candidates
         self.frames = {}  # frame -> candidates
@@ -947,7 +947,7 @@ class _RegionStock:
         left = {name: [x for x in items if x.program not in self.used] for name, items in pool.items()}
         return {name: items for name, items in left.items() if items}
 
-    def draw(self, rng) -> _Candidate | None:
+    def draw(self, rng: random.Random) -> _Candidate | None:
         "A kind, then a construction, then a region, then one of its programs."
         kinds = [(kind, share) for kind, share in REGION_MIX.items() if self.fresh(kind)]
         if not kinds:
@@ -1012,7 +1012,7 @@ _ONE = {many: one for one, many in _MANY.items()} | {
 class _Seen(_Measured):
     "What can be measured in an image: objects and where they stand, patches of ground."
 
-    def __init__(self, scene, drawn):
+    def __init__(self, scene, drawn) -> None:
         super().__init__(scene, drawn)
         self.scene, self.drawn, self.free = scene, drawn, ~drawn.masks.any(0)
 

@@ -18,15 +18,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..data.refer import data_root as default_root
 from ..errors import InputError, NotFoundError
 from ..files import write_file
 from ..system import cores
+
+if TYPE_CHECKING:
+    from refseg_nb.models.base import RISModel
 
 # %% ../../nbs/20_experiments.ipynb #005
 TABLE2_COLUMNS = ("prec@0.5", "prec@0.6", "prec@0.7", "prec@0.8", "prec@0.9", "Overall IoU")
@@ -127,7 +132,7 @@ SCALES = {
 # %% ../../nbs/20_experiments.ipynb #016
 @dataclass(frozen=True)
 class Experiment:
-    "One training; any number of cells of the tables may read its records."
+    "What one training run is made of; any number of cells of the tables may read its records."
 
     name: str  # of its records, such as "only-sfm"
     label: str  # in print
@@ -185,7 +190,7 @@ _IN_TRAINING = {  # fields of the recipe -> fields of `TrainConfig`, (paper, rel
     "target": ({"targets": "soft"}, {"targets": "dilated"}),
     "grayscale": ({"grayscale": 0.0}, {"grayscale": 0.3}),
 }
-NOT_TRAINED = {  # the other differences, and why they are no training of their own
+NOT_TRAINED = {  # the other differences, and why they are no run of their own
     "max_words": "no phrase of RefShapes is cut by either length",
     "keep_digits": "no phrase of RefShapes has a digit",
     "epochs": "the paper gives none; the budget decides",
@@ -265,7 +270,7 @@ def _of_the_savings() -> list[Experiment]:
 
 @cache
 def experiments() -> dict[str, Experiment]:  # name -> experiment
-    "Every training of the reproduction."
+    "Every experiment of the reproduction."
     return {e.name: e for e in (*_of_the_tables(), *_of_the_presets(), *_of_the_family(), *_of_the_savings())}
 
 # %% ../../nbs/20_experiments.ipynb #028
@@ -276,7 +281,7 @@ class Budget:
     size: str  # the RefShapes size, see `refseg_nb.refshapes.dataset.SIZES`
     steps: int  # optimiser steps
     what: str  # said before it starts
-    minutes: float  # of one training on one core, measured
+    minutes: float  # of one run on one core, measured
     data_minutes: float = 1.0  # to draw one data set on two cores, measured
     recipe: dict = field(default_factory=dict)  # of the small model: fields of `TrainConfig`
 
@@ -301,26 +306,26 @@ BUDGETS = {
         "tiny",
         6,
         "a few steps on a few dozen scenes; for tests, the numbers mean nothing",
-        0.2,
-        0.1,
-        RECIPE | {"images_per_batch": 4, "expressions_per_image": 2, "checkpoint_every": 2},
+        minutes=0.2,
+        data_minutes=0.1,
+        recipe=RECIPE | {"images_per_batch": 4, "expressions_per_image": 2, "checkpoint_every": 2},
     ),
     "quick": Budget(
         "large",
         6000,
         "8,000 scenes of 96 px, a little more than two passes over their phrases: the order of the rows, not"
         " their last point",
-        6.0,
-        1.5,
-        RECIPE,
+        minutes=6.0,
+        data_minutes=1.5,
+        recipe=RECIPE,
     ),
     "full": Budget(
         "full",
         72_000,
         "as many scenes and expressions as the paper's data sets, 30 passes at the paper's batch: for a GPU",
-        600.0,
-        60.0,
-        RECIPE,
+        minutes=600.0,
+        data_minutes=60.0,
+        recipe=RECIPE,
     ),
 }
 
@@ -383,7 +388,8 @@ def _table2() -> Table:
         ("SHNet", "SHNet w/o Glove"),
         ("SHNet", "SHNet w/o P.E"),
     )
-    return Table("Ablations on UNC val", TABLE2_COLUMNS, rows, TABLE2_COLUMNS.index("Overall IoU"), pairs)
+    key = TABLE2_COLUMNS.index("Overall IoU")
+    return Table("Ablations on UNC val", TABLE2_COLUMNS, rows, key=key, pairs=pairs)
 
 # %% ../../nbs/20_experiments.ipynb #038
 def _table3() -> Table:
@@ -530,7 +536,7 @@ def plan(
     out: Path,  # the folder of the whole run
     target: str = "core",  # one of `TARGETS`
     budget: str = "quick",  # a key of `BUDGETS`
-    seeds: tuple[int, ...] = (0,),  # one training an experiment and seed
+    seeds: tuple[int, ...] = (0,),  # one run an experiment and seed
     rows: tuple[str, ...] | None = None,  # only these rows of the table
     data: str = "refshapes",  # a key of `WORLDS`
     split_by: str | None = None,  # another partition than the paper's, for every data set
@@ -637,13 +643,13 @@ def estimate(
     jobs: list[dict],  # from `plan`, those that are still to be done
     n_jobs: int | None = None,  # processes side by side
 ) -> dict:  # processes side by side, and minutes
-    "What a run will cost on this machine, from the measured minutes of a training."
+    "What a run will cost on this machine, from the measured minutes of a run."
     if not jobs:
         return {"side by side": 0, "minutes": 0.0}
     b = BUDGETS[jobs[0]["budget"]]
     n = max(1, min(n_jobs or cores(), len(jobs)))
     sets = {(j["config"]["data"], j["config"]["root"]) for j in jobs if j["draw"]}
-    steps = sum(j["config"]["max_steps"] for j in jobs) / len(jobs)  # of one training
+    steps = sum(j["config"]["max_steps"] for j in jobs) / len(jobs)  # of one run
     training = math.ceil(len(jobs) / n) * b.minutes * steps / b.steps * max(1, n / cores())
     return {"side by side": n, "minutes": training + len(sets) * b.data_minutes * 2 / min(cores(), 8)}
 
@@ -700,7 +706,7 @@ def model_config(
     # config["training"]
     training: dict,
 ) -> dict:  # fields of the model's configuration
-    "What a training's model is made of."
+    "The configuration of a run's model."
     from refseg_nb.models import registry
 
     config = registry.model_config(training["model"], training["preset"], **training["overrides"])
@@ -750,7 +756,7 @@ def model_cost(
 
 # %% ../../nbs/20_experiments.ipynb #068
 def model_seconds(
-    model,  # a trained model
+    model: "RISModel",  # a trained model
     words: int = 10,  # of a phrase
     more: int = 10,  # phrases beyond the first
     tries: int = 5,
@@ -761,7 +767,7 @@ def model_seconds(
     device, side, threads = next(model.parameters()).device, model.config.image_size, torch.get_num_threads()
     image = torch.arange(3 * side**2).remainder(251).to(torch.uint8).view(1, 3, side, side).to(device)
 
-    def seconds(n):
+    def seconds(n: int) -> float:
         start = time.process_time()
         phrases, about = (
             f(size, dtype=torch.long, device=device)
@@ -785,7 +791,7 @@ def model_seconds(
 
 
 def _training_cost(folder: Path) -> dict:
-    "Seconds, memory and size of a training, from what it left; then what its model costs to ask."
+    "Seconds, memory and size of a run, from what it left; then what its model costs to ask."
     from refseg_nb.models.hub import load_model
 
     model, _, meta = load_model(folder / "model")
@@ -842,7 +848,14 @@ def run_job(
             raise InputError(
                 f"{config.data} ({refer.split_by}) has no split {split!r}; it has {', '.join(refer.splits)}"
             )
-        dataset = RISDataset(refer, split, vocabulary, model.config.image_size, None, model.config.max_words)
+        dataset = RISDataset(
+            refer,
+            split,
+            vocabulary,
+            model.config.image_size,
+            target_size=None,
+            max_words=model.config.max_words,
+        )
         record = evaluate(
             model.to(pick_device(config.device)),
             dataset,
@@ -865,7 +878,7 @@ JOB = (
 
 def check_jobs(
     jobs: list[dict],  # from `plan`
-):
+) -> None:
     "A folder with a run of other settings is not touched."
     for job in jobs:
         file = Path(job["folder"]) / "job.json"
@@ -877,10 +890,10 @@ def check_jobs(
 
 # %% ../../nbs/20_experiments.ipynb #078
 @contextmanager
-def as_ctrl_c():
+def as_ctrl_c() -> Iterator[None]:
     "SIGTERM and SIGHUP end what runs inside as Ctrl-C does."
 
-    def stop(*_):
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     inside = threading.current_thread() is threading.main_thread()  # only there may handlers be set
@@ -902,10 +915,10 @@ def as_ctrl_c():
 def run_jobs(
     jobs: list[dict],  # from `plan`
     n_jobs: int | None = None,  # processes side by side; default: one a core
-    say=print,  # where lines go
+    say: Callable[[str], None] = print,  # where lines go
     every: float = 30.0,  # seconds between two progress lines
 ) -> dict[str, float]:  # seconds each job took in this call
-    "Run the jobs as processes side by side. Stopped at any moment, a second call goes on where they were."
+    "Run the jobs as processes side by side. After a stop at any moment, a second call resumes them."
     n_jobs = max(1, min(n_jobs or cores(), len(jobs)))
     env = {
         **os.environ,
@@ -974,8 +987,8 @@ def _progress(job: dict) -> str:
 # %% ../../nbs/20_experiments.ipynb #083
 def draw_data(
     jobs: list[dict],  # from `plan`
-    say=print,  # where lines go
-):
+    say: Callable[[str], None] = print,  # where lines go
+) -> None:
     "Draw the RefShapes data sets that the jobs read."
     from refseg_nb.refshapes.dataset import make_refshapes
 

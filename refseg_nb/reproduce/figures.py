@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,12 +26,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ..data.refer import Refer, Sample
 from ..data.referit import ReferIt
 from ..data.words import tokenize
 from ..errors import InputError
 from ..evaluation.evaluator import RIGHT_FROM, WRONG_BELOW, Record, sample_groups
 from ..evaluation.metrics import iou, iou_of_counts
 from ..viz import MODEL_COLORS, overlay
+
+if TYPE_CHECKING:
+    from refseg_nb.inference.segmenter import Segmenter
+    from refseg_nb.refshapes.expressions import Program
+    from refseg_nb.refshapes.scenes import Scene
 
 # %% ../../nbs/20c_figures.ipynb #005
 # other names of a model in the paper's tables
@@ -111,7 +118,7 @@ class _Bars:
     offset: float  # of ours and the paper's bar from the middle of their row
     width: float
 
-    def at(self, along, up) -> tuple:
+    def at(self, along: float | np.ndarray, up: float | list[float]) -> tuple:
         "Coordinates in the axes: `along` the rows, `up` the bars."
         return (up, along) if self.lying else (along, up)
 
@@ -281,7 +288,7 @@ def at_quantile(
     values: np.ndarray,  # [n]
     sent_ids: np.ndarray,  # [n]
     q: float,  # 0 is the smallest, 1 the largest
-) -> int:  # place in the arrays
+) -> int:  # index in the arrays
     """The sample at a quantile (nearest rank, halves up); of several with that value, the one with the
     lowest sent_id."""
     value = np.sort(values)[int(q * (len(values) - 1) + 0.5)]
@@ -316,18 +323,18 @@ def gains(
 def choose_gains(
     first: Record,  # the model that is compared with
     second: Record,  # the model in question
-) -> list[int]:  # places in the first record's arrays, from gain to loss
+) -> list[int]:  # indices into the first record's arrays, from gain to loss
     "Choose samples by `BASELINE_RULE`."
     gain = gains(first, second)
     return list(dict.fromkeys(at_quantile(gain, first.arrays["sent_id"], q) for q in QUANTILES))
 
 # %% ../../nbs/20c_figures.ipynb #032
 def answers(
-    segmenter,  # `encode(picture)` gives a scene, whose `segment_all(phrases)` gives answers with a `mask`
-    refer,  # an open data set
-    samples,  # of it
-) -> Iterator:  # pairs of (sample, bool [H, W]), image by image
-    "The masks of a segmenter for some samples; each picture is encoded once."
+    segmenter: "Segmenter",  # `encode(image)` gives a scene, whose `segment_all(phrases)` gives answers with a `mask`
+    refer: Refer,  # an open data set
+    samples: Iterable[Sample],  # of it
+) -> Iterator[tuple[Sample, np.ndarray]]:  # pairs of (sample, bool [H, W]), image by image
+    "The masks of a segmenter for some samples; each image is encoded once."
     groups = {}
     for s in samples:
         groups.setdefault(s.image_id, []).append(s)
@@ -340,10 +347,10 @@ def answers(
             yield s, masks.get((s.ref_id, s.sent_id), np.zeros(image.shape[:2], dtype=bool))
 
 
-def _find(refer, split: str, arrays: dict, places: list[int]) -> list:
-    "The samples at these places of a record's arrays."
+def _find(refer: Refer, split: str, arrays: dict, indices: list[int]) -> list[Sample]:
+    "The samples at these indices of a record's arrays."
     known = {(s.ref_id, s.sent_id): s for s in refer.samples(split)}
-    keys = [(int(arrays["ref_id"][i]), int(arrays["sent_id"][i])) for i in places]
+    keys = [(int(arrays["ref_id"][i]), int(arrays["sent_id"][i])) for i in indices]
     if missing := [k for k in keys if k not in known]:
         raise InputError(
             f"{refer.name} {split} has no sentence {missing[0][1]} of ref {missing[0][0]}: the record was"
@@ -356,7 +363,14 @@ def _find(refer, split: str, arrays: dict, places: list[int]) -> list:
 PANEL = "Pink: the model's mask. Outlined: the truth. In the corner: the IoU."
 
 
-def _panel(ax, image, truth=None, mask=None, title="", size=7.5):
+def _panel(
+    ax: Axes,
+    image: np.ndarray,  # [H, W, 3]
+    truth: np.ndarray | None = None,  # bool [H, W]
+    mask: np.ndarray | None = None,  # bool [H, W]
+    title: str = "",
+    size: float = 7.5,  # of the text
+) -> None:
     h, w = image.shape[:2]
     ax.imshow(image if mask is None else overlay(image, mask), interpolation="nearest")
     if truth is not None and truth.any():
@@ -381,13 +395,13 @@ def _quoted(text: str, width: int = 28) -> str:
     return _wrap(f"“{text}”", width)
 
 
-def _shape(refer, samples) -> float:
-    "Height over width of the pictures, on average: how tall a panel is."
+def _shape(refer: Refer, samples: list[Sample]) -> float:
+    "Height over width of the images, on average: how tall a panel is."
     return float(np.mean([refer.image(s.image_id).height / refer.image(s.image_id).width for s in samples]))
 
 # %% ../../nbs/20c_figures.ipynb #036
-def _compare(models: dict, refer, samples: list, heads: list[str]) -> Figure:
-    "A column a sample, a row a model; on top the picture with the outline of the truth."
+def _compare(models: dict, refer: Refer, samples: list[Sample], heads: list[str]) -> Figure:
+    "A column a sample, a row a model; on top the image with the outline of the truth."
     n = len(samples)
     fig = Figure(
         figsize=(0.35 + 1.68 * n, 0.75 + (1.68 * _shape(refer, samples) + 0.05) * (1 + len(models))),
@@ -398,13 +412,14 @@ def _compare(models: dict, refer, samples: list, heads: list[str]) -> Figure:
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     images = [np.asarray(refer.load_image(s.image_id)) for s in samples]
     truths = [refer.mask(s.ann_id) for s in samples]
-    for ax, s, image, truth, head in zip(axes[0], samples, images, truths, heads):
-        _panel(ax, image, truth, title=f"{_quoted(s.text)}\n{head}")
+    titles = [f"{_quoted(s.text)}\n{head}" for s, head in zip(samples, heads)]
+    for ax, image, truth, title in zip(axes[0], images, truths, titles):
+        _panel(ax, image, truth, title=title)
     for line, segmenter in zip(axes[1:], models.values()):
         masks = {(s.ref_id, s.sent_id): m for s, m in answers(segmenter, refer, samples)}
         for ax, s, image, truth in zip(line, samples, images, truths):
             _panel(ax, image, truth, masks[s.ref_id, s.sent_id])
-    for ax, label in zip(axes[:, 0], ["picture, truth", *models]):
+    for ax, label in zip(axes[:, 0], ["image, truth", *models]):
         ax.set_ylabel(label, fontsize=8)
     return fig
 
@@ -412,7 +427,7 @@ def _compare(models: dict, refer, samples: list, heads: list[str]) -> Figure:
 def figure_baseline(
     models: dict,  # label -> segmenter (`refseg_nb.load`): the baseline, then the model in question
     records: dict,  # label -> its record on this split
-    refer,  # the open data set
+    refer: Refer,  # the open data set
     split: str,
 ) -> Figure:
     "The paper's Figure 4: two models on samples chosen by `BASELINE_RULE`, losses as well as gains."
@@ -432,7 +447,7 @@ EXAMPLE_RULE = (
 
 def choose_examples(
     record: Record,  # the full model's
-) -> dict[str, int]:  # kind or length, and "failure" -> place in the record's arrays
+) -> dict[str, int]:  # kind or length, and "failure" -> index in the record's arrays
     "Choose samples by `EXAMPLE_RULE`."
     a, ious, out = record.arrays, _ious(record.arrays), {}
     groups = sample_groups({k: a[k] for k in ("kind", "words", "area", "pixels")})
@@ -448,7 +463,7 @@ def choose_examples(
 def figure_modules(
     models: dict,  # label -> segmenter, as many as there are: Baseline, Only HCAM, Only SFM, SHNet
     record: Record,  # the full model's on this split
-    refer,  # the open data set
+    refer: Refer,  # the open data set
     split: str,
 ) -> Figure:
     "The paper's Figure 5: all models side by side on samples chosen by `EXAMPLE_RULE`."
@@ -463,7 +478,7 @@ PHRASES_RULE = (
 
 
 def choose_image(
-    refer,  # the open data set
+    refer: Refer,  # the open data set
     split: str,
 ) -> int:  # image_id
     "Choose an image by `PHRASES_RULE`."
@@ -472,8 +487,8 @@ def choose_image(
 
 
 def figure_phrases(
-    segmenter,  # from `refseg_nb.load`
-    refer,  # the open data set
+    segmenter: "Segmenter",  # from `refseg_nb.load`
+    refer: Refer,  # the open data set
     split: str,
     columns: int = 5,  # panels in a row
 ) -> Figure:
@@ -489,39 +504,39 @@ def figure_phrases(
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[1 + len(samples) :]:
         ax.set_axis_off()
-    _panel(axes[0], image, title="the picture")
+    _panel(axes[0], image, title="the image")
     for ax, (s, mask) in zip(axes[1:], answers(segmenter, refer, samples)):
-        _panel(ax, image, refer.mask(s.ann_id), mask, _quoted(s.text))
+        _panel(ax, image, refer.mask(s.ann_id), mask, title=_quoted(s.text))
     return fig
 
 # %% ../../nbs/20c_figures.ipynb #062
-# a thing is taken when at least half of it is in the mask, and at least a fifth of the mask is on it
+# an object is taken when at least half of it is in the mask, and at least a fifth of the mask is on it
 TAKEN, HELD = 0.5, 0.2
 CAUSES = {  # of a failure, IoU below RIGHT_FROM: cause -> rule; the first rule that holds decides
     "nothing found": "the mask is empty",
     "several things": (
-        f"at least two annotated things are taken: {TAKEN:.0%} of each is in the mask, and each holds"
+        f"at least two annotated objects are taken: {TAKEN:.0%} of each is in the mask, and each holds"
         f" {HELD:.0%} of the mask"
     ),
     "nothing annotated": (
-        f"of the thing under most of the mask (largest IoU), the IoU is below {WRONG_BELOW}, and less than"
+        f"of the object under most of the mask (largest IoU), the IoU is below {WRONG_BELOW}, and less than"
         " half of the mask is on it"
     ),
-    "sloppy outline": "that thing is the one that was meant",
-    "the anchor": "that thing is one that the phrase names to say where the other is",
-    "same category": "it is another thing, of the category that was meant",
-    "other category": "it is a thing of another category",
+    "sloppy outline": "that object is the one that was meant",
+    "the anchor": "that object is one that the phrase names to say where the other is",
+    "same category": "it is another object, of the category that was meant",
+    "other category": "it is an object of another category",
 }
 
 # %% ../../nbs/20c_figures.ipynb #064
 def cause_of(
     mask: np.ndarray,  # [H, W] bool, what the model answered
-    # [K, H, W] bool, the annotated things of the picture; the first is the one that was meant
+    # [K, H, W] bool, the annotated objects of the image; the first is the one that was meant
     things: np.ndarray,
-    categories: list[int],  # [K] of the things
-    # places in `things`: those that the phrase names beside the one that is meant
+    categories: list[int],  # [K] of the objects
+    # indices into `things`: those that the phrase names beside the one that is meant
     anchors: tuple[int, ...] = (),
-) -> tuple[str, int]:  # "right" or a key of `CAUSES`, and the thing that was answered (-1: none, or several)
+) -> tuple[str, int]:  # "right" or a key of `CAUSES`, and the object that was answered (-1: none, or several)
     "Why an answer is wrong, by the rules of `CAUSES`."
     shared, size, areas = (things & mask).sum((1, 2)), int(mask.sum()), things.sum((1, 2))
     overlap = shared / np.maximum(areas + size - shared, 1)
@@ -546,7 +561,7 @@ def cause_of(
 
 # %% ../../nbs/20c_figures.ipynb #068
 @lru_cache(64)
-def _scene(seed: int, image_id: int):
+def _scene(seed: int, image_id: int) -> "Scene":
     "The scene of a RefShapes image, drawn again from its number."
     from refseg_nb.refshapes.dataset import _APART, SPLITS, _scene_of
 
@@ -555,10 +570,10 @@ def _scene(seed: int, image_id: int):
 
 
 def anchors_of(
-    refer,  # an open data set
-    sample,  # of it
+    refer: Refer,  # an open data set
+    sample: Sample,  # of it
 ) -> set[int]:  # ann_ids; empty where the data set has no programs
-    'The things that an expression names beside its referent: the house of "the ball closest to the house".'
+    'The objects that an expression names beside its referent: the house of "the ball closest to the house".'
     from refseg_nb.refshapes.expressions import Program, parse_program, world
 
     record = refer.folder / "refshapes.json"
@@ -575,7 +590,7 @@ def anchors_of(
             " version"
         )
 
-    def named(program):
+    def named(program: "Program") -> Iterator[int]:
         for part in program.args:
             if isinstance(part, Program):
                 yield from w.members(w.set_of(part.args[0])) if part.op == "a" else [w.run(part)]
@@ -587,13 +602,13 @@ def anchors_of(
 def lot(
     number: int,  # such as an image_id or a sent_id
 ) -> bytes:  # to sort by
-    "A number's place in an order that nobody chose: the hash of the number."
+    "A number's position in an arbitrary but fixed order: the hash of the number."
     return hashlib.sha256(str(int(number)).encode()).digest()
 
 
 def failure_causes(
-    segmenter,  # from `refseg_nb.load`
-    refer,  # an open data set with categories
+    segmenter: "Segmenter",  # from `refseg_nb.load`
+    refer: Refer,  # an open data set with categories
     split: str,
     limit: int | None = None,  # so many images, by lot
 ) -> dict[
@@ -756,7 +771,7 @@ FAILURE_RULE = (
 def choose_failures(
     table: dict[str, np.ndarray],  # from `failure_causes`
     n: int = 4,  # at most so many a cause
-) -> dict[str, list[int]]:  # cause -> places in the table; causes that do not occur are left out
+) -> dict[str, list[int]]:  # cause -> indices into the table; causes that do not occur are left out
     "Choose failures by `FAILURE_RULE`."
     out = {}
     for cause in CAUSES:
@@ -769,8 +784,8 @@ def choose_failures(
 
 # %% ../../nbs/20c_figures.ipynb #087
 def figure_failures(
-    segmenter,  # the one that the table is about
-    refer,  # the open data set
+    segmenter: "Segmenter",  # the one that the table is about
+    refer: Refer,  # the open data set
     split: str,
     table: dict[str, np.ndarray],  # from `failure_causes`
     n: int = 4,  # at most so many a cause
@@ -780,7 +795,7 @@ def figure_failures(
     chosen, wrong = choose_failures(table, n), max(1, int((table["cause"] != "right").sum()))
     if not chosen:
         return None
-    samples = {cause: _find(refer, split, table, places) for cause, places in chosen.items()}
+    samples = {cause: _find(refer, split, table, indices) for cause, indices in chosen.items()}
     flat = [s for line in samples.values() for s in line]
     masks = {(s.ref_id, s.sent_id): m for s, m in answers(segmenter, refer, flat)}
     fig = Figure(
@@ -795,7 +810,7 @@ def figure_failures(
                 np.asarray(refer.load_image(s.image_id)),
                 refer.mask(s.ann_id),
                 masks[s.ref_id, s.sent_id],
-                _quoted(s.text),
+                title=_quoted(s.text),
             )
         for ax in axes[len(line) :]:
             ax.set_axis_off()

@@ -12,12 +12,14 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..files import write_file
 from refseg_nb.reproduce.experiments import (
     BUDGETS,
     PAPER,
+    Table,
     check_jobs,
     draw_data,
     estimate,
@@ -39,6 +41,13 @@ from refseg_nb.reproduce.tables import (
     summarise,
 )
 from ..system import cores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+    from refseg_nb.data.refer import Refer
+    from refseg_nb.inference.segmenter import Segmenter
 
 # %% ../../nbs/20d_reproduction.ipynb #006
 PAPER_CAPTION = {
@@ -66,9 +75,9 @@ def summaries(
     "All tables of a run."
     there = {experiment for experiment, split in runs}
 
-    def worth(table):
+    def worth(table: Table) -> bool:
         cells = [c for row in table.rows.values() for c in row]
-        several = len({c.experiment for c in cells} & there) > 1  # SHNet alone is no table of differences
+        several = len({c.experiment for c in cells} & there) > 1  # SHNet alone gives no differences
         return any((c.experiment, c.split) in runs for c in cells) and (several or table.cited)
 
     return {name: summarise(runs, table, resamples) for name, table in tables().items() if worth(table)}
@@ -84,7 +93,7 @@ def _about(summary: dict) -> str:
 def report_text(
     found: dict[str, dict],  # from `summaries`
     runs: dict,  # from `load_runs`
-    pictures: dict[str, str] | None = None,  # file -> caption, of pictures beside the report
+    pictures: dict[str, str] | None = None,  # file -> caption, of figures beside the report
 ) -> str:
     "The report in markdown."
     out = [
@@ -147,7 +156,7 @@ code{{background:#2a2c2e}}img{{background:#fff}}}}</style>{body}</html>"""
 
 def html_page(
     text: str,  # markdown
-    folder: Path,  # where its pictures are
+    folder: Path,  # where its figures are
 ) -> str:
     "One page of HTML with everything in it."
     from markdown_it import MarkdownIt
@@ -187,12 +196,12 @@ def report(
             f"{folder}: the records are of a single row, which makes no table yet: run another one, or a"
             " whole table"
         )
-    pictures = {}
+    figures = {}
 
-    def draw(name, caption, fig):
+    def draw(name: str, caption: str, fig: "Figure | None") -> None:
         if fig is not None:
             write_file(folder / f"{name}.png", png(fig))
-            pictures[f"{name}.png"] = caption
+            figures[f"{name}.png"] = caption
 
     for name, summary in found.items():
         draw(f"{name}-bars", "Overall IoU", figure_bars(summary))
@@ -203,8 +212,8 @@ def report(
     captions = folder / "figures.json"
     # those that were drawn from the models
     if captions.exists():
-        pictures |= json.loads(captions.read_text())
-    text = report_text(found, runs, pictures)
+        figures |= json.loads(captions.read_text())
+    text = report_text(found, runs, figures)
     write_file(folder / "tables.json", json.dumps(found, indent=1) + "\n")
     write_file(folder / "report.md", text)
     write_file(folder / "report.html", html_page(text, folder))
@@ -214,7 +223,7 @@ def report(
 def draw_pictures(
     jobs: list[dict],  # from `plan`, of Table 2's rows on UNC
     out: Path,  # figure4.png, ..., and figures.json with their captions
-):
+) -> None:
     """Draw the figures that show masks, from the models of the first seed; those whose models are not there
     are left out."""
     from refseg_nb.data.referit import open_data
@@ -268,7 +277,7 @@ def reproduce(
     target: str = "core",  # a table, "core" (four rows of Table 2), "presets", "family", "figures" or "all"
     out: Path | str = "runs/reproduce",  # everything that is made goes here
     budget: str = "quick",  # "quick", "full" (or "tiny", for tests)
-    seeds: tuple[int, ...] = (0,),  # one training an experiment and seed
+    seeds: tuple[int, ...] = (0,),  # one run an experiment and seed
     rows: tuple[str, ...] | None = None,  # only these rows
     # "refshapes", or "real": RefCOCO, RefCOCO+, RefCOCOg, ReferIt, those that are there
     data: str = "refshapes",
@@ -277,7 +286,7 @@ def reproduce(
     steps: int | None = None,  # optimiser steps, instead of the budget's
     n_jobs: int | None = None,  # processes side by side; default one a core
     preset: str = "refshapes",  # size of the model
-    console=None,  # a rich console
+    console: "Console | None" = None,  # a rich console
 ) -> dict[str, dict]:  # the summaries
     "Train, evaluate and report; call it again to go on where it was stopped."
     from rich.console import Console
@@ -290,13 +299,13 @@ def reproduce(
         out,
         "core" if target == "figures" else target,
         budget,
-        tuple(seeds),
-        rows,
-        data,
-        split_by,
-        data_root,
-        steps,
-        preset,
+        seeds=tuple(seeds),
+        rows=rows,
+        data=data,
+        split_by=split_by,
+        data_root=data_root,
+        steps=steps,
+        preset=preset,
     )
     left_out = [*(_missing(data_root) if data == "real" else []), *leave_out(jobs)]
     todo = [j for j in jobs if not is_done(j)]
@@ -307,7 +316,7 @@ def reproduce(
         f"{n:,}" for n in sorted({f([j["config"]["max_steps"] for j in jobs]) for f in (min, max)})
     )
     say(
-        f"{len(jobs)} trainings of {steps} steps, {cost['side by side']} side by side on {cores()} cores,"
+        f"{len(jobs)} training runs of {steps} steps, {cost['side by side']} side by side on {cores()} cores,"
         f" {len(jobs) - len(todo)} of them done already: about {cost['minutes']:.0f} minutes at the speed"
         " that was measured for this budget."
     )
@@ -432,12 +441,12 @@ def readme_results(
 
 # %% ../../nbs/20d_reproduction.ipynb #055
 def figure_overview(
-    segmenter,  # from `refseg_nb.load`
-    refer,  # an open data set
+    segmenter: "Segmenter",  # from `refseg_nb.load`
+    refer: "Refer",  # an open data set
     split: str = "val",
-    count: int = 8,  # pictures, from the first on
-):
-    """The first images of a split, each with its longest phrase and what the model answers; the IoU stands
+    count: int = 8,  # images, from the first on
+) -> "Figure":
+    """The first images of a split, each with its longest phrase and what the model answers; the IoU is
     below."""
     import textwrap
 

@@ -15,9 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError, NotFoundError
-from .experiments import TABLE2_COLUMNS, Table, model_config, model_cost, plan, tables
+from refseg_nb.reproduce.experiments import (
+    TABLE2_COLUMNS,
+    Cell,
+    Table,
+    model_config,
+    model_cost,
+    plan,
+    tables,
+)
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from refseg_nb.evaluation.evaluator import Record
 
 # %% ../../nbs/20b_tables.ipynb #005
@@ -52,7 +62,7 @@ def load_runs(
 
 # %% ../../nbs/20b_tables.ipynb #011
 def row_scores(
-    records: list,  # one a seed, on the same samples
+    records: list["Record"],  # one a seed, on the same samples
     resamples: int = 2000,  # bootstrap draws over images
 ) -> dict[str, dict]:  # the paper's column -> {"value", "low", "high"}: the mean over seeds
     "The metrics of an experiment on a split."
@@ -79,7 +89,7 @@ def row_scores(
 
 
 def only_kind(
-    records: list,  # of one experiment and split
+    records: list["Record"],  # of one experiment and split
     kind: str,  # of expression
 ) -> list:  # the same records with the samples of that kind alone
     "Restrict records to one kind of expression."
@@ -87,8 +97,8 @@ def only_kind(
 
 # %% ../../nbs/20b_tables.ipynb #015
 def difference(
-    a: list,  # records of one row, one a seed
-    b: list,  # of the other
+    a: list["Record"],  # records of one row, one a seed
+    b: list["Record"],  # of the other
     resamples: int = 2000,
 ) -> dict:  # "value", "low", "high", and "by seed" (None where the seeds are not the same)
     "Overall IoU of a minus that of b, with its interval over images."
@@ -119,17 +129,17 @@ def summarise(
     runs: dict,  # from `load_runs`
     table: str | Table = "table2",  # a key of `tables()`
     resamples: int = 2000,  # bootstrap draws over images
-) -> dict:  # plain values; this is what stands in tables.json
+) -> dict:  # plain values; this is what tables.json holds
     "Every number that the report shows of one table, from the records alone."
     spec = tables()[table] if isinstance(table, str) else table
     scores, there = {}, lambda cell: runs.get((cell.experiment, cell.split))
 
-    def score(cell):
+    def score(cell: Cell) -> dict:
         if (key := (cell.experiment, cell.split)) not in scores:
             scores[key] = row_scores(runs[key], resamples)
         return scores[key][cell.column]
 
-    def filled(cell):
+    def filled(cell: Cell) -> dict | None:
         records = there(cell)
         if not records:
             return None
@@ -188,7 +198,7 @@ def _interval(c: dict, sign: str = "") -> str:
     return f"{c['value']:{sign}.1f} [{c['low']:{sign}.1f}, {c['high']:{sign}.1f}]"
 
 
-def _line(*cells) -> str:
+def _line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
@@ -286,8 +296,8 @@ def seed_spread(
     summary: dict,  # from `summarise`
 ) -> (
     dict | None
-):  # "points": root mean square distance of two trainings; "rows": how many rows it is from; None without any
-    """How far two trainings of the same experiment lie apart in the column that counts, over all rows with
+):  # "points": root mean square distance of two runs; "rows": how many rows it is from; None without any
+    """How far two runs of the same experiment lie apart in the column that counts, over all rows with
     several seeds."""
     each = [
         r["cells"][summary["key"]]["each seed"]
@@ -301,8 +311,8 @@ def seed_spread(
 def among_trainings(
     p: dict,  # one of the summary's "differences"
     summary: dict,  # from `summarise`
-) -> str:  # empty where both rows have one training, or both have several
-    "Where the single training of one row lies among those of the other."
+) -> str:  # empty where both rows have one run, or both have several
+    "Where the single run of one row lies among those of the other."
     cells = {row: summary["rows"][row]["cells"][summary["key"]] for row in (p["a"], p["b"])}
     one, several = sorted(cells, key=lambda row: len(cells[row]["each seed"]) if cells[row] else 0)
     if not cells[one] or len(cells[one]["each seed"]) > 1 or len(cells[several]["each seed"]) < 2:
@@ -352,7 +362,7 @@ CONTROL_NAMES = {
 def controls_table(
     runs: dict,  # from `load_runs`
 ) -> str:
-    """Mean IoU of SHNet on each data set with its words or its picture taken away, in markdown; empty
+    """Mean IoU of SHNet on each data set with its words or its image taken away, in markdown; empty
     without records."""
     found = {}
     for (name, split), records in runs.items():
@@ -376,7 +386,7 @@ def controls_table(
 def cost_table(
     runs: dict,  # from `load_runs`
 ) -> str:
-    """Parameters, operations, time and memory of each training, in markdown; rows without recorded cost are
+    """Parameters, operations, time and memory of each run, in markdown; rows without recorded cost are
     left out."""
     out = [
         _line("Training", "trained parameters", "GFLOP a phrase", "minutes", "peak memory, GB", "machine"),
@@ -470,8 +480,8 @@ def family_table(
 # %% ../../nbs/20b_tables.ipynb #054
 def print_table(
     summary: dict,  # from `summarise`
-    console=None,  # a rich console
-):
+    console: "Console | None" = None,  # a rich console
+) -> None:
     "The table and its conclusions for a terminal, with rich."
     from rich.console import Console
     from rich.table import Table as RichTable

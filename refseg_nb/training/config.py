@@ -17,7 +17,7 @@ from ..models.registry import model_recipe, registered
 # %% ../../nbs/library/train_config.ipynb #005
 @dataclass
 class TrainConfig:
-    "Everything that decides how a training ends, and a few things that only decide how it looks."
+    "Everything that decides the outcome of a training run, and a few settings of how it is shown."
 
     # data
     root: str = "data"  # folder of the data sets
@@ -31,7 +31,7 @@ class TrainConfig:
     # is "sentence"
     unit: str | None = None
     num_workers: int = 0  # processes that read images
-    # folder of image stores (chapter 06b): pictures, targets and masks are read from there; built at the
+    # folder of image stores (chapter 06b): images, targets and masks are read from there; built at the
     # first use
     store: str | None = None
     # model
@@ -65,7 +65,7 @@ class TrainConfig:
     # recipe. "adamw", or "adam": the weight decay is an L2 penalty, and goes through the gradient
     optimizer: str | None = None
     end_lr: float | None = None  # where the polynomial decay ends; recipe; the paper's is 0
-    # when it ends; None: with the training, or as much later as in the recipe, in proportion
+    # when it ends; None: with the run, or as much later as in the recipe, in proportion
     decay_steps: int | None = None
     loss: str = "bce"  # "bce" (the paper's), or "bce+dice"
     dice_weight: float = 0.1  # little: see below
@@ -84,7 +84,7 @@ class TrainConfig:
     threads: int | None = None  # CPU threads; None: as it is
     cache_features: bool | str = "auto"  # keep the frozen backbone's outputs in memory; "auto": if they fit
     cache_dtype: str = "float32"  # or "float16", "bfloat16": half the memory
-    # keep them on the disk instead, for the next training with the same backbone and images
+    # keep them on the disk instead, for the next run with the same backbone and images
     cache_folder: str | None = None
     # bookkeeping
     out: str = "runs/train"

@@ -12,6 +12,7 @@ import math
 import random
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -52,14 +53,14 @@ def features_name(
     dataset: RISDataset,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    autocast=nullcontext,  # a context manager factory for mixed precision
+    autocast: Callable = nullcontext,  # a context manager factory for mixed precision
     grey: bool = False,  # with the images without colours
 ) -> str:
     "The name of a folder of features: it changes whenever they would."
     refer, side = dataset.refer, dataset.image_size
-    picture = torch.arange(3 * side**2, device=device).remainder(251).to(torch.uint8).view(1, 3, side, side)
+    image = torch.arange(3 * side**2, device=device).remainder(251).to(torch.uint8).view(1, 3, side, side)
     with torch.no_grad(), autocast():
-        answer = model.backbone(picture)
+        answer = model.backbone(image)
     network = fingerprint(model.backbone.state_dict() | {f"answer.{i}": v for i, v in enumerate(answer)})
     files = [
         (image_id, path.name, path.stat().st_size, path.stat().st_mtime_ns)
@@ -92,7 +93,8 @@ def map_tensors(
 def kept_tensors(
     path: Path,  # a folder
     dtype: torch.dtype,
-    fill,  # a function that is given `make`, calls make(shapes) for a list of tensors, and fills them
+    fill: Callable
+    | None,  # a function that is given `make`, calls make(shapes) for a list of tensors, and fills them
 ) -> list[Tensor]:
     "The tensors kept in a folder; they are made if they are not there, or not whole."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,7 @@ def kept_tensors(
         with atomic_folder(path) as new:
             files = []
 
-            def make(shapes):
+            def make(shapes: list[tuple[int, ...]]) -> list[Tensor]:
                 need, free = sum(map(math.prod, shapes)) * dtype.itemsize, shutil.disk_usage(new).free
                 if need > free:
                     raise SpaceError(
@@ -136,21 +138,21 @@ class FeatureCache:
     def __init__(
         self,
         model: nn.Module,  # its `backbone` is used, and must be frozen
-        dataset,  # a `RISDataset`
+        dataset: RISDataset,
         images_per_batch: int = 32,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",  # where the backbone runs
         store: str | torch.device = "cpu",  # where the outputs are kept
         progress: Progress | None = None,
         num_workers: int = 0,
-        autocast=nullcontext,  # a context manager factory for mixed precision
+        autocast: Callable = nullcontext,  # a context manager factory for mixed precision
         grey: bool = False,  # also the outputs for the images without colours
         folder: str | Path | None = None,  # keep the outputs here, or find them here
-    ):
+    ) -> None:
         self.row = {image_id: k for k, (image_id, _) in enumerate(dataset.groups)}
         backbone, training, count = model.backbone, model.backbone.training, len(self.row)
 
-        def fill(make):
+        def fill(make: Callable) -> list[Tensor]:
             task, levels = progress.add_task("Encoding images once", total=count) if progress else None, []
             for batch in make_loader(
                 dataset, images_per_batch, 1, shuffle=False, seed=0, epoch=0, num_workers=num_workers
@@ -175,7 +177,9 @@ class FeatureCache:
                     lambda shapes: [torch.empty(shape, dtype=dtype, device=store) for shape in shapes]
                 )
             else:
-                path = Path(folder) / features_name(model, dataset, dtype, device, autocast, grey)
+                path = Path(folder) / features_name(
+                    model, dataset, dtype, device=device, autocast=autocast, grey=grey
+                )
                 self.levels = [v.to(store) for v in kept_tensors(path, dtype, fill)]
         backbone.train(training)
 

@@ -29,7 +29,7 @@ def check_right_of(fn: Callable) -> str:
                         f"{len(right)} are right of the anchor: the phrase is ambiguous, so answer None"
                     )
                 assert got == wanted, (
-                    f"in scene (3, {index}) the only {head} right of thing {anchor} is {wanted}, not {got}"
+                    f"in scene (3, {index}) the only {head} right of object {anchor} is {wanted}, not {got}"
                 )
                 if got is None:
                     continue

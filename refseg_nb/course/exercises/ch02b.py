@@ -14,9 +14,9 @@ import numpy as np
 def check_union_reader(fn: Callable) -> str:
     "Compare with a loop over the pixels of random images."
     rng = np.random.default_rng(0)
-    pictures = [[rng.random((6, 7)) < share for share in rng.uniform(0.1, 0.9, n)] for n in (1, 2, 4)]
+    images = [[rng.random((6, 7)) < share for share in rng.uniform(0.1, 0.9, n)] for n in (1, 2, 4)]
     ious, inter, union = [], 0, 0
-    for masks in pictures:
+    for masks in images:
         everything = np.zeros((6, 7), bool)
         for mask in masks:
             everything |= mask
@@ -26,12 +26,12 @@ def check_union_reader(fn: Callable) -> str:
             ious.append(i / u)
             inter += i
             union += u
-    mean, overall = fn(pictures)
+    mean, overall = fn(images)
     assert not (np.isclose(mean, inter / union) and np.isclose(overall, np.mean(ious))), (
         "mean and overall IoU are swapped"
     )
     assert np.isclose(mean, np.mean(ious)), (
-        f"the mean IoU is {np.mean(ious):.4f}, not {mean:.4f}: every thing counts once"
+        f"the mean IoU is {np.mean(ious):.4f}, not {mean:.4f}: every object counts once"
     )
     assert np.isclose(overall, inter / union), (
         f"the overall IoU is {inter / union:.4f}, not {overall:.4f}: add up pixels before dividing"

@@ -41,16 +41,16 @@ def check_line_of_box(fn: Callable) -> str:
 # %% ../../../nbs/exercises/ch03c.ipynb #008
 def check_split_of(fn: Callable) -> str:
     "One answer for each image, about a fifth of them val, and the same on every computer."
-    pictures = [f"photos/{i:05d}.jpg" for i in range(2000)]
-    first = [fn(picture) for picture in pictures]
+    images = [f"photos/{i:05d}.jpg" for i in range(2000)]
+    first = [fn(image) for image in images]
     assert set(first) <= {
         "train",
         "val",
     }, f"the splits are train and val, not {sorted(set(first) - {'train', 'val'})}"
-    assert first == [fn(picture) for picture in pictures], (
+    assert first == [fn(image) for image in images], (
         "the same image was in train first and then in val: no random numbers, please"
     )
-    assert first[::-1] == [fn(picture) for picture in pictures[::-1]], (
+    assert first[::-1] == [fn(image) for image in images[::-1]], (
         "the answer depends on the order in which you are asked"
     )
     share = first.count("val") / len(first)

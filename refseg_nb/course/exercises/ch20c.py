@@ -6,10 +6,14 @@
 __all__ = ['check_anchor_hits']
 
 # %% ../../../nbs/exercises/ch20c.ipynb #002
+from collections.abc import Callable
+
 import numpy as np
 
 # %% ../../../nbs/exercises/ch20c.ipynb #005
-def check_anchor_hits(fn):
+def check_anchor_hits(
+    fn: Callable[[dict], tuple[int, float]],  # `anchor_hits`
+) -> str:
     "Compare with a plain loop, on random tables."
     rng, names = (
         np.random.default_rng(0),
@@ -36,7 +40,7 @@ def check_anchor_hits(fn):
         got = fn({"cause": cause, "anchors": anchors, "others": others})
         assert got[0] == hits, f"the anchor was answered {hits} times, not {got[0]}"
         assert abs(got[1] - expected) < 1e-9, (
-            f"by chance it would be {expected:.3f} times, not {got[1]:.3f}: one wrong thing answered, and an"
+            f"by chance it would be {expected:.3f} times, not {got[1]:.3f}: one wrong object answered, and an"
             " anchor named"
         )
     return "check_anchor_hits: correct"

@@ -7,15 +7,20 @@ __all__ = ['check_regroup']
 
 # %% ../../../nbs/exercises/ch21c.ipynb #002
 import random
+from collections.abc import Callable
 
 # %% ../../../nbs/exercises/ch21c.ipynb #005
-def check_regroup(fn):
-    "Random requests; each picture may be asked once, with rising numbers."
+def check_regroup(
+    fn: Callable[[list, Callable], list],  # `regroup`
+) -> str:
+    "Random requests; each image may be asked once, with rising numbers."
     rng = random.Random(0)
     for n in (0, 1, 5, 40):
         images, calls = [f"{rng.randrange(max(1, n // 3))}.jpg" for _ in range(n)], []
 
-        def answer(image, numbers, images=images, calls=calls):
+        def answer(
+            image: str, numbers: list[int], images: list[str] = images, calls: list[str] = calls
+        ) -> list[tuple[str, int]]:
             calls.append(image)
             numbers = list(numbers)
             assert numbers == sorted(set(numbers)), f"the numbers about {image} should rise: {numbers}"
@@ -26,9 +31,9 @@ def check_regroup(fn):
 
         got = fn(list(images), answer)
         assert len(calls) == len(set(calls)), (
-            f"{len(calls)} calls for {len(set(calls))} pictures: each is encoded once"
+            f"{len(calls)} calls for {len(set(calls))} images: each is encoded once"
         )
         assert list(got) == [(image, i) for i, image in enumerate(images)], (
-            "the answers should stand in the order of the requests"
+            "the answers should be in the order of the requests"
         )
     return "check_regroup: correct"

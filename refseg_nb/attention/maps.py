@@ -55,13 +55,13 @@ class AttentionLevel:
     "The attention of one level of the image, for all its layers and heads."
 
     weights: np.ndarray  # float32 [layer, head, query, key]
-    grid: tuple[int, int]  # H, W: pixel tokens stand row by row
+    grid: tuple[int, int]  # H, W: pixel tokens come row by row
     queries: str = "both"  # who looks: one of `TOKENS`
     keys: str = "both"  # what is looked at, and what the softmax runs over
     steps: AttentionSteps | None = None  # None where they are not known
 
     def part(self, axis: str, tokens: str) -> slice | None:
-        "Where the `tokens` stand on the axis ('queries' or 'keys'); None if they are not there."
+        "The positions of the `tokens` on the axis ('queries' or 'keys'); None if they are not there."
         held, n = getattr(self, axis), self.grid[0] * self.grid[1]
         if held != "both":
             return slice(None) if held == tokens else None
@@ -267,7 +267,7 @@ def _plain_level(block: AttentionBlock, words: int) -> AttentionLevel:
     if (batch := max(len(layer) for layer in block.layers)) > 1:
         raise AttentionError(f"the batch axis has {batch} entries: give the attention of one expression")
     n = block.layers[0].shape[-1]
-    if block.queries == block.keys == "both":  # padded words stand at the end of the joined sequence
+    if block.queries == block.keys == "both":  # padded words come at the end of the joined sequence
         n = block.grid[0] * block.grid[1] + words
         if n > block.layers[0].shape[-1]:
             held = block.layers[0].shape[-1] - block.grid[0] * block.grid[1]
@@ -278,7 +278,9 @@ def _plain_level(block: AttentionBlock, words: int) -> AttentionLevel:
         steps = AttentionSteps(sums, lengths, block.width)
     rows = n if block.queries == "both" else block.layers[0].shape[-2]
     weights = _stack([layer[:, :, :rows, :n] for layer in block.layers])
-    return AttentionLevel(weights, block.grid, block.queries, block.keys, steps)
+    return AttentionLevel(
+        weights=weights, grid=block.grid, queries=block.queries, keys=block.keys, steps=steps
+    )
 
 
 def _stack(layers: list[Tensor]) -> np.ndarray:  # float32 [layer, head, ...]

@@ -242,7 +242,7 @@ class SFM(nn.Module):
 
     def forward(
         self,
-        visual: Float[Tensor, "B C H W"],  # V, one map an expression
+        visual: Float[Tensor, "B C H W"],  # V, one map per expression
         words: Float[Tensor, "B T C"],  # L
         mask: Bool[Tensor, "B T"] | None = None,  # True at real words; padding is never looked at
         return_attention: bool = False,

@@ -619,13 +619,7 @@ class Learner:
                 images = torch.where(
                     to(torch.tensor(grey))[:, None, None, None], without_colour(images), images
                 )
-        return self.objective(
-            images=images,
-            levels=levels,
-            words=to(batch.words),
-            image_index=to(batch.image_index),
-            targets=to(batch.targets),
-        )
+        return self.objective(images, levels, to(batch.words), to(batch.image_index), to(batch.targets))
 
     def rate(self) -> float:
         "The learning rate of the next step."

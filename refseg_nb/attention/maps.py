@@ -8,17 +8,27 @@ __all__ = ['KINDS', 'TOKENS', 'AttentionError', 'AttentionSteps', 'AttentionLeve
            'word_scores', 'pixel_scores', 'without_words', 'without_cells']
 
 # %% ../../nbs/14_attention.ipynb #002
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..errors import InputError
 from ..models.base import AttentionBlock, ModelAttention
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+    from refseg_nb.inference.segmenter import Answer, EncodedScene
+
 # %% ../../nbs/14_attention.ipynb #011
-KINDS = {  # what the numbers are -> over what a row sums to one
+KINDS = {  # kind of the numbers -> over what a row sums to one
     "raw": "the weights of the softmax: each row sums to one",
     "rollout": "attention rollout (Abnar and Zuidema, 2020): each row sums to one",
     "relevance": "gradient relevance (Chefer et al., 2021): rows have no fixed sum",
@@ -27,12 +37,12 @@ TOKENS = ("pixels", "words", "both")  # "both": the pixels row by row, then the 
 
 
 class AttentionError(InputError):
-    "Attention that cannot be what it says it is; the message names the level and the axis."
+    "Attention that contradicts its own description; the message names the level and the axis."
 
 
 @dataclass(frozen=True)
 class AttentionSteps:
-    "What the weights alone do not tell about how they were made."
+    "How the weights were made, as far as the weights alone do not show it."
 
     log_sums: np.ndarray  # float32 [layer, head, query]: the log of the sum of exp(score) over the keys
     # float32 [layer, head, key]: how long the key's value is behind the head's part of the output's matrix
@@ -42,16 +52,16 @@ class AttentionSteps:
 
 @dataclass(frozen=True)
 class AttentionLevel:
-    "The attention of one level of the picture, for all its layers and heads."
+    "The attention of one level of the image, for all its layers and heads."
 
     weights: np.ndarray  # float32 [layer, head, query, key]
-    grid: tuple[int, int]  # H, W: pixel tokens stand row by row
+    grid: tuple[int, int]  # H, W: pixel tokens come row by row
     queries: str = "both"  # who looks: one of `TOKENS`
     keys: str = "both"  # what is looked at, and what the softmax runs over
     steps: AttentionSteps | None = None  # None where they are not known
 
     def part(self, axis: str, tokens: str) -> slice | None:
-        "Where the `tokens` stand on the axis ('queries' or 'keys'); None if they are not there."
+        "The positions of the `tokens` on the axis ('queries' or 'keys'); None if they are not there."
         held, n = getattr(self, axis), self.grid[0] * self.grid[1]
         if held != "both":
             return slice(None) if held == tokens else None
@@ -67,7 +77,7 @@ class AttentionLevel:
         return None if rows is None or columns is None else self.weights[:, :, rows, columns]
 
 # %% ../../nbs/14_attention.ipynb #013
-def _check_level(name, level: AttentionLevel, words: list[str], kind: str):
+def _check_level(name: int | str, level: AttentionLevel, words: list[str], kind: str) -> None:
     "Raise an `AttentionError` that names the level and the axis."
     a, where = level.weights, f"level {name}"
     if not isinstance(a, np.ndarray) or a.dtype != np.float32:
@@ -139,7 +149,7 @@ def _check_values(where: str, level: AttentionLevel, words: list[str]) -> None:
             raise AttentionError(f"{where}: {what} values along the key axis, first at {row}")
 
 
-def _check_steps(where: str, steps: AttentionSteps, shape, kind: str):
+def _check_steps(where: str, steps: AttentionSteps, shape: tuple[int, ...], kind: str) -> None:
     "Raise an `AttentionError` that names the level and the array."
     if kind != "raw":
         raise AttentionError(f"{where}: steps belong to raw attention, not to {kind}")
@@ -160,13 +170,13 @@ def _check_steps(where: str, steps: AttentionSteps, shape, kind: str):
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    "The attention of one picture and one phrase: checked, in plain arrays."
+    "The attention of one image and one phrase: checked, in plain arrays."
 
     words: list[str]  # T, without padding
     levels: dict[int | str, AttentionLevel]  # by the level's name, coarse or fine, in the model's order
     kind: str = "raw"  # a key of `KINDS`
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise AttentionError(f"kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
         if not self.levels:
@@ -180,13 +190,14 @@ class AttentionMaps:
     def from_arrays(
         cls,
         # [layer, head, query, key], or a dict: level -> such an array; numpy or anything numpy reads
-        weights,
+        weights: ArrayLike | dict[int | str, ArrayLike],
         words: list[str],  # T
-        grid,  # (H, W), or a dict: level -> (H, W)
+        grid: tuple[int, int] | dict[int | str, tuple[int, int]],  # (H, W), or a dict: level -> (H, W)
         queries: str = "both",  # who looks: "pixels", "words", or "both" (pixels first)
         keys: str = "both",  # at what
         kind: str = "raw",  # a key of `KINDS`
-        steps=None,  # `AttentionSteps`, or a dict: level -> `AttentionSteps`
+        # of every level, or a dict: level -> its own
+        steps: AttentionSteps | dict[int | str, AttentionSteps | None] | None = None,
     ) -> "AttentionMaps":
         "From any model's arrays."
         weights = weights if isinstance(weights, dict) else {1: weights}
@@ -196,7 +207,11 @@ class AttentionMaps:
                 raise AttentionError(f"weights has the levels {list(weights)}, but {name} has {list(held)}")
         levels = {
             name: AttentionLevel(
-                np.asarray(a, dtype=np.float32), tuple(grid[name]), queries, keys, steps[name]
+                weights=np.asarray(a, dtype=np.float32),
+                grid=tuple(grid[name]),
+                queries=queries,
+                keys=keys,
+                steps=steps[name],
             )
             for name, a in weights.items()
         }
@@ -210,7 +225,7 @@ class AttentionMaps:
         keys: str,  # "pixels" or "words"
         head: int | str = "mean",  # a head, or "mean" or "max" over all heads
     ) -> np.ndarray:  # queries' axes, then keys' axes; pixels have the two axes H, W, words the axis T
-        "One block as a picture: `block(4, -1, 'words', 'pixels')` is [T, H, W]."
+        "One block as maps: `block(4, -1, 'words', 'pixels')` is [T, H, W]."
         if level not in self.levels:
             raise AttentionError(f"there is no level {level!r}; there are {', '.join(map(str, self.levels))}")
         held = self.levels[level]
@@ -252,7 +267,7 @@ def _plain_level(block: AttentionBlock, words: int) -> AttentionLevel:
     if (batch := max(len(layer) for layer in block.layers)) > 1:
         raise AttentionError(f"the batch axis has {batch} entries: give the attention of one expression")
     n = block.layers[0].shape[-1]
-    if block.queries == block.keys == "both":  # padded words stand at the end of the joined sequence
+    if block.queries == block.keys == "both":  # padded words come at the end of the joined sequence
         n = block.grid[0] * block.grid[1] + words
         if n > block.layers[0].shape[-1]:
             held = block.layers[0].shape[-1] - block.grid[0] * block.grid[1]
@@ -263,7 +278,9 @@ def _plain_level(block: AttentionBlock, words: int) -> AttentionLevel:
         steps = AttentionSteps(sums, lengths, block.width)
     rows = n if block.queries == "both" else block.layers[0].shape[-2]
     weights = _stack([layer[:, :, :rows, :n] for layer in block.layers])
-    return AttentionLevel(weights, block.grid, block.queries, block.keys, steps)
+    return AttentionLevel(
+        weights=weights, grid=block.grid, queries=block.queries, keys=block.keys, steps=steps
+    )
 
 
 def _stack(layers: list[Tensor]) -> np.ndarray:  # float32 [layer, head, ...]
@@ -275,7 +292,7 @@ def weight_steps(
     maps: AttentionMaps,
     level: int | str,
     layer: int,  # 0 ... layers-1, or -1
-    head: int,  # one head: the mean of several softmaxes is none
+    head: int,  # one head: the mean of several softmaxes is not a softmax
     query: int,  # the row, in the order of the level's queries: pixels row by row, then words
 ) -> dict[str, np.ndarray]:  # each [key]: product, scaled, exp, weight, length, added
     """How one query's weights are made: q·k, q·k / sqrt(d), exp(s - max), the softmax; its values' lengths,
@@ -325,7 +342,7 @@ def share_inside(
     mask: np.ndarray,  # bool [H0, W0]
 ) -> float:
     """What share of a map lies inside a mask; a map that is spread evenly gives the mask's share of the
-    picture."""
+    image."""
     cover = torch.nn.functional.adaptive_avg_pool2d(
         torch.from_numpy(np.ascontiguousarray(mask)).float()[None], heat.shape
     )[0].numpy()
@@ -333,15 +350,15 @@ def share_inside(
 
 # %% ../../nbs/14_attention.ipynb #047
 def show_heat(
-    ax,  # matplotlib axes
+    ax: "Axes",
     picture: np.ndarray,  # uint8 [h, w, 3]
     heat: np.ndarray,  # [H, W]
     mask: np.ndarray | None = None,  # its outline is drawn
     top: float | None = None,  # value at the end of the scale; None: the map's own largest
     smooth: bool = False,  # bilinear between the cells' centres
-    alpha: float = 0.7,  # how opaque the map lies over the picture
-):
-    "A map over its picture, and the outline of a mask; returns the drawn map, for a colour bar."
+    alpha: float = 0.7,  # opacity of the map over the image
+) -> "AxesImage":  # the drawn map, for a colour bar
+    "A map over its image, and the outline of a mask."
     h, w = picture.shape[:2]
     ax.imshow(
         picture.astype(float) @ [0.299, 0.587, 0.114], cmap="gray", vmin=0, vmax=255, extent=(0, w, h, 0)
@@ -376,16 +393,15 @@ def figure7(
     level: int | str,
     layer: int = -1,
     head: int | str = "mean",
-):
-    """The three blocks of the paper's Figure 7: word→word, pixel→pixel (mean over the region), word→pixel;
-    returns the figure."""
+) -> "Figure":
+    "The three blocks of the paper's Figure 7: word→word, pixel→pixel (mean over the region), word→pixel."
     import matplotlib.pyplot as plt
 
     words, held = maps.words, maps.levels[level]
     n = -(-(len(words) + 1) // 2)
     fig = plt.figure(figsize=(2.6 + 1.7 * n, 4), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=(2.6, 1.7 * n))
-    ax, between = left.subplots(), maps.block(level, layer, "words", "words", head)
+    ax, between = left.subplots(), maps.block(level, layer, queries="words", keys="words", head=head)
     ax.imshow(between, cmap="viridis", vmin=0)
     for (i, j), v in np.ndenumerate(between):
         ax.text(
@@ -402,16 +418,15 @@ def figure7(
     ax.set_title("word → word, %")
     ax.set_xlabel("is looked at")
     ax.set_ylabel("looks")
-    own = (
-        maps.block(level, layer, "pixels", "pixels", head) * region_weights(mask, held.grid)[..., None, None]
-    ).sum((0, 1))
+    pixels = maps.block(level, layer, queries="pixels", keys="pixels", head=head)
+    own = (pixels * region_weights(mask, held.grid)[..., None, None]).sum((0, 1))
     axes = right.subplots(2, n, squeeze=False).ravel()
     for ax in axes:
         ax.set_axis_off()
     for ax, title, heat in zip(
         axes,
         ["pixel → pixel", *[f"“{w}” → pixels" for w in words]],
-        [own, *maps.block(level, layer, "words", "pixels", head)],
+        [own, *maps.block(level, layer, queries="words", keys="pixels", head=head)],
     ):
         drawn = show_heat(ax, picture, heat, mask)
         ax.set_title(title, fontsize=8)
@@ -469,10 +484,10 @@ def relevance(
 # %% ../../nbs/14_attention.ipynb #064
 @torch.inference_mode(False)
 def look(
-    scene,  # an `EncodedScene` of refseg_nb.inference
+    scene: "EncodedScene",
     phrase: str,
     kind: str = "raw",  # a key of `KINDS`
-):  # (`Answer`, `AttentionMaps`)
+) -> "tuple[Answer, AttentionMaps]":
     "Segment a phrase, and say where the model looked."
     if kind not in KINDS:
         raise AttentionError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
@@ -500,7 +515,9 @@ def look(
         return answer, relevance(attention.levels, y, read, attention.grid)
 
 # %% ../../nbs/14_attention.ipynb #072
-def _scores(maps, queries, keys, weight):
+def _scores(
+    maps: AttentionMaps, queries: str, keys: str, weight: Callable[[AttentionLevel], np.ndarray]
+) -> np.ndarray:
     """Mean over levels (and raw: layers) of a block, its queries weighted by `weight(level)`; levels without
     the block do not count."""
     layers = slice(None) if maps.kind == "raw" else slice(-1, None)
@@ -526,14 +543,14 @@ def word_scores(
 def pixel_scores(
     maps: AttentionMaps,
 ) -> np.ndarray:  # [H, W]
-    "What the words, on average, have from each place."
+    "What the words, on average, have from each position."
     t, level = len(maps.words), next(iter(maps.levels.values()))
     return _scores(maps, "words", "pixels", lambda level: np.full(t, 1 / t)).reshape(level.grid)
 
 # %% ../../nbs/14_attention.ipynb #076
 def without_words(
     words: list[str],
-    gone,  # numbers of the words to leave out
+    gone: ArrayLike,  # numbers of the words to leave out
 ) -> str:  # the phrase that is left
     "A phrase without some of its words."
     return " ".join(w for i, w in enumerate(words) if i not in {int(g) for g in np.atleast_1d(gone)})
@@ -543,7 +560,7 @@ def without_cells(
     picture: np.ndarray,  # uint8 [h, w, 3]
     cells: np.ndarray,  # bool [H, W]: which cells to paint over
 ) -> np.ndarray:  # uint8 [h, w, 3]
-    "A picture with some cells of a grid painted over with its mean colour."
+    "An image with some cells of a grid painted over with its mean colour."
     h, w = picture.shape[:2]
     rows, columns = (np.arange(n) * m // n for n, m in zip((h, w), cells.shape))
     return np.where(

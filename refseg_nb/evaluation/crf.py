@@ -176,7 +176,7 @@ def mean_field_pydensecrf(
     image: Tensor,  # [H, W, 3] uint8
     config: CrfConfig,
 ) -> Tensor:  # [B, H, W]
-    "The same by the program of the published numbers."
+    "The same with the program of the published numbers."
     config.require_backend()
     from pydensecrf.densecrf import DenseCRF2D
 

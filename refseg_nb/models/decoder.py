@@ -28,7 +28,7 @@ class LevelAdapter(nn.Module):
         grid: int,  # H = W
         pool: int = 2,  # pool to pool*H: 2 = to 2H, then stride 2 (released); 1 = to H, then stride 1
         norm: bool = True,  # BatchNorm and LeakyReLU after the convolution (released)
-    ):
+    ) -> None:
         super().__init__()
         if pool not in (1, 2):
             raise InputError(f"pool must be 1 or 2, not {pool}")
@@ -45,10 +45,10 @@ class LevelAdapter(nn.Module):
 
 # %% ../../nbs/08_baseline.ipynb #020
 def pick(
-    x: Float[Tensor, "K ..."],  # one row an image
+    x: Float[Tensor, "K ..."],  # one row per image
     # the image of each expression; None: row b belongs to expression b
     image_index: Int[Tensor, " B"] | None,
-) -> Float[Tensor, "B ..."]:  # one row an expression
+) -> Float[Tensor, "B ..."]:  # one row per expression
     "The rows of the images that the expressions ask about."
     return x if image_index is None else x.index_select(0, image_index)
 
@@ -59,9 +59,9 @@ class BaselineFusion(nn.Module):
 
     def __init__(
         self,
-        channels: int,  # C, of pictures and words
+        channels: int,  # C, of images and words
         levels: int = 3,  # each level has its own weights
-    ):
+    ) -> None:
         super().__init__()
         self.visual = nn.ModuleList(nn.Conv2d(channels, channels, 1, bias=False) for _ in range(levels))
         self.language = nn.ModuleList(nn.Linear(channels, channels, bias=False) for _ in range(levels))
@@ -74,8 +74,8 @@ class BaselineFusion(nn.Module):
         features: list[Float[Tensor, "K C H W"]],  # the adapted levels
         sentence: Float[Tensor, "B C"],  # the sentence feature
         image_index: Int[Tensor, " B"] | None = None,  # the image of each expression
-    ) -> list[Float[Tensor, "B C H W"]]:  # one multi-modal map a level
-        "W [V_i ; l] = W_v V_i + W_l l: the picture's half is computed once an image."
+    ) -> list[Float[Tensor, "B C H W"]]:  # one multi-modal map per level
+        "W [V_i ; l] = W_v V_i + W_l l: the image's half is computed once per image."
         return [
             after(pick(visual(v), image_index) + language(sentence)[:, :, None, None])
             for v, visual, language, after in zip(features, self.visual, self.language, self.after)
@@ -89,7 +89,7 @@ class ConcatLevels(nn.Module):
         self,
         channels: int,  # C
         levels: int = 3,  # how many maps
-    ):
+    ) -> None:
         super().__init__()
         self.mix = nn.Sequential(
             nn.Conv2d(levels * channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.LeakyReLU()
@@ -122,7 +122,7 @@ class ASPP(nn.Module):
         channels: int,  # C, in and out and of each branch
         rates: tuple[int, ...] = (6, 12, 24),  # dilations of the 3x3 branches
         dropout: float = 0.25,  # after the projection
-    ):
+    ) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
             [
@@ -136,8 +136,8 @@ class ASPP(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        "The same map, each place now knowing places far away."
-        # a shared one (chapter 21b) sees the other processes' rows, too
+        "The same map, each position now informed by distant positions."
+        # a shared one (chapter 21b) also sees the other processes' rows
         if self.training and len(x) == 1 and type(self.pool[1]) is nn.BatchNorm2d:
             raise InputError(
                 "a batch of one expression cannot be normalised while training: give two or more"
@@ -149,15 +149,15 @@ class ASPP(nn.Module):
 def double(
     x: Float[Tensor, "B C H W"],
 ) -> Float[Tensor, "B C 2H 2W"]:
-    "The map with twice as many places a side, bilinear."
+    "The map with twice as many positions per side, bilinear."
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def doubling_taps(
-    n: int,  # places a side
+    n: int,  # positions per side
     device: str | torch.device = "cpu",
 ) -> Float[Tensor, "3 2n n"]:  # R_0, R_1, R_2
-    "What double does to a side of n places, read one place before, at and after each of the 2n."
+    "What double does to a side of n positions, read one position before, at and after each of the 2n."
     twice = F.pad(
         F.interpolate(torch.eye(n, device=device)[None], scale_factor=2, mode="linear", align_corners=False)[
             0
@@ -167,7 +167,7 @@ def doubling_taps(
     return torch.stack([twice[k : k + 2 * n] for k in range(3)])
 
 # %% ../../nbs/08_baseline.ipynb #041
-WIDE = 128  # from so many channels on, mixing them is dearer than mixing places
+WIDE = 128  # from this many channels on, mixing them costs more than mixing positions
 
 
 def doubled_conv(
@@ -176,20 +176,20 @@ def doubled_conv(
     bias: Float[Tensor, " O"] | None = None,
 ) -> Float[Tensor, "B O 2H 2W"]:
     """conv(double(x)) with a quarter of the products between channels: they are mixed on the small map, then
-    places are."""
+    positions are."""
     (b, c, h, w), o = x.shape, len(weight)
     rows, columns = (
         doubling_taps(h, x.device).to(x.dtype),
         doubling_taps(w, x.device).to(x.dtype).permute(1, 2, 0).reshape(2 * w, 3 * w),
     )
-    places, taps, out = (
+    positions, taps, out = (
         x.permute(0, 2, 3, 1).reshape(-1, c),
         weight.permute(2, 1, 3, 0).reshape(3, c, 3 * o),
         None,
     )
     for row, tap in zip(rows, taps):
         # channels, then columns
-        mixed = torch.bmm(columns.expand(b * h, -1, -1), (places @ tap).view(b * h, 3 * w, o)).view(
+        mixed = torch.bmm(columns.expand(b * h, -1, -1), (positions @ tap).view(b * h, 3 * w, o)).view(
             b, h, 2 * w * o
         )
         row = row.expand(b, -1, -1)
@@ -206,10 +206,10 @@ class UpsampleDecoder(nn.Module):
         self,
         channels: int,  # C
         widths: tuple[int, ...] = (512, 512, 512, 256),  # channels after each hidden convolution
-        doublings: int = 2,  # the first so many convolutions are followed by a doubling
+        doublings: int = 2,  # how many of the first convolutions are followed by a doubling
         dropout: float = 0.1,  # Dropout2d, after all hidden convolutions but the last
         prior: float | None = None,  # share of foreground that the untrained decoder predicts; None: one half
-    ):
+    ) -> None:
         super().__init__()
         if doublings > len(widths):
             raise InputError(
@@ -223,7 +223,7 @@ class UpsampleDecoder(nn.Module):
             nn.init.constant_(self.last.bias, math.log(prior / (1 - prior)))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w"]:
-        "Logits: one number a pixel, at H * 2**doublings."
+        "Logits: one number per pixel, at H * 2**doublings."
         for i, conv in enumerate(self.convs):
             if not 0 < i <= self.doublings:
                 x = conv(x)

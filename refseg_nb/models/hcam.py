@@ -25,7 +25,7 @@ def average_words(
 # %% ../../nbs/10_hcam.ipynb #021
 def constant_conv(
     weight: Float[Tensor, "O C 3 3"],  # of a 3x3 convolution with padding 1
-    vector: Float[Tensor, "B C"],  # the value at every place of the map
+    vector: Float[Tensor, "B C"],  # the value at every position of the map
     height: int,  # H >= 2
     width: int,  # W >= 2
 ) -> Float[Tensor, "B O H W"]:
@@ -39,9 +39,9 @@ def constant_conv(
     cases = torch.einsum("rk,ockl,sl->rsoc", inside, weight, inside).reshape(9 * o, c)
     cases = F.linear(vector, cases).view(-1, 9, o).transpose(1, 2)  # [B, O, 9]
     rows, columns = (torch.tensor([0] + [1] * (n - 2) + [2], device=vector.device) for n in (height, width))
-    # case x place: one product is faster than an index, backwards above all
-    place = F.one_hot(3 * rows[:, None] + columns, 9).flatten(0, 1).T
-    return (cases @ place.to(cases.dtype)).view(-1, o, height, width)
+    # case x position: one product is faster than an index, most of all in the backward pass
+    position = F.one_hot(3 * rows[:, None] + columns, 9).flatten(0, 1).T
+    return (cases @ position.to(cases.dtype)).view(-1, o, height, width)
 
 # %% ../../nbs/10_hcam.ipynb #025
 class Gate(nn.Module):
@@ -53,14 +53,14 @@ class Gate(nn.Module):
         channels: int,  # C
         norm: bool = True,  # BatchNorm after the convolution (released)
         dropout: float = 0.0,  # Dropout2d after that (released)
-    ):
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.conv = nn.Conv2d(2 * channels, channels, 3, padding=1)
         self.after = nn.Sequential(nn.BatchNorm2d(channels) if norm else nn.Identity(), nn.Dropout2d(dropout))
 
     def visual(self, f: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        "The picture's half, which the gates that share this convolution share too."
+        "The image's half, shared by all gates that share this convolution."
         return F.conv2d(f, self.conv.weight[:, : self.channels], self.conv.bias, padding=1)
 
     def forward(
@@ -82,7 +82,7 @@ class Conv3dLevels(nn.Module):
         self,
         channels: int,  # C
         norm: bool = True,  # BatchNorm and LeakyReLU after it (released)
-    ):
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv3d(channels, channels, 3, padding=(0, 1, 1))
         self.after = nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU()) if norm else nn.Identity()
@@ -108,7 +108,7 @@ class HCAM(nn.Module):
         gates: str = "level",
         norm: bool = True,  # BatchNorm in the gates and after the Conv3d, LeakyReLU at the end (released)
         dropout: float = 0.0,  # Dropout2d in the gates (released)
-    ):
+    ) -> None:
         super().__init__()
         if gates not in ("pair", "level", "one"):
             raise InputError(f"gates must be 'pair', 'level' or 'one', not {gates!r}")
@@ -127,8 +127,9 @@ class HCAM(nn.Module):
         visual: list[Float[Tensor, "B C H W"]],  # f_2^v, f_3^v, f_4^v
         language: list[Float[Tensor, "B C"]],  # f_2^lavg, f_3^lavg, f_4^lavg
         return_gates: bool = False,
-    ):  # G [B, C, H, W], or (G, {(i, j): Lambda_ij} with levels named 2, 3, 4)
-        "The exchange (equation 2), then the aggregation (equation 3)."
+    ) -> Tensor | tuple[Tensor, dict[tuple[int, int], Tensor]]:  # G [B, C, H, W]; the gates if asked
+        """The exchange (equation 2), then the aggregation (equation 3); if asked, also {(i, j): Lambda_ij} with
+        levels named 2, 3, 4."""
         maps, gates = [], {}
         for i, f in enumerate(visual):
             g, shared = f, None

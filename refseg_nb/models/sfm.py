@@ -7,6 +7,7 @@ __all__ = ['sinusoid', 'word_positions', 'pixel_positions', 'LayerAttention', 'J
 
 # %% ../../nbs/09_sfm.ipynb #002
 import math
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -46,10 +47,10 @@ def pixel_positions(
     width: int,  # W
     channels: int,  # C, a multiple of four
     base: float = 10_000.0,
-    # the picture is so many units long and high, whatever the grid; None: a unit a place
+    # width and height of the image in units, whatever the grid; None: one unit per position
     extent: float | None = None,
 ) -> Float[Tensor, "HW C"]:  # row by row
-    "P_v: half of the channels tell x, half tell y."
+    "P_v: half of the channels encode x, half encode y."
     if channels % 4:
         raise InputError(f"channels must be a multiple of 4, not {channels}")
     centres = lambda n: (torch.arange(n, dtype=torch.float32) + 0.5) * ((extent or n) / n) - 0.5
@@ -75,7 +76,7 @@ class JointAttention(nn.Module):
         heads: int = 8,  # each works on C / heads channels
         dropout: float = 0.0,  # of the attention weights
         positions: str = "qkv",  # where positions are added: "qkv" (eq. 1), "qk" (released) or "none"
-    ):
+    ) -> None:
         super().__init__()
         if channels % heads:
             raise InputError(f"{channels} channels cannot be shared by {heads} heads")
@@ -152,7 +153,7 @@ class SFMLayer(nn.Module):
         norm: str = "pre",  # LayerNorm before ("pre": eq. 1 and released) or after ("post") each part
         residual: bool = True,  # x + part(x) (released) or part(x) (eq. 1)
         positions: str = "qkv",  # see `JointAttention`
-    ):
+    ) -> None:
         super().__init__()
         if norm not in ("pre", "post"):
             raise InputError(f"norm must be 'pre' or 'post', not {norm!r}")
@@ -168,7 +169,13 @@ class SFMLayer(nn.Module):
             else None
         )
 
-    def forward(self, x, where, mask=None, return_attention=False):
+    def forward(
+        self,
+        x: Float[Tensor, "B N C"],  # X, without positions
+        where: Float[Tensor, "N C"] | None,  # the positional embedding
+        mask: Bool[Tensor, "B N"] | None = None,  # keys that may be looked at; None: all
+        return_attention: bool = False,
+    ) -> tuple[Float[Tensor, "B N C"], LayerAttention | None]:
         "The joined sequence after one layer, and its attention if asked."
         pre = self.norm == "pre"
         y, attention = self.attention(self.norm1(x) if pre else x, where, mask, return_attention)
@@ -184,7 +191,7 @@ class SFMLayer(nn.Module):
 
 # %% ../../nbs/09_sfm.ipynb #039
 class SFM(nn.Module):
-    """Synchronous Multi-Modal Fusion (equation 1): attention over the joined sequence of H*W places and T
+    """Synchronous Multi-Modal Fusion (equation 1): attention over the joined sequence of H*W positions and T
     words."""
 
     def __init__(
@@ -204,18 +211,27 @@ class SFM(nn.Module):
         base: float = 10_000.0,  # of the sinusoids
         max_words: int = 64,  # longest expression that has positions
         extent: float | None = None,  # see `pixel_positions`
-    ):
+    ) -> None:
         super().__init__()
         if embedding not in ("sinusoid", "learned"):
             raise InputError(f"embedding must be 'sinusoid' or 'learned', not {embedding!r}")
         self.layers = nn.ModuleList(
-            SFMLayer(channels, heads, ffn, dropout, attention_dropout, norm, residual, positions)
+            SFMLayer(
+                channels=channels,
+                heads=heads,
+                ffn=ffn,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                norm=norm,
+                residual=residual,
+                positions=positions,
+            )
             for _ in range(layers)
         )
         self.final = nn.LayerNorm(channels) if final_norm else nn.Identity()
         self.max_words = max_words
         p_v, p_l = (
-            pixel_positions(grid, grid, channels, base, extent),
+            pixel_positions(height=grid, width=grid, channels=channels, base=base, extent=extent),
             word_positions(max_words, channels, base),
         )
         if embedding == "learned" and positions != "none":
@@ -226,7 +242,7 @@ class SFM(nn.Module):
 
     def forward(
         self,
-        visual: Float[Tensor, "B C H W"],  # V, one map an expression
+        visual: Float[Tensor, "B C H W"],  # V, one map per expression
         words: Float[Tensor, "B T C"],  # L
         mask: Bool[Tensor, "B T"] | None = None,  # True at real words; padding is never looked at
         return_attention: bool = False,
@@ -236,7 +252,7 @@ class SFM(nn.Module):
         b, c, h, w = visual.shape
         t = words.shape[1]
         if h * w != len(self.p_v):
-            raise InputError(f"the map is {h} x {w} but SFM was built for {len(self.p_v)} places")
+            raise InputError(f"the map is {h} x {w} but SFM was built for {len(self.p_v)} positions")
         if t > self.max_words:
             raise InputError(
                 f"an expression of {t} words, but SFM has positions for {self.max_words}: shorten it or raise"
@@ -261,31 +277,31 @@ class SFM(nn.Module):
 class SFMAttention(ModelAttention):
     "The attention of one forward pass: `attention[level][layer]` is [B, heads, HW+T, HW+T], queries x keys."
 
-    # level 2, 3, 4 -> one tensor a layer; rows sum to one, padded keys get 0
+    # level 2, 3, 4 -> one tensor per layer; rows sum to one, padded keys get 0
     levels: dict[int, list[Float[Tensor, "B heads N N"]]]
-    grid: tuple[int, int]  # H, W: the first H*W tokens are places, row by row
+    grid: tuple[int, int]  # H, W: the first H*W tokens are positions, row by row
     words: int  # T: the last T tokens are words, padding included
     # as `levels`: `LayerAttention`'s `log_sums` and `lengths` [B, heads, N]
     steps: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     width: int = 0  # d: channels of a head; the scores were divided by its root
     residual: bool = True  # whether each layer adds its input to its output
 
-    def __getitem__(self, level: int):
+    def __getitem__(self, level: int) -> list[Tensor]:
         return self.levels[level]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self.levels)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.levels)
 
-    def keys(self):
+    def keys(self) -> KeysView[int]:
         return self.levels.keys()
 
-    def items(self):
+    def items(self) -> ItemsView[int, list[Tensor]]:
         return self.levels.items()
 
-    def values(self):
+    def values(self) -> ValuesView[list[Tensor]]:
         return self.levels.values()
 
     def block(
@@ -319,6 +335,13 @@ class SFMAttention(ModelAttention):
     def blocks(self) -> dict[int, AttentionBlock]:
         "By level: all tokens attend to all tokens."
         return {
-            level: AttentionBlock(layers, self.grid, "both", "both", self.steps.get(level), self.width)
+            level: AttentionBlock(
+                layers=layers,
+                grid=self.grid,
+                queries="both",
+                keys="both",
+                steps=self.steps.get(level),
+                width=self.width,
+            )
             for level, layers in self.levels.items()
         }

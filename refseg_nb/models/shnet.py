@@ -22,14 +22,14 @@ from .decoder import ASPP, BaselineFusion, ConcatLevels, LevelAdapter, UpsampleD
 from .hcam import HCAM, Conv3dLevels, average_words
 from .registry import register_model
 from .sfm import SFM, LayerAttention, SFMAttention
-from .text import TextEncoder
+from .text import Language, TextEncoder
 
 # %% ../../nbs/11_shnet.ipynb #005
 @dataclass(frozen=True)
 class SHNetConfig(ModelConfig):
     "What SHNet is made of. Defaults are the paper's; where the paper is silent, the comment says so."
 
-    # pictures
+    # images
     # frozen; section 4.2. Also "resnet101" (Table 3); here "refshapes" and "refshapes-classifier"
     backbone: str = "deeplabv3plus-resnet101"
     backbone_weights: str | None = None  # None: the usual pre-trained ones; "none": random; or a file
@@ -44,7 +44,7 @@ class SHNetConfig(ModelConfig):
     # words
     word_dim: int = 300  # GloVe 840B-300d; section 4.2
     train_words: bool = True  # paper: GloVe "to initialize"; released: the table is frozen
-    one_hot: bool = False  # Table 2, row 6: one-hot words in GloVe's place
+    one_hot: bool = False  # Table 2, row 6: one-hot words instead of GloVe
     max_words: int = 25  # section 4.2; released: 30 (README), 20 by default
     # SFM, equation 1
     use_sfm: bool = True  # Table 2, rows 1 and 2: no
@@ -61,7 +61,7 @@ class SHNetConfig(ModelConfig):
     sfm_positions: str = "qkv"
     sfm_embedding: str = "sinusoid"  # or "learned": the paper does not say; released: fixed sinusoids
     sfm_base: float = 10_000.0  # of the sinusoids
-    # length of the picture in units of the sinusoids; None: a unit a place, as published
+    # length of the image in units of the sinusoids; None: one unit per position, as published
     sfm_extent: float | None = None
     # HCAM, equations 2 and 3
     use_hcam: bool = True  # Table 2, rows 1 and 3: no
@@ -70,8 +70,8 @@ class SHNetConfig(ModelConfig):
     hcam_norm: bool = False  # BatchNorm in the gates and after the Conv3d, then LeakyReLU: released
     hcam_dropout: float = 0.0  # Dropout2d in the gates: released, its rate is not known to us
     # without HCAM: "concat" (1x1 convolution; the paper does not say), "convlstm", "conv3d" (Table 2, rows 4
-    level_fusion: str = "concat"
     # and 5), or "mgate", "tgfe", "gbfm" (Table 4)
+    level_fusion: str = "concat"
     # decoder, section 3.4: the paper names ASPP and up-sampling convolution; the numbers are the released
     # code's
     aspp_rates: tuple[int, ...] = (6, 12, 24)
@@ -164,7 +164,7 @@ ABLATIONS: dict[str, dict] = {  # Table 2, its rows by the paper's names -> the 
     "SHNet w/o P.E": dict(use_sfm=True, use_hcam=True, sfm_positions="none"),
     "SHNet": dict(use_sfm=True, use_hcam=True),
 }
-TABLE4: dict[str, dict] = {  # Table 4: other aggregations in HCAM's place, all with SFM
+TABLE4: dict[str, dict] = {  # Table 4: other aggregations instead of HCAM, all with SFM
     **{
         name: dict(use_sfm=True, use_hcam=False, level_fusion=name.lower())
         for name in ("MGATE", "TGFE", "GBFM")
@@ -198,7 +198,7 @@ class SHNet(RISModel):
         vocab_size: int,  # V, with PAD = 0
         vectors: Tensor | None = None,  # [V, D] word vectors to start from; None: random
         backbone: Backbone | None = None,  # None: made by `config`
-    ):
+    ) -> None:
         super().__init__(config, vocab_size)
         c = config.channels
         self.backbone = (
@@ -207,9 +207,23 @@ class SHNet(RISModel):
             else backbone
         )
         self.adapters = nn.ModuleList(
-            LevelAdapter(n, c, config.grid, config.pool, config.adapter_norm) for n in self.backbone.channels
+            LevelAdapter(
+                in_channels=n,
+                channels=c,
+                grid=config.grid,
+                pool=config.pool,
+                norm=config.adapter_norm,
+            )
+            for n in self.backbone.channels
         )
-        self.text = TextEncoder(vocab_size, c, config.word_dim, vectors, config.train_words, config.one_hot)
+        self.text = TextEncoder(
+            vocab_size=vocab_size,
+            channels=c,
+            word_dim=config.word_dim,
+            vectors=vectors,
+            train_words=config.train_words,
+            one_hot=config.one_hot,
+        )
         if config.use_sfm:
             self.sfm = nn.ModuleList(
                 SFM(
@@ -241,7 +255,11 @@ class SHNet(RISModel):
             self.levels = AGGREGATIONS.get(config.level_fusion, ConcatLevels)(c)
         self.aspp = ASPP(c, config.aspp_rates, config.aspp_dropout)
         self.decoder = UpsampleDecoder(
-            c, config.decoder_widths, config.decoder_doublings, config.decoder_dropout, config.prior
+            channels=c,
+            widths=config.decoder_widths,
+            doublings=config.decoder_doublings,
+            dropout=config.decoder_dropout,
+            prior=config.prior,
         )
 
     def adapt(
@@ -251,8 +269,14 @@ class SHNet(RISModel):
         "The three levels V2, V3, V4 at C x H x W."
         return [adapter(level) for adapter, level in zip(self.adapters, levels)]
 
-    def fuse(self, features, language, image_index=None, return_attention=False):
-        """Pictures meet words: maps [B, C, H, W] and language vectors [B, C], three of each, and the
+    def fuse(
+        self,
+        features: list[Float[Tensor, "K C H W"]],  # the adapted levels
+        language: Language,  # from the text encoder
+        image_index: Int[Tensor, " B"] | None = None,  # the image of each expression
+        return_attention: bool = False,
+    ) -> tuple[list[Float[Tensor, "B C H W"]], list[Float[Tensor, "B C"]], SFMAttention | None]:
+        """Fuse image and words: maps [B, C, H, W] and language vectors [B, C], three of each, and the
         attention if asked."""
         t = language.words.shape[1]
         if not self.config.use_sfm:
@@ -346,7 +370,7 @@ class SHNet(RISModel):
         return table | {"ASPP": of("aspp"), "decoder": of("decoder")}
 
     def for_relevance(self) -> "SHNet | None":
-        """The same SHNet; where its SFM is shared, it is called once a level, so that gradients reach each
+        """The same SHNet; where its SFM is shared, it is called once per level, so that gradients reach each
         level's attention. None without SFM."""
         if not self.config.use_sfm or not self.config.sfm_shared:
             return self if self.config.use_sfm else None

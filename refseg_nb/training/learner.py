@@ -29,6 +29,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -79,7 +80,7 @@ class Objective(nn.Module):
         dice_weight: float = 1.0,
         # of background and referent in the cross-entropy; None: equal
         class_weights: tuple[float, float] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.model, self.loss, self.dice_weight = model, loss, dice_weight
         self.class_weights = (
@@ -118,14 +119,14 @@ class Objective(nn.Module):
         "Mean loss over the expressions of the batch."
         features = self.model.encode(images) if levels is None else self.model.adapt(levels)
         # some models give several answers, each with its share of the loss
-        return sum(self.model.losses(features, words, image_index, targets, self.compare).values())
+        return sum(self.model.losses(features, words, image_index, targets, mask_loss=self.compare).values())
 
 # %% ../../nbs/12_training.ipynb #017
 class TargetDataset(RISDataset):
     "A split whose targets follow a recipe's policy."
 
     # "soft", "hard" or "dilated"; the rest as for `RISDataset`
-    def __init__(self, *args, policy: str = "soft", **kwargs):
+    def __init__(self, *args: Any, policy: str = "soft", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.policy = policy
 
@@ -144,7 +145,7 @@ class TargetDataset(RISDataset):
 # %% ../../nbs/12_training.ipynb #021
 def polynomial_decay(
     step: int,  # optimizer steps done, from 0
-    total: int,  # when the decay ends: usually the whole training
+    total: int,  # when the decay ends: usually the whole run
     lr: float = 1.2e-4,  # largest learning rate
     power: float = 0.7,
     warmup: int = 0,  # steps of linear rise
@@ -160,7 +161,7 @@ def logits_size(
     model: nn.Module,
     image_size: int,  # S
 ) -> int:  # side of the logits' grid
-    "The side of the grid on which the model answers, found by asking it once."
+    "The side of the grid on which the model answers, found by one forward pass."
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -175,7 +176,7 @@ def logits_size(
     return side
 
 
-def first_images(dataset, limit: int | None):
+def first_images(dataset: RISDataset, limit: int | None) -> RISDataset:
     "Keep the first images of a data set; returns it."
     if limit is not None:
         dataset.groups = dataset.groups[:limit]
@@ -196,7 +197,15 @@ def expression_batches(
     "The batches of an epoch, each of expressions from any images: a pure function of its arguments."
     pairs = [
         (g, i)
-        for [(g, indices)] in epoch_batches(dataset, 1, expressions_per_image, True, seed, epoch, unit)
+        for [(g, indices)] in epoch_batches(
+            dataset,
+            images_per_batch=1,
+            expressions_per_image=expressions_per_image,
+            shuffle=True,
+            seed=seed,
+            epoch=epoch,
+            unit=unit,
+        )
         for i in indices
     ]
     order, batches = np.random.default_rng([seed, epoch, 1]).permutation(len(pairs)), []
@@ -215,20 +224,20 @@ class TrainResult:
     model: nn.Module = field(repr=False)
     vocabulary: object = field(repr=False)
     config: TrainConfig = field(repr=False)
-    # holds model/, checkpoint/, config.json, result.json, history.jsonl (a line an epoch), losses.jsonl (a
-    # line a step)
+    # holds model/, checkpoint/, config.json, result.json, history.jsonl (a line per epoch), losses.jsonl (a
+    # line per step)
     out: Path
     steps: int  # optimizer steps in all
-    seconds: float  # of training and evaluation, all legs of a resumed run together
+    seconds: float  # of training and evaluation, all parts of a resumed run together
     best: dict | None  # {"overall_iou", "mean_iou", "step", "epoch"} of the best evaluation
     peak_memory: int  # bytes: the process's largest resident memory, or the GPU's largest allocation
     resumed_from: int | None = None  # the step that this call went on from
-    history: list[dict] = field(default_factory=list, repr=False)  # one entry an epoch, as in history.jsonl
+    history: list[dict] = field(default_factory=list, repr=False)  # one entry per epoch, as in history.jsonl
 
 # %% ../../nbs/12_training.ipynb #037
 def comparable(config: TrainConfig) -> dict:
     "The fields that a resumed run must not change, as plain JSON data."
-    # two ways to say it
+    # (1, 1) and None mean the same
     values = asdict(config) | ({"class_weights": None} if config.class_weights == (1, 1) else {})
     return json.loads(json.dumps({k: v for k, v in values.items() if k not in TrainConfig.FREE}))
 
@@ -236,10 +245,10 @@ def comparable(config: TrainConfig) -> dict:
 def check_same_config(
     config: TrainConfig,
     stored: dict,  # of `comparable`, from the checkpoint
-):
+) -> None:
     "A run goes on only with the settings that it began with."
     now = comparable(config)
-    # before these were fields
+    # of runs from before these fields existed
     before = {
         "schedule": "polynomial",
         "batch_size": None,
@@ -274,13 +283,13 @@ def read_history(path: Path, step: int | None = None) -> list[dict]:
     return [r for r in rows if step is None or r["step"] <= step]
 
 
-def cut_log(path: Path, step: int):
+def cut_log(path: Path, step: int) -> None:
     "Drop the lines that a killed run wrote after its last checkpoint."
     rows = read_history(path, step)
     write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 # %% ../../nbs/12_training.ipynb #039
-def _as_it_is(batch):
+def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
@@ -292,7 +301,7 @@ class RunData:
         config: TrainConfig,
         rank: int = 0,  # this process's number
         world: int = 1,  # how many processes share each batch
-    ):
+    ) -> None:
         self.config, self.rank, self.world = config, rank, world
         self.refer = open_data(config.root, config.data, config.split_by)
         self.store = None
@@ -394,7 +403,7 @@ class RunData:
         pin_memory: bool = False,  # for a GPU
     ) -> Iterator:
         "This process's batches of an epoch, from number `skip` on."
-        # an own generator: a DataLoader draws a number when it starts, and must not draw it from the one that
+        # its own generator: a DataLoader draws a number when it starts, and must not draw it from the one that
         # dropout uses
         return iter(
             DataLoader(
@@ -454,7 +463,7 @@ class Learner:
         self,
         config: TrainConfig,
         model: RISModel | None = None,  # instead of `create_model`
-    ):
+    ) -> None:
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -482,7 +491,7 @@ class Learner:
             self.start_from(c.start)
         if c.train_backbone:
             self.model.backbone.freeze(False)
-        # LAVT's always is
+        # LAVT's backbone is always trained
         self.backbone_trained = any(p.requires_grad for p in self.model.backbone.parameters())
         self.model.to(self.device)
         for part in self.model.modules():
@@ -673,7 +682,7 @@ class Learner:
     def evaluate(self) -> dict[str, float]:  # overall_iou, mean_iou, precision@X, samples; perhaps val_loss
         "Score the validation split, or the part that `eval_limit` says, at original resolution."
         names = ("intersection", "union", *(["loss"] if self.plateau else []))
-        # training's random numbers stay as they were
+        # the run's random numbers stay as they were
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             rows = gather_rows(
                 self.evaluator.measure(
@@ -693,27 +702,27 @@ class Learner:
 class _Bars:
     "A rich progress whose tasks all have the `note` field."
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
-    def add_task(self, text: str, total: int):
+    def add_task(self, text: str, total: int) -> TaskID:
         return self.progress.add_task(text, total=total, note="")
 
-    def advance(self, task, n: int):
+    def advance(self, task: TaskID, n: int) -> None:
         self.progress.advance(task, n)
 
-    def remove_task(self, task):
+    def remove_task(self, task: TaskID) -> None:
         self.progress.remove_task(task)
 
 
 class Run:
-    "A learner, the loop around its steps, and the folder in which it leaves everything."
+    "A learner, the loop around its steps, and the folder that it writes to."
 
     def __init__(
         self,
         config: TrainConfig,
         model: RISModel | None = None,  # instead of `create_model`
-    ):
+    ) -> None:
         self.config, self.learner, self.out = config, Learner(config, model), Path(config.out)
         self.best, self.history, self.epoch_loss = None, [], [0.0, 0]
         self.seconds, self.resumed_from = 0.0, None
@@ -734,7 +743,7 @@ class Run:
         }
 
     def save(self) -> None:
-        "Write a checkpoint (the main process; the others hand in their random states)."
+        "Write a checkpoint (the main process; the others send their random states)."
         learner, data = self.learner, self.learner.data
         rng = {f"{k}.{data.rank}": v for k, v in rng_tensors(learner.device).items()}
         if data.world > 1:
@@ -923,12 +932,12 @@ class Run:
         )
 
     def _note(self, epoch: int) -> str:
-        "What stands beside the bar."
+        "The text beside the bar."
         best = f"  IoU {self.best['overall_iou']:.1f}" if self.best else ""
         return f"epoch {epoch + 1}  loss {self.epoch_loss[0] / self.epoch_loss[1]:.4f}{best}"
 
     def _record_step(self, loss: float, log: TextIO) -> None:
-        "A line for the loss of a step; a loss that is no number ends the run."
+        "A line for the loss of a step; a loss that is not finite ends the run."
         learner = self.learner
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {learner.step}: lower lr, or set clip")

@@ -6,11 +6,13 @@
 __all__ = ['check_last_state', 'check_project']
 
 # %% ../../../nbs/exercises/ch08.ipynb #002
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 # %% ../../../nbs/exercises/ch08.ipynb #004
-def check_last_state(fn):
+def check_last_state(fn: Callable) -> str:
     "Compare with a loop over the phrases."
     torch.manual_seed(0)
     states, words = torch.randn(5, 6, 3), torch.randint(1, 9, (5, 6))
@@ -30,7 +32,7 @@ def check_last_state(fn):
     return "check_last_state: correct"
 
 # %% ../../../nbs/exercises/ch08.ipynb #006
-def check_project(fn):
+def check_project(fn: Callable) -> str:
     "Compare with the tiled concatenation, and see that nothing was tiled."
     torch.manual_seed(0)
     maps, pooled, weight = (

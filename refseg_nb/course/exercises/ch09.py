@@ -6,10 +6,12 @@
 __all__ = ['check_masked_weights', 'check_position_product']
 
 # %% ../../../nbs/exercises/ch09.ipynb #002
+from collections.abc import Callable
+
 import torch
 
 # %% ../../../nbs/exercises/ch09.ipynb #004
-def check_masked_weights(fn):
+def check_masked_weights(fn: Callable) -> str:
     "Compare with the weights over the real keys alone."
     torch.manual_seed(0)
     q, k, real = (
@@ -31,7 +33,7 @@ def check_masked_weights(fn):
     return "check_masked_weights: correct"
 
 # %% ../../../nbs/exercises/ch09.ipynb #006
-def check_position_product(fn):
+def check_position_product(fn: Callable) -> str:
     "Compare with the products of the positions themselves."
     for channels, base in ((4, 100.0), (16, 10_000.0)):
         angles = torch.arange(20.0)[:, None] / base ** (2 * torch.arange(channels // 2) / channels)

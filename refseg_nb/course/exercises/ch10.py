@@ -6,11 +6,13 @@
 __all__ = ['check_exchange', 'check_constant_conv1d']
 
 # %% ../../../nbs/exercises/ch10.ipynb #002
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 # %% ../../../nbs/exercises/ch10.ipynb #004
-def check_exchange(fn):
+def check_exchange(fn: Callable) -> str:
     "Compare with the sum written out; every gate has its own value."
     torch.manual_seed(0)
     maps = [torch.randn(2, 3, 4, 4) for _ in range(3)]
@@ -30,7 +32,7 @@ def check_exchange(fn):
     return "check_exchange: correct"
 
 # %% ../../../nbs/exercises/ch10.ipynb #006
-def check_constant_conv1d(fn):
+def check_constant_conv1d(fn: Callable) -> str:
     "Compare with the convolution of the tiled vector."
     torch.manual_seed(0)
     weight, vector = torch.randn(5, 4, 3), torch.randn(2, 4)

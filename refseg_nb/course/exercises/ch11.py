@@ -6,11 +6,13 @@
 __all__ = ['check_sfm_parameters', 'check_one_at_a_time']
 
 # %% ../../../nbs/exercises/ch11.ipynb #002
+from collections.abc import Callable
+
 from ...models.sfm import SFM
 from ...models.shnet import PRESETS, differences
 
 # %% ../../../nbs/exercises/ch11.ipynb #004
-def check_sfm_parameters(fn):
+def check_sfm_parameters(fn: Callable) -> str:
     "Compare with the module itself."
     for c, layers, ffn, final in ((16, 1, 0, False), (16, 2, 24, True), (32, 3, 8, False), (8, 1, 0, True)):
         want = sum(p.numel() for p in SFM(c, 3, layers, heads=2, ffn=ffn, final_norm=final).parameters())
@@ -21,8 +23,8 @@ def check_sfm_parameters(fn):
     return "check_sfm_parameters: correct"
 
 # %% ../../../nbs/exercises/ch11.ipynb #006
-def check_one_at_a_time(fn):
-    "Each configuration must differ from the first in its own field alone, and there as the second says."
+def check_one_at_a_time(fn: Callable) -> str:
+    "Each configuration must differ from the first only in its own field, where it has the second's value."
     for first, second in (("paper", "released"), ("released", "refshapes"), ("paper", "paper")):
         a, b = PRESETS[first], PRESETS[second]
         got, wanted = fn(a, b), differences(a, b)

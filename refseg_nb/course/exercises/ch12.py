@@ -6,11 +6,13 @@
 __all__ = ['check_cosine_decay', 'check_clip_norm', 'check_batches_left']
 
 # %% ../../../nbs/exercises/ch12.ipynb #002
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 # %% ../../../nbs/exercises/ch12.ipynb #005
-def check_cosine_decay(fn):
+def check_cosine_decay(fn: Callable) -> str:
     "Compare at every step of three schedules."
     for total, warmup in [(100, 0), (50, 10), (7, 3)]:
         for step in range(total):
@@ -27,7 +29,7 @@ def check_cosine_decay(fn):
     return "check_cosine_decay: correct"
 
 # %% ../../../nbs/exercises/ch12.ipynb #008
-def check_clip_norm(fn):
+def check_clip_norm(fn: Callable) -> str:
     "Compare with `torch.nn.utils.clip_grad_norm_`."
     generator = torch.Generator().manual_seed(0)
     for largest in (0.1, 1.0, 100.0):
@@ -49,8 +51,8 @@ def check_clip_norm(fn):
     return "check_clip_norm: correct"
 
 # %% ../../../nbs/exercises/ch12.ipynb #011
-def check_batches_left(fn):
-    "Compare with a training that is played through."
+def check_batches_left(fn: Callable) -> str:
+    "Compare with a run that is counted through step by step."
     for batches, accumulate in [(6, 1), (6, 2), (7, 3), (1, 4)]:
         step = 0
         for epoch in range(3):

@@ -7,20 +7,22 @@ __all__ = ['check_update', 'check_exact_marginals']
 
 # %% ../../../nbs/exercises/ch13b.ipynb #002
 import math
+from collections.abc import Callable
 from itertools import product
 
 import torch
+from torch import Tensor
 
 # %% ../../../nbs/exercises/ch13b.ipynb #005
-def _problem(seed, n):
-    "Probabilities, marginals and a symmetric matrix of pulls."
+def _problem(seed: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    "Probabilities, marginals and a symmetric matrix of weights."
     g = torch.Generator().manual_seed(seed)
     P, Q = (torch.rand(n, generator=g) * 0.9 + 0.05 for _ in range(2))
     k = torch.rand(n, n, generator=g)
     return P, Q, (k + k.T).fill_diagonal_(0)
 
 
-def check_update(fn):
+def check_update(fn: Callable) -> str:
     "Compare with the two-label formula, pixel by pixel, and with the pixel that was done by hand."
     P, k = torch.tensor([0.9, 0.4, 0.2]), 1 - torch.eye(3)
     got, want = float(fn(P, P, k)[1]), 1 / (1 + math.exp(-(math.log(0.4 / 0.6) + 0.2)))
@@ -54,7 +56,7 @@ def check_update(fn):
     return "check_update: correct"
 
 # %% ../../../nbs/exercises/ch13b.ipynb #008
-def check_exact_marginals(fn):
+def check_exact_marginals(fn: Callable) -> str:
     "Compare with loops over labellings and pairs."
     for seed, n in enumerate((1, 2, 3, 5)):
         P, _, k = _problem(seed, n)

@@ -6,12 +6,13 @@
 __all__ = ['check_rolled', 'check_lift']
 
 # %% ../../../nbs/exercises/ch14.ipynb #002
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
 
 # %% ../../../nbs/exercises/ch14.ipynb #005
-def _by_paths(steps):
+def _by_paths(steps: list[np.ndarray]) -> np.ndarray:
     "The product of the matrices [L, N, N] as a sum over all paths from token to token."
     n = len(steps[0])
     total = np.zeros((n, n))
@@ -20,7 +21,7 @@ def _by_paths(steps):
     return total
 
 
-def check_rolled(fn):
+def check_rolled(fn: Callable) -> str:
     "Compare with the sum over all paths, on random attention."
     rng = np.random.default_rng(0)
     for layers, heads, n in [(1, 1, 2), (1, 3, 4), (2, 2, 3), (3, 2, 3)]:
@@ -35,7 +36,7 @@ def check_rolled(fn):
         )
         want = _by_paths(step[::-1])
         assert np.allclose(got, want) or not np.allclose(got, _by_paths(step)), (
-            "the layers stand in the wrong order: the last layer is the leftmost factor"
+            "the layers are in the wrong order: the last layer is the leftmost factor"
         )
         assert np.allclose(got, want), (
             f"{layers} layer(s): the rollout differs from the sum over all paths by up to"
@@ -44,7 +45,7 @@ def check_rolled(fn):
     return "check_rolled: correct"
 
 # %% ../../../nbs/exercises/ch14.ipynb #008
-def check_lift(fn):
+def check_lift(fn: Callable) -> str:
     "Compare with a count of cells, on random maps; even maps and empty masks too."
     rng = np.random.default_rng(1)
     assert np.isclose(fn(np.full((4, 5), 3.0), np.arange(20).reshape(4, 5) < 7), 1), (

@@ -6,10 +6,12 @@
 __all__ = ['check_controller', 'check_peephole_step']
 
 # %% ../../../nbs/exercises/ch16.ipynb #002
+from collections.abc import Callable
+
 import torch
 
 # %% ../../../nbs/exercises/ch16.ipynb #004
-def check_controller(fn):
+def check_controller(fn: Callable) -> str:
     "Compare with the sum written out; each level has its own gate and its own gamma."
     torch.manual_seed(0)
     maps, memory, gamma = (
@@ -19,7 +21,7 @@ def check_controller(fn):
     )
     kept = [x.clone() for x in (*maps, *memory)]
     got = fn(maps, memory, gamma)
-    assert len(got) == 3, f"one map a level is wanted: three, not {len(got)}"
+    assert len(got) == 3, f"one map per level is wanted: three, not {len(got)}"
     assert all(torch.equal(x, k) for x, k in zip((*maps, *memory), kept)), (
         "the input was changed: `+=` works in place"
     )
@@ -36,7 +38,7 @@ def check_controller(fn):
     return "check_controller: correct"
 
 # %% ../../../nbs/exercises/ch16.ipynb #006
-def check_peephole_step(fn):
+def check_peephole_step(fn: Callable) -> str:
     "Compare with the step computed number by number."
     from math import exp, tanh
 

@@ -132,7 +132,7 @@ def report_bug(
 
 
 class OneLineErrors(TyperGroup):
-    """The one place where a user's error becomes one line on stderr and exit code 2, and Ctrl-C exit code
+    """Where a user's error becomes one line on stderr and exit code 2, and Ctrl-C exit code
     130; help begins with what people do first."""
 
     FIRST = ("demo", "segment", "explore", "data", "train", "evaluate", "compare", "pretrain", "reproduce")
@@ -267,7 +267,7 @@ def data_make(
     root: Root = None,
     seed: Annotated[int, typer.Option(help="Of the scenes and the expressions.")] = 0,
     resolution: Annotated[
-        int | None, typer.Option(help="Side of a picture in pixels; default: the size's.")
+        int | None, typer.Option(help="Side of an image in pixels; default: the size's.")
     ] = None,
     workers: Workers = None,
 ):
@@ -330,7 +330,7 @@ def data_fetch(
         str,
         typer.Option(
             help=(
-                "COCO's pictures: needed (one by one), zip (the needed ones of the archive), all (of it), or"
+                "COCO's images: needed (one by one), zip (the needed ones of the archive), all (of it), or"
                 " none."
             )
         ),
@@ -443,7 +443,7 @@ def data_convert(
         str, typer.Option(help="link (a second name for the same file, no space needed) or copy.")
     ] = "link",
     image_folder: Annotated[
-        Path | None, typer.Option(help="Where the pictures are, if not at one of the usual places.")
+        Path | None, typer.Option(help="Where the images are, if not in one of the usual folders.")
     ] = None,
 ):
     "Bring a data set into the layout that is read here."
@@ -458,7 +458,7 @@ def data_store(
     root: Root = None,
     split_by: SplitBy = None,
     size: Size = "quick",
-    image_size: Annotated[int, typer.Option(help="Side of the stored pictures: the model's.")] = 320,
+    image_size: Annotated[int, typer.Option(help="Side of the stored images: the model's.")] = 320,
     target_size: Annotated[int, typer.Option(help="Side of the stored targets: the model's output.")] = 72,
     workers: Workers = None,
     out: Annotated[
@@ -468,7 +468,7 @@ def data_store(
         ),
     ] = None,
 ):
-    "Decode every picture once into a file that training reads without waiting."
+    "Decode every image once into a file that training reads without waiting."
     from refseg_nb.data.referit import open_data
     from refseg_nb.data.store import build_store
 
@@ -489,7 +489,7 @@ def data_store(
 def pretrain(
     root: Root = None,
     task: Annotated[
-        str, typer.Option(help="pixels: name every pixel; presence: only what is in the picture.")
+        str, typer.Option(help="pixels: name every pixel; presence: only what is in the image.")
     ] = "pixels",
     out: Annotated[
         Path | None, typer.Option(help="The file to write [default: runs/ and the name of the shipped one].")
@@ -660,7 +660,7 @@ def evaluate(
         str | None,
         typer.Option(help="Give the model other words: shuffled, none, or other (another object's)."),
     ] = None,
-    image_control: Annotated[str | None, typer.Option(help="none: give the model a grey picture.")] = None,
+    image_control: Annotated[str | None, typer.Option(help="none: give the model a grey image.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many images.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the record. Default: the model's folder.")] = None,
     out: Annotated[
@@ -864,7 +864,7 @@ def _check_image(image: Path) -> None:
 def segment(
     image: Annotated[
         Path | None,
-        typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False),
+        typer.Argument(help="The image: PNG, JPEG or any other common format.", show_default=False),
     ] = None,
     phrase: Annotated[
         str | None,
@@ -886,14 +886,14 @@ def segment(
         typer.Option(
             help=(
                 'Many at once: a file with {"image": ..., "phrase": ...} on each line, or a folder of'
-                " pictures. "
+                " images. "
                 "--out gets results.jsonl and masks/; called again, it does what is missing."
             )
         ),
     ] = None,
     phrases: Annotated[
         list[str] | None,
-        typer.Option("--phrase", help="With --batch FOLDER: asked about each picture; may be repeated."),
+        typer.Option("--phrase", help="With --batch FOLDER: asked about each image; may be repeated."),
     ] = None,
 ):
     """Segment what a phrase means: write NAME.PHRASE.mask.png and, outlined on the image,
@@ -902,10 +902,10 @@ def segment(
         return _segment_batch(image, batch, phrases, model, out, device, json_)
     for name, given in (("IMAGE", image), ("PHRASE", phrase)):
         if given is None:
-            raise typer.BadParameter(f"Missing argument '{name}': give a picture and a phrase, or --batch")
+            raise typer.BadParameter(f"Missing argument '{name}': give an image and a phrase, or --batch")
     if phrases:
         raise typer.BadParameter(
-            "--phrase goes with --batch FOLDER; a single phrase stands after the picture"
+            "--phrase goes with --batch FOLDER; a single phrase stands after the image"
         )
     if not phrase.strip():
         raise InputError('the phrase is empty: say what to look for, as in "the red car on the left"')
@@ -984,7 +984,7 @@ def _segment_batch(
 ):
     "`refseg segment --batch`; exit code 1 if a request failed."
     if image:
-        raise typer.BadParameter("give a picture and a phrase, or --batch, not both")
+        raise typer.BadParameter("give an image and a phrase, or --batch, not both")
     if not out:
         raise typer.BadParameter("--batch needs --out, a folder for results.jsonl and the masks")
     if not batch.exists():
@@ -1032,7 +1032,7 @@ def _write_pictures(
 @app.command(rich_help_panel=TRY, epilog='Example:  refseg explore scene.png "the red car"')
 def explore(
     image: Annotated[
-        Path, typer.Argument(help="The picture: PNG, JPEG or any other common format.", show_default=False)
+        Path, typer.Argument(help="The image: PNG, JPEG or any other common format.", show_default=False)
     ],
     phrase: Annotated[
         str, typer.Argument(help='What to look for, as in "the red car on the left".', show_default=False)
@@ -1078,7 +1078,7 @@ def reproduce(
         ),
     ] = "core",
     budget: Annotated[
-        str, typer.Option(help="quick (minutes a training on one core) or full (meant for a GPU).")
+        str, typer.Option(help="quick (minutes a run on one core) or full (meant for a GPU).")
     ] = "quick",
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row.")] = 1,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Only this row; may be repeated.")] = None,

@@ -281,7 +281,7 @@ def create_backbone(
     output_stride: int | None = None,  # of the ResNets: 32 for "resnet101" and 16 for DeepLabv3+ unless given
     frozen: bool = True,  # False only to train it
 ) -> Backbone:
-    "A frozen picture encoder by name, with its pre-trained weights."
+    "A frozen image encoder by name, with its pre-trained weights."
     if name not in BACKBONES:
         raise InputError(f"no backbone called {name!r}; there are {', '.join(BACKBONES)}")
     random = weights is not None and str(weights) == "none"

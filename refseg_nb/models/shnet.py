@@ -184,7 +184,7 @@ def differences(
         if getattr(a, f.name) != getattr(b, f.name)
     }
 
-# %% ../../nbs/11_shnet.ipynb #017
+# %% ../../nbs/11_shnet.ipynb #018
 class SHNet(RISModel):
     "SHNet (Figure 2), and with other configurations the other rows of Tables 2 and 4."
 

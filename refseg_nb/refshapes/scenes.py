@@ -729,7 +729,7 @@ HELDOUT = {
     "balloon": "white",
     "umbrella": "yellow",
 }  # combinations that no split but `heldout` contains
-SMALLEST, LARGEST = 0.10, 0.34  # of `Thing.size`
+SMALLEST, LARGEST = 0.10, 0.34  # of `SceneObject.size`
 TEXTURED_FROM = 0.165  # smaller objects are always plain: their texture could not be seen
 MIN_VISIBLE = 0.6  # of every silhouette
 

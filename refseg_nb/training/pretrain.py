@@ -351,7 +351,7 @@ def pretrain_backbone(
     root: str | Path,  # where the data set is
     name: str = "refshapes",  # a RefShapes data set
     *,
-    task: str = "pixels",  # or "presence": name every pixel, or only what is in the picture
+    task: str = "pixels",  # or "presence": name every pixel, or only what is in the image
     make=RefShapesBackbone,  # makes the encoder to train, with levels at strides 4, 8, ...
     epochs: int = 25,
     batch_size: int = 16,  # images

@@ -171,7 +171,7 @@ export function render({ model, el }) {
   const free = make("button", { type: "button", title: "Free the lock (Esc)", onclick: () => lock(null) }, "Free");
   const alpha = make("input", { type: "range", min: "0", max: "100", value: "80", oninput: () => { S.alpha = alpha.value / 100; schedule(); } });
   const controls = make("div", { class: "controls" }, kind.field, direction.field, scale.field,
-    make("label", { class: "field" }, make("span", {}, "Map over picture"), alpha),
+    make("label", { class: "field" }, make("span", {}, "Map over image"), alpha),
     make("div", { class: "field", role: "group", "aria-label": "Pixels to look from" }, make("span", {}, "Mean over"), make("div", { class: "buttons" }, ofMask, ofTruth, boxing)),
     make("div", { class: "field" }, make("span", { "aria-hidden": "true" }, " "), make("div", { class: "buttons" }, smooth, free)));
   const holder = make("div", { class: "panels" });
@@ -413,7 +413,7 @@ export function render({ model, el }) {
     pending ||= requestAnimationFrame(() => { pending = 0; draw(); });
   }
 
-  // Colours of a map; with `veil` small values are also more transparent, so that the picture stays visible under them
+  // Colours of a map; with `veil` small values are also more transparent, so that the image stays visible under them
   function heat(context, values, h, w, top, veil = false) {
     const image = images.get(context) ?? context.createImageData(w, h), out = new Uint32Array(image.data.buffer), scale = 255 / top;
     images.set(context, image);
@@ -620,7 +620,7 @@ export function render({ model, el }) {
       if (!mask || !toPixels) continue;
       let share = 0;
       mask.cover[key].forEach((v, i) => { share += v * view.pixels[i]; });
-      lines.push(`${percent(share / toPixels)} inside ${label} (${percent(mask.area)} of the picture)`);
+      lines.push(`${percent(share / toPixels)} inside ${label} (${percent(mask.area)} of the image)`);
     }
     panel.inside.textContent = lines.length ? `Of the map, ${lines.join("; ")}.` : "";
     panel.readout.textContent = S.locked && S.readout && view.pixels ? `Row ${S.readout[0]}, column ${S.readout[1]}: ${percent(view.pixels[S.readout[0] * level.grid[1] + S.readout[1]] ?? 0)}` : "";

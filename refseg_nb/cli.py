@@ -904,9 +904,7 @@ def segment(
         if given is None:
             raise typer.BadParameter(f"Missing argument '{name}': give an image and a phrase, or --batch")
     if phrases:
-        raise typer.BadParameter(
-            "--phrase goes with --batch FOLDER; a single phrase stands after the image"
-        )
+        raise typer.BadParameter("--phrase goes with --batch FOLDER; a single phrase stands after the image")
     if not phrase.strip():
         raise InputError('the phrase is empty: say what to look for, as in "the red car on the left"')
     _check_image(image)

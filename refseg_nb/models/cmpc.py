@@ -30,7 +30,7 @@ from refseg_nb.models.backbones import (
     create_backbone,
 )
 from .base import AttentionBlock, ModelAttention, ModelConfig, Recipe, RISModel, image_rows
-from .decoder import pick
+from .decoder import per_expression
 from .registry import register_model
 from .text import TextEncoder
 
@@ -526,7 +526,7 @@ class CMPC(RISModel):
         image_index = image_rows(len(features[0]), len(words), image_index, words.device)
         said = self.reader(words)
         maps, to_words, to_places = zip(
-            *(level(pick(f, image_index), said, self.where) for level, f in zip(self.levels, features))
+            *(level(per_expression(f, image_index), said, self.where) for level, f in zip(self.levels, features))
         )
         attention = CMPCAttention(
             said.types,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .base import AttentionBlock, ModelAttention, Recipe, RISModel, image_rows
-from .decoder import pick
+from .decoder import per_expression
 from refseg_nb.models.lavt import (
     LAVT_RECIPES,
     SWINS,
@@ -411,7 +411,7 @@ class CrossVLT(RISModel):
         image_index = image_rows(len(features[0]), len(words), image_index, words.device)
         l, mask, _ = self.text[0](words)
         v, stages, maps, seen = (
-            pick(features[0], image_index),
+            per_expression(features[0], image_index),
             self.backbone.stages,
             [],
             CrossAttention(places={}, merged={}, words={}, similarity={}, mask=mask, begin=self.config.begin),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import InputError, NotFoundError, require
 from .backbones import Backbone, _check_keys, _read_checkpoint
 from .base import AttentionBlock, ModelAttention, Recipe, RISModel, image_rows
-from .decoder import conv_bn_relu, pick
+from .decoder import conv_bn_relu, per_expression
 from .registry import register_model
 from .text import BertReaderConfig, bert_encoder
 
@@ -474,7 +474,7 @@ class LAVT(RISModel):
     ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], PixelWordAttention]:
         "Logits for each expression, at the size of stage 1 times `factor`. Stages 2 to 4 run anew for each."
         image_index = image_rows(len(features[0]), len(words), image_index, words.device)
-        language, v = self.text(words), pick(features[0], image_index)
+        language, v = self.text(words), per_expression(features[0], image_index)
         maps, attention = [], {}
         for i in range(4):
             f, a = self.fusion[i](v.flatten(1, 2), language.words, language.mask)

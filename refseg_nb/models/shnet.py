@@ -18,7 +18,7 @@ from ..errors import InputError
 from .aggregation import AGGREGATIONS
 from .backbones import BACKBONES, Backbone, create_backbone
 from .base import ModelConfig, Recipe, RISModel, image_rows
-from .decoder import ASPP, BaselineFusion, ConcatLevels, LevelAdapter, UpsampleDecoder, pick
+from .decoder import ASPP, BaselineFusion, ConcatLevels, LevelAdapter, UpsampleDecoder, per_expression
 from .hcam import HCAM, Conv3dLevels, average_words
 from .registry import register_model
 from .sfm import SFM, LayerAttention, SFMAttention
@@ -285,7 +285,7 @@ class SHNet(RISModel):
                 [average_words(language.words, language.mask)] * 3,
                 None,
             )
-        maps = [pick(f, image_index) for f in features]
+        maps = [per_expression(f, image_index) for f in features]
         if self.config.sfm_shared:  # the three levels go through as one batch of 3B
             v, l, a = self.sfm[0](
                 torch.cat(maps), language.words.repeat(3, 1, 1), language.mask.repeat(3, 1), return_attention

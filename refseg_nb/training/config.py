@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 from ..data.batches import SENTENCES, UNITS
+from ..data.refer import data_root
 from ..errors import InputError
 from ..models.base import Recipe
 from ..models.registry import model_recipe, registered
@@ -20,7 +21,7 @@ class TrainConfig:
     "Everything that decides the outcome of a training run, and a few settings of how it is shown."
 
     # data
-    root: str = "data"  # folder of the data sets
+    root: str | None = None  # folder of the data sets; None: `data_root()`
     data: str = "refshapes"  # data set
     split_by: str | None = None  # which split file, such as "unc" or "umd"
     train_split: str = "train"
@@ -150,7 +151,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        self.root, self.out = str(self.root), str(self.out)
+        self.root, self.out = str(data_root() if self.root is None else self.root), str(self.out)
         self.cache_folder, self.pieces = (p and str(p) for p in (self.cache_folder, self.pieces))
         self._fill_from_recipe()
         if self.class_weights is not None:

@@ -60,11 +60,11 @@ export: $(READY)
 	$(BIN)/nbdev_clean
 
 readme: $(READY)
-	$(BIN)/python -m refseg_nb.course.tools readme
+	$(BIN)/python -m refseg_nb.course readme
 
 # Run chapters and keep their outputs:  make run NB=nbs/05_pictures.ipynb
 run: $(READY)
-	$(BIN)/python -m refseg_nb.course.tools stubs $(NB)
+	$(BIN)/python -m refseg_nb.course stubs $(NB)
 	$(BIN)/nbdev_export
 	$(BIN)/jupyter execute --inplace $(NB)
 	$(BIN)/nbdev_clean

@@ -526,7 +526,10 @@ class CMPC(RISModel):
         image_index = image_rows(len(features[0]), len(words), image_index, words.device)
         said = self.reader(words)
         maps, to_words, to_places = zip(
-            *(level(per_expression(f, image_index), said, self.where) for level, f in zip(self.levels, features))
+            *(
+                level(per_expression(f, image_index), said, self.where)
+                for level, f in zip(self.levels, features)
+            )
         )
         attention = CMPCAttention(
             said.types,

@@ -18,7 +18,14 @@ from ..errors import InputError
 from .aggregation import AGGREGATIONS
 from .backbones import BACKBONES, Backbone, create_backbone
 from .base import ModelConfig, Recipe, RISModel, image_rows
-from .decoder import ASPP, BaselineFusion, ConcatLevels, LevelAdapter, UpsampleDecoder, per_expression
+from refseg_nb.models.decoder import (
+    ASPP,
+    BaselineFusion,
+    ConcatLevels,
+    LevelAdapter,
+    UpsampleDecoder,
+    per_expression,
+)
 from .hcam import HCAM, Conv3dLevels, average_words
 from .registry import register_model
 from .sfm import SFM, LayerAttention, SFMAttention

@@ -1078,7 +1078,7 @@ def reproduce(
     budget: Annotated[
         str, typer.Option(help="quick (minutes a run on one core) or full (meant for a GPU).")
     ] = "quick",
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each row, each with a seed of its own.")] = 1,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Only this row; may be repeated.")] = None,
     data: Annotated[
         str,
@@ -1094,7 +1094,7 @@ def reproduce(
     ] = None,
     split_by: SplitBy = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a row, instead of the budget's.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Trainings side by side. Default: one a core.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side. Default: one a core.")] = None,
     preset: Annotated[
         str, typer.Option(help="Size of the model: refshapes (small), paper, or released.")
     ] = "refshapes",

@@ -28,13 +28,15 @@ class LevelAdapter(nn.Module):
         grid: int,  # H = W
         pool: int = 2,  # pool to pool*H: 2 = to 2H, then stride 2 (released); 1 = to H, then stride 1
         norm: bool = True,  # BatchNorm and LeakyReLU after the convolution (released)
+        groups: int = 0,  # GroupNorm of so many groups in BatchNorm's place; 0: BatchNorm
     ) -> None:
         super().__init__()
         if pool not in (1, 2):
             raise InputError(f"pool must be 1 or 2, not {pool}")
         self.size = pool * grid
         self.conv = nn.Conv2d(in_channels, channels, 3, stride=pool, padding=1)
-        self.after = nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU()) if norm else nn.Identity()
+        normed = nn.GroupNorm(groups, channels) if groups else nn.BatchNorm2d(channels)
+        self.after = nn.Sequential(normed, nn.LeakyReLU()) if norm else nn.Identity()
 
     def forward(
         self,

@@ -48,6 +48,8 @@ class SHNetConfig(ModelConfig):
     pool: int = 1
     # BatchNorm + LeakyReLU in the adapters: the paper names neither; released: yes
     adapter_norm: bool = False
+    # GroupNorm of so many groups in BatchNorm's place; 0: BatchNorm (released). Not in the paper
+    adapter_groups: int = 0
     # words
     word_dim: int = 300  # GloVe 840B-300d; section 4.2
     train_words: bool = True  # paper: GloVe "to initialize"; released: the table is frozen
@@ -70,6 +72,9 @@ class SHNetConfig(ModelConfig):
     sfm_base: float = 10_000.0  # of the sinusoids
     # length of the image in units of the sinusoids; None: one unit per position, as published
     sfm_extent: float | None = None
+    # added to the attention scores, learned; not in the paper: a number for each offset of two positions,
+    sfm_relative: bool = False
+    sfm_word_bias: float | None = None  # and one for positions that look at words, which begins with this
     # HCAM, equations 2 and 3
     use_hcam: bool = True  # Table 2, rows 1 and 3: no
     # a convolution for each Lambda_ij ("pair"), for each level i ("level", released), or "one" for all
@@ -95,6 +100,11 @@ class SHNetConfig(ModelConfig):
         fusions = ("concat", "conv3d", *AGGREGATIONS)
         if self.level_fusion not in fusions:
             raise InputError(f"level_fusion must be one of {', '.join(fusions)}, not {self.level_fusion!r}")
+
+    @property
+    def scores_are_products(self) -> bool:
+        "Whether an attention score is q·k and nothing else."
+        return not self.sfm_relative and self.sfm_word_bias is None
 
     @property
     def output_size(self) -> int:
@@ -249,6 +259,8 @@ class SHNet(RISModel):
                     base=config.sfm_base,
                     max_words=config.max_words,
                     extent=config.sfm_extent,
+                    relative=config.sfm_relative,
+                    word_bias=config.sfm_word_bias,
                 )
                 for _ in range(1 if config.sfm_shared else 3)
             )
@@ -317,7 +329,7 @@ class SHNet(RISModel):
                 levels=weights,
                 grid=(self.config.grid, self.config.grid),
                 words=t,
-                steps=steps,
+                steps=steps if self.config.scores_are_products else {},
                 width=self.config.channels // self.config.sfm_heads,
                 residual=self.config.sfm_residual,
             )

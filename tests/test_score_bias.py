@@ -1,0 +1,137 @@
+"""The learned numbers that SFM may add to its scores, and GroupNorm in the adapters: against plain loops."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from refseg_nb.data.refer import Refer
+from refseg_nb.data.words import vocabulary_for
+from refseg_nb.models.decoder import LevelAdapter
+from refseg_nb.models.hub import load_model, save_model
+from refseg_nb.models.registry import create_model
+from refseg_nb.models.sfm import SFM, JointAttention, ScoreBias
+from refseg_nb.refshapes.dataset import tiny_data
+
+GRID, WORDS, HEADS, CHANNELS = 3, 4, 2, 8
+TOKENS = GRID**2 + WORDS
+
+
+def random_bias(relative=True, words=0.5):
+    bias = ScoreBias(HEADS, GRID, relative, words)
+    with torch.no_grad():
+        for p in bias.parameters():
+            p.copy_(torch.randn_like(p))
+    return bias
+
+
+def bias_by_loops(bias, head, query, key):
+    "What is added to one score, from the definition."
+    pixels = GRID**2
+    if query >= pixels:
+        return 0.0
+    if key >= pixels:
+        return 0.0 if bias.words is None else float(bias.words[head])
+    if bias.relative is None:
+        return 0.0
+    dy, dx = query // GRID - key // GRID, query % GRID - key % GRID
+    table = bias.relative[head].view(2 * GRID - 1, 2 * GRID - 1)
+    return float(table[dy + GRID - 1, dx + GRID - 1])
+
+
+@pytest.mark.parametrize("relative, words", [(True, 0.5), (True, None), (False, 0.5)])
+def test_bias_is_its_definition(relative, words):
+    torch.manual_seed(0)
+    bias = random_bias(relative, words).requires_grad_(False)
+    found = bias(TOKENS)
+    assert found.shape == (HEADS, TOKENS, TOKENS)
+    for head in range(HEADS):
+        for query in range(TOKENS):
+            for key in range(TOKENS):
+                expected = bias_by_loops(bias, head, query, key)
+                assert float(found[head, query, key]) == pytest.approx(expected)
+
+
+def test_attention_with_bias_against_loops():
+    torch.manual_seed(1)
+    attention = JointAttention(CHANNELS, HEADS, bias=random_bias()).eval().requires_grad_(False)
+    bias = attention.bias
+    x, where = torch.randn(2, TOKENS, CHANNELS), torch.randn(TOKENS, CHANNELS)
+    mask = torch.ones(2, TOKENS, dtype=torch.bool)
+    mask[1, -2:] = False
+    y, looked = attention(x, where, mask, return_attention=True)
+    q, k, v = attention.qkv(x + where).chunk(3, dim=-1)
+    d = CHANNELS // HEADS
+    for b in range(2):
+        for n in range(TOKENS):
+            parts = []
+            for h in range(HEADS):
+                part, keys = slice(h * d, (h + 1) * d), [m for m in range(TOKENS) if mask[b, m]]
+                scores = [
+                    float(q[b, n, part] @ k[b, m, part]) / math.sqrt(d) + bias_by_loops(bias, h, n, m)
+                    for m in keys
+                ]
+                weights = torch.tensor(scores).softmax(0)
+                assert torch.allclose(looked.weights[b, h, n, keys], weights, atol=1e-5)
+                parts.append(sum(w * v[b, m, part] for w, m in zip(weights, keys)))
+            assert torch.allclose(y[b, n], attention.out(torch.cat(parts)), atol=1e-5)
+    assert torch.allclose(attention(x, where, mask)[0], y, atol=1e-5), "the fused kernel gives the same"
+    assert torch.allclose(attention(x, where)[0], attention(x, where, None, True)[0], atol=1e-5)
+
+
+def test_a_bias_of_log_pixels_over_words_gives_words_half_of_the_weight():
+    "Where all scores are alike, T words beside HW positions get T / (HW + T); the bias makes it one half."
+    plain = JointAttention(CHANNELS, HEADS)
+    biased = JointAttention(CHANNELS, HEADS, bias=ScoreBias(HEADS, GRID, False, math.log(GRID**2 / WORDS)))
+    for attention, share in ((plain, WORDS / TOKENS), (biased, 0.5)):
+        torch.nn.init.zeros_(attention.qkv.weight)
+        _, looked = attention(torch.randn(1, TOKENS, CHANNELS), None, None, True)
+        to_words = looked.weights[..., : GRID**2, GRID**2 :].sum(-1)
+        assert torch.allclose(to_words, torch.full_like(to_words, share), atol=1e-6)
+
+
+def test_a_new_relative_bias_changes_nothing_and_learns():
+    torch.manual_seed(2)
+    plain = SFM(CHANNELS, GRID, layers=2, heads=HEADS)
+    biased = SFM(CHANNELS, GRID, layers=2, heads=HEADS, relative=True)
+    biased.load_state_dict(plain.state_dict(), strict=False)
+    maps, words = torch.randn(2, CHANNELS, GRID, GRID), torch.randn(2, WORDS, CHANNELS)
+    assert torch.allclose(plain(maps, words)[0], biased(maps, words)[0], atol=1e-6)
+    biased(maps, words)[0].square().sum().backward()
+    tables = [layer.attention.bias.relative for layer in biased.layers]
+    assert len(tables) == 2 and all(t.grad.abs().sum() > 0 for t in tables)
+
+
+def test_model_with_the_aids_is_stored_and_read(tmp_path):
+    torch.manual_seed(3)
+    refer = Refer(tiny_data(), "refshapes")
+    vocabulary = vocabulary_for(refer)
+    aids = dict(sfm_relative=True, sfm_word_bias=2.5, adapter_groups=8)
+    model = create_model("shnet", vocab_size=len(vocabulary), preset="refshapes", **aids).eval()
+    images, words = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), torch.randint(1, 9, (2, 4))
+    logits, attention = model.segment(model.encode(images), words, return_attention=True)
+    assert not attention.steps, "a biased score is not q·k alone, so no steps from q·k are shown"
+    save_model(tmp_path / "m", model, vocabulary)
+    again, _, _ = load_model(tmp_path / "m")
+    assert replace(again.config, backbone_weights=None) == model.config
+    assert torch.equal(again(images, words), model(images, words))
+    assert torch.allclose(model(images, words), logits, atol=1e-4)
+
+
+def test_adapter_with_groups():
+    torch.manual_seed(4)
+    adapter, level = LevelAdapter(5, 8, 4, groups=2), torch.randn(3, 5, 9, 9)
+    x = adapter.conv(F.adaptive_max_pool2d(level, 8))
+    normed = torch.stack(
+        [
+            torch.cat(
+                [(part - part.mean()) / (part.var(unbiased=False) + 1e-5).sqrt() for part in image.split(4)]
+            )
+            for image in x
+        ]
+    )
+    assert torch.allclose(adapter(level), F.leaky_relu(normed, 0.01), atol=1e-5)
+    one = adapter(level[:1])
+    assert torch.allclose(one, adapter(level)[:1], atol=1e-6), "an image does not depend on the others"

@@ -1,4 +1,4 @@
-"""The learned numbers that SFM may add to its scores, and GroupNorm in the adapters: against plain loops."""
+"""The learned numbers that SFM may add to its scores, and GroupNorm in BatchNorm's place: against plain loops."""
 
 import math
 from dataclasses import replace
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from refseg_nb.data.refer import Refer
 from refseg_nb.data.words import vocabulary_for
-from refseg_nb.models.decoder import LevelAdapter
+from refseg_nb.models.decoder import LevelAdapter, use_group_norm
 from refseg_nb.models.hub import load_model, save_model
-from refseg_nb.models.registry import create_model
+from refseg_nb.models.registry import create_model, list_models, model_config
 from refseg_nb.models.sfm import SFM, JointAttention, ScoreBias
 from refseg_nb.refshapes.dataset import tiny_data
 
@@ -108,7 +108,7 @@ def test_model_with_the_aids_is_stored_and_read(tmp_path):
     torch.manual_seed(3)
     refer = Refer(tiny_data(), "refshapes")
     vocabulary = vocabulary_for(refer)
-    aids = dict(sfm_relative=True, sfm_word_bias=2.5, adapter_groups=8)
+    aids = dict(sfm_relative=True, sfm_word_bias=2.5, norm_groups=8)
     model = create_model("shnet", vocab_size=len(vocabulary), preset="refshapes", **aids).eval()
     images, words = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), torch.randint(1, 9, (2, 4))
     logits, attention = model.segment(model.encode(images), words, return_attention=True)
@@ -120,18 +120,37 @@ def test_model_with_the_aids_is_stored_and_read(tmp_path):
     assert torch.allclose(model(images, words), logits, atol=1e-4)
 
 
-def test_adapter_with_groups():
+def test_group_norm_in_the_place_of_batch_norm():
     torch.manual_seed(4)
-    adapter, level = LevelAdapter(5, 8, 4, groups=2), torch.randn(3, 5, 9, 9)
+    adapter, level = use_group_norm(LevelAdapter(5, 8, 4), 2), torch.randn(3, 5, 9, 9)
     x = adapter.conv(F.adaptive_max_pool2d(level, 8))
     normed = torch.stack(
         [
-            torch.cat(
-                [(part - part.mean()) / (part.var(unbiased=False) + 1e-5).sqrt() for part in image.split(4)]
-            )
+            torch.cat([(p - p.mean()) / (p.var(unbiased=False) + 1e-5).sqrt() for p in image.split(4)])
             for image in x
         ]
     )
     assert torch.allclose(adapter(level), F.leaky_relu(normed, 0.01), atol=1e-5)
-    one = adapter(level[:1])
-    assert torch.allclose(one, adapter(level)[:1], atol=1e-6), "an image does not depend on the others"
+    with pytest.raises(ValueError, match="8 channels .* 3 groups"):
+        use_group_norm(LevelAdapter(5, 8, 4), 3)
+
+
+@pytest.mark.parametrize(
+    "row", ["shnet", "baseline", "only-hcam", "only-sfm", "sfm-convlstm", "mgate", "tgfe"]
+)
+def test_no_batch_norm_is_left_outside_the_backbone(row):
+    name = row if row in list_models() else next(n for n in list_models() if row in n)
+    model = create_model(name, vocab_size=9, preset="refshapes", norm_groups=8)
+    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all(n.startswith("backbone") for n in norms)
+    assert any(isinstance(m, torch.nn.GroupNorm) for m in model.modules())
+    images, words = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8), torch.randint(1, 9, (3, 4))
+    features, index = model.train().encode(images), torch.zeros(3, dtype=torch.long)
+    together, alone = model.segment(features, words, index), model.segment(features, words[:1], index[:1])
+    assert torch.allclose(together[:1], alone, atol=1e-4), "an answer does not depend on the others"
+
+
+def test_published_presets_have_no_aid():
+    for preset in ("paper", "released", "refshapes"):
+        config = model_config("shnet", preset)
+        assert (config.sfm_relative, config.sfm_word_bias, config.norm_groups) == (False, None, 0)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDE', 'LevelAdapter', 'per_expression', 'BaselineFusion', 'ConcatLevels', 'conv_bn_relu', 'ASPP', 'double',
-           'doubling_taps', 'doubled_conv', 'UpsampleDecoder']
+           'doubling_taps', 'doubled_conv', 'UpsampleDecoder', 'use_group_norm']
 
 # %% ../../nbs/08_baseline.ipynb #002
 import math
@@ -28,15 +28,13 @@ class LevelAdapter(nn.Module):
         grid: int,  # H = W
         pool: int = 2,  # pool to pool*H: 2 = to 2H, then stride 2 (released); 1 = to H, then stride 1
         norm: bool = True,  # BatchNorm and LeakyReLU after the convolution (released)
-        groups: int = 0,  # GroupNorm of so many groups in BatchNorm's place; 0: BatchNorm
     ) -> None:
         super().__init__()
         if pool not in (1, 2):
             raise InputError(f"pool must be 1 or 2, not {pool}")
         self.size = pool * grid
         self.conv = nn.Conv2d(in_channels, channels, 3, stride=pool, padding=1)
-        normed = nn.GroupNorm(groups, channels) if groups else nn.BatchNorm2d(channels)
-        self.after = nn.Sequential(normed, nn.LeakyReLU()) if norm else nn.Identity()
+        self.after = nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU()) if norm else nn.Identity()
 
     def forward(
         self,
@@ -238,3 +236,18 @@ class UpsampleDecoder(nn.Module):
         if 0 < self.doublings == len(self.convs):
             x = double(x)
         return self.last(x).squeeze(1)
+
+# %% ../../nbs/08_baseline.ipynb #051
+def use_group_norm(
+    module: nn.Module,  # is changed
+    groups: int,  # channels are normalised in so many groups; must divide the channels of every BatchNorm
+) -> nn.Module:  # the same module
+    "Put a GroupNorm in the place of every `nn.BatchNorm2d`, with new weights (Wu and He, 2018)."
+    for name, child in module.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            use_group_norm(child, groups)
+        elif child.num_features % groups:
+            raise InputError(f"{child.num_features} channels cannot be normalised in {groups} groups")
+        else:
+            setattr(module, name, nn.GroupNorm(groups, child.num_features))
+    return module

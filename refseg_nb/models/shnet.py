@@ -25,6 +25,7 @@ from refseg_nb.models.decoder import (
     LevelAdapter,
     UpsampleDecoder,
     per_expression,
+    use_group_norm,
 )
 from .hcam import HCAM, Conv3dLevels, average_words
 from .registry import register_model
@@ -48,8 +49,6 @@ class SHNetConfig(ModelConfig):
     pool: int = 1
     # BatchNorm + LeakyReLU in the adapters: the paper names neither; released: yes
     adapter_norm: bool = False
-    # GroupNorm of so many groups in BatchNorm's place; 0: BatchNorm (released). Not in the paper
-    adapter_groups: int = 0
     # words
     word_dim: int = 300  # GloVe 840B-300d; section 4.2
     train_words: bool = True  # paper: GloVe "to initialize"; released: the table is frozen
@@ -91,6 +90,8 @@ class SHNetConfig(ModelConfig):
     decoder_widths: tuple[int, ...] = (512, 512, 512, 256)
     decoder_doublings: int = 2  # the logits have grid * 2**decoder_doublings pixels a side
     decoder_dropout: float = 0.1  # Dropout2d; the rate is not known to us
+    # GroupNorm of so many groups in the place of each BatchNorm outside the backbone; 0: BatchNorm, as published
+    norm_groups: int = 0
     prior: float | None = None  # foreground share that the untrained decoder predicts; None: one half
 
     def check(self) -> None:
@@ -280,6 +281,10 @@ class SHNet(RISModel):
             dropout=config.decoder_dropout,
             prior=config.prior,
         )
+        if config.norm_groups:
+            for name, part in self.named_children():
+                if name != "backbone":
+                    use_group_norm(part, config.norm_groups)
 
     def adapt(
         self,

@@ -1,0 +1,228 @@
+"""Why do relations come late? SHNet at 96 px trained for a while with one thing changed, scored by kind of phrase.
+
+    refseg data make --size large --root DATA
+    python results/relations/study.py prepare --root DATA --cache CACHE
+    python results/relations/study.py train --cache CACHE --name anchor --seed 1 --anchor 0.3 --relative --stop 2000
+
+`prepare` keeps what does not change while SHNet trains: the frozen backbone's levels, pooled as the adapters pool
+them, the words, and the masks of referents and anchors. `train` follows the recipe of `refseg reproduce` (24 phrases
+about three images, cross-entropy and a tenth of Dice, AdamW, polynomial decay over 6,000 steps) and writes a line
+of JSON every 500 steps: overall IoU on 300 images of val, in all and by kind.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from refseg_nb.models.losses import dice_loss
+from refseg_nb.models.shnet import PRESETS, SHNet
+
+GRID = 8
+TARGET = 32  # pixels a side of the targets
+
+
+def prepare(root: str, cache: str) -> None:
+    "Write CACHE/train.pt and CACHE/val.pt."
+    from refseg_nb.data.batches import RISDataset, soft_target
+    from refseg_nb.data.refer import Refer
+    from refseg_nb.data.words import vocabulary_for
+    from refseg_nb.models.backbones import create_backbone
+    from refseg_nb.reproduce.figures import anchors_of
+
+    refer = Refer(root, "refshapes")
+    vocabulary, backbone = vocabulary_for(refer), create_backbone("refshapes").eval()
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    for split, limit in (("train", None), ("val", 300)):
+        data = RISDataset(refer, split, vocabulary, image_size=96, target_size=TARGET)
+        groups, levels = data.groups[:limit], []
+        with torch.no_grad():
+            for k in range(0, len(groups), 64):
+                images = torch.stack([data.image(i) for i, _ in groups[k : k + 64]])
+                levels.append([F.adaptive_max_pool2d(v, 2 * GRID).half() for v in backbone(images)])
+        rows = [i for _, indices in groups for i in indices]
+        samples = [data.samples[i] for i in rows]
+        anchors = [sorted(anchors_of(refer, s)) for s in samples]
+        needed = sorted({s.ann_id for s in samples}.union(*anchors))
+        number = {ann: k for k, ann in enumerate(needed)}
+        whole = torch.stack([torch.from_numpy(refer.mask(i)) for i in needed]) if split == "val" else None
+        torch.save(
+            {
+                "levels": [torch.cat(v) for v in zip(*levels)],
+                "image": torch.tensor([k for k, (_, indices) in enumerate(groups) for _ in indices]),
+                "words": data.words[rows],
+                "length": data.lengths[rows],
+                "referent": torch.tensor([number[s.ann_id] for s in samples]),
+                "anchors": [[number[i] for i in ids] for ids in anchors],
+                "masks": torch.stack([soft_target(refer.mask(i), TARGET).half() for i in needed]),
+                "whole": whole,
+                "kind": [s.kind for s in samples],
+                "words in all": len(vocabulary),
+            },
+            Path(cache) / f"{split}.pt",
+        )
+        print(f"{split}: {len(groups):,} images, {len(samples):,} phrases")
+
+
+class Study:
+    "One run."
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = o = options
+        self.train, self.val = (
+            torch.load(Path(o.cache) / f"{split}.pt", weights_only=False) for split in ("train", "val")
+        )
+        torch.manual_seed(o.seed)
+        config = replace(
+            PRESETS["refshapes"],
+            grid=GRID,
+            aspp_rates=(1, 2, 4),
+            sfm_layers=o.layers,
+            sfm_heads=o.heads,
+            sfm_relative=o.relative,
+            sfm_word_bias=o.word_bias,
+            norm_groups=o.groups,
+        )
+        self.model = SHNet(config, vocab_size=self.train["words in all"]).train()
+        self.anchor_head = nn.Linear(config.channels, 1)  # "is the anchor here?", after SFM's first layer
+        nn.init.constant_(self.anchor_head.bias, -3.0)
+        self.after_first = None
+        self.model.sfm[0].layers[0].register_forward_hook(self._keep)
+        self.parameters = [*self.anchor_head.parameters()]
+        self.parameters += [p for n, p in self.model.named_parameters() if not n.startswith("backbone")]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, weight_decay=1e-4, betas=(0.9, o.beta2))
+        self.rng = np.random.default_rng(o.seed)
+        self.of_image = [[] for _ in self.train["levels"][0]]
+        for row, image in enumerate(self.train["image"].tolist()):
+            self.of_image[image].append(row)
+
+    def _keep(self, layer, inputs, output) -> None:
+        self.after_first = output[0][:, : GRID**2]
+
+    def batches(self):
+        "Images and their phrases, in a new order every epoch."
+        o = self.options
+        while True:
+            order = self.rng.permutation(len(self.of_image))
+            for k in range(0, len(order) - o.images + 1, o.images):
+                images = order[k : k + o.images]
+                drawn = [self.of_image[i] for i in images]
+                if o.phrases:
+                    drawn = [
+                        self.rng.choice(r, min(o.phrases, len(r)), replace=False).tolist() for r in drawn
+                    ]
+                yield images, drawn
+
+    def anchor_loss(self, rows: list[int]) -> torch.Tensor:
+        "Cross-entropy of the anchors' share of each position, over the phrases that name an anchor."
+        anchors = [self.train["anchors"][row] for row in rows]
+        named = torch.tensor([bool(ids) for ids in anchors])
+        if not named.any():
+            return torch.zeros(())
+        masks = torch.stack([self.train["masks"][ids].float().amax(0) for ids in anchors if ids])
+        share = F.avg_pool2d(masks[:, None], TARGET // GRID).flatten(1)
+        states = self.after_first.unflatten(0, (3, len(rows)))[:, named]  # three levels
+        logits = self.anchor_head(states)[..., 0].float()
+        return F.binary_cross_entropy_with_logits(logits, share.expand_as(logits))
+
+    def step(self, images: np.ndarray, drawn: list[list[int]]) -> float:
+        "One step of the optimizer; the loss of the masks."
+        data, rows = self.train, [row for r in drawn for row in r]
+        index = torch.repeat_interleave(torch.arange(len(drawn)), torch.tensor([len(r) for r in drawn]))
+        words = data["words"][rows][:, : int(data["length"][rows].max())]
+        targets = data["masks"][data["referent"][rows]].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            features = self.model.adapt([v[torch.as_tensor(images)].float() for v in data["levels"]])
+            logits = self.model.segment(features, words, index).float()
+            anchor = self.anchor_loss(rows) if self.options.anchor else 0.0
+        loss = F.binary_cross_entropy_with_logits(logits, targets) + self.options.dice * dice_loss(
+            logits, targets
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + self.options.anchor * anchor).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        "Overall IoU in per cent, in all and by kind."
+        data, both, either = self.val, {}, {}
+        self.model.eval()
+        for k in range(len(data["levels"][0])):
+            rows = (data["image"] == k).nonzero()[:, 0]
+            words = data["words"][rows][:, : int(data["length"][rows].max())]
+            with torch.autocast("cpu", torch.bfloat16):
+                features = self.model.adapt([v[k : k + 1].float() for v in data["levels"]])
+                logits = self.model.segment(features, words, torch.zeros_like(rows)).float()
+            masks = F.interpolate(logits[:, None], (96, 96), mode="bilinear", align_corners=False)[:, 0] > 0
+            true = data["whole"][data["referent"][rows]]
+            for n, row in enumerate(rows.tolist()):
+                for key in ("all", data["kind"][row]):
+                    both[key] = both.get(key, 0) + int((masks[n] & true[n]).sum())
+                    either[key] = either.get(key, 0) + int((masks[n] | true[n]).sum())
+        self.model.train()
+        return {key: round(100 * both[key] / either[key], 1) for key in sorted(both)}
+
+    def run(self, out: Path) -> None:
+        "Train, and write a line every so many steps."
+        o, start, losses = self.options, time.perf_counter(), []
+        batches = self.batches()
+        with open(out / f"{o.name}-seed{o.seed}.jsonl", "w", encoding="utf-8") as log:
+            told = {k: v for k, v in vars(o).items() if k not in ("cache", "out", "root", "what")}
+            log.write(json.dumps(told) + "\n")
+            for done in range(1, min(o.stop, o.steps) + 1):
+                rate = min(o.lr * (1 - (done - 1) / o.steps) ** 0.9, o.lr * done / 100)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                losses.append(self.step(*next(batches)))
+                if done % o.every == 0 or done == o.stop:
+                    row = self.evaluate() | {"step": done, "loss": round(float(np.mean(losses)), 4)}
+                    row["seconds"], losses = round(time.perf_counter() - start), []
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                    print(o.name, o.seed, row, flush=True)
+
+
+def main() -> None:
+    "The command line."
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["prepare", "train"])
+    parser.add_argument("--root", help="folder of the data sets")
+    parser.add_argument("--cache", required=True, help="folder for what `prepare` keeps")
+    parser.add_argument("--out", default="results/relations/runs", help="folder of the records")
+    parser.add_argument("--name", default="recipe")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=6000, help="length of the learning rate's decay")
+    parser.add_argument("--stop", type=int, default=2000, help="last step")
+    parser.add_argument("--every", type=int, default=500, help="steps between evaluations")
+    parser.add_argument("--images", type=int, default=3, help="images of a batch")
+    parser.add_argument(
+        "--phrases", type=int, help="phrases of an image in a batch; default: all, about eight"
+    )
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--beta2", type=float, default=0.999)
+    parser.add_argument("--dice", type=float, default=0.1, help="weight of the Dice loss")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--relative", action="store_true", help="relative position bias in SFM")
+    parser.add_argument("--word-bias", type=float, help="bias of words in SFM, at the start")
+    parser.add_argument("--groups", type=int, default=0, help="groups of GroupNorm; 0: BatchNorm")
+    parser.add_argument("--anchor", type=float, default=0.0, help="weight of the anchor's loss")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.what == "prepare":
+        prepare(options.root, options.cache)
+        return
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    Study(options).run(Path(options.out))
+
+
+if __name__ == "__main__":
+    main()

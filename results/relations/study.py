@@ -7,7 +7,7 @@
 `prepare` keeps what does not change while SHNet trains: the frozen backbone's levels, pooled as the adapters pool
 them, the words, and the masks of referents and anchors. `train` follows the recipe of `refseg reproduce` (24 phrases
 about three images, cross-entropy and a tenth of Dice, AdamW, polynomial decay over 6,000 steps) and writes a line
-of JSON every 500 steps: overall IoU on 300 images of val, in all and by kind.
+of JSON every 500 steps: overall IoU on 300 images of val, in all and by kind. `table` prints the records.
 """
 
 import argparse
@@ -190,12 +190,43 @@ class Study:
                     print(o.name, o.seed, row, flush=True)
 
 
+def table(folder: Path) -> str:
+    "The runs and the first looks as one Markdown table: overall IoU / that of relations, at each step."
+    files = sorted((folder / "runs").glob("*.jsonl"))
+    runs = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    found = [(first["name"], first["seed"], changed(first), points) for first, *points in runs]
+    drafts = json.loads((folder / "drafts.json").read_text(encoding="utf-8"))
+    found += [(f"draft: {d['name']}", d["seed"], d["changed"], d["points"]) for d in drafts]
+    steps = sorted({point["step"] for *_, points in found for point in points})
+    lines = ["| run | seed | changed | " + " | ".join(f"{step:,}" for step in steps) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(steps))
+    for name, seed, what, points in found:
+        at = {p["step"]: f"{p['all']:.1f} / {p['relation']:.1f}" for p in points}
+        lines.append(f"| {name} | {seed} | {what} | " + " | ".join(at.get(s, "") for s in steps) + " |")
+    return "\n".join(lines)
+
+
+def changed(told: dict) -> str:
+    "What a run has that the recipe does not, in words."
+    parts = {
+        "relative bias": told["relative"],
+        f"anchor ({told['anchor']:g})": told["anchor"],
+        f"GroupNorm ({told['groups']})": told["groups"],
+        f"word bias ({told['word_bias']})": told["word_bias"] is not None,
+        f"{told['layers']} layers": told["layers"] != 2,
+        f"{told['heads']} heads": told["heads"] != 2,
+        f"lr {told['lr']:g}": told["lr"] != 1e-3,
+        f"{told['images']} images of {told['phrases']} phrases": told["images"] != 3 or told["phrases"],
+    }
+    return ", ".join(part for part, there in parts.items() if there) or "nothing"
+
+
 def main() -> None:
     "The command line."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["prepare", "train"])
+    parser.add_argument("what", choices=["prepare", "train", "table"])
     parser.add_argument("--root", help="folder of the data sets")
-    parser.add_argument("--cache", required=True, help="folder for what `prepare` keeps")
+    parser.add_argument("--cache", help="folder for what `prepare` keeps")
     parser.add_argument("--out", default="results/relations/runs", help="folder of the records")
     parser.add_argument("--name", default="recipe")
     parser.add_argument("--seed", type=int, default=1)
@@ -216,6 +247,11 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=0, help="groups of GroupNorm; 0: BatchNorm")
     parser.add_argument("--anchor", type=float, default=0.0, help="weight of the anchor's loss")
     options = parser.parse_args()
+    if options.what == "table":
+        print(table(Path(__file__).parent))
+        return
+    if not options.cache or (options.what == "prepare" and not options.root):
+        parser.error("prepare needs --root and --cache, train needs --cache")
     torch.set_num_threads(1)
     if options.what == "prepare":
         prepare(options.root, options.cache)

@@ -13,13 +13,13 @@ import pytest
 
 from refseg_nb.data.refer import Refer
 from refseg_nb.evaluation.evaluator import Record
+from refseg_nb.refshapes.anchors import anchors_of
 from refseg_nb.refshapes.expressions import parse_program
 from refseg_nb.reproduce.experiments import PAPER
 from refseg_nb.reproduce.figures import (
     CAUSE_COLORS,
     CAUSES,
     QUANTILES,
-    anchors_of,
     answers,
     at_quantile,
     cause_counts,

@@ -23,6 +23,7 @@ from refseg_nb.bench.growth import GROWTH, fitted_slope, growth
 from refseg_nb.cli import app
 from refseg_nb.evaluation.evaluator import load_record
 from refseg_nb.models.registry import create_model
+from refseg_nb.refshapes.dataset import tiny_data
 from refseg_nb.training.checkpoint import checkpoints
 from refseg_nb.training.config import TrainConfig
 from refseg_nb.training.distributed import (
@@ -228,11 +229,22 @@ JOBS = {
     "backbone": {"train_backbone": True, "max_steps": 3},
     "dropout": {"overrides": SMALL},
 }
-GRADIENTS = {"plain": {"loss": "bce+dice"}, "weighted": {"class_weights": (0.2, 3.0)}}
+GRADIENTS = {
+    "plain": {"loss": "bce+dice"},
+    "weighted": {"class_weights": (0.2, 3.0)},
+    "anchors": {
+        "anchor_weight": 2.0,
+        "overrides": STILL | {"anchor_layer": 1},
+        "data": "refshapes",
+        "root": tiny_data(),
+        "val_split": None,
+    },
+}
 
 
-def first_gradient(root, out, **changes) -> dict:
-    learner = Learner(TrainConfig(**values(root, out, **changes)))
+def first_gradient(root, out, changes) -> dict:
+    changes = {"accumulate": 2, "clip": None} | changes
+    learner = Learner(TrainConfig(**(values(root, out) | changes)))
     learner.objective.train()
     group = [
         batch for _, batch in zip(range(learner.config.accumulate), learner.data.batches(0), strict=False)
@@ -244,7 +256,7 @@ def first_gradient(root, out, **changes) -> dict:
 def train_all(rank, root, folder):
     for name, changes in GRADIENTS.items():
         torch.save(
-            first_gradient(root, f"{folder}/gradient", accumulate=2, clip=None, **changes),
+            first_gradient(root, f"{folder}/gradient", changes),
             f"{folder}/gradient-{name}-{rank}.pt",
         )
     for name, changes in JOBS.items():
@@ -297,7 +309,7 @@ def test_two_processes_train_as_one(root, two, tmp_path, job):
 def test_two_processes_have_the_gradient_of_one(root, two, tmp_path, loss):
     """Of two accumulated batches, unevenly shared: every parameter's, in both processes; a mean over weights
     is that of the whole batch."""
-    one = first_gradient(root, tmp_path / "one", accumulate=2, clip=None, **GRADIENTS[loss])
+    one = first_gradient(root, tmp_path / "one", GRADIENTS[loss])
     scale = torch.stack([g.norm() for g in one.values()]).norm()
     for rank in range(2):
         found = torch.load(two / f"gradient-{loss}-{rank}.pt", weights_only=True)

@@ -41,6 +41,8 @@ class Batch:
     image_index: torch.Tensor  # [B] long: which of the K images an expression is about
     targets: torch.Tensor | None  # [B, h, w] float: soft masks
     samples: list[Sample]  # B
+    # [B, h, w] float: soft masks of the objects that a phrase names beside its referent, NaN where it names none
+    anchors: torch.Tensor | None = None
 
     def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return replace(self, **{k: fn(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})

@@ -171,6 +171,7 @@ class RISModel(nn.Module):
     presets: ClassVar[dict[str, Any]] = {}  # name -> configuration
     recipes: ClassVar[dict[str, Recipe]] = {}  # the same names -> recipe
     smallest_batch: ClassVar[int] = 2  # expressions; with BatchNorm one alone cannot be normalised
+    learns_anchors: bool = False  # whether `losses` also takes the masks of the anchors, as `anchors`
 
     config: ModelConfig
     backbone: nn.Module  # the image encoder: images [K, 3, S, S] -> a list of raw levels

@@ -299,6 +299,7 @@ class SFM(nn.Module):
         words: Float[Tensor, "B T C"],  # L
         mask: Bool[Tensor, "B T"] | None = None,  # True at real words; padding is never looked at
         return_attention: bool = False,
+        states: list[Tensor] | None = None,  # gets the positions [B, HW, C] after each layer
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B T C"], list[LayerAttention] | None]:
         """F = MultiHead(LayerNorm(V o L) + (P_v o P_l)): its visual part, its language part, and each
         layer's attention if asked."""
@@ -318,6 +319,8 @@ class SFM(nn.Module):
         for layer in self.layers:
             x, looked = layer(x, where, keys, return_attention)
             attention.append(looked)
+            if states is not None:
+                states.append(x[:, : h * w])
         x = self.final(x)
         return (
             x[:, : h * w].transpose(1, 2).reshape(b, c, h, w),

@@ -6,18 +6,16 @@
 __all__ = ['ALIASES', 'OTHER', 'SPARE', 'DPI', 'UPRIGHT', 'QUANTILES', 'BASELINE_RULE', 'PANEL', 'EXAMPLE_RULE', 'PHRASES_RULE',
            'TAKEN', 'HELD', 'CAUSES', 'CAUSE_COLORS', 'FAILURE_RULE', 'colors_of', 'png', 'figure_bars', 'figure_kinds',
            'figure_curves', 'at_quantile', 'gains', 'choose_gains', 'answers', 'figure_baseline', 'choose_examples',
-           'figure_modules', 'choose_image', 'figure_phrases', 'cause_of', 'anchors_of', 'lot', 'failure_causes',
-           'cause_counts', 'cause_table', 'figure_causes', 'choose_failures', 'figure_failures']
+           'figure_modules', 'choose_image', 'figure_phrases', 'cause_of', 'lot', 'failure_causes', 'cause_counts',
+           'cause_table', 'figure_causes', 'choose_failures', 'figure_failures']
 
 # %% ../../nbs/20c_figures.ipynb #002
 import hashlib
 import io
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,12 +30,11 @@ from ..data.words import tokenize
 from ..errors import InputError
 from ..evaluation.evaluator import RIGHT_FROM, WRONG_BELOW, Record, sample_groups
 from ..evaluation.metrics import iou, iou_of_counts
+from ..refshapes.anchors import anchors_of
 from ..viz import MODEL_COLORS, overlay
 
 if TYPE_CHECKING:
     from refseg_nb.inference.segmenter import Segmenter
-    from refseg_nb.refshapes.expressions import Program
-    from refseg_nb.refshapes.scenes import Scene
 
 # %% ../../nbs/20c_figures.ipynb #005
 # other names of a model in the paper's tables
@@ -559,46 +556,7 @@ def cause_of(
         else "other category"
     ), best
 
-# %% ../../nbs/20c_figures.ipynb #068
-@lru_cache(64)
-def _scene(seed: int, image_id: int) -> "Scene":
-    "The scene of a RefShapes image, drawn again from its number."
-    from refseg_nb.refshapes.dataset import _APART, SPLITS, _scene_of
-
-    split, i = divmod(image_id - 1, _APART)
-    return _scene_of(SPLITS[split], i, seed)[0]
-
-
-def anchors_of(
-    refer: Refer,  # an open data set
-    sample: Sample,  # of it
-) -> set[int]:  # ann_ids; empty where the data set has no programs
-    'The objects that an expression names beside its referent: the house of "the ball closest to the house".'
-    from refseg_nb.refshapes.expressions import Program, parse_program, world
-
-    record = refer.folder / "refshapes.json"
-    if not sample.sentence.program or not record.is_file():
-        return set()
-    scene = _scene(json.loads(record.read_text(encoding="utf-8"))["seed"], sample.image_id)
-    w = world(scene)
-    ids = sorted(a["id"] for a in refer.annotations_of(sample.image_id))
-    if [t.category for t in scene.objects] != [
-        refer.categories[refer.annotation(i)["category_id"]] for i in ids
-    ]:
-        raise InputError(
-            f"{record}: image {sample.image_id} is not what its seed draws; draw the data set again with this"
-            " version"
-        )
-
-    def named(program: "Program") -> Iterator[int]:
-        for part in program.args:
-            if isinstance(part, Program):
-                yield from w.members(w.set_of(part.args[0])) if part.op == "a" else [w.run(part)]
-                yield from named(part)
-
-    return {ids[k] for k in named(parse_program(sample.sentence.program))} - {sample.ann_id}
-
-# %% ../../nbs/20c_figures.ipynb #072
+# %% ../../nbs/20c_figures.ipynb #070
 def lot(
     number: int,  # such as an image_id or a sent_id
 ) -> bytes:  # to sort by
@@ -674,7 +632,7 @@ def failure_causes(
     )
     return {name: np.array(column) for name, column in zip(names, zip(*rows))}
 
-# %% ../../nbs/20c_figures.ipynb #076
+# %% ../../nbs/20c_figures.ipynb #074
 def cause_counts(
     table: dict[str, np.ndarray],  # from `failure_causes`
 ) -> dict[str, dict[str, int]]:  # "all" and each kind -> "right" and each cause -> samples
@@ -705,7 +663,7 @@ def cause_table(
         )
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/20c_figures.ipynb #079
+# %% ../../nbs/20c_figures.ipynb #077
 CAUSE_COLORS = dict(
     zip(CAUSES, ("#4d4d4d", "#0072B2", "#b5bcc2", "#56B4E9", "#D55E00", "#E69F00", "#332288"))
 )
@@ -761,7 +719,7 @@ def figure_causes(
     )
     return fig
 
-# %% ../../nbs/20c_figures.ipynb #084
+# %% ../../nbs/20c_figures.ipynb #082
 FAILURE_RULE = (
     "For each cause the first failures in the order of the SHA-256 hash of their sent_id, each image at most"
     " once within a cause."
@@ -782,7 +740,7 @@ def choose_failures(
             out[cause] = list(first.values())[:n]
     return out
 
-# %% ../../nbs/20c_figures.ipynb #087
+# %% ../../nbs/20c_figures.ipynb #085
 def figure_failures(
     segmenter: "Segmenter",  # the one that the table is about
     refer: Refer,  # the open data set

@@ -72,6 +72,9 @@ class TrainConfig:
     dice_weight: float = 0.1  # little: see below
     # of background and referent in the cross-entropy; recipe; there None: equal
     class_weights: tuple[float, float] | None = None
+    # of the loss on anchors, "the tree" of "the car closest to the tree", in phrases that have a program; needs a model
+    # with an anchor head (`anchor_layer`); not in the paper
+    anchor_weight: float = 0.0
     # recipe. "soft": share of each cell that the mask covers; "hard": half or more; "dilated": bilinear, then
     # > 0 (released)
     targets: str | None = None
@@ -219,6 +222,8 @@ class TrainConfig:
             raise InputError(f"end_lr must be between 0 and lr = {self.lr}, got {self.end_lr}")
         if not 0 <= self.grayscale <= 1:
             raise InputError(f"grayscale is a probability, got {self.grayscale}")
+        if self.anchor_weight < 0:
+            raise InputError(f"anchor_weight must not be negative, got {self.anchor_weight}")
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold must be between 0 and 1, got {self.threshold}")
 

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,6 +39,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from ..data.batches import Batch, RISDataset, epoch_batches
+from ..data.refer import Sample
 from ..data.referit import open_data
 from ..data.store import build_store
 from ..data.words import Vocabulary, WordPieces, load_vectors, vocabulary_for
@@ -80,9 +81,11 @@ class Objective(nn.Module):
         dice_weight: float = 1.0,
         # of background and referent in the cross-entropy; None: equal
         class_weights: tuple[float, float] | None = None,
+        anchor_weight: float = 0.0,  # of the model's loss on anchors; 0: it is not asked for them
     ) -> None:
         super().__init__()
         self.model, self.loss, self.dice_weight = model, loss, dice_weight
+        self.anchor_weight = anchor_weight
         self.class_weights = (
             None if class_weights is None or tuple(class_weights) == (1, 1) else class_weights
         )
@@ -115,20 +118,45 @@ class Objective(nn.Module):
         words: Tensor,  # [B, T] long
         image_index: Tensor,  # [B] long: which image each expression asks about
         targets: Tensor,  # [B, h, w] in [0, 1]
+        anchors: Tensor | None = None,  # [B, h, w] in [0, 1], NaN where a phrase names none
     ) -> Tensor:  # scalar loss
         "Mean loss over the expressions of the batch."
         features = self.model.encode(images) if levels is None else self.model.adapt(levels)
         # some models give several answers, each with its share of the loss
-        return sum(self.model.losses(features, words, image_index, targets, mask_loss=self.compare).values())
+        if not self.anchor_weight:
+            return sum(self.model.losses(features, words, image_index, targets, self.compare).values())
+        losses = self.model.losses(features, words, image_index, targets, self.compare, anchors=anchors)
+        return sum(losses.values()) + (self.anchor_weight - 1) * losses["anchor"]
 
 # %% ../../nbs/12_training.ipynb #017
 class TargetDataset(RISDataset):
     "A split whose targets follow a recipe's policy."
 
-    # "soft", "hard" or "dilated"; the rest as for `RISDataset`
-    def __init__(self, *args: Any, policy: str = "soft", **kwargs: Any) -> None:
+    # `policy`: "soft", "hard" or "dilated"; `anchors`: batches have the anchors' masks; the rest as for `RISDataset`
+    def __init__(self, *args: Any, policy: str = "soft", anchors: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.policy = policy
+        self.policy, self.anchors, self._anchors = policy, anchors, {}
+
+    def __getitem__(
+        self,
+        chunk: list[tuple[int, list[int]]],  # (group, indices of its samples) for each of K images
+    ) -> Batch:
+        "The batch of some images with some of their expressions."
+        batch = super().__getitem__(chunk)
+        if not self.anchors:
+            return batch
+        return replace(batch, anchors=torch.stack([self.anchor_target(s) for s in batch.samples]))
+
+    def anchor_target(self, sample: Sample) -> Tensor:  # [h, w] float32; NaN where the phrase names no anchor
+        "The target of the objects that a phrase names beside its referent, of all together."
+        from refseg_nb.refshapes.anchors import anchors_of  # most runs need no anchors
+
+        if sample.sent_id not in self._anchors:
+            self._anchors[sample.sent_id] = sorted(anchors_of(self.refer, sample))
+        ids = self._anchors[sample.sent_id]
+        if not ids:
+            return torch.full((self.target_size, self.target_size), math.nan)
+        return torch.stack([self.target(i) for i in ids]).amax(0).float()
 
     def target(self, ann_id: int) -> Tensor:  # [h, w] float16
         "The target of an object."
@@ -142,7 +170,7 @@ class TargetDataset(RISDataset):
                 self._targets[ann_id] = target
         return target
 
-# %% ../../nbs/12_training.ipynb #021
+# %% ../../nbs/12_training.ipynb #023
 def polynomial_decay(
     step: int,  # optimizer steps done, from 0
     total: int,  # when the decay ends: usually the whole run
@@ -156,7 +184,7 @@ def polynomial_decay(
     decayed = end_lr + (lr - end_lr) * max(0.0, 1 - step / total) ** power
     return min(decayed, lr * (step + 1) / warmup) if step < warmup else decayed
 
-# %% ../../nbs/12_training.ipynb #031
+# %% ../../nbs/12_training.ipynb #033
 def logits_size(
     model: nn.Module,
     image_size: int,  # S
@@ -216,7 +244,7 @@ def expression_batches(
         batches.append(list(groups.items()))
     return batches
 
-# %% ../../nbs/12_training.ipynb #035
+# %% ../../nbs/12_training.ipynb #037
 @dataclass
 class TrainResult:
     "What `train` returns."
@@ -234,7 +262,7 @@ class TrainResult:
     resumed_from: int | None = None  # the step that this call went on from
     history: list[dict] = field(default_factory=list, repr=False)  # one entry per epoch, as in history.jsonl
 
-# %% ../../nbs/12_training.ipynb #037
+# %% ../../nbs/12_training.ipynb #039
 def comparable(config: TrainConfig) -> dict:
     "The fields that a resumed run must not change, as plain JSON data."
     # (1, 1) and None mean the same
@@ -260,6 +288,7 @@ def check_same_config(
         "class_weights": None,
         "optimizer": "adamw",
         "end_lr": 0.0,
+        "anchor_weight": 0.0,
     }
     stored = before | stored
     for k in sorted(now.keys() | stored.keys()):
@@ -288,7 +317,7 @@ def cut_log(path: Path, step: int) -> None:
     rows = read_history(path, step)
     write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
-# %% ../../nbs/12_training.ipynb #039
+# %% ../../nbs/12_training.ipynb #041
 def _as_it_is(batch: Batch) -> Batch:
     return batch
 
@@ -353,11 +382,17 @@ class RunData:
                 store=self.store,
                 sentence=c.sentence,
                 policy=c.targets,
+                anchors=c.anchor_weight > 0 and name == c.train_split,
             )
 
         self.train = first_images(split(c.train_split), c.limit)
         if not self.train.groups:
             raise InputError(f"split {c.train_split!r} of {c.data} has no samples")
+        if c.anchor_weight and not any(s.sentence.program for s in self.train.samples):
+            raise InputError(
+                f"anchor_weight={c.anchor_weight:g}: the phrases of {c.data} have no programs, so no anchors are"
+                " known; set it to 0"
+            )
         self.val = split(c.val_split) if c.val_split else None
         self.steps_per_epoch = math.ceil(len(self.plan(0)) / c.accumulate)
 
@@ -417,7 +452,7 @@ class RunData:
             )
         )
 
-# %% ../../nbs/12_training.ipynb #041
+# %% ../../nbs/12_training.ipynb #043
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # name -> the package that it needs
 
 
@@ -534,7 +569,18 @@ class Learner:
             self.plateau = ReduceLROnPlateau(
                 optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience
             )
-        objective = Objective(self.model, c.loss, c.dice_weight, c.class_weights)
+        if c.anchor_weight and not self.model.learns_anchors:
+            raise InputError(
+                f"anchor_weight={c.anchor_weight:g}: {c.model} has no anchor head; set"
+                " overrides={'anchor_layer': 1}, or --set anchor_layer=1"
+            )
+        objective = Objective(
+            self.model,
+            loss=c.loss,
+            dice_weight=c.dice_weight,
+            class_weights=c.class_weights,
+            anchor_weight=c.anchor_weight,
+        )
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
 
     def create_model(self) -> RISModel:
@@ -619,7 +665,10 @@ class Learner:
                 images = torch.where(
                     to(torch.tensor(grey))[:, None, None, None], without_colour(images), images
                 )
-        return self.objective(images, levels, to(batch.words), to(batch.image_index), to(batch.targets))
+        anchors = None if batch.anchors is None else to(batch.anchors)
+        return self.objective(
+            images, levels, to(batch.words), to(batch.image_index), to(batch.targets), anchors
+        )
 
     def rate(self) -> float:
         "The learning rate of the next step."
@@ -698,7 +747,7 @@ class Learner:
         found["samples"] = len(rows["index"])
         return found | ({"val_loss": float(rows["loss"].mean())} if self.plateau else {})
 
-# %% ../../nbs/12_training.ipynb #047
+# %% ../../nbs/12_training.ipynb #049
 class _Bars:
     "A rich progress whose tasks all have the `note` field."
 
@@ -1029,7 +1078,7 @@ class Run:
             history=self.history,
         )
 
-# %% ../../nbs/12_training.ipynb #049
+# %% ../../nbs/12_training.ipynb #051
 def train(
     config: TrainConfig,
     # "auto": go on if there is a checkpoint; True: there must be one; False: begin again

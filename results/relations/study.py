@@ -34,7 +34,7 @@ def prepare(root: str, cache: str) -> None:
     from refseg_nb.data.refer import Refer
     from refseg_nb.data.words import vocabulary_for
     from refseg_nb.models.backbones import create_backbone
-    from refseg_nb.reproduce.figures import anchors_of
+    from refseg_nb.refshapes.anchors import anchors_of
 
     refer = Refer(root, "refshapes")
     vocabulary, backbone = vocabulary_for(refer), create_backbone("refshapes").eval()

@@ -34,7 +34,7 @@ def prepare(root: str, cache: str) -> None:
     from refseg_nb.data.refer import Refer
     from refseg_nb.data.words import vocabulary_for
     from refseg_nb.models.backbones import create_backbone
-    from refseg_nb.refshapes.anchors import anchors_of
+    from refseg_nb.refshapes.anchors import anchors_of, candidates_of
 
     refer = Refer(root, "refshapes")
     vocabulary, backbone = vocabulary_for(refer), create_backbone("refshapes").eval()
@@ -49,7 +49,8 @@ def prepare(root: str, cache: str) -> None:
         rows = [i for _, indices in groups for i in indices]
         samples = [data.samples[i] for i in rows]
         anchors = [sorted(anchors_of(refer, s)) for s in samples]
-        needed = sorted({s.ann_id for s in samples}.union(*anchors))
+        candidates = [sorted(candidates_of(refer, s)) for s in samples]
+        needed = sorted({s.ann_id for s in samples}.union(*anchors, *candidates))
         number = {ann: k for k, ann in enumerate(needed)}
         whole = torch.stack([torch.from_numpy(refer.mask(i)) for i in needed]) if split == "val" else None
         torch.save(
@@ -60,6 +61,7 @@ def prepare(root: str, cache: str) -> None:
                 "length": data.lengths[rows],
                 "referent": torch.tensor([number[s.ann_id] for s in samples]),
                 "anchors": [[number[i] for i in ids] for ids in anchors],
+                "candidates": [[number[i] for i in ids] for ids in candidates],
                 "masks": torch.stack([soft_target(refer.mask(i), TARGET).half() for i in needed]),
                 "whole": whole,
                 "kind": [s.kind for s in samples],
@@ -90,7 +92,8 @@ class Study:
             norm_groups=o.groups,
         )
         self.model = SHNet(config, vocab_size=self.train["words in all"]).train()
-        self.anchor_head = nn.Linear(config.channels, 1)  # "is the anchor here?", after SFM's first layer
+        # "is the anchor here?" and "is this what the phrase begins with?", after SFM's first layer
+        self.anchor_head = nn.Linear(config.channels, 2 if o.candidates else 1)
         nn.init.constant_(self.anchor_head.bias, -3.0)
         self.after_first = None
         self.model.sfm[0].layers[0].register_forward_hook(self._keep)
@@ -119,16 +122,16 @@ class Study:
                     ]
                 yield images, drawn
 
-    def anchor_loss(self, rows: list[int]) -> torch.Tensor:
-        "Cross-entropy of the anchors' share of each position, over the phrases that name an anchor."
-        anchors = [self.train["anchors"][row] for row in rows]
-        named = torch.tensor([bool(ids) for ids in anchors])
+    def named_loss(self, rows: list[int], what: str) -> torch.Tensor:
+        "Cross-entropy of the share that the anchors (the candidates) have of each position, over the phrases with one."
+        objects = [self.train[what][row] for row in rows]
+        named = torch.tensor([bool(ids) for ids in objects])
         if not named.any():
             return torch.zeros(())
-        masks = torch.stack([self.train["masks"][ids].float().amax(0) for ids in anchors if ids])
+        masks = torch.stack([self.train["masks"][ids].float().amax(0) for ids in objects if ids])
         share = F.avg_pool2d(masks[:, None], TARGET // GRID).flatten(1)
         states = self.after_first.unflatten(0, (3, len(rows)))[:, named]  # three levels
-        logits = self.anchor_head(states)[..., 0].float()
+        logits = self.anchor_head(states)[..., int(what == "candidates")].float()
         return F.binary_cross_entropy_with_logits(logits, share.expand_as(logits))
 
     def step(self, images: np.ndarray, drawn: list[list[int]]) -> float:
@@ -140,12 +143,13 @@ class Study:
         with torch.autocast("cpu", torch.bfloat16):
             features = self.model.adapt([v[torch.as_tensor(images)].float() for v in data["levels"]])
             logits = self.model.segment(features, words, index).float()
-            anchor = self.anchor_loss(rows) if self.options.anchor else 0.0
+            weights = {"anchors": self.options.anchor, "candidates": self.options.candidates}
+            aids = sum(w * self.named_loss(rows, what) for what, w in weights.items() if w)
         loss = F.binary_cross_entropy_with_logits(logits, targets) + self.options.dice * dice_loss(
             logits, targets
         )
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + self.options.anchor * anchor).backward()
+        (loss + aids).backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return float(loss.detach())
@@ -211,11 +215,14 @@ def changed(told: dict) -> str:
     parts = {
         "relative bias": told["relative"],
         f"anchor ({told['anchor']:g})": told["anchor"],
+        f"candidates ({told.get('candidates', 0):g})": told.get("candidates"),
         f"GroupNorm ({told['groups']})": told["groups"],
         f"word bias ({told['word_bias']})": told["word_bias"] is not None,
         f"{told['layers']} layers": told["layers"] != 2,
         f"{told['heads']} heads": told["heads"] != 2,
         f"lr {told['lr']:g}": told["lr"] != 1e-3,
+        f"β₂ {told['beta2']:g}": told["beta2"] != 0.999,
+        f"Dice {told['dice']:g}": told["dice"] != 0.1,
         f"{told['images']} images of {told['phrases']} phrases": told["images"] != 3 or told["phrases"],
     }
     return ", ".join(part for part, there in parts.items() if there) or "nothing"
@@ -246,6 +253,7 @@ def main() -> None:
     parser.add_argument("--word-bias", type=float, help="bias of words in SFM, at the start")
     parser.add_argument("--groups", type=int, default=0, help="groups of GroupNorm; 0: BatchNorm")
     parser.add_argument("--anchor", type=float, default=0.0, help="weight of the anchor's loss")
+    parser.add_argument("--candidates", type=float, default=0.0, help="weight of the candidates' loss")
     options = parser.parse_args()
     if options.what == "table":
         print(table(Path(__file__).parent))

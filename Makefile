@@ -16,12 +16,13 @@ NB     ?= nbs/*.ipynb
 
 .PHONY: reproduce test lab site growth bench export readme run lint clean
 
-# Install the package with the extras that are named
-install = if command -v uv >/dev/null; then \
-    { [ -x $(BIN)/python ] || uv venv -q --python $(PYTHON) $(VENV); } && uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[$(1)]'; \
-  else \
-    { [ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV); } && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(1)]'; \
-  fi
+# Install the package with the extras that are named: by uv, which is brought where it is missing (pip's resolver
+# takes minutes over the notebooks' packages), and by pip where uv cannot
+packages = -c constraints.txt -e '.[$(1)]'
+install = [ -x $(BIN)/python ] || if command -v uv >/dev/null; then uv venv -q --python $(PYTHON) $(VENV); else $(PYTHON) -m venv $(VENV); fi; \
+  uv=$$(command -v uv) || { $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv && uv=$(BIN)/uv; }; \
+  { [ -n "$$uv" ] && "$$uv" pip install -q --compile-bytecode --python $(BIN)/python $(packages); } \
+  || $(BIN)/python -m pip install -q --disable-pip-version-check $(packages)
 
 $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "refseg_nb needs Python 3.11 or newer; name one with  make PYTHON=python3.12 ..."; exit 1; }

@@ -232,12 +232,11 @@ JOBS = {
 GRADIENTS = {
     "plain": {"loss": "bce+dice"},
     "weighted": {"class_weights": (0.2, 3.0)},
-    "anchors": {
-        "anchor_weight": 2.0,
-        "overrides": STILL | {"anchor_layer": 1},
+    "pointing": {
+        "objective": "pointing",
+        "overrides": STILL | {"pointer": True},
         "data": "refshapes",
         "root": tiny_data(),
-        "val_split": None,
     },
 }
 

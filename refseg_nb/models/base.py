@@ -171,7 +171,7 @@ class RISModel(nn.Module):
     presets: ClassVar[dict[str, Any]] = {}  # name -> configuration
     recipes: ClassVar[dict[str, Recipe]] = {}  # the same names -> recipe
     smallest_batch: ClassVar[int] = 2  # expressions; with BatchNorm one alone cannot be normalised
-    learns_anchors: bool = False  # whether `losses` also takes the masks of the anchors, as `anchors`
+    points: bool = False  # whether it has `pointing_losses`
 
     config: ModelConfig
     backbone: nn.Module  # the image encoder: images [K, 3, S, S] -> a list of raw levels
@@ -236,6 +236,26 @@ class RISModel(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:  # name -> weighted loss; their sum is minimised
         "What is minimised in training, by name; here the loss of the one answer."
         return {"mask": mask_loss(self.segment(features, words, image_index).float(), targets)}
+
+    def pointing_losses(
+        self,
+        features: Features,  # from `encode` or `adapt`
+        words: Int[Tensor, "B T"],  # word numbers, padded with 0
+        image_index: Int[Tensor, " B"] | None,  # the image of each expression
+        targets: Float[Tensor, "B h w"],  # masks of the referents in [0, 1]
+        anchors: Float[Tensor, "B h w"],  # of what a phrase names on the way, NaN where that is nothing
+        turn: int = 0,  # the number of the step, for a model that reads its levels in turn
+    ) -> dict[str, Float[Tensor, ""]]:  # name -> weighted loss; their sum is minimised
+        "What is minimised where a run asks for positions instead of masks."
+        raise NotImplementedError
+
+    def prepare(
+        self,
+        objective: str,  # of a run: "mask" or "pointing"
+    ) -> None:
+        "Freeze what the objective does not reach; here nothing."
+        if objective == "pointing":
+            raise InputError(f"objective='pointing': {type(self).__name__} cannot point, only draw masks")
 
     def parameter_groups(
         self,

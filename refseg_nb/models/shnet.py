@@ -75,9 +75,9 @@ class SHNetConfig(ModelConfig):
     # added to the attention scores, learned; not in the paper: a number for each offset of two positions,
     sfm_relative: bool = False
     sfm_word_bias: float | None = None  # and one for positions that look at words, which begins with this
-    # after which of SFM's layers a head that is used in training alone is asked where the anchor is ("the tree" of
-    # "the car closest to the tree"); without SFM, on the fused maps; None: no such head. Not in the paper
-    anchor_layer: int | None = None
+    # two linear maps for training alone: where is the referent (after SFM's last layer), and the anchor, "the tree" of
+    # "the car closest to the tree" (after its first; without SFM, both on the fused maps). Not in the paper
+    pointer: bool = False
     # HCAM, equations 2 and 3
     use_hcam: bool = True  # Table 2, rows 1 and 3: no
     # a convolution for each Lambda_ij ("pair"), for each level i ("level", released), or "one" for all
@@ -105,12 +105,8 @@ class SHNetConfig(ModelConfig):
         fusions = ("concat", "conv3d", *AGGREGATIONS)
         if self.level_fusion not in fusions:
             raise InputError(f"level_fusion must be one of {', '.join(fusions)}, not {self.level_fusion!r}")
-        if self.anchor_layer is not None and not 1 <= self.anchor_layer <= max(1, self.sfm_layers):
-            raise InputError(
-                f"anchor_layer must be 1 to {self.sfm_layers}, the number of SFM's layers, not {self.anchor_layer}"
-            )
-        if self.anchor_layer is not None and self.use_sfm and not self.sfm_shared:
-            raise InputError("anchor_layer needs one SFM for the three levels: sfm_shared=True")
+        if self.pointer and self.use_sfm and not self.sfm_shared:
+            raise InputError("pointer=True needs one SFM for the three levels: sfm_shared=True")
 
     @property
     def scores_are_products(self) -> bool:
@@ -291,19 +287,16 @@ class SHNet(RISModel):
             dropout=config.decoder_dropout,
             prior=config.prior,
         )
-        self.anchor = None
-        if config.anchor_layer is not None:
-            self.anchor = nn.Linear(c, 1)
-            nn.init.constant_(self.anchor.bias, -3.0)  # few positions are the anchor's
+        self.pointer = nn.Linear(c, 2) if config.pointer else None  # referent, anchor
         if config.norm_groups:
             for name, part in self.named_children():
                 if name != "backbone":
                     use_group_norm(part, config.norm_groups)
 
     @property
-    def learns_anchors(self) -> bool:
-        "Whether the model has an anchor head."
-        return self.anchor is not None
+    def points(self) -> bool:
+        "Whether the model has a pointer."
+        return self.pointer is not None
 
     def adapt(
         self,
@@ -318,15 +311,12 @@ class SHNet(RISModel):
         language: Language,  # from the text encoder
         image_index: Int[Tensor, " B"] | None = None,  # the image of each expression
         return_attention: bool = False,
-        states: list[Tensor] | None = None,  # see `segment`
     ) -> tuple[list[Float[Tensor, "B C H W"]], list[Float[Tensor, "B C"]], SFMAttention | None]:
         """Fuse image and words: maps [B, C, H, W] and language vectors [B, C], three of each, and the
         attention if asked."""
         t = language.words.shape[1]
         if not self.config.use_sfm:
             maps = self.fusion(features, language.sentence, image_index)
-            if states is not None:
-                states.append(torch.cat(maps).flatten(2).transpose(1, 2))
             return maps, [average_words(language.words, language.mask)] * 3, None
         maps = [per_expression(f, image_index) for f in features]
         if self.config.sfm_shared:  # the three levels go through as one batch of 3B
@@ -335,7 +325,6 @@ class SHNet(RISModel):
                 language.words.repeat(3, 1, 1),
                 language.mask.repeat(3, 1),
                 return_attention,
-                states,
             )
             visual, words = v.chunk(3), l.chunk(3)
             attention = (
@@ -374,14 +363,10 @@ class SHNet(RISModel):
         # the image of each expression; None: one each, or all about the only image
         image_index: Int[Tensor, " B"] | None = None,
         return_attention: bool = False,  # also give SFM's attention (None for a model without SFM)
-        # gets the positions [3B, HW, C] of the three levels after each layer of a shared SFM, or the fused maps
-        states: list[Tensor] | None = None,
     ) -> Float[Tensor, "B h w"] | tuple[Float[Tensor, "B h w"], SFMAttention | None]:
         "Logits for each expression, at the decoder's own resolution."
         image_index = image_rows(len(features[0]), len(words), image_index, words.device)
-        visual, language, attention = self.fuse(
-            features, self.text(words), image_index, return_attention=return_attention, states=states
-        )
+        visual, language, attention = self.fuse(features, self.text(words), image_index, return_attention)
         if self.config.use_hcam:
             g = self.hcam(visual, language)
         elif self.config.level_fusion in AGGREGATIONS:
@@ -391,37 +376,57 @@ class SHNet(RISModel):
         logits = self.decoder(self.aspp(g))
         return (logits, attention) if return_attention else logits
 
-    def losses(
+    def pointing(
+        self,
+        features: list[Float[Tensor, "K C H W"]],  # from `encode` or `adapt`
+        words: Int[Tensor, "B T"],  # word numbers, padded with 0
+        image_index: Int[Tensor, " B"] | None = None,  # the image of each expression
+        level: int = 0,  # which of the three is read: 0, 1 or 2
+    ) -> tuple[Float[Tensor, "B HW"], Float[Tensor, "B HW"]]:  # logits over the positions: referent, anchor
+        "Where each expression points on one of the levels; HCAM and the decoder are not asked."
+        language = self.text(words)
+        image_index = image_rows(len(features[0]), len(words), image_index, words.device)
+        if not self.config.use_sfm:
+            maps = torch.stack(self.fusion(features, language.sentence, image_index))[level]
+            return self.pointer(maps.flatten(2).transpose(1, 2)).unbind(-1)
+        # all levels are in the graph: several processes wait for a gradient of every parameter
+        maps, states = per_expression(torch.stack(features)[level], image_index), []
+        last, _, _ = self.sfm[0](maps, language.words, language.mask, states=states)
+        referent = self.pointer(last.flatten(2).transpose(1, 2))[..., 0]
+        return referent, self.pointer(states[0])[..., 1]
+
+    def pointing_losses(
         self,
         features: list[Float[Tensor, "K C H W"]],  # from `encode` or `adapt`
         words: Int[Tensor, "B T"],  # word numbers, padded with 0
         image_index: Int[Tensor, " B"] | None,  # the image of each expression
-        targets: Float[Tensor, "B h w"],  # in [0, 1]
-        mask_loss: Callable[[Tensor, Tensor], Tensor] = F.binary_cross_entropy_with_logits,
-        anchors: Float[Tensor, "B h w"]
-        | None = None,  # masks of the anchors in [0, 1], NaN where there is none
+        targets: Float[Tensor, "B h w"],  # masks of the referents in [0, 1]
+        anchors: Float[Tensor, "B h w"],  # of the anchors, NaN where an expression has none
+        turn: int = 0,  # of the levels: level `turn` mod 3 is read
     ) -> dict[str, Float[Tensor, ""]]:
-        "The loss of the mask, and where `anchors` are given, that of the anchor head, as `anchor`."
-        states: list[Tensor] = []
-        logits = self.segment(features, words, image_index, states=states)
-        found = {"mask": mask_loss(logits.float(), targets)}
-        if anchors is not None:
-            after = states[self.config.anchor_layer - 1] if self.config.use_sfm else states[0]
-            found["anchor"] = self.anchor_loss(after, anchors)
-        return found
+        """Cross-entropy of the softmax over positions with the share of the mask that lies in each, `referent` and
+        `anchor`; mean over all expressions, 0 for the anchor of one that has none."""
+        found = self.pointing(features, words, image_index, turn % 3)
+        losses = {}
+        for name, logits, masks in zip(("referent", "anchor"), found, (targets, anchors)):
+            share = F.adaptive_avg_pool2d(masks[:, None], self.config.grid).flatten(1).nan_to_num(0.0)
+            share = share / share.sum(1, keepdim=True).clamp(min=1e-6)
+            losses[name] = -(share * logits.float().log_softmax(1)).sum(1).mean()
+        return losses
 
-    def anchor_loss(
+    def prepare(
         self,
-        states: Float[Tensor, "3B HW C"],  # positions of the three levels
-        anchors: Float[Tensor, "B h w"],  # masks of the anchors in [0, 1], NaN where there is none
-    ) -> Float[Tensor, ""]:
-        "Cross-entropy of the share of each position that anchors cover; 0 for a phrase without, mean over all phrases."
-        share = F.adaptive_avg_pool2d(anchors[:, None], self.config.grid).flatten(1)
-        named = ~share.isnan().any(1)
-        logits = self.anchor(states)[..., 0].float().unflatten(0, (3, -1))
-        share = torch.where(named[:, None], share, 0.0).expand_as(logits)
-        loss = F.binary_cross_entropy_with_logits(logits, share, reduction="none").mean((0, 2))
-        return torch.where(named, loss, 0.0).mean()
+        objective: str,  # "mask" or "pointing"
+    ) -> None:
+        "Freeze what the objective does not reach: the pointer, or HCAM and the decoder."
+        if objective == "pointing" and not self.points:
+            raise InputError(
+                "objective='pointing': the model has no pointer; set overrides={'pointer': True}, or --set pointer=true"
+            )
+        reached = ("adapters", "text", "sfm", "fusion", "pointer")
+        for name, part in self.named_children():
+            if (name not in reached) if objective == "pointing" else name == "pointer":
+                part.requires_grad_(False)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """The modules of each trained part of the head; the table of word vectors is not counted with the

@@ -72,9 +72,9 @@ class TrainConfig:
     dice_weight: float = 0.1  # little: see below
     # of background and referent in the cross-entropy; recipe; there None: equal
     class_weights: tuple[float, float] | None = None
-    # of the loss on anchors, "the tree" of "the car closest to the tree", in phrases that have a program; needs a model
-    # with an anchor head (`anchor_layer`); not in the paper
-    anchor_weight: float = 0.0
+    # "mask", or "pointing": where the referent is, and the anchor in phrases that have a program; for a model with
+    # a `pointer`. No mask is drawn, so nothing is evaluated; a second run begins with it (`start`). Not in the paper
+    objective: str = "mask"
     # recipe. "soft": share of each cell that the mask covers; "hard": half or more; "dilated": bilinear, then
     # > 0 (released)
     targets: str | None = None
@@ -129,6 +129,7 @@ class TrainConfig:
         "end_lr",
     )
     CHOICES: ClassVar[dict[str, tuple]] = {
+        "objective": ("mask", "pointing"),
         "loss": ("bce", "bce+dice"),
         "optimizer": ("adamw", "adam"),
         "sentence": SENTENCES,
@@ -156,6 +157,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.root, self.out = str(data_root() if self.root is None else self.root), str(self.out)
         self.cache_folder, self.pieces = (p and str(p) for p in (self.cache_folder, self.pieces))
+        if self.objective == "pointing":
+            self.val_split = None
         self._fill_from_recipe()
         if self.class_weights is not None:
             if len(self.class_weights) != 2 or min(self.class_weights) <= 0:
@@ -222,8 +225,6 @@ class TrainConfig:
             raise InputError(f"end_lr must be between 0 and lr = {self.lr}, got {self.end_lr}")
         if not 0 <= self.grayscale <= 1:
             raise InputError(f"grayscale is a probability, got {self.grayscale}")
-        if self.anchor_weight < 0:
-            raise InputError(f"anchor_weight must not be negative, got {self.anchor_weight}")
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold must be between 0 and 1, got {self.threshold}")
 

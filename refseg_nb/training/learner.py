@@ -81,11 +81,11 @@ class Objective(nn.Module):
         dice_weight: float = 1.0,
         # of background and referent in the cross-entropy; None: equal
         class_weights: tuple[float, float] | None = None,
-        anchor_weight: float = 0.0,  # of the model's loss on anchors; 0: it is not asked for them
+        pointing: bool = False,  # ask where the referent and the anchor are, and for no mask
     ) -> None:
         super().__init__()
         self.model, self.loss, self.dice_weight = model, loss, dice_weight
-        self.anchor_weight = anchor_weight
+        self.pointing = pointing
         self.class_weights = (
             None if class_weights is None or tuple(class_weights) == (1, 1) else class_weights
         )
@@ -119,14 +119,15 @@ class Objective(nn.Module):
         image_index: Tensor,  # [B] long: which image each expression asks about
         targets: Tensor,  # [B, h, w] in [0, 1]
         anchors: Tensor | None = None,  # [B, h, w] in [0, 1], NaN where a phrase names none
+        turn: int = 0,  # the number of the step
     ) -> Tensor:  # scalar loss
         "Mean loss over the expressions of the batch."
         features = self.model.encode(images) if levels is None else self.model.adapt(levels)
-        # some models give several answers, each with its share of the loss
-        if not self.anchor_weight:
-            return sum(self.model.losses(features, words, image_index, targets, self.compare).values())
-        losses = self.model.losses(features, words, image_index, targets, self.compare, anchors=anchors)
-        return sum(losses.values()) + (self.anchor_weight - 1) * losses["anchor"]
+        if self.pointing:
+            losses = self.model.pointing_losses(features, words, image_index, targets, anchors, turn)
+        else:  # some models give several answers, each with its share of the loss
+            losses = self.model.losses(features, words, image_index, targets, self.compare)
+        return sum(losses.values())
 
 # %% ../../nbs/12_training.ipynb #017
 class TargetDataset(RISDataset):
@@ -288,7 +289,7 @@ def check_same_config(
         "class_weights": None,
         "optimizer": "adamw",
         "end_lr": 0.0,
-        "anchor_weight": 0.0,
+        "objective": "mask",
     }
     stored = before | stored
     for k in sorted(now.keys() | stored.keys()):
@@ -382,17 +383,12 @@ class RunData:
                 store=self.store,
                 sentence=c.sentence,
                 policy=c.targets,
-                anchors=c.anchor_weight > 0 and name == c.train_split,
+                anchors=c.objective == "pointing",
             )
 
         self.train = first_images(split(c.train_split), c.limit)
         if not self.train.groups:
             raise InputError(f"split {c.train_split!r} of {c.data} has no samples")
-        if c.anchor_weight and not any(s.sentence.program for s in self.train.samples):
-            raise InputError(
-                f"anchor_weight={c.anchor_weight:g}: the phrases of {c.data} have no programs, so no anchors are"
-                " known; set it to 0"
-            )
         self.val = split(c.val_split) if c.val_split else None
         self.steps_per_epoch = math.ceil(len(self.plan(0)) / c.accumulate)
 
@@ -526,6 +522,7 @@ class Learner:
             self.start_from(c.start)
         if c.train_backbone:
             self.model.backbone.freeze(False)
+        self.model.prepare(c.objective)
         # LAVT's backbone is always trained
         self.backbone_trained = any(p.requires_grad for p in self.model.backbone.parameters())
         self.model.to(self.device)
@@ -569,17 +566,12 @@ class Learner:
             self.plateau = ReduceLROnPlateau(
                 optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience
             )
-        if c.anchor_weight and not self.model.learns_anchors:
-            raise InputError(
-                f"anchor_weight={c.anchor_weight:g}: {c.model} has no anchor head; set"
-                " overrides={'anchor_layer': 1}, or --set anchor_layer=1"
-            )
         objective = Objective(
             self.model,
             loss=c.loss,
             dice_weight=c.dice_weight,
             class_weights=c.class_weights,
-            anchor_weight=c.anchor_weight,
+            pointing=c.objective == "pointing",
         )
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
 
@@ -667,7 +659,7 @@ class Learner:
                 )
         anchors = None if batch.anchors is None else to(batch.anchors)
         return self.objective(
-            images, levels, to(batch.words), to(batch.image_index), to(batch.targets), anchors
+            images, levels, to(batch.words), to(batch.image_index), to(batch.targets), anchors, self.step
         )
 
     def rate(self) -> float:

@@ -80,6 +80,8 @@ class Study:
         self.train, self.val = (
             torch.load(Path(o.cache) / f"{split}.pt", weights_only=False) for split in ("train", "val")
         )
+        if o.whiten:
+            self.whiten(o.whiten)
         torch.manual_seed(o.seed)
         config = replace(
             PRESETS["refshapes"],
@@ -99,11 +101,40 @@ class Study:
         self.model.sfm[0].layers[0].register_forward_hook(self._keep)
         self.parameters = [*self.anchor_head.parameters()]
         self.parameters += [p for n, p in self.model.named_parameters() if not n.startswith("backbone")]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, weight_decay=1e-4, betas=(0.9, o.beta2))
+        if o.near:  # the last head of every layer begins by looking at neighbours
+            y, x = torch.meshgrid(*2 * [torch.arange(1 - GRID, GRID)], indexing="ij")
+            for layer in self.model.sfm[0].layers:
+                layer.attention.bias.relative.data[-1] = -o.near * (y**2 + x**2).sqrt().flatten()
+        biases = {
+            id(p) for n, p in self.model.named_parameters() if ".bias.relative" in n or ".bias.words" in n
+        }
+        groups = [
+            {"params": [p for p in self.parameters if id(p) not in biases], "times": 1.0},
+            {"params": [p for p in self.parameters if id(p) in biases], "times": o.bias_lr},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=o.lr, weight_decay=1e-4, betas=(0.9, o.beta2), fused=True
+        )
         self.rng = np.random.default_rng(o.seed)
         self.of_image = [[] for _ in self.train["levels"][0]]
         for row, image in enumerate(self.train["image"].tolist()):
             self.of_image[image].append(row)
+
+    def whiten(self, how: str) -> None:
+        "Frozen features with mean 0 and standard deviation 1 in every channel (`scale`), and uncorrelated (`pca`)."
+        for k in range(3):
+            some = self.train["levels"][k][::20].float().movedim(1, -1).flatten(0, 2)
+            mean, cov = some.mean(0), some.T.cov()
+            if how == "scale":
+                matrix = torch.diag(cov.diag().clamp(min=1e-6).rsqrt())
+            else:
+                values, vectors = torch.linalg.eigh(cov)
+                matrix = vectors @ torch.diag((values + 1e-2 * values.mean()).rsqrt()) @ vectors.T
+            for data in (self.train, self.val):
+                level = data["levels"][k]
+                for n in range(0, len(level), 500):
+                    part = level[n : n + 500].float().movedim(1, -1)
+                    level[n : n + 500] = ((part - mean) @ matrix).movedim(-1, 1).half()
 
     def _keep(self, layer, inputs, output) -> None:
         self.after_first = output[0][:, : GRID**2]
@@ -112,7 +143,7 @@ class Study:
         "Images and their phrases, in a new order every epoch."
         o = self.options
         while True:
-            order = self.rng.permutation(len(self.of_image))
+            order = self.rng.permutation(o.scenes or len(self.of_image))
             for k in range(0, len(order) - o.images + 1, o.images):
                 images = order[k : k + o.images]
                 drawn = [self.of_image[i] for i in images]
@@ -156,8 +187,9 @@ class Study:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        "Overall IoU in per cent, in all and by kind."
-        data, both, either = self.val, {}, {}
+        """Overall IoU in per cent, in all and by kind; and for how many phrases the highest logit lies on the referent
+        ("hit"), and the anchor head's on the anchor."""
+        data, both, either, hits = self.val, {}, {}, {}
         self.model.eval()
         for k in range(len(data["levels"][0])):
             rows = (data["image"] == k).nonzero()[:, 0]
@@ -165,14 +197,28 @@ class Study:
             with torch.autocast("cpu", torch.bfloat16):
                 features = self.model.adapt([v[k : k + 1].float() for v in data["levels"]])
                 logits = self.model.segment(features, words, torch.zeros_like(rows)).float()
+                # the level in the middle
+                states = self.after_first.unflatten(0, (3, len(rows)))[1]
+                anchors = (
+                    self.anchor_head(states)[..., 0].float() if self.options.anchor else [None] * len(rows)
+                )
             masks = F.interpolate(logits[:, None], (96, 96), mode="bilinear", align_corners=False)[:, 0] > 0
             true = data["whole"][data["referent"][rows]]
             for n, row in enumerate(rows.tolist()):
+                point = logits[n].flatten().argmax()
+                hits.setdefault(data["kind"][row], []).append(
+                    float(data["masks"][data["referent"][row]].flatten()[point] > 0.25)
+                )
+                if anchors[n] is not None and data["anchors"][row]:
+                    mask = data["masks"][data["anchors"][row]].amax(0)[None].float()
+                    share = F.avg_pool2d(mask, TARGET // GRID).flatten()
+                    hits.setdefault("anchor", []).append(float(share[anchors[n].argmax()] > 0.1))
                 for key in ("all", data["kind"][row]):
                     both[key] = both.get(key, 0) + int((masks[n] & true[n]).sum())
                     either[key] = either.get(key, 0) + int((masks[n] | true[n]).sum())
         self.model.train()
-        return {key: round(100 * both[key] / either[key], 1) for key in sorted(both)}
+        found = {key: round(100 * both[key] / either[key], 1) for key in sorted(both)}
+        return found | {"hit": {key: round(100 * float(np.mean(v)), 1) for key, v in sorted(hits.items())}}
 
     def run(self, out: Path) -> None:
         "Train, and write a line every so many steps."
@@ -184,7 +230,7 @@ class Study:
             for done in range(1, min(o.stop, o.steps) + 1):
                 rate = min(o.lr * (1 - (done - 1) / o.steps) ** 0.9, o.lr * done / 100)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["times"]
                 losses.append(self.step(*next(batches)))
                 if done % o.every == 0 or done == o.stop:
                     row = self.evaluate() | {"step": done, "loss": round(float(np.mean(losses)), 4)}
@@ -221,6 +267,10 @@ def changed(told: dict) -> str:
         f"{told['layers']} layers": told["layers"] != 2,
         f"{told['heads']} heads": told["heads"] != 2,
         f"lr {told['lr']:g}": told["lr"] != 1e-3,
+        f"biases' lr times {told.get('bias_lr', 1):g}": told.get("bias_lr", 1) != 1,
+        f"whitened features ({told.get('whiten')})": told.get("whiten"),
+        f"a head that begins near ({told.get('near', 0):g})": told.get("near"),
+        f"{told.get('scenes') or 0:,} scenes": told.get("scenes"),
         f"β₂ {told['beta2']:g}": told["beta2"] != 0.999,
         f"Dice {told['dice']:g}": told["dice"] != 0.1,
         f"{told['images']} images of {told['phrases']} phrases": told["images"] != 3 or told["phrases"],
@@ -253,6 +303,14 @@ def main() -> None:
     parser.add_argument("--word-bias", type=float, help="bias of words in SFM, at the start")
     parser.add_argument("--groups", type=int, default=0, help="groups of GroupNorm; 0: BatchNorm")
     parser.add_argument("--anchor", type=float, default=0.0, help="weight of the anchor's loss")
+    parser.add_argument(
+        "--bias-lr", type=float, default=1.0, help="learning rate of SFM's biases, times --lr"
+    )
+    parser.add_argument(
+        "--near", type=float, default=0.0, help="the last head's relative bias begins at -this * distance"
+    )
+    parser.add_argument("--whiten", choices=["scale", "pca"], help="normalise the frozen features")
+    parser.add_argument("--scenes", type=int, help="train on the first so many scenes alone")
     parser.add_argument("--candidates", type=float, default=0.0, help="weight of the candidates' loss")
     options = parser.parse_args()
     if options.what == "table":

@@ -361,16 +361,17 @@ def test_presets_are_trained_for_a_third_of_the_steps_and_so_is_what_they_are_co
         j["experiment"]: j["config"]["max_steps"] for j in E.plan(tmp_path, *args, data_root=tmp_path, **more)
     }
     assert (
-        set(steps("presets").values()) == {2000}
+        set(steps("presets").values()) == {E.BUDGETS["quick"].steps // 3}
+        and set(steps("presets", "plain").values()) == {2000}
         and set(steps("presets", steps=30).values()) == {10}
         and set(steps("presets", "tiny").values()) == {2}
     )
     assert {c.experiment for row in E.tables()["presets"].rows.values() for c in row} == set(steps("presets"))
-    assert set(steps("savings").values()) == set(steps("table2").values()) == {6000}, (
+    assert set(steps("savings").values()) == set(steps("table2").values()) == {E.BUDGETS["quick"].steps}, (
         "a cheaper model is compared with the whole training"
     )
     short, whole = (
-        [j | {"draw": None} for j in E.plan(tmp_path, name, data_root=tmp_path)[:1]]
+        [j | {"draw": None} for j in E.plan(tmp_path, name, "plain", data_root=tmp_path)[:1]]
         for name in ("presets", "table2")
     )
     minutes = lambda jobs: E.estimate(jobs, 1)["minutes"]
@@ -384,7 +385,7 @@ def test_plan_of_the_family(tmp_path):
     short; the published presets at the paper's size."""
     from refseg_nb.training.config import TrainConfig
 
-    jobs = E.plan(tmp_path, "family", seeds=(0, 1, 2), data_root=tmp_path)
+    jobs = E.plan(tmp_path, "family", "plain", seeds=(0, 1, 2), data_root=tmp_path)
     assert {j["experiment"] for j in jobs} == {
         f"{name}{tag}" for name in ("shnet-third", *FAMILY) for tag in ("", "-uncplus")
     } and len(jobs) == 24
@@ -401,7 +402,7 @@ def test_plan_of_the_family(tmp_path):
         for j in jobs
         if j["config"]["model"] in FAMILY
     )
-    tables = {j["experiment"]: j["config"] for j in E.plan(tmp_path, "table1", data_root=tmp_path)}
+    tables = {j["experiment"]: j["config"] for j in E.plan(tmp_path, "table1", "plain", data_root=tmp_path)}
     mine = {j["experiment"]: j["config"] for j in jobs if j["seed"] == 0}
     assert all(
         mine[f"shnet-third{tag}"] == tables[f"shnet{tag}"] | {"max_steps": 2000} for tag in ("", "-uncplus")
@@ -692,13 +693,13 @@ def test_the_recorded_run_has_what_it_claims():
             for split in splits:
                 least = 3 if target in ("table2", "family") else 1
                 assert len(runs.get((name, split), [])) >= least, f"{name} on {split} has too few trainings"
-    fields, quick = (
+    fields, plain = (
         ("max_steps", "lr", "power", "loss", "dice_weight", "images_per_batch"),
-        E.BUDGETS["quick"],
+        E.BUDGETS["plain"],
     )
     for (name, _), records in runs.items():
         e = E.experiments()[name]
-        expected = quick.recipe | {"max_steps": round(quick.steps * e.share)} | e.training
+        expected = plain.recipe | {"max_steps": round(plain.steps * e.share)} | e.training
         for r in records:
             assert {k: r.config["training"][k] for k in fields} == {k: expected[k] for k in fields}, (
                 f"{name} was trained with another recipe"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TABLE2_COLUMNS', 'PAPER', 'WORLDS', 'SCALES', 'ROWS', 'TAGS', 'THIRD', 'FAMILY_DATA', 'NOT_TRAINED', 'FAMILY',
-           'FAMILY_LR', 'FAMILY_PRESETS', 'RECIPE', 'PAPER_RECIPE', 'BUDGETS', 'TARGETS', 'CONTROLS', 'REAL_SIZES',
-           'JOB', 'Experiment', 'experiments', 'Budget', 'Cell', 'Table', 'tables', 'wanted', 'plan', 'records_of',
-           'is_done', 'estimate', 'full_cost', 'model_config', 'model_cost', 'model_seconds', 'thin_curve', 'run_job',
-           'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
+           'FAMILY_LR', 'FAMILY_PRESETS', 'RECIPE', 'AIDS', 'AIDED', 'POINTING', 'PAPER_RECIPE', 'BUDGETS', 'TARGETS',
+           'CONTROLS', 'REAL_SIZES', 'JOB', 'Experiment', 'experiments', 'Budget', 'Cell', 'Table', 'tables', 'wanted',
+           'plan', 'records_of', 'is_done', 'estimate', 'full_cost', 'model_config', 'model_cost', 'model_seconds',
+           'thin_curve', 'run_job', 'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
 
 # %% ../../nbs/20_experiments.ipynb #003
 import json
@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,6 +143,7 @@ class Experiment:
     overrides: dict = field(default_factory=dict)  # further fields of the model's configuration
     training: dict = field(default_factory=dict)  # fields of `TrainConfig`
     share: float = 1.0  # of the budget's steps
+    pointing: bool = True  # whether the run begins with pointing, where the budget has it
 
 # %% ../../nbs/20_experiments.ipynb #018
 # the rows of Table 2 that carry the argument; trained if nothing else is asked
@@ -154,7 +155,12 @@ def _of_the_tables() -> list[Experiment]:
     from refseg_nb.models.shnet import model_name
 
     others = [row for row in PAPER["table4"]["rows"] if row != "HCAM"]  # HCAM's row is SHNet
-    found = [Experiment(model_name(row), row, model_name(row)) for row in (*PAPER["table2"]["rows"], *others)]
+    # relative positions are positions
+    less = {"SHNet w/o P.E": {"sfm_relative": False}}
+    found = [
+        Experiment(model_name(row), row, model_name(row), overrides=less.get(row, {}))
+        for row in (*PAPER["table2"]["rows"], *others)
+    ]
     found += [
         Experiment(f"{model_name(row)}-high", f"{row}, high resolution", model_name(row), pixels="high")
         for row in others
@@ -282,8 +288,12 @@ class Budget:
     steps: int  # optimiser steps
     what: str  # said before it starts
     minutes: float  # of one run on one core, measured
+    pointing_minutes: float = 0.0  # of the run before it
     data_minutes: float = 1.0  # to draw one data set on two cores, measured
     recipe: dict = field(default_factory=dict)  # of the small model: fields of `TrainConfig`
+    pointing: dict = field(
+        default_factory=dict
+    )  # what changes in the run before it that points; none: no such run
 
 
 RECIPE = {
@@ -298,6 +308,9 @@ RECIPE = {
     "cache_dtype": "bfloat16",
     "overrides": {"grid": 8, "aspp_rates": [1, 2, 4]},
 }
+AIDS = {"sfm_relative": True, "sfm_word_bias": 2.5, "norm_groups": 8, "pointer": True}  # fields of the model
+AIDED = RECIPE | {"overrides": RECIPE["overrides"] | AIDS}
+POINTING = {"objective": "pointing", "max_steps": 2500, "images_per_batch": 6, "loss": "bce"}
 # RefCOCO has 7.1 phrases an image: 50 a batch
 PAPER_RECIPE = {"images_per_batch": 7, "checkpoint_every": 250, "cache_dtype": "bfloat16", "overrides": {}}
 
@@ -307,14 +320,36 @@ BUDGETS = {
         6,
         "a few steps on a few dozen scenes; for tests, the numbers mean nothing",
         minutes=0.2,
+        pointing_minutes=0.1,
         data_minutes=0.1,
-        recipe=RECIPE | {"images_per_batch": 4, "expressions_per_image": 2, "checkpoint_every": 2},
+        recipe=AIDED | {"images_per_batch": 4, "expressions_per_image": 2, "checkpoint_every": 2},
+        pointing=POINTING | {"max_steps": 3, "images_per_batch": 4},
     ),
     "quick": Budget(
         "large",
+        3000,
+        "8,000 scenes of 96 px, a little more than one pass over their phrases after the pointing: the order of the"
+        " rows, not their last point",
+        minutes=5.5,
+        pointing_minutes=2.0,
+        data_minutes=1.5,
+        recipe=AIDED,
+        pointing=POINTING,
+    ),
+    "standard": Budget(
+        "large",
+        12_000,
+        "8,000 scenes of 96 px, five passes over their phrases",
+        minutes=22.0,
+        pointing_minutes=4.0,
+        data_minutes=1.5,
+        recipe=AIDED,
+        pointing=POINTING | {"max_steps": 5000},
+    ),
+    "plain": Budget(
+        "large",
         6000,
-        "8,000 scenes of 96 px, a little more than two passes over their phrases: the order of the rows, not"
-        " their last point",
+        "the same scenes, without any of the aids: few seeds learn relations in this time",
         minutes=6.0,
         data_minutes=1.5,
         recipe=RECIPE,
@@ -595,7 +630,10 @@ def plan(
                 "model": e.model,
                 "seed": seed,
             }
-            slug = f"{name}-seed{seed}"
+            slug, before = f"{name}-seed{seed}", None
+            if b.pointing and e.pointing and config["overrides"].get("pointer"):
+                part = (steps or b.steps) / b.steps
+                before = config | b.pointing | {"max_steps": max(1, round(part * b.pointing["max_steps"]))}
             jobs.append(
                 {
                     "experiment": name,
@@ -610,6 +648,7 @@ def plan(
                     "folder": str(out / slug),
                     "record": str(out / "records" / slug),
                     "config": config,
+                    "pointing": before,  # the configuration of the run before it
                 }
             )
     if not jobs:
@@ -649,8 +688,12 @@ def estimate(
     b = BUDGETS[jobs[0]["budget"]]
     n = max(1, min(n_jobs or cores(), len(jobs)))
     sets = {(j["config"]["data"], j["config"]["root"]) for j in jobs if j["draw"]}
-    steps = sum(j["config"]["max_steps"] for j in jobs) / len(jobs)  # of one run
-    training = math.ceil(len(jobs) / n) * b.minutes * steps / b.steps * max(1, n / cores())
+    minutes = b.minutes * sum(j["config"]["max_steps"] for j in jobs) / b.steps
+    if b.pointing:
+        steps = sum(j["pointing"]["max_steps"] for j in jobs if j["pointing"])
+        minutes += b.pointing_minutes * steps / b.pointing["max_steps"]
+    # of one run, times the rounds that are needed
+    training = minutes / len(jobs) * math.ceil(len(jobs) / n) * max(1, n / cores())
     return {"side by side": n, "minutes": training + len(sets) * b.data_minutes * 2 / min(cores(), 8)}
 
 # %% ../../nbs/20_experiments.ipynb #061
@@ -797,8 +840,11 @@ def _training_cost(folder: Path) -> dict:
     model, _, meta = load_model(folder / "model")
     result = json.loads((folder / "result.json").read_text())
     cost = model_cost(meta["model"], model.config.to_dict())
+    first = folder / "pointing" / "result.json"
+    pointing = json.loads(first.read_text())["seconds"] if first.exists() else 0.0
     return {
-        "seconds": result["seconds"],
+        "seconds": result["seconds"] + pointing,
+        "seconds of pointing": pointing,
         "peak memory": result["peak_memory"],
         "parameters": cost["trained parameters"],
         "GFLOP": round(cost["GFLOP an image"] + cost["GFLOP a phrase"], 3),
@@ -831,6 +877,9 @@ def run_job(
 
     folder, config = Path(job["folder"]), TrainConfig(**job["config"], out=job["folder"], quiet=True)
     if not (folder / "result.json").exists():
+        if job["pointing"]:
+            before = train(TrainConfig(**job["pointing"], out=str(folder / "pointing"), quiet=True))
+            config = replace(config, start=str(before.out / "model"))
         train(config)
     model, vocabulary, meta = load_model(folder / "model")
     refer = open_data(config.root, config.data, config.split_by)
@@ -838,6 +887,7 @@ def run_job(
         "experiment": job["experiment"],
         "budget": job["budget"],
         "training": {k: v for k, v in job["config"].items() if k != "root"},
+        "pointing": job["pointing"] and {k: v for k, v in job["pointing"].items() if k != "root"},
         "cost": _training_cost(folder),
         "curve": thin_curve(read_history(folder / "losses.jsonl")),
     }
@@ -882,7 +932,10 @@ def check_jobs(
     "A folder with a run of other settings is not touched."
     for job in jobs:
         file = Path(job["folder"]) / "job.json"
-        if file.exists() and json.loads(file.read_text())["config"] != job["config"]:
+        if not file.exists():
+            continue
+        stored = json.loads(file.read_text())
+        if stored["config"] != job["config"] or stored.get("pointing") != job["pointing"]:
             raise InputError(
                 f"{file.parent} holds a run with other settings: give another output folder, or delete"
                 " this one"
@@ -982,6 +1035,9 @@ def _progress(job: dict) -> str:
     from refseg_nb.training.learner import read_history
 
     done = read_history(Path(job["folder"]) / "losses.jsonl")
+    if not done and job["pointing"]:
+        done = read_history(Path(job["folder"]) / "pointing" / "losses.jsonl")
+        return f"points {done[-1]['step']}/{job['pointing']['max_steps']}" if done else "starting"
     return f"{done[-1]['step']}/{job['config']['max_steps']}" if done else "starting"
 
 # %% ../../nbs/20_experiments.ipynb #083

@@ -203,3 +203,24 @@ def test_what_cannot_point_says_so(tmp_path):
         config(tmp_path / "c", objective="points")
     with pytest.raises(ValueError, match="sfm_shared"):
         create_model("shnet", vocab_size=9, preset="refshapes", pointer=True, sfm_shared=False)
+
+
+def test_scores_on_the_way_are_those_of_the_evaluation(tmp_path, refer):
+    "By kind, every so many steps, and without an effect on the run."
+    from refseg_nb.data.batches import RISDataset
+    from refseg_nb.evaluation.evaluator import evaluate
+
+    scored = train(config(tmp_path / "a", objective="mask", score_every=3, max_steps=6, eval_limit=5))
+    plain = train(config(tmp_path / "b", objective="mask", max_steps=6, eval_limit=5))
+    rows = read_history(tmp_path / "a" / "scores.jsonl")
+    assert [row["step"] for row in rows] == [3, 6] and not (tmp_path / "b" / "scores.jsonl").read_text()
+    for k, v in plain.model.state_dict().items():
+        assert torch.equal(v, scored.model.state_dict()[k]), k
+    data = RISDataset(refer, "val", scored.vocabulary, 96, target_size=None)
+    data.groups = data.groups[:5]
+    record = evaluate(scored.model, data, 0.5, name="x")
+    assert rows[-1]["overall_iou"] == pytest.approx(record.metrics["overall_iou"]["value"], abs=1e-6)
+    for kind, group in record.groups["kind"].items():
+        assert rows[-1][f"overall_iou.{kind}"] == pytest.approx(group["overall_iou"]["value"], abs=1e-6)
+    with pytest.raises(ValueError, match="score_every needs a val_split"):
+        config(tmp_path / "c", objective="mask", score_every=3, val_split=None)

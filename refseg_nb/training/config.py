@@ -96,6 +96,9 @@ class TrainConfig:
     threshold: float | None = None  # recipe; of the probability, while training and stored with the model
     eval_every: int = 1  # epochs; "plateau" looks at the loss as often
     eval_limit: int | None = None  # images of the validation split scored while training
+    score_every: int | None = (
+        None  # steps; score it so often, too, by kind of expression, into <out>/scores.jsonl
+    )
     keep: str = "last"  # which weights <out>/model gets: "last" or "best" (overall IoU on val_split)
     tracker: str | None = None  # "tensorboard" or "wandb"
     quiet: bool = False  # no progress bar
@@ -109,6 +112,7 @@ class TrainConfig:
         "cache_folder",
         "out",
         "checkpoint_every",
+        "score_every",
         "tracker",
         "quiet",
     )
@@ -147,6 +151,7 @@ class TrainConfig:
         "images_per_batch",
         "max_steps",
         "checkpoint_every",
+        "score_every",
         "limit",
         "expressions_per_image",
         "mask_size",
@@ -158,7 +163,7 @@ class TrainConfig:
         self.root, self.out = str(data_root() if self.root is None else self.root), str(self.out)
         self.cache_folder, self.pieces = (p and str(p) for p in (self.cache_folder, self.pieces))
         if self.objective == "pointing":
-            self.val_split = None
+            self.val_split = self.score_every = None
         self._fill_from_recipe()
         if self.class_weights is not None:
             if len(self.class_weights) != 2 or min(self.class_weights) <= 0:
@@ -234,6 +239,8 @@ class TrainConfig:
                 "schedule='plateau' follows the loss on the validation split: name a val_split, or use"
                 " schedule='polynomial'"
             )
+        if self.score_every and self.val_split is None:
+            raise InputError("score_every needs a val_split")
         if self.keep == "best" and self.val_split is None:
             raise InputError("keep='best' needs a val_split")
         if self.cache_features is True and self.train_backbone:

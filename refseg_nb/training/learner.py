@@ -720,7 +720,8 @@ class Learner:
         losses = torch.stack([objective.compare(z[None], y[None]) for z, y in zip(logits, targets)])
         return [*found, losses.double()]
 
-    def evaluate(self) -> dict[str, float]:  # overall_iou, mean_iou, precision@X, samples; perhaps val_loss
+    # overall_iou, mean_iou, precision@X, samples; overall_iou.<kind> where kinds are known; perhaps val_loss
+    def evaluate(self) -> dict[str, float]:
         "Score the validation split, or the part that `eval_limit` says, at original resolution."
         names = ("intersection", "union", *(["loss"] if self.plateau else []))
         # the run's random numbers stay as they were
@@ -737,6 +738,11 @@ class Learner:
             )
         found = scores(torch.from_numpy(rows["intersection"]), torch.from_numpy(rows["union"]))
         found["samples"] = len(rows["index"])
+        kinds = [self.evaluator.samples[i].kind for i in rows["index"]]
+        for kind in sorted(set(kinds) - {""}):
+            chosen = torch.tensor([k == kind for k in kinds])
+            both, either = (torch.from_numpy(rows[name])[chosen].sum() for name in ("intersection", "union"))
+            found[f"overall_iou.{kind}"] = 100 * float(both) / max(1.0, float(either))
         return found | ({"val_loss": float(rows["loss"].mean())} if self.plateau else {})
 
 # %% ../../nbs/12_training.ipynb #049
@@ -907,7 +913,7 @@ class Run:
             )
         if main:
             write_json(self.out / "config.json", asdict(self.config))
-            for name in ("history.jsonl", "losses.jsonl"):
+            for name in ("history.jsonl", "losses.jsonl", "scores.jsonl"):
                 cut_log(self.out / name, found["state"]["step"] if found else 0)
         return found
 
@@ -952,6 +958,8 @@ class Run:
                     loss = learner.optimizer_step(group)
                     self._record_step(loss, log)
                     progress.update(bar, advance=1, note=self._note(epoch))
+                    if c.score_every and learner.step % c.score_every == 0:
+                        self._score()
                     if self._checkpoint_is_due():
                         self.seconds = clock()
                         self.save()
@@ -987,6 +995,15 @@ class Run:
         if self.config.tracker:
             lr = learner.optimizer.param_groups[0]["lr"]
             learner.accelerator.log({"loss": loss, "lr": lr}, step=learner.step)
+
+    def _score(self) -> None:
+        "A line of scores within an epoch; nothing follows from it."
+        learner = self.learner
+        row = {"step": learner.step} | learner.evaluate()
+        learner.objective.train()
+        if learner.main:
+            with open(self.out / "scores.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def _checkpoint_is_due(self) -> bool:
         "Whether it is time for a checkpoint within an epoch."

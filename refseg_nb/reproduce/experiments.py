@@ -7,7 +7,7 @@ __all__ = ['TABLE2_COLUMNS', 'PAPER', 'WORLDS', 'SCALES', 'ROWS', 'TAGS', 'THIRD
            'FAMILY_LR', 'FAMILY_PRESETS', 'RECIPE', 'AIDS', 'AIDED', 'POINTING', 'PAPER_RECIPE', 'BUDGETS', 'TARGETS',
            'CONTROLS', 'REAL_SIZES', 'JOB', 'Experiment', 'experiments', 'Budget', 'Cell', 'Table', 'tables', 'wanted',
            'plan', 'records_of', 'is_done', 'estimate', 'full_cost', 'model_config', 'model_cost', 'model_seconds',
-           'thin_curve', 'run_job', 'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
+           'thin_curve', 'score_curve', 'run_job', 'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
 
 # %% ../../nbs/20_experiments.ipynb #003
 import json
@@ -291,9 +291,9 @@ class Budget:
     pointing_minutes: float = 0.0  # of the run before it
     data_minutes: float = 1.0  # to draw one data set on two cores, measured
     recipe: dict = field(default_factory=dict)  # of the small model: fields of `TrainConfig`
-    pointing: dict = field(
-        default_factory=dict
-    )  # what changes in the run before it that points; none: no such run
+    # what changes in the run before it, which points; empty: there is no such run
+    pointing: dict = field(default_factory=dict)
+    scored: int = 0  # images of val that are scored five times on the way
 
 
 RECIPE = {
@@ -324,6 +324,7 @@ BUDGETS = {
         data_minutes=0.1,
         recipe=AIDED | {"images_per_batch": 4, "expressions_per_image": 2, "checkpoint_every": 2},
         pointing=POINTING | {"max_steps": 3, "images_per_batch": 4},
+        scored=4,
     ),
     "quick": Budget(
         "large",
@@ -335,6 +336,7 @@ BUDGETS = {
         data_minutes=1.5,
         recipe=AIDED,
         pointing=POINTING,
+        scored=150,
     ),
     "standard": Budget(
         "large",
@@ -345,6 +347,7 @@ BUDGETS = {
         data_minutes=1.5,
         recipe=AIDED,
         pointing=POINTING | {"max_steps": 5000},
+        scored=300,
     ),
     "plain": Budget(
         "large",
@@ -630,6 +633,9 @@ def plan(
                 "model": e.model,
                 "seed": seed,
             }
+            if drawn and b.scored:
+                every = max(1, config["max_steps"] // 5)
+                config |= {"val_split": "val", "eval_limit": b.scored, "score_every": every}
             slug, before = f"{name}-seed{seed}", None
             if b.pointing and e.pointing and config["overrides"].get("pointer"):
                 part = (steps or b.steps) / b.steps
@@ -862,6 +868,22 @@ def thin_curve(
     parts = [losses[i : i + size] for i in range(0, len(losses), size)]
     return [[part[-1]["step"], round(sum(x["loss"] for x in part) / len(part), 5)] for part in parts]
 
+
+def score_curve(
+    rows: list[dict],  # lines of scores.jsonl
+) -> list[dict]:  # "step", "all" and each kind of expression: overall IoU in per cent
+    "How the score grew, by kind of expression."
+    named = {"overall_iou": "all"}
+    return [
+        {"step": row["step"]}
+        | {
+            named.get(k, k.removeprefix("overall_iou.")): round(v, 2)
+            for k, v in row.items()
+            if k.startswith("overall_iou")
+        }
+        for row in rows
+    ]
+
 # %% ../../nbs/20_experiments.ipynb #072
 def run_job(
     job: dict,  # one entry of `plan`
@@ -888,6 +910,7 @@ def run_job(
         "budget": job["budget"],
         "training": {k: v for k, v in job["config"].items() if k != "root"},
         "pointing": job["pointing"] and {k: v for k, v in job["pointing"].items() if k != "root"},
+        "scores": score_curve(read_history(folder / "scores.jsonl")),
         "cost": _training_cost(folder),
         "curve": thin_curve(read_history(folder / "losses.jsonl")),
     }

@@ -1076,7 +1076,11 @@ def reproduce(
         ),
     ] = "core",
     budget: Annotated[
-        str, typer.Option(help="quick (minutes a run on one core) or full (meant for a GPU).")
+        str,
+        typer.Option(
+            help="quick (minutes a run on one core), standard (half an hour), plain (quick, without the aids), or full"
+            " (meant for a GPU)."
+        ),
     ] = "quick",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each row, each with a seed of its own.")] = 1,
     rows: Annotated[list[str] | None, typer.Option("--row", help="Only this row; may be repeated.")] = None,

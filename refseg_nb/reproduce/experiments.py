@@ -310,7 +310,7 @@ RECIPE = {
 }
 AIDS = {"sfm_relative": True, "sfm_word_bias": 2.5, "norm_groups": 8, "pointer": True}  # fields of the model
 AIDED = RECIPE | {"overrides": RECIPE["overrides"] | AIDS}
-POINTING = {"objective": "pointing", "max_steps": 2500, "images_per_batch": 6, "loss": "bce"}
+POINTING = {"objective": "pointing", "max_steps": 5000, "images_per_batch": 6, "loss": "bce"}
 # RefCOCO has 7.1 phrases an image: 50 a batch
 PAPER_RECIPE = {"images_per_batch": 7, "checkpoint_every": 250, "cache_dtype": "bfloat16", "overrides": {}}
 
@@ -328,11 +328,11 @@ BUDGETS = {
     ),
     "quick": Budget(
         "large",
-        3000,
-        "8,000 scenes of 96 px, a little more than one pass over their phrases after the pointing: the order of the"
-        " rows, not their last point",
+        2500,
+        "8,000 scenes of 96 px, four passes over their phrases that point and one that draws: the order of the rows,"
+        " not their last point",
         minutes=5.5,
-        pointing_minutes=2.0,
+        pointing_minutes=3.7,
         data_minutes=1.5,
         recipe=AIDED,
         pointing=POINTING,
@@ -343,10 +343,10 @@ BUDGETS = {
         12_000,
         "8,000 scenes of 96 px, five passes over their phrases",
         minutes=22.0,
-        pointing_minutes=4.0,
+        pointing_minutes=9.0,
         data_minutes=1.5,
         recipe=AIDED,
-        pointing=POINTING | {"max_steps": 5000},
+        pointing=POINTING | {"max_steps": 12_000},
         scored=300,
     ),
     "plain": Budget(

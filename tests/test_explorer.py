@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import test_browser
+import torch
 import traitlets
 
 import refseg_nb
@@ -23,6 +24,9 @@ from refseg_nb.attention.explorer import (
 )
 from refseg_nb.attention.maps import AttentionError, AttentionMaps, AttentionSteps, weight_steps
 from refseg_nb.data.refer import Refer
+from refseg_nb.data.words import vocabulary_for
+from refseg_nb.models.hub import save_model
+from refseg_nb.models.registry import create_model
 
 browser, lab = test_browser.browser, test_browser.lab
 in_browser = [
@@ -455,6 +459,37 @@ def unfold(page, **traits):
     page.evaluate("() => document.querySelectorAll('details').forEach(d => { d.open = true; })")
     put(page, **traits)
     return shown(page)["steps"]
+
+
+@drives
+def test_the_steps_of_a_biased_model_are_those_of_python(page_of, tmp_path, tiny_root):
+    torch.manual_seed(6)
+    refer = Refer(tiny_root, "refshapes")
+    vocabulary = vocabulary_for(refer)
+    model = create_model(
+        "shnet", vocab_size=len(vocabulary), preset="refshapes", sfm_relative=True, sfm_word_bias=1.5
+    ).eval()
+    for layer in model.sfm[0].layers:
+        torch.nn.init.normal_(layer.attention.bias.relative)
+    save_model(tmp_path / "m", model, vocabulary)
+    sample = refer.samples("val")[0]
+    explorer = Explorer(refseg_nb.load(tmp_path / "m"), refer.load_image(sample.image_id), "the red ball")
+    page, maps = page_of(explorer), explorer.panels[0].maps["raw"]
+    for what, query, level, layer, head in [
+        ({"pixel": [3, 4], "grid": [12, 12]}, 40, 3, 0, 1),
+        ({"pixel": [11, 0], "grid": [12, 12]}, 132, 2, 1, 0),
+        ({"word": 2}, 146, 2, 1, 0),
+    ]:
+        steps = unfold(page, locked={"panel": 0} | what, level=str(level), layer=layer, head=str(head))
+        want = weight_steps(maps, level, layer, head, query)
+        got = {name: np.array([key[name] for key in steps["keys"]]) for name in ("score", "bias")}
+        assert np.allclose(got["bias"], want["bias"], atol=1e-5)
+        off = np.array([np.inf if key["error"] is None else key["error"] + 2e-3 for key in steps["keys"]])
+        kept = np.isfinite(off)
+        assert kept.sum() > 20 and (np.abs(got["score"] - want["scaled"])[kept] <= off[kept]).all()
+        assert bool(want["bias"].any()) == (query < 144)
+    assert "+ bias" in page.locator(".made thead").inner_text()
+    assert "The learned bias adds" in page.locator(".walk").inner_text()
 
 
 @drives

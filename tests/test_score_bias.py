@@ -3,12 +3,16 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from refseg_nb.attention.maps import look, weight_steps
 from refseg_nb.data.refer import Refer
 from refseg_nb.data.words import vocabulary_for
+from refseg_nb.inference.segmenter import load
 from refseg_nb.models.decoder import LevelAdapter, use_group_norm
 from refseg_nb.models.hub import load_model, save_model
 from refseg_nb.models.registry import create_model, list_models, model_config
@@ -112,12 +116,47 @@ def test_model_with_the_aids_is_stored_and_read(tmp_path):
     model = create_model("shnet", vocab_size=len(vocabulary), preset="refshapes", **aids).eval()
     images, words = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), torch.randint(1, 9, (2, 4))
     logits, attention = model.segment(model.encode(images), words, return_attention=True)
-    assert not attention.steps, "a biased score is not q·k alone, so no steps from q·k are shown"
     save_model(tmp_path / "m", model, vocabulary)
     again, _, _ = load_model(tmp_path / "m")
     assert replace(again.config, backbone_weights=None) == model.config
     assert torch.equal(again(images, words), model(images, words))
     assert torch.allclose(model(images, words), logits, atol=1e-4)
+
+
+def test_steps_of_a_biased_weight_against_products_by_hand(tmp_path):
+    "q·k is computed from the module's own weights; what was added is the table's number."
+    torch.manual_seed(5)
+    vocabulary = vocabulary_for(Refer(tiny_data(), "refshapes"))
+    model = create_model(
+        "shnet", vocab_size=len(vocabulary), preset="refshapes", grid=6, sfm_relative=True, sfm_word_bias=1.5
+    ).eval()
+    for layer in model.sfm[0].layers:
+        nn.init.normal_(layer.attention.bias.relative)
+    save_model(tmp_path / "m", model, vocabulary)
+    seg = load(tmp_path / "m", device="cpu")
+    seen = []
+    layer = seg.model.sfm[0].layers[1].attention
+    layer.register_forward_hook(lambda module, inputs, out: seen.append(inputs))
+    answer, maps = look(
+        seg.encode(torch.randint(0, 256, (96, 96, 3), dtype=torch.uint8).numpy()), "the red ball"
+    )
+    x, where = seen[-1][0], seen[-1][1]
+    q, k, _ = layer.qkv(x + where).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+    for level, head, query in [(2, 0, 7), (3, 1, 20), (4, 0, 36)]:
+        products = (q[level - 2, head, query] @ k[level - 2, head].T).detach().numpy()
+        steps = weight_steps(maps, level, 1, head, query)
+        assert np.allclose(steps["product"], products, atol=2e-2)
+        assert np.allclose(steps["scaled"], products / 32**0.5, atol=4e-3)
+        if query == 36:  # a word
+            assert not steps["bias"].any()
+            continue
+        for key in (0, 7, 13, 35):
+            (y, x_), (y2, x2) = divmod(query, 6), divmod(key, 6)
+            number = layer.bias.relative[head].view(11, 11)[y - y2 + 5, x_ - x2 + 5]
+            assert steps["bias"][key] == pytest.approx(number.item(), abs=1e-6)
+        assert np.allclose(steps["bias"][36:], 1.5)
+        total = steps["scaled"] + steps["bias"]
+        assert np.allclose(np.exp(total) / np.exp(total).sum(), steps["weight"], atol=1e-5)
 
 
 def test_group_norm_in_the_place_of_batch_norm():

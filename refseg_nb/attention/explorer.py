@@ -101,11 +101,35 @@ def _pack_steps(a: AttentionLevel) -> dict | None:
             if (part := a.part(axis, of)) is not None
         }
 
-    return {
+    packed = {
         "width": a.steps.width,
         "log_sums": floats(a.steps.log_sums, "queries"),
         "lengths": floats(a.steps.lengths, "keys"),
     }
+    if a.steps.bias is None:
+        return packed
+    bias = _pack_bias(a)
+    return bias and packed | {"bias": bias}
+
+
+def _pack_bias(a: AttentionLevel) -> dict[str, bytes] | None:
+    """A number for each offset of two pixels [layer, head, 2H-1, 2W-1], and one for pixels that look at words [layer,
+    head]; None for a bias that is not made of such numbers."""
+    if a.queries != "both" or a.keys != "both":
+        return None
+    h, w = a.grid
+    n, bias = h * w, a.steps.bias
+    y, x = np.divmod(np.arange(n), w)
+    dy, dx = y[:, None] - y + h - 1, x[:, None] - x + w - 1
+    relative = np.zeros((*bias.shape[:2], 2 * h - 1, 2 * w - 1), np.float32)
+    relative[:, :, dy, dx] = bias[:, :, :n, :n]
+    words = bias[:, :, 0, n]
+    again = np.zeros_like(bias)
+    again[:, :, :n, :n] = relative[:, :, dy, dx]
+    again[:, :, :n, n:] = words[:, :, None, None]
+    if not np.allclose(again, bias, atol=1e-6):
+        return None
+    return {"relative": relative.astype("<f4").tobytes(), "words": words.astype("<f4").tobytes()}
 
 # %% ../../nbs/15_explorer.ipynb #020
 def outline(

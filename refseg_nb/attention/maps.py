@@ -48,6 +48,7 @@ class AttentionSteps:
     # float32 [layer, head, key]: how long the key's value is behind the head's part of the output's matrix
     lengths: np.ndarray
     width: int  # d: channels of a head; a score is q·k / sqrt(d)
+    bias: np.ndarray | None = None  # float32 [layer, head, query, key]: learned numbers added to the scores
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def _check_steps(where: str, steps: AttentionSteps, shape: tuple[int, ...], kind
             )
         if not np.isfinite(array).all():
             raise AttentionError(f"{where}: NaN or infinite values in steps.{name}")
+    if steps.bias is not None and (steps.bias.shape != shape or not np.isfinite(steps.bias).all()):
+        raise AttentionError(f"{where}: steps.bias must be finite, [layer, head, query, key] = {list(shape)}")
     if steps.lengths.min() < 0:
         raise AttentionError(f"{where}: negative values in steps.lengths")
     if steps.width < 1:
@@ -272,11 +275,12 @@ def _plain_level(block: AttentionBlock, words: int) -> AttentionLevel:
         if n > block.layers[0].shape[-1]:
             held = block.layers[0].shape[-1] - block.grid[0] * block.grid[1]
             raise AttentionError(f"{words} words, but the attention is of {held}")
+    rows = n if block.queries == "both" else block.layers[0].shape[-2]
     steps = None
     if block.steps:
         sums, lengths = (_stack([part[:, :, :n] for part in parts]) for parts in zip(*block.steps))
-        steps = AttentionSteps(sums, lengths, block.width)
-    rows = n if block.queries == "both" else block.layers[0].shape[-2]
+        bias = _stack([b[None, :, :rows, :n] for b in block.biases]) if block.biases else None
+        steps = AttentionSteps(sums, lengths, block.width, bias)
     weights = _stack([layer[:, :, :rows, :n] for layer in block.layers])
     return AttentionLevel(
         weights=weights, grid=block.grid, queries=block.queries, keys=block.keys, steps=steps
@@ -294,9 +298,9 @@ def weight_steps(
     layer: int,  # 0 ... layers-1, or -1
     head: int,  # one head: the mean of several softmaxes is not a softmax
     query: int,  # the row, in the order of the level's queries: pixels row by row, then words
-) -> dict[str, np.ndarray]:  # each [key]: product, scaled, exp, weight, length, added
-    """How one query's weights are made: q·k, q·k / sqrt(d), exp(s - max), the softmax; its values' lengths,
-    and each key's share of the lengths that are added."""
+) -> dict[str, np.ndarray]:  # each [key]: product, scaled, bias, exp, weight, length, added
+    """How one query's weights are made: q·k, q·k / sqrt(d), the learned number that is added (0 without), exp(s - max),
+    the softmax; its values' lengths, and each key's share of the lengths that are added."""
     if level not in maps.levels:
         raise AttentionError(f"there is no level {level!r}; there are {', '.join(map(str, maps.levels))}")
     held = maps.levels[level]
@@ -312,10 +316,17 @@ def weight_steps(
     # a masked key: -inf
     with np.errstate(divide="ignore"):
         scaled = np.log(weight) + held.steps.log_sums[layer, head, query]
+    bias = (
+        np.zeros_like(weight)
+        if held.steps.bias is None
+        else held.steps.bias[layer, head, query].astype(float)
+    )
+    scaled = scaled - bias
     added = weight * length
     return {
         "product": scaled * held.steps.width**0.5,
         "scaled": scaled,
+        "bias": bias,
         "exp": weight / weight.max(),
         "weight": weight,
         "length": length,

@@ -140,6 +140,8 @@ class AttentionBlock(NamedTuple):
     # of each key's value behind the output's matrix [B, heads, key]
     steps: list[tuple[Tensor, Tensor]] | None = None
     width: int = 0  # channels of a head, where `steps` are known
+    # of each layer: learned numbers that were added to the scores [heads, query, key]; None: none
+    biases: list[Tensor] | None = None
 
 
 class ModelAttention:

@@ -340,6 +340,8 @@ class SFMAttention(ModelAttention):
     # as `levels`: `LayerAttention`'s `log_sums` and `lengths` [B, heads, N]
     steps: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     width: int = 0  # d: channels of a head; the scores were divided by its root
+    # as `levels`: what `ScoreBias` added to the scores [heads, N, N]; empty: nothing
+    biases: dict[int, list[Float[Tensor, "heads N N"]]] = field(default_factory=dict)
     residual: bool = True  # whether each layer adds its input to its output
 
     def __getitem__(self, level: int) -> list[Tensor]:
@@ -386,7 +388,8 @@ class SFMAttention(ModelAttention):
             level: [(sums[one, :, :n], lengths[one, :, :n]) for sums, lengths in layers]
             for level, layers in self.steps.items()
         }
-        return replace(self, levels=levels, words=words, steps=steps)
+        biases = {level: [b[:, :n, :n] for b in layers] for level, layers in self.biases.items()}
+        return replace(self, levels=levels, words=words, steps=steps, biases=biases)
 
     def blocks(self) -> dict[int, AttentionBlock]:
         "By level: all tokens attend to all tokens."
@@ -398,6 +401,7 @@ class SFMAttention(ModelAttention):
                 keys="both",
                 steps=self.steps.get(level),
                 width=self.width,
+                biases=self.biases.get(level),
             )
             for level, layers in self.levels.items()
         }

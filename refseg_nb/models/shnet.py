@@ -109,11 +109,6 @@ class SHNetConfig(ModelConfig):
             raise InputError("pointer=True needs one SFM for the three levels: sfm_shared=True")
 
     @property
-    def scores_are_products(self) -> bool:
-        "Whether an attention score is q·k and nothing else."
-        return not self.sfm_relative and self.sfm_word_bias is None
-
-    @property
     def output_size(self) -> int:
         "Pixels a side of the logits."
         return self.grid * 2**self.decoder_doublings
@@ -346,7 +341,8 @@ class SHNet(RISModel):
                 levels=weights,
                 grid=(self.config.grid, self.config.grid),
                 words=t,
-                steps=steps if self.config.scores_are_products else {},
+                steps=steps,
+                biases=self._biases(self.config.grid**2 + t),
                 width=self.config.channels // self.config.sfm_heads,
                 residual=self.config.sfm_residual,
             )
@@ -355,6 +351,16 @@ class SHNet(RISModel):
             [average_words(w, language.mask) for w in words],
             attention if return_attention else None,
         )
+
+    def _biases(self, tokens: int) -> dict[int, list[Tensor]]:
+        "What is added to the scores of each level and layer; empty where nothing is."
+        if not self.config.sfm_relative and self.config.sfm_word_bias is None:
+            return {}
+        sfms = list(self.sfm) * (3 if self.config.sfm_shared else 1)
+        return {
+            level: [layer.attention.bias(tokens).detach() for layer in sfm.layers]
+            for level, sfm in zip((2, 3, 4), sfms)
+        }
 
     def segment(
         self,

@@ -32,7 +32,7 @@ function unpackLevel(packed) {
   const size = new Float32Array(ph * pw);
   for (const cell of of) size[cell] += 1;
   const each = parts => Object.fromEntries(Object.entries(parts).map(([tokens, values]) => [tokens, floats(values)]));
-  const steps = packed.steps && { width: packed.steps.width, logSums: each(packed.steps.log_sums), lengths: each(packed.steps.lengths) };
+  const steps = packed.steps && { width: packed.steps.width, logSums: each(packed.steps.log_sums), lengths: each(packed.steps.lengths), bias: packed.steps.bias && each(packed.steps.bias) };
   return { ...packed, of, size, steps, pp: block(packed.pp), pw: block(packed.pw), wp: block(packed.wp), ww: block(packed.ww) };
 }
 
@@ -71,19 +71,25 @@ function oneHead(level, map, token, looks, wordCount) {
 // the length of its value, and its share of all lengths that are added. A weight whose byte is 0 gives an upper bound of the score.
 function stepsOf(level, map, token) {
   const { width, logSums, lengths } = level.steps, maps = level.layers * level.heads, word = token.word !== undefined, query = word ? token.word : token.cells[0][0];
+  const [h, w] = level.grid, table = level.steps.bias, at = map * (2 * h - 1) * (2 * w - 1);
+  // what a pixel's scores had added: a number for the offset of the two pixels, one for words
+  const added = (part, k) => (!table || word ? 0 : part === "words" ? table.words[map]
+    : table.relative[at + (Math.floor(query / w) - Math.floor(k / w) + h - 1) * (2 * w - 1) + query % w - k % w + w - 1]);
   const sums = logSums[word ? "words" : "pixels"], logSum = sums[map * sums.length / maps + query], keys = [];
   for (const [part, b] of [["pixels", word ? level.wp : level.pp], ["words", word ? level.ww : level.pw]]) {
     if (!b) continue;
     const row = map * b.queries + query;
     for (let k = 0; k < b.keys; k++) {
-      const code = b.codes[row * b.keys + k], score = Math.log(b.top[row] * (Math.max(code, .5) / 255) ** 2) + logSum;
-      keys.push({ part, key: k, score, error: code ? 2 * Math.log(code / (code - .5)) : Infinity, weight: b.top[row] * SQUARE[code], length: lengths[part][map * b.keys + k] });
+      const code = b.codes[row * b.keys + k], bias = added(part, k), score = Math.log(b.top[row] * (Math.max(code, .5) / 255) ** 2) + logSum - bias;
+      keys.push({ part, key: k, score, bias, error: code ? 2 * Math.log(code / (code - .5)) : Infinity, weight: b.top[row] * SQUARE[code], length: lengths[part][map * b.keys + k] });
     }
   }
   const top = Math.max(...keys.map(k => k.weight)), all = keys.reduce((sum, k) => sum + k.weight * k.length, 0) || 1;
   for (const k of keys) { k.exp = k.weight / top; k.added = k.weight * k.length / all; }
-  return { width, keys, sum: keys.reduce((sum, k) => sum + k.exp, 0) };
+  return { width, keys, biased: Boolean(table), sum: keys.reduce((sum, k) => sum + k.exp, 0) };
 }
+
+const signed = v => `${v < 0 ? "−" : "+"}${Math.abs(v).toFixed(2)}`;
 
 // A number with as many digits as its error leaves, two at the most
 const digits = (v, error) => {
@@ -303,15 +309,15 @@ export function render({ model, el }) {
 
   // The table of the steps; it stands only under models that bring what it needs
   function makeSteps() {
-    const why = make("p", { class: "why" }), walk = make("p", { class: "walk" }), root = make("sup", {}), words = make("tbody"), pixels = make("tbody"), foot = make("tfoot");
-    const heads = ["key", "q·k", ["÷\u00a0√", root, " =\u00a0s"], "+ mask", "exp (s\u00a0−\u00a0max)", "÷\u00a0sum =\u00a0weight", "× length", "adds"].map(text => make("th", { scope: "col" }, ...[text].flat()));
+    const why = make("p", { class: "why" }), walk = make("p", { class: "walk" }), root = make("sup", {}), plus = make("span", {}, "+ mask"), words = make("tbody"), pixels = make("tbody"), foot = make("tfoot");
+    const heads = ["key", "q·k", ["÷\u00a0√", root, " =\u00a0s"], [plus], "exp (s\u00a0−\u00a0max)", "÷\u00a0sum =\u00a0weight", "× length", "adds"].map(text => make("th", { scope: "col" }, ...[text].flat()));
     const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), words, pixels, foot);
     const scroll = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Steps from q·k to what each key adds" }, table);
     const note = make("p", { class: "unit" }, "The scores s are recovered from the weights and one number a row, s = ln weight + ln Σ exp s, with as many digits as the stored bytes leave. "
       + "Adds: weight × length of the key's value behind the output's matrix, as a share of all lengths (Kobayashi et al., 2020). Long values may still cancel each other.");
     const found = make("div", {}, walk, scroll, note);
     const element = make("details", { class: "made" }, make("summary", {}, "How these weights are made"), why, found);
-    return { element, why, walk, root, words, pixels, foot, found };
+    return { element, why, walk, root, plus, words, pixels, foot, found };
   }
 
   // One small map for each level and layer (rows), and head (columns), and the mean and the largest over heads
@@ -523,16 +529,17 @@ export function render({ model, el }) {
     const most = part => Math.max(...[...steps.words, ...steps.pixels].map(k => k[part])) || 1, tops = { weight: most("weight"), added: most("added") };
     const share = (k, part) => make("td", { class: "share", style: `--share: ${(100 * k[part] / tops[part]).toFixed(1)}%` }, percent(k[part]));
     const row = (k, i) => make("tr", {}, make("th", { scope: "row" }, ...(k.part === "pixels" ? [make("span", { class: "mark" }, String(i + 1)), name(k, true)] : [name(k)])),
-      ...[score(k, scale), score(k, 1), "0", k.exp >= .0005 ? k.exp.toFixed(3) : "< 0.001"].map(text => make("td", {}, text)), share(k, "weight"), make("td", {}, k.length.toFixed(1)), share(k, "added"));
+      ...[score(k, scale), score(k, 1), k.bias ? signed(k.bias) : "0", k.exp >= .0005 ? k.exp.toFixed(3) : "< 0.001"].map(text => make("td", {}, text)), share(k, "weight"), make("td", {}, k.length.toFixed(1)), share(k, "added"));
     const totals = (text, keys, exp) => make("tr", {}, make("th", { scope: "row" }, text), make("td"), make("td"), make("td"), make("td", {}, exp.toFixed(exp < 1 ? 3 : 2)),
       make("td", {}, percent(total(keys.map(k => k.weight)))), make("td"), make("td", {}, percent(total(keys.map(k => k.added)))));
     made.root.textContent = String(steps.width);
+    made.plus.textContent = steps.biased ? "+ bias" : "+ mask";
     made.words.replaceChildren(...steps.words.map(row));
     made.pixels.replaceChildren(...steps.pixels.map(row), ...(steps.rest.length ? [totals(`${steps.rest.length} other pixels`, steps.rest, total(steps.rest.map(k => k.exp)))] : []));
     made.foot.replaceChildren(totals(`all ${steps.keys.length} keys`, steps.keys, steps.sum));
     const best = steps.keys.reduce((a, b) => (b.weight > a.weight ? b : a));
     made.walk.textContent = `From ${panel.token.name}, the largest weight, on ${name(best)}: q·k = ${score(best, scale)}; divided by √${steps.width} = ${scale.toFixed(2)}, s = ${score(best, 1)}. `
-      + `No key here is padding: the mask adds 0 (padding gets −∞ and is left out). exp(s − max) = 1, and all ${steps.keys.length} sum to ${steps.sum.toFixed(2)}: weight ${percent(best.weight)}. `
+      + `No key here is padding: the mask adds 0 (padding gets −∞ and is left out). ${steps.biased ? `The learned bias adds ${signed(best.bias)}. ` : ""}exp(s − max) = 1, and all ${steps.keys.length} sum to ${steps.sum.toFixed(2)}: weight ${percent(best.weight)}. `
       + `Its value is ${best.length.toFixed(1)} long, so it adds ${percent(best.added)} of all lengths.`;
   }
 

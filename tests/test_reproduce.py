@@ -718,3 +718,71 @@ def test_the_recorded_models_are_blind_without_words_or_picture():
             for r in runs[f"shnet{tag}", f"{split}.{control}"]:
                 assert r.metrics["mean_iou"]["value"] <= 100 * gate, (tag, control)
         assert min(r.metrics["mean_iou"]["value"] for r in runs[f"shnet{tag}", split]) > 30
+
+
+def test_plan_points_first_where_the_budget_says_so(tmp_path):
+    "The run before it has the same model, data and seed; rows without a pointer, and `plain`, have none."
+    from refseg_nb.training.config import TrainConfig
+
+    quick = {j["experiment"]: j for j in E.plan(tmp_path, "all", data_root=tmp_path)}
+    for name, job in quick.items():
+        before, config = job["pointing"], job["config"]
+        if config["model"] in FAMILY:
+            assert before is None
+            continue
+        assert (
+            before["objective"] == "pointing"
+            and before["max_steps"] == E.BUDGETS["quick"].pointing["max_steps"]
+        )
+        assert {k: v for k, v in config["overrides"].items() if k in E.AIDS} == E.AIDS | (
+            {"sfm_relative": False} if name == "shnet-without-pe" else {}
+        ) or "sfm_relative" not in config["overrides"]
+        same = (
+            "data",
+            "root",
+            "model",
+            "preset",
+            "seed",
+            "overrides",
+            "mixed_precision",
+            "clip",
+            "cache_dtype",
+        )
+        assert all(before[k] == config[k] for k in same), name
+        assert TrainConfig(**before, out="x").val_split is None
+    assert "sfm_relative" not in quick["shnet-without-pe"]["config"]["overrides"], (
+        "no positions, no offsets either"
+    )
+    assert all(j["pointing"] is None for j in E.plan(tmp_path, "all", "plain", data_root=tmp_path))
+    for job in E.plan(tmp_path, "core", "plain", data_root=tmp_path):
+        assert not set(job["config"]["overrides"]) & set(E.AIDS), (
+            "the recipe that the recorded tables were made with"
+        )
+    short = E.plan(tmp_path, "core", steps=250, data_root=tmp_path)[0]
+    share = 250 / E.BUDGETS["quick"].steps
+    assert short["pointing"]["max_steps"] == round(share * E.BUDGETS["quick"].pointing["max_steps"])
+    assert short["config"]["score_every"] == 50 and short["config"]["eval_limit"] == 150
+
+
+def test_aids_are_off_where_the_paper_is_reproduced_as_it_is():
+    for preset in ("paper", "released"):
+        values = PRESETS[preset].to_dict()
+        assert not any(values[field] for field in E.AIDS), preset
+    assert not set(E.BUDGETS["full"].recipe["overrides"]) & set(E.AIDS)
+
+
+def test_recorded_seeds_are_counted_from_the_records(tmp_path):
+    "Against sums by hand, on records of two runs."
+    records = tmp_path / "quick" / "records"
+    records.mkdir(parents=True)
+    for seed, level in ((0, 0.3), (1, 0.8)):
+        save_record(fake("shnet", seed, level), records / f"shnet-seed{seed}-val.json")
+    said = R.recorded_seeds("quick", tmp_path)
+    found = []
+    for seed in (0, 1):
+        r = T.load_runs(tmp_path / "quick")["shnet", "val"][seed]
+        at = r.arrays["kind"] == "relation"
+        found.append(100 * r.arrays["intersection"][at].sum() / r.arrays["union"][at].sum())
+    assert "2 runs of SHNet" in said and f"{sum(v >= 50 for v in found)} of 2 learned relations" in said
+    assert f"{min(found):.1f} to {max(found):.1f}" in said
+    assert R.recorded_seeds("standard", tmp_path) == "" == R.recorded_seeds("full", tmp_path)

@@ -310,7 +310,13 @@ RECIPE = {
 }
 AIDS = {"sfm_relative": True, "sfm_word_bias": 2.5, "norm_groups": 8, "pointer": True}  # fields of the model
 AIDED = RECIPE | {"overrides": RECIPE["overrides"] | AIDS}
-POINTING = {"objective": "pointing", "max_steps": 5000, "images_per_batch": 6, "loss": "bce"}
+POINTING = {
+    "objective": "pointing",
+    "max_steps": 5000,
+    "images_per_batch": 6,
+    "loss": "bce",
+    "schedule": "polynomial",
+}
 # RefCOCO has 7.1 phrases an image: 50 a batch
 PAPER_RECIPE = {"images_per_batch": 7, "checkpoint_every": 250, "cache_dtype": "bfloat16", "overrides": {}}
 

@@ -247,7 +247,7 @@ def table(folder: Path) -> str:
     found = [(first["name"], first["seed"], changed(first), points) for first, *points in runs]
     drafts = json.loads((folder / "drafts.json").read_text(encoding="utf-8"))
     found += [(f"draft: {d['name']}", d["seed"], d["changed"], d["points"]) for d in drafts]
-    steps = sorted({point["step"] for *_, points in found for point in points})
+    steps = sorted({p["step"] for *_, points in found for p in points if p["step"] % 500 == 0})
     lines = ["| run | seed | changed | " + " | ".join(f"{step:,}" for step in steps) + " |"]
     lines.append("|---|---|---|" + "---|" * len(steps))
     for name, seed, what, points in found:
@@ -273,7 +273,7 @@ def changed(told: dict) -> str:
         f"{told.get('scenes') or 0:,} scenes": told.get("scenes"),
         f"β₂ {told['beta2']:g}": told["beta2"] != 0.999,
         f"Dice {told['dice']:g}": told["dice"] != 0.1,
-        f"{told['images']} images of {told['phrases']} phrases": told["images"] != 3 or told["phrases"],
+        f"{told['images']} images of {told['phrases'] or 'all'} phrases": told["images"] != 3 or told["phrases"],
     }
     return ", ".join(part for part, there in parts.items() if there) or "nothing"
 

@@ -273,7 +273,8 @@ def changed(told: dict) -> str:
         f"{told.get('scenes') or 0:,} scenes": told.get("scenes"),
         f"β₂ {told['beta2']:g}": told["beta2"] != 0.999,
         f"Dice {told['dice']:g}": told["dice"] != 0.1,
-        f"{told['images']} images of {told['phrases'] or 'all'} phrases": told["images"] != 3 or told["phrases"],
+        f"{told['images']} images of {told['phrases'] or 'all'} phrases": told["images"] != 3
+        or told["phrases"],
     }
     return ", ".join(part for part, there in parts.items() if there) or "nothing"
 

@@ -180,7 +180,7 @@ def test_a_difference_takes_the_seeds_that_both_have(folder):
     assert d["seeds"] == [0, 1] and len(d["by seed"]) == 2
     alone = T.difference([fake("shnet", 5, 0.6)], runs["only-sfm", "val"], 200)
     assert alone["seeds"] == [] and alone["by seed"] is None
-    assert "different numbers of trainings" in T.sentence(
+    assert "different numbers of runs" in T.sentence(
         {"a": "A", "b": "B", "paper": None, "by kind": {}, "ours": alone}
     )
 
@@ -211,9 +211,7 @@ def test_conclusions_say_no_more_than_the_intervals(folder):
         -2.0, -3.0, -1.0, [-2.0, -1.0]
     )
     assert "not with every seed" in say(2.0, 1.0, 3.0, [5.0, -1.0])
-    assert "one training each" in say(2.0, 1.0, 3.0, [2.0]) and "in this pair of trainings" in say(
-        2.0, 1.0, 3.0, [2.0]
-    )
+    assert "one run each" in say(2.0, 1.0, 3.0, [2.0]) and "in this pair of runs" in say(2.0, 1.0, 3.0, [2.0])
 
 
 def test_single_trainings_are_read_against_the_spread_of_seeds(tmp_path):
@@ -244,7 +242,7 @@ def test_controls_and_cost_are_read_from_the_records(folder):
     blind = runs["shnet", "val.no-text"][0].metrics["mean_iou"]["value"]
     assert f"| no phrase | {blind:.1f} |" in T.controls_table(
         runs
-    ) and "| no picture | – |" in T.controls_table(runs)
+    ) and "| no image | – |" in T.controls_table(runs)
     assert re.search(r"\| shnet \| 1,234 \| 0.50 \| 1.5 \| 2.0 \|", T.cost_table(runs))
 
 
@@ -475,7 +473,7 @@ def test_the_family_beside_shnet(tmp_path):
     assert (
         "not trained yet" in lines["CMPC"]
         and lines["LAVT"].endswith("| not trained yet |")
-        and "2 trainings" in lines["LAVT"]
+        and "2 runs" in lines["LAVT"]
     )
     assert (
         "| 10.0 | 4.0 | 10 | 3.0 |" in lines["LAVT"]
@@ -692,7 +690,7 @@ def test_the_recorded_run_has_what_it_claims():
         for name, splits in E.wanted(target).items():
             for split in splits:
                 least = 3 if target in ("table2", "family") else 1
-                assert len(runs.get((name, split), [])) >= least, f"{name} on {split} has too few trainings"
+                assert len(runs.get((name, split), [])) >= least, f"{name} on {split} has too few runs"
     fields, plain = (
         ("max_steps", "lr", "power", "loss", "dice_weight", "images_per_batch"),
         E.BUDGETS["plain"],

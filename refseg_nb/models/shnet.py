@@ -427,7 +427,8 @@ class SHNet(RISModel):
         "Freeze what the objective does not reach: the pointer, or HCAM and the decoder."
         if objective == "pointing" and not self.points:
             raise InputError(
-                "objective='pointing': the model has no pointer; set overrides={'pointer': True}, or --set pointer=true"
+                "objective='pointing': the model has no pointer; give it pointer=True among its overrides, or --set"
+                " pointer=true"
             )
         reached = ("adapters", "text", "sfm", "fusion", "pointer")
         for name, part in self.named_children():

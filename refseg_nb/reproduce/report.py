@@ -423,7 +423,7 @@ def _missing(data_root: Path | None) -> list[str]:
         if not (Path(data_root or default_root()) / folder).is_dir()
     ]
 
-# %% ../../nbs/20d_reproduction.ipynb #060
+# %% ../../nbs/20d_reproduction.ipynb #061
 def _shipped_table(folder: Path) -> list[str]:
     "The shipped model on each split and under each control, as lines of markdown."
     from refseg_nb.evaluation.evaluator import load_record
@@ -480,6 +480,7 @@ def readme_results(
     out += [
         *_shipped_table(results / "shnet-refshapes"),
         "",
+        *([f"**`make reproduce`.** {said}", ""] if (said := recorded_seeds("quick", results)) else []),
         (
             "**The paper's tables**, beside ours (on RefShapes, at 96 and 128 px, where the paper has"
             " photographs at 320 and 448). The data differ, so compare the order and the steps, not the"
@@ -514,7 +515,7 @@ def readme_results(
     ]
     return "\n".join(out).rstrip() + "\n"
 
-# %% ../../nbs/20d_reproduction.ipynb #064
+# %% ../../nbs/20d_reproduction.ipynb #065
 def figure_overview(
     segmenter: "Segmenter",  # from `refseg_nb.load`
     refer: "Refer",  # an open data set

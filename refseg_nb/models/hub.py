@@ -233,11 +233,14 @@ def create_stored(
     try:
         with torch.device("meta"):  # costs nothing, whatever the sizes
             numbers = sum(
-                p.numel() for p in registered(stored["model"]).model(bare, len(vocabulary)).parameters()
+                p.numel()
+                for p in registered(stored["model"])
+                .model(config.without_weights(), len(vocabulary))
+                .parameters()
             )
     except InputError:
         raise
-    except Exception as error:
+    except (RuntimeError, OverflowError, ZeroDivisionError) as error:
         raise CheckpointError(f"config.json describes a model that cannot be built: {error}") from error
     if numbers > 1e9:
         raise CheckpointError(f"config.json describes a model of {numbers:,} numbers: that is none of ours")

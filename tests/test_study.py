@@ -63,6 +63,22 @@ def test_pointing_script_runs_and_repeats_itself(tmp_path):
     assert pointing("c", "--anchor", "0")[1] != row
 
 
+def test_table_of_pointing_is_what_the_records_say():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- pointing -->")[1].split("<!-- end of pointing -->")[0].strip().splitlines()
+    names = [line.split("|")[1].strip() for line in shown[2:]]
+    for name, line in zip(names, shown[2:]):
+        files = sorted((FOLDER / "pointing").glob(f"{name}-seed*.jsonl"))
+        ends = [json.loads(file.read_text(encoding="utf-8").splitlines()[-1]) for file in files]
+        relation = [row["relation"] for row in ends]
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[1] == str(len(files)) and cells[4] in (
+            f"{min(relation):.0f} to {max(relation):.0f}",
+            f"{min(relation):.0f}",
+        )
+    assert {file.stem.rpartition("-seed")[0] for file in (FOLDER / "pointing").glob("*.jsonl")} == set(names)
+
+
 def test_the_records_of_pointing_are_whole():
     files = sorted((FOLDER / "pointing").glob("*.jsonl"))
     assert len(files) >= 12

@@ -130,6 +130,21 @@ class Pointing:
                     print(o.name, o.seed, row, flush=True)
 
 
+def table(folder: Path) -> str:
+    "The last rows of the records as Markdown: the range over the seeds, in per cent."
+    found: dict[str, list[dict]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        told, *rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+        found.setdefault(told["name"], []).append(rows[-1])
+    kinds = ("attribute", "superlative", "relation", "composition", "anchor")
+    lines = [f"| run | seeds | {' | '.join(kinds)} |", "|---|---|" + "---|" * len(kinds)]
+    for name, rows in found.items():
+        cells = [sorted({f"{row[kind]:.0f}" for row in rows}, key=float) for kind in kinds]
+        spans = [cell[0] if len(cell) == 1 else f"{cell[0]} to {cell[-1]}" for cell in cells]
+        lines.append(f"| {name} | {len(rows)} | {' | '.join(spans)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     "The command line."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -462,7 +462,8 @@ def test_the_other_sizes_can_be_built_and_differ_where_their_swins_do(size):
 
 
 def published_layout(width, depths, heads, window, d, layers, vocab, align):
-    "Names and shapes of a released checkpoint, written down by hand."
+    """Names and shapes of a released checkpoint, written down by hand: what a stage does to words and image stands under
+    `layers`, beside its blocks; its norm does not."""
     out = {}
 
     def both(name, *shape):
@@ -497,17 +498,17 @@ def published_layout(width, depths, heads, window, d, layers, vocab, align):
             out[f"{b}.attn.relative_position_bias_table"] = ((2 * window - 1) ** 2, h)
             out[f"{b}.attn.relative_position_index"] = (window**2, window**2)
         both(f"{at}.norm{i}", c)
-        both(f"{at}.proj", align, c)
+        both(f"{at}.layers.proj", align, c)
         for n, c2, inner in ((1, c, 2 * c if i == 0 else c), (2, 2 * c, 2 * c)):
             if n == 2 and i == 3:
                 continue
-            both(f"{at}.attn{n}.v_q.0", inner, c2, 1)
-            both(f"{at}.attn{n}.l_q", inner, d)
-            both(f"{at}.attn{n}.values_l", inner, d)
-            both(f"{at}.attn{n}.w_v.0", c2, inner, 1)
-            both(f"{at}.attn{n}.project_mm.0", c2, c2, 1)
+            both(f"{at}.layers.attn{n}.v_q.0", inner, c2, 1)
+            both(f"{at}.layers.attn{n}.l_q", inner, d)
+            both(f"{at}.layers.attn{n}.values_l", inner, d)
+            both(f"{at}.layers.attn{n}.w_v.0", c2, inner, 1)
+            both(f"{at}.layers.attn{n}.project_mm.0", c2, c2, 1)
             for k in (0, 2):
-                out[f"{at}.linear{n}.{k}.weight"] = (c2, c2)
+                out[f"{at}.layers.linear{n}.{k}.weight"] = (c2, c2)
         if i < 3:
             out[f"{at}.layers.downsample.reduction.weight"] = (2 * c, 4 * c)
             both(f"{at}.layers.downsample.norm", 4 * c)
@@ -568,7 +569,7 @@ def test_every_published_tensor_arrives_where_it_belongs_or_is_left_out_for_a_re
     assert len(state) + sum(map(len, left_out.values())) == len(file)
     assert sorted(sum(left_out.values(), [])) == sorted(
         [k for k in file if k.endswith(("relative_position_index", "position_ids"))]
-        + ["backbone.3.linear1.0.weight", "backbone.3.linear1.2.weight"]
+        + ["backbone.3.layers.linear1.0.weight", "backbone.3.layers.linear1.2.weight"]
     )
     same = {
         "backbone.0.patch_embed.proj.weight": model.backbone.patch_embed.proj.weight,
@@ -576,13 +577,13 @@ def test_every_published_tensor_arrives_where_it_belongs_or_is_left_out_for_a_re
         "backbone.2.layers.blocks.1.attn.relative_position_bias_table": (
             model.backbone.stages[2].blocks[1].attn.relative_position_bias_table
         ),
-        "backbone.0.attn1.l_q.weight": model.fusion[0].key.weight,
-        "backbone.0.attn1.values_l.weight": model.fusion[0].value.weight,
-        "backbone.2.attn2.l_q.bias": model.merged_fusion[2].key.bias,
-        "backbone.1.linear1.2.weight": model.gates[1][2].weight,
-        "backbone.1.linear2.0.weight": model.merged_gates[1][0].weight,
+        "backbone.0.layers.attn1.l_q.weight": model.fusion[0].key.weight,
+        "backbone.0.layers.attn1.values_l.weight": model.fusion[0].value.weight,
+        "backbone.2.layers.attn2.l_q.bias": model.merged_fusion[2].key.bias,
+        "backbone.1.layers.linear1.2.weight": model.gates[1][2].weight,
+        "backbone.1.layers.linear2.0.weight": model.merged_gates[1][0].weight,
         "backbone.3.norm3.weight": model.norms[3].weight,
-        "backbone.3.proj.weight": model.align_places[3].weight,
+        "backbone.3.layers.proj.weight": model.align_places[3].weight,
         "lang_stage1.encoder.layer.0.intermediate.dense.weight": (
             model.text[0].bert.encoder.layer[0].intermediate.dense.weight
         ),
@@ -600,9 +601,9 @@ def test_every_published_tensor_arrives_where_it_belongs_or_is_left_out_for_a_re
     }
     for name, parameter in same.items():
         assert torch.equal(file[name], parameter), name
-    assert torch.equal(file["backbone.0.attn1.v_q.0.weight"][..., 0], model.fusion[0].query.weight)
+    assert torch.equal(file["backbone.0.layers.attn1.v_q.0.weight"][..., 0], model.fusion[0].query.weight)
     assert torch.equal(
-        file["backbone.2.attn2.project_mm.0.weight"][..., 0], model.merged_fusion[2].mix.weight
+        file["backbone.2.layers.attn2.project_mm.0.weight"][..., 0], model.merged_fusion[2].mix.weight
     )
 
 

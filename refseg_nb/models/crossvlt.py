@@ -495,7 +495,7 @@ PUBLISHED_NAMES: dict[str, str] = {
     r"backbone\.\d\.layers\.blocks\.\d+\.attn\.relative_position_index": (
         "!follows from the size of the window"
     ),
-    r"backbone\.3\.linear1\..*": "!a gate after the last stage: nothing ever used it",
+    r"backbone\.3\.layers\.linear1\..*": "!a gate after the last stage: nothing ever used it",
     r"lang_stage1\.embeddings\.position_ids": "!counts from 0",
     r"backbone\.0\.patch_embed\.(.*)": r"backbone.patch_embed.\1",
     r"backbone\.(\d)\.layers\.blocks\.(.*)": r"backbone.stages.\1.blocks.\2",
@@ -504,7 +504,7 @@ PUBLISHED_NAMES: dict[str, str] = {
         for i in range(3)
     },
     **{
-        rf"backbone\.(\d)\.attn{n}\.{theirs}\.(.*)": rf"{fusion}.\1.{ours}.\2"
+        rf"backbone\.(\d)\.layers\.attn{n}\.{theirs}\.(.*)": rf"{fusion}.\1.{ours}.\2"
         for n, fusion in ((1, "fusion"), (2, "merged_fusion"))
         for theirs, ours in {
             r"v_q\.0": "query",
@@ -514,10 +514,10 @@ PUBLISHED_NAMES: dict[str, str] = {
             r"project_mm\.0": "mix",
         }.items()
     },
-    r"backbone\.(\d)\.linear1\.(\d)\.weight": r"gates.\1.\2.weight",
-    r"backbone\.(\d)\.linear2\.(\d)\.weight": r"merged_gates.\1.\2.weight",
+    r"backbone\.(\d)\.layers\.linear1\.(\d)\.weight": r"gates.\1.\2.weight",
+    r"backbone\.(\d)\.layers\.linear2\.(\d)\.weight": r"merged_gates.\1.\2.weight",
     r"backbone\.(\d)\.norm\d\.(.*)": r"norms.\1.\2",
-    r"backbone\.(\d)\.proj\.(.*)": r"align_places.\1.\2",
+    r"backbone\.(\d)\.layers\.proj\.(.*)": r"align_places.\1.\2",
     **{old: new for old, new in LAVT_NAMES.items() if old.startswith("classifier")},
     r"lang_stage1\.encoder\.proj\.(.*)": r"align_words.0.\1",
     r"lang_stage1\.(embeddings|encoder)\.(.*)": r"text.0.bert.\1.\2",

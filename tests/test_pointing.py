@@ -123,6 +123,10 @@ def test_each_objective_trains_what_it_reaches(row):
     got = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None}
     assert got == {"adapters", "text", "pointer", "sfm" if row == "shnet" else "fusion"}
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    whole, *_ = pointers(row)
+    whole.backbone.freeze(False)
+    whole.prepare("pointing")
+    assert all(p.requires_grad for p in whole.backbone.parameters()), "train_backbone=True is not undone"
     other, *_ = pointers(row)
     other.prepare("mask")
     assert {

@@ -430,7 +430,7 @@ class SHNet(RISModel):
                 "objective='pointing': the model has no pointer; give it pointer=True among its overrides, or --set"
                 " pointer=true"
             )
-        reached = ("adapters", "text", "sfm", "fusion", "pointer")
+        reached = ("backbone", "adapters", "text", "sfm", "fusion", "pointer")
         for name, part in self.named_children():
             if (name not in reached) if objective == "pointing" else name == "pointer":
                 part.requires_grad_(False)

@@ -197,7 +197,7 @@ def step(
         group["lr"] = run.lr * min(1, run.done / 50)
     run.optimizer.step()
 
-# %% ../../nbs/12b_relations.ipynb #021
+# %% ../../nbs/12b_relations.ipynb #022
 @torch.no_grad()
 def accuracy(
     run: Seeds,
@@ -230,7 +230,7 @@ def learn(
             rows.append({"step": run.done} | accuracy(run, test))
     return rows
 
-# %% ../../nbs/12b_relations.ipynb #026
+# %% ../../nbs/12b_relations.ipynb #027
 def looks(
     run: Seeds,
     seed: int,  # which of the models

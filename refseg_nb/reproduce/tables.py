@@ -138,7 +138,7 @@ def last_fifth(
             found.append(last - before)
     return round(float(np.mean(found)), 2) if found else None
 
-# %% ../../nbs/20b_tables.ipynb #022
+# %% ../../nbs/20b_tables.ipynb #023
 def _measured_on(record: "Record") -> str:
     "The data set and split of a record, and how large they are."
     p, expressions = record.protocol, len(record.arrays["union"])
@@ -216,7 +216,7 @@ def summarise(
         "interval": f"95 %, {resamples} bootstrap draws over images; the runs stay fixed",
     }
 
-# %% ../../nbs/20b_tables.ipynb #025
+# %% ../../nbs/20b_tables.ipynb #026
 def _interval(c: dict, sign: str = "") -> str:
     return f"{c['value']:{sign}.1f} [{c['low']:{sign}.1f}, {c['high']:{sign}.1f}]"
 
@@ -271,7 +271,7 @@ def markdown_table(
         ]
     return "\n".join(out) + "\n"
 
-# %% ../../nbs/20b_tables.ipynb #030
+# %% ../../nbs/20b_tables.ipynb #031
 def sentence(
     p: dict,  # one of a summary's "differences"
 ) -> str:
@@ -313,7 +313,7 @@ def sentence(
         said += f" It is behind on {', '.join(behind)}."
     return said
 
-# %% ../../nbs/20b_tables.ipynb #034
+# %% ../../nbs/20b_tables.ipynb #035
 def seed_spread(
     summary: dict,  # from `summarise`
 ) -> (
@@ -329,7 +329,7 @@ def seed_spread(
     variances = [np.var(e, ddof=1) for e in each if len(e) > 1]
     return {"points": float(np.sqrt(2 * np.mean(variances))), "rows": len(variances)} if variances else None
 
-# %% ../../nbs/20b_tables.ipynb #038
+# %% ../../nbs/20b_tables.ipynb #039
 def among_runs(
     p: dict,  # one of the summary's "differences"
     summary: dict,  # from `summarise`
@@ -346,7 +346,7 @@ def among_runs(
         f" {one}, {x:.1f}, lies {where}."
     )
 
-# %% ../../nbs/20b_tables.ipynb #040
+# %% ../../nbs/20b_tables.ipynb #041
 def conclusions(
     summary: dict,  # from `summarise`
 ) -> list[str]:  # a sentence or two for each difference, then the order of the rows
@@ -371,7 +371,7 @@ def conclusions(
         lines.append(text + ".")
     return lines
 
-# %% ../../nbs/20b_tables.ipynb #045
+# %% ../../nbs/20b_tables.ipynb #046
 CLAIMS = (  # in words; table; the row that is said to be better, and the other
     ("SFM helps", "table2", "Only SFM", "Baseline"),
     ("HCAM helps", "table2", "Only HCAM", "Baseline"),
@@ -407,7 +407,7 @@ def sign_test(
     n, rare = above + below, min(above, below)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(rare + 1)) / 2**n) if n else 1.0
 
-# %% ../../nbs/20b_tables.ipynb #047
+# %% ../../nbs/20b_tables.ipynb #050
 def verdict(
     found: dict[str, dict],  # table -> its summary, see `summarise`
 ) -> list[dict]:  # one a claim: "claim", "paper", "ours", "said", "seeds", "p", "next"
@@ -472,7 +472,7 @@ def verdict_table(
         out.append(_line(*cells, f"{x['p']:.2f}", x["next"]))
     return "\n".join(out) + "\n"
 
-# %% ../../nbs/20b_tables.ipynb #050
+# %% ../../nbs/20b_tables.ipynb #054
 CONTROL_NAMES = {
     "": "image and phrase",
     ".no-text": "no phrase",
@@ -505,7 +505,7 @@ def controls_table(
     ]
     return "\n".join(out) + "\n"
 
-# %% ../../nbs/20b_tables.ipynb #054
+# %% ../../nbs/20b_tables.ipynb #058
 def cost_table(
     runs: dict,  # from `load_runs`
 ) -> str:
@@ -534,7 +534,7 @@ def cost_table(
         )
     return "\n".join(out) + "\n" if shown else ""
 
-# %% ../../nbs/20b_tables.ipynb #058
+# %% ../../nbs/20b_tables.ipynb #062
 def family_costs(
     runs: dict,  # from `load_runs`; may be empty
 ) -> dict[
@@ -600,7 +600,7 @@ def family_table(
         )
     return "\n".join(out) + "\n"
 
-# %% ../../nbs/20b_tables.ipynb #062
+# %% ../../nbs/20b_tables.ipynb #066
 def print_table(
     summary: dict,  # from `summarise`
     console: "Console | None" = None,  # a rich console

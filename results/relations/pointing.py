@@ -93,7 +93,7 @@ class Pointing:
         "How many phrases in a hundred point at their referent, by kind; `anchor`: of those that name one, at it."
         data, hits = self.val, {}
         self.model.eval()
-        for k in range(limit):
+        for k in range(min(limit, len(data["levels"][0]))):
             rows = (data["image"] == k).nonzero()[:, 0]
             words = data["words"][rows][:, : int(data["length"][rows].max())]
             with torch.autocast("cpu", torch.bfloat16):

@@ -720,8 +720,10 @@ class Learner:
         losses = torch.stack([objective.compare(z[None], y[None]) for z, y in zip(logits, targets)])
         return [*found, losses.double()]
 
-    # overall_iou, mean_iou, precision@X, samples; overall_iou.<kind> where kinds are known; perhaps val_loss
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(
+        self,
+        by_kind: bool = False,  # also overall_iou.<kind>, where kinds are known
+    ) -> dict[str, float]:  # overall_iou, mean_iou, precision@X, samples; perhaps val_loss
         "Score the validation split, or the part that `eval_limit` says, at original resolution."
         names = ("intersection", "union", *(["loss"] if self.plateau else []))
         # the run's random numbers stay as they were
@@ -739,7 +741,7 @@ class Learner:
         found = scores(torch.from_numpy(rows["intersection"]), torch.from_numpy(rows["union"]))
         found["samples"] = len(rows["index"])
         kinds = [self.evaluator.samples[i].kind for i in rows["index"]]
-        for kind in sorted(set(kinds) - {""}):
+        for kind in sorted(set(kinds) - {""}) if by_kind else ():
             chosen = torch.tensor([k == kind for k in kinds])
             both, either = (torch.from_numpy(rows[name])[chosen].sum() for name in ("intersection", "union"))
             found[f"overall_iou.{kind}"] = 100 * float(both) / max(1.0, float(either))
@@ -999,7 +1001,7 @@ class Run:
     def _score(self) -> None:
         "A line of scores within an epoch; nothing follows from it."
         learner = self.learner
-        row = {"step": learner.step} | learner.evaluate()
+        row = {"step": learner.step} | learner.evaluate(by_kind=True)
         learner.objective.train()
         if learner.main:
             with open(self.out / "scores.jsonl", "a") as file:

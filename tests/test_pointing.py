@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from refseg_nb.data.refer import Refer
 from refseg_nb.data.words import vocabulary_for
 from refseg_nb.models.registry import create_model
+from refseg_nb.models.shnet import BEHIND_SFM, SHNet, SHNetConfig
 from refseg_nb.refshapes.anchors import anchors_of, candidates_of
 from refseg_nb.refshapes.dataset import tiny_data
+from refseg_nb.training.checkpoint import CheckpointError
 from refseg_nb.training.config import TrainConfig
-from refseg_nb.training.learner import TargetDataset, read_history, train
+from refseg_nb.training.learner import Run, TargetDataset, read_history, train
 
 SMALL = {"grid": 6, "channels": 16, "word_dim": 8, "sfm_ffn": 16, "decoder_widths": (8, 8, 8)}
 ROWS = pytest.mark.parametrize("row", ["shnet", "baseline"])
@@ -64,7 +67,8 @@ def test_candidates_are_what_the_first_noun_names(refer):
 
 def pointers(row, **changes):
     torch.manual_seed(0)
-    model = create_model(row, vocab_size=9, preset="refshapes", pointer=True, **SMALL, **changes).eval()
+    changes = SMALL | {"pointer": True} | changes
+    model = create_model(row, vocab_size=9, preset="refshapes", **changes).eval()
     scene, words = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), torch.randint(1, 9, (3, 4))
     return model, model.encode(scene), words, torch.tensor([0, 1, 1])
 
@@ -167,6 +171,48 @@ def test_a_run_begins_with_pointing_and_goes_on_with_masks(tmp_path, row):
     same = [k for k in before if k.startswith("text") and torch.equal(before[k], after[k])]
     moved = max(float((before[k] - after[k]).abs().max()) for k in before if k.startswith("text"))
     assert not same or moved < 0.05, "it began where the first run ended"
+
+
+def test_another_row_begins_with_what_pointing_trained(tmp_path):
+    "Text, adapters, SFM and pointer are taken over to the last bit; what is behind begins as without `start`."
+    first = train(config(tmp_path / "first")).model.state_dict()
+    parts = SHNet.pointing_parts
+    begun, fresh = (
+        Run(
+            config(tmp_path / str(n), objective="mask", model="only-sfm", start=start)
+        ).learner.model.state_dict()
+        for n, start in enumerate((str(tmp_path / "first" / "model"), None))
+    )
+    assert {name.split(".")[0] for name in begun} == {*parts, "levels", "aspp", "decoder"} - {"fusion"}
+    for name, value in begun.items():
+        assert torch.equal(value, (first if name.split(".")[0] in parts else fresh)[name]), name
+    with pytest.raises(CheckpointError, match="does not fit"):
+        Run(
+            config(
+                tmp_path / "other",
+                objective="mask",
+                start=str(tmp_path / "first" / "model"),
+                overrides=SMALL | {"pointer": True, "sfm_layers": 1},
+            )
+        )
+
+
+def test_fields_behind_sfm_do_not_reach_what_points():
+    "Every field that is said to be behind SFM leaves the pointer's answer as it is; the names are all there."
+    base, features, words, index = pointers("shnet")
+    there = {f.name for f in fields(SHNetConfig)}
+    other = (
+        {"use_hcam": False, "hcam_gates": "one", "hcam_norm": False, "hcam_dropout": 0.5}
+        | {"level_fusion": "conv3d", "aspp_rates": (1,), "aspp_dropout": 0.5, "decoder_widths": (8, 8)}
+        | {"decoder_doublings": 1, "decoder_dropout": 0.5, "prior": 0.5}
+    )
+    assert set(other) == {name for name in there if name.startswith(BEHIND_SFM)}
+    for name, value in other.items():
+        changed = pointers("shnet", **{name: value})[0]
+        reached = {k: v for k, v in base.state_dict().items() if k.split(".")[0] in base.pointing_parts}
+        changed.load_state_dict(changed.state_dict() | reached)
+        for a, b in zip(changed.pointing(features, words, index), base.pointing(features, words, index)):
+            assert torch.equal(a, b), name
 
 
 def test_a_pointing_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 
 from refseg_nb.evaluation.evaluator import make_record, save_record
 from refseg_nb.models.registry import model_recipe
-from refseg_nb.models.shnet import PRESETS, SHNetConfig
+from refseg_nb.models.shnet import BEHIND_SFM, PRESETS, SHNetConfig
 from refseg_nb.reproduce import experiments as E
 from refseg_nb.reproduce import report as R
 from refseg_nb.reproduce import tables as T
@@ -725,29 +725,34 @@ def test_plan_points_first_where_the_budget_says_so(tmp_path):
     quick = {j["experiment"]: j for j in E.plan(tmp_path, "all", data_root=tmp_path)}
     for name, job in quick.items():
         before, config = job["pointing"], job["config"]
-        if config["model"] in FAMILY:
+        if config["model"] in FAMILY or name.endswith("-no-pointing"):
             assert before is None
             continue
         assert (
             before["objective"] == "pointing"
             and before["max_steps"] == E.BUDGETS["quick"].pointing["max_steps"]
         )
-        assert {k: v for k, v in config["overrides"].items() if k in E.AIDS} == E.AIDS | (
-            {"sfm_relative": False} if name == "shnet-without-pe" else {}
-        ) or "sfm_relative" not in config["overrides"]
-        same = (
-            "data",
-            "root",
-            "model",
-            "preset",
-            "seed",
-            "overrides",
-            "mixed_precision",
-            "clip",
-            "cache_dtype",
-        )
+        gone = {"without-pe": ("sfm_relative",), "no-groupnorm": ("norm_groups",)} | {
+            "no-biases": ("sfm_relative", "sfm_word_bias")
+        }
+        gone = next((fields for end, fields in gone.items() if name.endswith(end)), ())
+        aids = {k: v for k, v in config["overrides"].items() if k in E.AIDS}
+        assert aids == {k: v for k, v in E.AIDS.items() if k not in gone}, name
+        same = ("data", "root", "preset", "seed", "mixed_precision", "clip", "cache_dtype")
         assert all(before[k] == config[k] for k in same), name
-        assert TrainConfig(**before, out="x").val_split is None
+        assert TrainConfig(**before).val_split is None
+        models = E.model_config(before), E.model_config(config)
+        other = {k for k in models[0] if models[0][k] != models[1][k]}
+        assert all(k.startswith(BEHIND_SFM) for k in other), (name, other)
+    first = {name: job["pointing"]["out"] for name, job in quick.items() if job["pointing"]}
+    shared = [{k for k, v in first.items() if v == out} for out in dict.fromkeys(first.values())]
+    of = lambda name: next(names for names in shared if name in names)
+    assert {"baseline", "only-hcam"} == of("baseline") - {k for k in first if "-no-" in k}
+    assert {"only-sfm", "sfm-conv3d", "sfm-convlstm", "mgate", "tgfe", "gbfm", "shnet"} <= of("shnet")
+    alone = ("shnet-without-glove", "shnet-without-pe", "shnet-high", "shnet-uncplus", "shnet-resnet")
+    assert all(not of(name) & {"shnet", "baseline"} for name in alone) and len({first[k] for k in alone}) == 5
+    by_folder = {job["pointing"]["out"]: job["pointing"] for job in quick.values() if job["pointing"]}
+    assert all(job["pointing"] in (None, by_folder.get(first.get(name))) for name, job in quick.items())
     assert "sfm_relative" not in quick["shnet-without-pe"]["config"]["overrides"], (
         "no positions, no offsets either"
     )

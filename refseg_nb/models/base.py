@@ -174,6 +174,7 @@ class RISModel(nn.Module):
     recipes: ClassVar[dict[str, Recipe]] = {}  # the same names -> recipe
     smallest_batch: ClassVar[int] = 2  # expressions; with BatchNorm one alone cannot be normalised
     points: bool = False  # whether it has `pointing_losses`
+    pointing_parts: ClassVar[tuple[str, ...]] = ()  # its children that they reach
 
     config: ModelConfig
     backbone: nn.Module  # the image encoder: images [K, 3, S, S] -> a list of raw levels

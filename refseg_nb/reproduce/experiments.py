@@ -10,6 +10,7 @@ __all__ = ['TABLE2_COLUMNS', 'PAPER', 'WORLDS', 'SCALES', 'ROWS', 'TAGS', 'THIRD
            'thin_curve', 'score_curve', 'run_job', 'check_jobs', 'as_ctrl_c', 'run_jobs', 'draw_data', 'leave_out']
 
 # %% ../../nbs/20_experiments.ipynb #003
+import hashlib
 import json
 import math
 import os
@@ -143,7 +144,6 @@ class Experiment:
     overrides: dict = field(default_factory=dict)  # further fields of the model's configuration
     training: dict = field(default_factory=dict)  # fields of `TrainConfig`
     share: float = 1.0  # of the budget's steps
-    pointing: bool = True  # whether the run begins with pointing, where the budget has it
 
 # %% ../../nbs/20_experiments.ipynb #018
 # the rows of Table 2 that carry the argument; trained if nothing else is asked
@@ -273,13 +273,38 @@ def _of_the_savings() -> list[Experiment]:
         Experiment("savings-one-gate", "one gate for all pairs", overrides={"hcam_gates": "one"}),
     ]
 
+# %% ../../nbs/20_experiments.ipynb #028
+# aid -> the fields that take it away
+_WITHOUT = {
+    "pointing": {"pointer": False},
+    "biases": {"sfm_relative": False, "sfm_word_bias": None},
+    "GroupNorm": {"norm_groups": 0},
+}
+
+
+def _of_the_aids() -> list[Experiment]:
+    from refseg_nb.models.shnet import ABLATIONS, model_name
+
+    return [
+        Experiment(
+            f"{model_name(row)}-no-{aid.lower()}",
+            f"{row}, without {aid}",
+            model_name(row),
+            overrides=changes,
+        )
+        for row in ROWS
+        for aid, changes in _WITHOUT.items()
+        if aid != "biases" or ABLATIONS[row]["use_sfm"]
+    ]
+
 
 @cache
 def experiments() -> dict[str, Experiment]:  # name -> experiment
     "Every experiment of the reproduction."
-    return {e.name: e for e in (*_of_the_tables(), *_of_the_presets(), *_of_the_family(), *_of_the_savings())}
+    parts = (_of_the_tables(), _of_the_presets(), _of_the_family(), _of_the_savings(), _of_the_aids())
+    return {e.name: e for part in parts for e in part}
 
-# %% ../../nbs/20_experiments.ipynb #028
+# %% ../../nbs/20_experiments.ipynb #030
 @dataclass(frozen=True)
 class Budget:
     "How much is spent on one experiment."
@@ -373,7 +398,7 @@ BUDGETS = {
     ),
 }
 
-# %% ../../nbs/20_experiments.ipynb #034
+# %% ../../nbs/20_experiments.ipynb #036
 @dataclass(frozen=True)
 class Cell:
     "Where a number of a table comes from, and what the paper has there."
@@ -395,7 +420,7 @@ class Table:
     pairs: tuple[tuple[str, str], ...] = ()  # rows whose difference the table is about
     cited: dict[str, tuple] = field(default_factory=dict)  # rows of other methods: the paper's numbers alone
 
-# %% ../../nbs/20_experiments.ipynb #036
+# %% ../../nbs/20_experiments.ipynb #038
 def _table1() -> Table:
     t = PAPER["table1"]
     own = {"SHNet* (320x320)": "", "SHNet* (448x448)": "-high"}
@@ -435,7 +460,7 @@ def _table2() -> Table:
     key = TABLE2_COLUMNS.index("Overall IoU")
     return Table("Ablations on UNC val", TABLE2_COLUMNS, rows, key=key, pairs=pairs)
 
-# %% ../../nbs/20_experiments.ipynb #038
+# %% ../../nbs/20_experiments.ipynb #040
 def _table3() -> Table:
     t = PAPER["table3"]
     names = dict(zip(t["rows"], ("shnet-resnet", "shnet-resnet-high", "shnet", "shnet-high")))
@@ -505,10 +530,25 @@ def _savings() -> Table:
     )
 
 
+def _aids() -> Table:
+    from refseg_nb.models.shnet import model_name
+
+    rows = {row: (Cell(model_name(row)),) for row in ROWS} | {
+        e.label: (Cell(e.name),) for e in _of_the_aids()
+    }
+    pairs = tuple((row, f"{row}, without {aid}") for row in ROWS for aid in _WITHOUT)
+    return Table(
+        "The core rows with all training aids, and without one of them",
+        ("Overall IoU",),
+        {row: rows[row] for row in sorted(rows, key=lambda row: ROWS.index(row.split(",")[0]))},
+        pairs=tuple(pair for pair in pairs if pair[1] in rows),
+    )
+
+
 @cache
 def tables() -> dict[str, Table]:
-    """The four tables of the paper, the presets' differences, the family on two data sets, and the inexact
-    savings."""
+    """The four tables of the paper, the presets' differences, the family on two data sets, the inexact
+    savings, and the core rows without an aid."""
     return {
         "table1": _table1(),
         "table2": _table2(),
@@ -518,9 +558,10 @@ def tables() -> dict[str, Table]:
         "family": _family("UNC"),
         "family+": _family("UNC+"),
         "savings": _savings(),
+        "aids": _aids(),
     }
 
-# %% ../../nbs/20_experiments.ipynb #042
+# %% ../../nbs/20_experiments.ipynb #044
 def _precision() -> str:
     """bf16 where this machine computes in it: on such a CPU a step takes half the time; elsewhere it would
     be emulated, and slow."""
@@ -528,9 +569,9 @@ def _precision() -> str:
 
     return "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "no"
 
-# %% ../../nbs/20_experiments.ipynb #044
+# %% ../../nbs/20_experiments.ipynb #046
 # what can be asked for; core: `ROWS` of Table 2
-TARGETS = ("core", "table1", "table2", "table3", "table4", "presets", "family", "savings", "all")
+TARGETS = ("core", "table1", "table2", "table3", "table4", "presets", "family", "savings", "aids", "all")
 CONTROLS = {
     "no-text": {"text_control": "none"},
     "no-image": {"image_control": "none"},
@@ -566,7 +607,7 @@ def wanted(
             splits.append(cell.split)
     return found
 
-# %% ../../nbs/20_experiments.ipynb #047
+# %% ../../nbs/20_experiments.ipynb #049
 def _folder(b: Budget, pixels: str, preset: str) -> tuple[str, int | None]:
     "The folder of drawn data, and the side at which they are drawn where it is not the size's own."
     # the full ones are 320 px: larger than either
@@ -576,6 +617,22 @@ def _folder(b: Budget, pixels: str, preset: str) -> tuple[str, int | None]:
     return f"{b.size}-{side}", side
 
 
+def _first_run(
+    config: dict,  # fields of `TrainConfig` of a run on masks
+    pointing: dict,  # what changes in a run that points
+    out: Path,  # the folder of such runs
+) -> dict:  # fields of `TrainConfig`
+    "The run that points, the same for all that differ only behind SFM; a digest of its settings names its folder."
+    from refseg_nb.models.shnet import BEHIND_SFM, PRESETS
+
+    usual = PRESETS[config["preset"]].to_dict()
+    model = {k: v for k, v in model_config(config).items() if v != usual[k] and not k.startswith(BEHIND_SFM)}
+    first = config | pointing | {"model": "shnet", "overrides": model}
+    told = {k: v for k, v in first.items() if k not in ("root", "seed")}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return first | {"out": str(out / f"{first['data']}-{digest[:8]}-seed{first['seed']}")}
+
+# %% ../../nbs/20_experiments.ipynb #051
 def plan(
     out: Path,  # the folder of the whole run
     target: str = "core",  # one of `TARGETS`
@@ -643,9 +700,10 @@ def plan(
                 every = max(1, config["max_steps"] // 5)
                 config |= {"val_split": "val", "eval_limit": b.scored, "score_every": every}
             slug, before = f"{name}-seed{seed}", None
-            if b.pointing and e.pointing and config["overrides"].get("pointer"):
+            if b.pointing and config["overrides"].get("pointer"):
                 part = (steps or b.steps) / b.steps
-                before = config | b.pointing | {"max_steps": max(1, round(part * b.pointing["max_steps"]))}
+                length = {"max_steps": max(1, round(part * b.pointing["max_steps"]))}
+                before = _first_run(config, b.pointing | length, out / "pointing")
             jobs.append(
                 {
                     "experiment": name,
@@ -660,7 +718,7 @@ def plan(
                     "folder": str(out / slug),
                     "record": str(out / "records" / slug),
                     "config": config,
-                    "pointing": before,  # the configuration of the run before it
+                    "pointing": before,  # the configuration of the run before it, which jobs may share
                 }
             )
     if not jobs:
@@ -671,7 +729,7 @@ def plan(
         )
     return jobs
 
-# %% ../../nbs/20_experiments.ipynb #053
+# %% ../../nbs/20_experiments.ipynb #057
 def records_of(
     job: dict,  # from `plan`
 ) -> dict[str, tuple[str, dict]]:  # the record's file -> (split, arguments of `evaluate`)
@@ -689,7 +747,7 @@ def is_done(job: dict) -> bool:
     "Whether all records of a job are there."
     return all(Path(file).exists() for file in records_of(job))
 
-# %% ../../nbs/20_experiments.ipynb #057
+# %% ../../nbs/20_experiments.ipynb #061
 def estimate(
     jobs: list[dict],  # from `plan`, those that are still to be done
     n_jobs: int | None = None,  # processes side by side
@@ -702,13 +760,13 @@ def estimate(
     sets = {(j["config"]["data"], j["config"]["root"]) for j in jobs if j["draw"]}
     minutes = b.minutes * sum(j["config"]["max_steps"] for j in jobs) / b.steps
     if b.pointing:
-        steps = sum(j["pointing"]["max_steps"] for j in jobs if j["pointing"])
-        minutes += b.pointing_minutes * steps / b.pointing["max_steps"]
+        first = {j["pointing"]["out"]: j["pointing"]["max_steps"] for j in jobs if j["pointing"]}
+        minutes += b.pointing_minutes * sum(first.values()) / b.pointing["max_steps"]
     # of one run, times the rounds that are needed
     training = minutes / len(jobs) * math.ceil(len(jobs) / n) * max(1, n / cores())
     return {"side by side": n, "minutes": training + len(sets) * b.data_minutes * 2 / min(cores(), 8)}
 
-# %% ../../nbs/20_experiments.ipynb #061
+# %% ../../nbs/20_experiments.ipynb #065
 @cache
 def _gflop(name: str, preset: str) -> tuple[float, float]:
     "GFLOP of an experiment's forward pass: an image's, a phrase's."
@@ -755,7 +813,7 @@ def full_cost(
         )
     return lines
 
-# %% ../../nbs/20_experiments.ipynb #064
+# %% ../../nbs/20_experiments.ipynb #068
 def model_config(
     # fields of `TrainConfig`: "model", "preset", "overrides"; as a job's "config", or a record's
     # config["training"]
@@ -809,7 +867,7 @@ def model_cost(
         "GFLOP a phrase": round(gflop[1] - gflop[0], 4),
     }
 
-# %% ../../nbs/20_experiments.ipynb #068
+# %% ../../nbs/20_experiments.ipynb #072
 def model_seconds(
     model: "RISModel",  # a trained model
     words: int = 10,  # of a phrase
@@ -845,15 +903,16 @@ def model_seconds(
     return {"seconds an image": round(max(0.0, one - phrase), 5), "seconds a phrase": round(phrase, 5)}
 
 
-def _training_cost(folder: Path) -> dict:
+def _training_cost(job: dict) -> dict:
     "Seconds, memory and size of a run, from what it left; then what its model costs to ask."
     from refseg_nb.models.hub import load_model
 
+    folder = Path(job["folder"])
     model, _, meta = load_model(folder / "model")
     result = json.loads((folder / "result.json").read_text())
     cost = model_cost(meta["model"], model.config.to_dict())
-    first = folder / "pointing" / "result.json"
-    pointing = json.loads(first.read_text())["seconds"] if first.exists() else 0.0
+    first = job["pointing"] and json.loads((Path(job["pointing"]["out"]) / "result.json").read_text())
+    pointing = first["seconds"] if first else 0.0
     return {
         "seconds": result["seconds"] + pointing,
         "seconds of pointing": pointing,
@@ -890,7 +949,7 @@ def score_curve(
         for row in rows
     ]
 
-# %% ../../nbs/20_experiments.ipynb #072
+# %% ../../nbs/20_experiments.ipynb #076
 def run_job(
     job: dict,  # one entry of `plan`
 ) -> list[Path]:  # the records' files
@@ -906,18 +965,21 @@ def run_job(
     folder, config = Path(job["folder"]), TrainConfig(**job["config"], out=job["folder"], quiet=True)
     if not (folder / "result.json").exists():
         if job["pointing"]:
-            before = train(TrainConfig(**job["pointing"], out=str(folder / "pointing"), quiet=True))
-            config = replace(config, start=str(before.out / "model"))
+            first = Path(job["pointing"]["out"])
+            if not (first / "result.json").exists():
+                train(TrainConfig(**job["pointing"], quiet=True))
+            config = replace(config, start=str(first / "model"))
         train(config)
     model, vocabulary, meta = load_model(folder / "model")
     refer = open_data(config.root, config.data, config.split_by)
+    here = lambda config: {k: v for k, v in config.items() if k not in ("root", "out")}
     about = {
         "experiment": job["experiment"],
         "budget": job["budget"],
-        "training": {k: v for k, v in job["config"].items() if k != "root"},
-        "pointing": job["pointing"] and {k: v for k, v in job["pointing"].items() if k != "root"},
+        "training": here(job["config"]),
+        "pointing": job["pointing"] and here(job["pointing"]),
         "scores": score_curve(read_history(folder / "scores.jsonl")),
-        "cost": _training_cost(folder),
+        "cost": _training_cost(job),
         "curve": thin_curve(read_history(folder / "losses.jsonl")),
     }
     for file, (split, how) in records_of(job).items():
@@ -947,7 +1009,7 @@ def run_job(
         save_record(record, Path(file))
     return [Path(file) for file in records_of(job)]
 
-# %% ../../nbs/20_experiments.ipynb #074
+# %% ../../nbs/20_experiments.ipynb #078
 # what a job's process runs
 JOB = (
     "import json, sys; from refseg_nb.reproduce.experiments import run_job;"
@@ -970,7 +1032,7 @@ def check_jobs(
                 " this one"
             )
 
-# %% ../../nbs/20_experiments.ipynb #078
+# %% ../../nbs/20_experiments.ipynb #082
 @contextmanager
 def as_ctrl_c() -> Iterator[None]:
     "SIGTERM and SIGHUP end what runs inside as Ctrl-C does."
@@ -994,6 +1056,13 @@ def as_ctrl_c() -> Iterator[None]:
 
 
 @as_ctrl_c()
+def _free(waiting: list[dict], running: list[dict]) -> list[dict]:
+    "The jobs that can begin: none of the running ones is still at work on the run that they begin with."
+    first = lambda job: job["pointing"] and job["pointing"]["out"]
+    busy = {first(job) for job in running} - {None}
+    return [j for j in waiting if first(j) not in busy or (Path(first(j)) / "result.json").exists()]
+
+
 def run_jobs(
     jobs: list[dict],  # from `plan`
     n_jobs: int | None = None,  # processes side by side; default: one a core
@@ -1015,8 +1084,10 @@ def run_jobs(
     name = lambda job: f"{job['label']} (seed {job['seed']})"
     try:
         while waiting or running:
-            while waiting and len(running) < n_jobs:
-                job = waiting.pop(0)
+            free = _free(waiting, [job for job, *_ in running])
+            while free and len(running) < n_jobs:
+                job = free[0]
+                waiting.remove(job)
                 folder = Path(job["folder"])
                 with open(folder / "log.txt", "ab") as log:
                     process = subprocess.Popen(
@@ -1028,6 +1099,7 @@ def run_jobs(
                         start_new_session=True,
                     )
                 running.append((job, process, time.time()))
+                free = _free(waiting, [job for job, *_ in running])
             time.sleep(0.2)
             for entry in list(running):
                 job, process, start = entry
@@ -1058,18 +1130,18 @@ def run_jobs(
                 process.kill()
     return seconds
 
-# %% ../../nbs/20_experiments.ipynb #080
+# %% ../../nbs/20_experiments.ipynb #084
 def _progress(job: dict) -> str:
     "How far a job is, read from its log of losses."
     from refseg_nb.training.learner import read_history
 
     done = read_history(Path(job["folder"]) / "losses.jsonl")
     if not done and job["pointing"]:
-        done = read_history(Path(job["folder"]) / "pointing" / "losses.jsonl")
+        done = read_history(Path(job["pointing"]["out"]) / "losses.jsonl")
         return f"points {done[-1]['step']}/{job['pointing']['max_steps']}" if done else "starting"
     return f"{done[-1]['step']}/{job['config']['max_steps']}" if done else "starting"
 
-# %% ../../nbs/20_experiments.ipynb #083
+# %% ../../nbs/20_experiments.ipynb #087
 def draw_data(
     jobs: list[dict],  # from `plan`
     say: Callable[[str], None] = print,  # where lines go
@@ -1083,7 +1155,7 @@ def draw_data(
             say(f"Drawing {name} ({Path(root).name}).")
         make_refshapes(root, name, how["size"], resolution=how["resolution"])
 
-# %% ../../nbs/20_experiments.ipynb #085
+# %% ../../nbs/20_experiments.ipynb #089
 def leave_out(
     jobs: list[dict],  # from `plan`; splits that their data do not have are taken out
 ) -> list[str]:  # what was left out, as "refcoco+ testA"

@@ -627,7 +627,7 @@ def _first_run(
 
     usual = PRESETS[config["preset"]].to_dict()
     model = {k: v for k, v in model_config(config).items() if v != usual[k] and not k.startswith(BEHIND_SFM)}
-    first = config | pointing | {"model": "shnet", "overrides": model}
+    first = config | pointing | {"model": "shnet", "overrides": model, "val_split": None}
     told = {k: v for k, v in first.items() if k not in ("root", "seed")}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return first | {"out": str(out / f"{first['data']}-{digest[:8]}-seed{first['seed']}")}
@@ -696,14 +696,14 @@ def plan(
                 "model": e.model,
                 "seed": seed,
             }
-            if drawn and b.scored:
-                every = max(1, config["max_steps"] // 5)
-                config |= {"val_split": "val", "eval_limit": b.scored, "score_every": every}
             slug, before = f"{name}-seed{seed}", None
             if b.pointing and config["overrides"].get("pointer"):
                 part = (steps or b.steps) / b.steps
                 length = {"max_steps": max(1, round(part * b.pointing["max_steps"]))}
                 before = _first_run(config, b.pointing | length, out / "pointing")
+            if drawn and b.scored:
+                every = max(1, config["max_steps"] // 5)
+                config |= {"val_split": "val", "eval_limit": b.scored, "score_every": every}
             jobs.append(
                 {
                     "experiment": name,

@@ -589,7 +589,7 @@ def test_no_training_goes_on_alone(how, ends, tmp_path):
         "import signal, sys, refseg_nb.reproduce.experiments as E; E.JOB = 'import time; time.sleep(60)'\n"
         # whatever this process was told itself
         f"signal.signal(signal.{how.name}, signal.{'SIG_DFL' if ends else 'SIG_IGN'})\n"
-        "E.run_jobs(E.plan(sys.argv[1])[:2], 2)"
+        "E.run_jobs(E.plan(sys.argv[1])[::3], 2)"
     )
     parent = psutil.Process(
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL).pid
@@ -686,7 +686,7 @@ def test_the_recorded_run_has_what_it_claims():
     """Every cell of every table has a record, rows of Table 2 and of the family have three seeds, and all
     are of one recipe but for what a row changes."""
     runs = T.load_runs(RESULTS)
-    for target in E.TARGETS:
+    for target in set(E.TARGETS) - {"all", "aids"}:  # the recipe that is recorded has no aid to lose
         for name, splits in E.wanted(target).items():
             for split in splits:
                 least = 3 if target in ("table2", "family") else 1
@@ -716,6 +716,30 @@ def test_the_recorded_models_are_blind_without_words_or_picture():
             for r in runs[f"shnet{tag}", f"{split}.{control}"]:
                 assert r.metrics["mean_iou"]["value"] <= 100 * gate, (tag, control)
         assert min(r.metrics["mean_iou"]["value"] for r in runs[f"shnet{tag}", split]) > 30
+
+
+def test_a_job_waits_for_the_run_that_it_shares(tmp_path):
+    "Two rows that begin with one run are not started together; a row that begins with another one is not held up."
+    code = (
+        "import json, sys, time; from pathlib import Path; job = json.load(open(sys.argv[1]))\n"
+        "first, log = Path(job['pointing']['out']), open(Path(job['folder']).parent / 'log', 'a')\n"
+        "print(job['experiment'], (first / 'result.json').exists(), file=log, flush=True); time.sleep(1)\n"
+        "first.mkdir(parents=True, exist_ok=True); (first / 'result.json').write_text('{}'); time.sleep(1)"
+    )
+    jobs = E.plan(tmp_path, data_root=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(E, "JOB", code)
+        E.run_jobs(jobs, 4, say=lambda line: None)
+    started = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert {name for name, _ in started[:2]} == {"shnet", "only-hcam"}, (
+        "the two of the four that share nothing"
+    )
+    assert sorted(started) == [
+        ["baseline", "True"],
+        ["only-hcam", "False"],
+        ["only-sfm", "True"],
+        ["shnet", "False"],
+    ]
 
 
 def test_plan_points_first_where_the_budget_says_so(tmp_path):

@@ -1055,7 +1055,6 @@ def as_ctrl_c() -> Iterator[None]:
             signal.signal(s, signal.SIG_DFL)
 
 
-@as_ctrl_c()
 def _free(waiting: list[dict], running: list[dict]) -> list[dict]:
     "The jobs that can begin: none of the running ones is still at work on the run that they begin with."
     first = lambda job: job["pointing"] and job["pointing"]["out"]
@@ -1063,6 +1062,7 @@ def _free(waiting: list[dict], running: list[dict]) -> list[dict]:
     return [j for j in waiting if first(j) not in busy or (Path(first(j)) / "result.json").exists()]
 
 
+@as_ctrl_c()
 def run_jobs(
     jobs: list[dict],  # from `plan`
     n_jobs: int | None = None,  # processes side by side; default: one a core

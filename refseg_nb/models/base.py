@@ -260,6 +260,13 @@ class RISModel(nn.Module):
         if objective == "pointing":
             raise InputError(f"objective='pointing': {type(self).__name__} cannot point, only draw masks")
 
+    def adopt(
+        self,
+        tensors: dict[str, Tensor],  # name -> weights of a trained model of this kind
+    ) -> dict[str, Tensor]:  # name -> weights that this model can load
+        "Fit weights to another size of image or grid; here there are none that depend on it."
+        return tensors
+
     def parameter_groups(
         self,
         weight_decay: float,

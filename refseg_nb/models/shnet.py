@@ -30,7 +30,7 @@ from refseg_nb.models.decoder import (
 )
 from .hcam import HCAM, Conv3dLevels, average_words
 from .registry import register_model
-from .sfm import SFM, LayerAttention, SFMAttention
+from .sfm import SFM, LayerAttention, SFMAttention, resize_bias
 from .text import Language, TextEncoder
 
 # %% ../../nbs/11_shnet.ipynb #005
@@ -438,6 +438,16 @@ class SHNet(RISModel):
         for name, part in self.named_children():
             if (name not in self.pointing_parts) if objective == "pointing" else name == "pointer":
                 part.requires_grad_(False)
+
+    def adopt(
+        self,
+        tensors: dict[str, Tensor],  # name -> weights of a trained SHNet
+    ) -> dict[str, Tensor]:  # name -> weights that this one can load
+        "Fit SFM's relative biases to this model's grid; no other weight depends on it."
+        fit = lambda name, tensor: (
+            resize_bias(tensor, self.config.grid) if name.endswith(".relative") else tensor
+        )
+        return {name: fit(name, tensor) for name, tensor in tensors.items()}
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """The modules of each trained part of the head; the table of word vectors is not counted with the

@@ -591,15 +591,15 @@ class Learner:
         self,
         name: str,  # a folder that a run wrote, or the name of a shipped model
     ) -> None:
-        """Take the weights of a trained model. Only what has no weights may differ, such as the size of the
-        grid. Of a run that pointed, only what it trained is taken: everything behind that may differ."""
+        """Take the weights of a trained model, whose image and grid may have another size. Of a run that pointed,
+        only what it trained is taken: everything behind that may differ."""
         trained, vocabulary, meta = load_model(find_model(name))
         if vocabulary != self.vocabulary:
             raise InputError(
                 f"start={name!r} was trained with other words than those of {self.config.data}: its word"
                 " vectors cannot be taken over"
             )
-        tensors = trained.state_dict()
+        tensors = self.model.adopt(trained.state_dict())
         if meta.get("training", {}).get("objective") == "pointing":
             reached = {k: v for k, v in tensors.items() if k.split(".")[0] in self.model.pointing_parts}
             own = self.model.state_dict().items()

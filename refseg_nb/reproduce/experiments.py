@@ -631,7 +631,7 @@ def _first_run(
     first = (
         config | pointing | {"model": "shnet", "overrides": model | pointing["overrides"], "val_split": None}
     )
-    told = {k: v for k, v in first.items() if k not in ("root", "seed")}
+    told = {k: v for k, v in first.items() if k not in ("root", "cache_folder", "seed")}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return first | {"out": str(out / f"{first['data']}-{digest[:8]}-seed{first['seed']}")}
 
@@ -702,6 +702,8 @@ def plan(
                 "model": e.model,
                 "seed": seed,
             }
+            if drawn and b.pointing:  # two runs and several rows read the same features
+                config["cache_folder"] = str(out / "features")
             slug, before = f"{name}-seed{seed}", None
             if b.pointing and config["overrides"].get("pointer"):
                 part = (steps or b.steps) / b.steps
@@ -978,7 +980,7 @@ def run_job(
         train(config)
     model, vocabulary, meta = load_model(folder / "model")
     refer = open_data(config.root, config.data, config.split_by)
-    here = lambda config: {k: v for k, v in config.items() if k not in ("root", "out")}
+    here = lambda config: {k: v for k, v in config.items() if k not in ("root", "cache_folder", "out")}
     about = {
         "experiment": job["experiment"],
         "budget": job["budget"],

@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -402,6 +403,7 @@ def reproduce(
     draw_data(todo, say)
     if todo:
         run_jobs(todo, n_jobs, say)
+        shutil.rmtree(out / "features", ignore_errors=True)  # can be made again, and are large
     if target in ("core", "figures", "table2", "all"):
         draw_pictures(jobs, out)
     found = report(out)

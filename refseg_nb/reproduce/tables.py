@@ -443,22 +443,12 @@ def _said(low: float, high: float, seeds: list[float]) -> dict[str, str]:
 
 
 def verdict_table(
-    lines: list[dict],  # of `verdict`
+    lines: list[dict],  # of `verdict`; with a "budget", if it shall be shown
 ) -> str:
     "The verdict in markdown."
-    out = [
-        _line(
-            "Claim",
-            "difference",
-            "paper",
-            "here",
-            "verdict",
-            "seeds above zero",
-            "sign test, p",
-            "what would decide it",
-        ),
-        "|---|---|" + "---|" * 6,
-    ]
+    heads = ["Claim", "difference", "paper", "here", "verdict", "seeds above zero", "sign test, p"]
+    heads += ["what would decide it", *(["budget"] if any("budget" in x for x in lines) else [])]
+    out = [_line(*heads), "|" + "---|" * len(heads)]
     for x in lines:
         above = f"{sum(v > 0 for v in x['seeds'])} of {len(x['seeds'])}"
         cells = (
@@ -469,7 +459,7 @@ def verdict_table(
             f"**{x['said']}**",
             above,
         )
-        out.append(_line(*cells, f"{x['p']:.2f}", x["next"]))
+        out.append(_line(*cells, f"{x['p']:.2f}", x["next"], *([x["budget"]] if "budget" in x else [])))
     return "\n".join(out) + "\n"
 
 # %% ../../nbs/20b_tables.ipynb #054

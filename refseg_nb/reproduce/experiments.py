@@ -624,10 +624,12 @@ def _first_run(
     out: Path,  # the folder of such runs
 ) -> dict:  # fields of `TrainConfig`
     "The run that points, the same for all that differ only behind SFM; a digest of its settings names its folder."
+    from refseg_nb.models.registry import model_config
     from refseg_nb.models.shnet import BEHIND_SFM, PRESETS
 
     usual = PRESETS[config["preset"]].to_dict()
-    model = {k: v for k, v in model_config(config).items() if v != usual[k] and not k.startswith(BEHIND_SFM)}
+    whole = model_config(config["model"], config["preset"], **config["overrides"]).to_dict()
+    model = {k: v for k, v in whole.items() if v != usual[k] and not k.startswith(BEHIND_SFM)}
     first = (
         config | pointing | {"model": "shnet", "overrides": model | pointing["overrides"], "val_split": None}
     )

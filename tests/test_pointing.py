@@ -197,6 +197,34 @@ def test_another_row_begins_with_what_pointing_trained(tmp_path):
         )
 
 
+def test_a_finer_grid_takes_over_what_a_coarser_one_learned(tmp_path):
+    "All weights as they are, and each relative bias read off the coarse table by hand, on the image."
+    biased = SMALL | {"pointer": True, "sfm_relative": True}
+    first = train(config(tmp_path / "first", overrides=biased, lr=0.05)).model.state_dict()
+    changes = {
+        "objective": "mask",
+        "overrides": biased | {"grid": 8},
+        "start": str(tmp_path / "first" / "model"),
+    }
+    begun = Run(config(tmp_path / "second", **changes)).learner.model.state_dict()
+    seen = 0
+    for name, value in begun.items():
+        if name.split(".")[0] not in SHNet.pointing_parts:
+            continue
+        if not name.endswith("relative"):
+            assert torch.equal(value, first[name]), name
+            continue
+        old, new = first[name].view(2, 11, 11).numpy(), value.view(2, 15, 15).numpy()
+        for dy, dx in ((0, 0), (1, 0), (-3, 2), (7, -7), (4, 5), (-2, -6)):
+            y, x = (min(max(6 * d / 8, -5), 5) + 5 for d in (dy, dx))  # offsets in coarse cells, as indices
+            j, i = min(int(y), 9), min(int(x), 9)
+            corners = old[:, j : j + 2, i : i + 2]
+            by_hand = np.einsum("hyx,y,x->h", corners, [1 - y + j, y - j], [1 - x + i, x - i])
+            assert np.allclose(new[:, dy + 7, dx + 7], by_hand, atol=1e-5), (name, dy, dx)
+            seen += 1
+    assert seen == 12 and float(np.ptp(old)) > 0.01
+
+
 def test_fields_behind_sfm_do_not_reach_what_points():
     "Every field that is said to be behind SFM leaves the pointer's answer as it is; the names are all there."
     base, features, words, index = pointers("shnet")

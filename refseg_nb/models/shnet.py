@@ -158,8 +158,6 @@ PRESETS: dict[str, SHNetConfig] = {
         prior=0.05,
     ),
 }
-# fields that begin so are of what comes behind SFM: neither `SHNet.pointing` nor its weights depend on them
-BEHIND_SFM = ("use_hcam", "hcam_", "level_fusion", "aspp_", "decoder_", "prior")
 # fields that begin so are of what comes behind SFM: `SHNet.pointing` does not depend on them
 BEHIND_SFM = ("use_hcam", "hcam_", "level_fusion", "aspp_", "decoder_", "prior")
 RECIPES: dict[str, Recipe] = {

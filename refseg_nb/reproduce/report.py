@@ -19,9 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .. import files
 from ..errors import InputError
 from ..files import write_file
+from ..outline import outlined
 from refseg_nb.reproduce.experiments import (
     BUDGETS,
     ROWS,
@@ -57,8 +60,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
-    from refseg_nb.data.refer import Refer
-    from refseg_nb.inference.segmenter import Segmenter
+    from refseg_nb.data.refer import Refer, Sample
+    from refseg_nb.inference.segmenter import Answer, Segmenter
 
 # %% ../../nbs/20d_reproduction.ipynb #006
 PAPER_CAPTION = {
@@ -542,34 +545,65 @@ def readme_results(
 # %% ../../nbs/20d_reproduction.ipynb #065
 def figure_overview(
     segmenter: "Segmenter",  # from `refseg_nb.load`
-    refer: "Refer",  # an open data set
+    refer: "Refer",  # an open RefShapes data set
     split: str = "val",
-    count: int = 8,  # images, from the first on
+    right: bool = True,  # show right answers, or wrong ones
 ) -> "Figure":
-    """The first images of a split, each with its longest phrase and what the model answers; the IoU is
-    below."""
+    """A relation, a superlative and a composition: the scene above, the answer below; where it is wrong, the truth is
+    outlined in white. The first ones of the split, see above."""
     import textwrap
 
     import matplotlib.pyplot as plt
+
+    shown = {
+        kind: next(
+            (s, answer)
+            for s in refer.samples(split)
+            if s.kind == kind and len(s.text.split()) > 4
+            for answer, score in [_answered(segmenter, refer, s)]
+            if (score > 0.7 if right else score <= 0.1)
+        )
+        for kind in ("relation", "superlative", "composition")
+    }
+    fig, axes = plt.subplots(2, 3, figsize=(9, 6.6), layout="constrained")
+    for column, (s, answer) in zip(axes.T, shown.values()):
+        scene = _sharp(refer, s.image_id)
+        soft = _at_size(answer.probability, scene.shape[:2])
+        found = outlined(scene, soft if answer.found else soft > 1)
+        if not right:
+            found = outlined(
+                found, _at_size(refer.mask(s.ann_id), scene.shape[:2]), color="#ffffff", tint=0.0
+            )
+        for ax, image in zip(column, (scene, found)):
+            ax.imshow(image)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        column[0].set_title(textwrap.fill(f"“{s.text}”", 34), fontsize=11)
+    return fig
+
+
+def _answered(segmenter: "Segmenter", refer: "Refer", sample: "Sample") -> "tuple[Answer, float]":
+    "The answer to a phrase, and its IoU."
     import torch
 
     from refseg_nb.evaluation.metrics import iou
 
-    longest = {}
-    for s in refer.samples(split):
-        if s.image_id not in longest and len(longest) == count:
-            break
-        if s.image_id not in longest or len(s.text) > len(longest[s.image_id].text):
-            longest[s.image_id] = s
-    fig, axes = plt.subplots(-(-count // 4), 4, figsize=(9, 2.55 * -(-count // 4)), layout="constrained")
-    for ax, s in zip(axes.flat, longest.values()):
-        answer = segmenter.encode(refer.load_image(s.image_id)).segment(s.text)
-        score = float(iou(torch.from_numpy(answer.mask), torch.from_numpy(refer.mask(s.ann_id))))
-        ax.imshow(answer.overlay())
-        ax.set_xticks([])
-        ax.set_yticks([])
-        for side in ax.spines.values():
-            side.set_visible(False)
-        ax.set_title(textwrap.fill(s.text, 32), fontsize=8)
-        ax.set_xlabel(f"IoU {score:.2f}", fontsize=7)
-    return fig
+    answer = segmenter.segment(refer.load_image(sample.image_id), sample.text)
+    return answer, float(iou(torch.from_numpy(answer.mask), torch.from_numpy(refer.mask(sample.ann_id))))
+
+
+def _sharp(refer: "Refer", image_id: int, side: int = 512) -> np.ndarray:
+    "The scene of an image, drawn again with more pixels."
+    from refseg_nb.refshapes.anchors import scene_of
+    from refseg_nb.refshapes.scenes import render
+
+    seed = json.loads((refer.folder / "refshapes.json").read_text(encoding="utf-8"))["seed"]
+    return render(scene_of(seed, image_id), side).image
+
+
+def _at_size(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    "A mask or its probabilities with more pixels, smooth between them."
+    from PIL import Image
+
+    small = Image.fromarray(mask.astype(np.float32))
+    return np.clip(np.asarray(small.resize(size[::-1], Image.Resampling.BICUBIC)), 0, 1)

@@ -340,6 +340,25 @@ def recorded_verdict(
     order = [claim for claim, *_ in CLAIMS]
     return sorted(lines.values(), key=lambda line: order.index(line["claim"]))
 
+
+def _core(results: Path) -> list[str]:
+    "The four rows of the argument as `make reproduce` trains them, as lines of markdown."
+    if not (results / RECORDED["quick"] / "records").is_dir():
+        return []
+    table = tables()["table2"]
+    pairs = tuple(pair for pair in table.pairs if set(pair) <= set(ROWS))
+    core = replace(table, rows={row: table.rows[row] for row in ROWS}, pairs=pairs)
+    summary = summarise(load_runs(results / RECORDED["quick"]), core)
+    said = "**`make reproduce`** trains the four rows of Table 2 that carry the argument, one seed each. These are the"
+    return [
+        f"{said} recorded runs of the same budget. {recorded_seeds('quick', results)}",
+        "",
+        markdown_table(summary).rstrip(),
+        "",
+        *[f"- {line}" for line in conclusions(summary)],
+        "",
+    ]
+
 # %% ../../nbs/20d_reproduction.ipynb #020
 def results_csv(
     results: Path,  # the checkout's results/
@@ -489,25 +508,6 @@ def _shipped_table(folder: Path) -> list[str]:
         ]
         out.append("| " + " | ".join([text, *(ours(r.metrics[m]) for m in columns.values()), *by]) + " |")
     return [*out, "", "The last columns are the overall IoU of each kind of expression."]
-
-
-def _core(results: Path) -> list[str]:
-    "The four rows of the argument as `make reproduce` trains them, as lines of markdown."
-    if not (results / RECORDED["quick"] / "records").is_dir():
-        return []
-    table = tables()["table2"]
-    pairs = tuple(pair for pair in table.pairs if set(pair) <= set(ROWS))
-    core = replace(table, rows={row: table.rows[row] for row in ROWS}, pairs=pairs)
-    summary = summarise(load_runs(results / RECORDED["quick"]), core)
-    said = "**`make reproduce`** trains the four rows of Table 2 that carry the argument, one seed each. These are the"
-    return [
-        f"{said} recorded runs of the same budget. {recorded_seeds('quick', results)}",
-        "",
-        markdown_table(summary).rstrip(),
-        "",
-        *[f"- {line}" for line in conclusions(summary)],
-        "",
-    ]
 
 
 def readme_results(

@@ -4,6 +4,7 @@ folded norms, export, the benchmark's records."""
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -46,17 +47,35 @@ def case(preset="released", **changes):
     return model, (torch.rand(3, 3, 64, 64, dtype=torch.double), words, torch.tensor([0, 0, 2, 1, 0]))
 
 
+@pytest.mark.parametrize("corners", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 3), (5, 5)])
-def test_doubled_conv_is_the_convolution_of_the_doubled_map(shape):
+def test_doubled_conv_is_the_convolution_of_the_doubled_map(shape, corners):
     x, weight, bias = (
         torch.randn(2, 3, *shape).double(),
         torch.randn(4, 3, 3, 3).double(),
         torch.randn(4).double(),
     )
-    torch.testing.assert_close(doubled_conv(x, weight, bias), F.conv2d(double(x), weight, bias, padding=1))
+    large = F.conv2d(double(x, corners), weight, bias, padding=1)
+    torch.testing.assert_close(doubled_conv(x, weight, bias, corners), large)
     assert torch.autograd.gradcheck(
-        doubled_conv, tuple(t.requires_grad_() for t in (x[:1], weight[:2], bias[:2]))
+        partial(doubled_conv, align_corners=corners),
+        tuple(t.requires_grad_() for t in (x[:1], weight[:2], bias[:2])),
     )
+
+
+def test_aligned_doubling_by_hand():
+    "Position i of 2n looks at i (n - 1) / (2n - 1) of n: the corners stay where they are."
+    n = 5
+    line = torch.arange(n, dtype=torch.double) ** 2
+    at = [i * (n - 1) / (2 * n - 1) for i in range(2 * n)]
+    want = [line[int(a)] + (a - int(a)) * (line[min(int(a) + 1, n - 1)] - line[int(a)]) for a in at]
+    taps = doubling_taps(n, align_corners=True, dtype=torch.double)
+    torch.testing.assert_close(taps[1] @ line, torch.stack(want))
+    assert want[0] == line[0] and want[-1] == line[-1]
+    before, after = taps[0] @ line, taps[2] @ line
+    assert before[0] == after[-1] == 0, "beyond the edge there is nothing"
+    torch.testing.assert_close(before[1:], torch.stack(want[:-1]))
+    torch.testing.assert_close(after[:-1], torch.stack(want[1:]))
 
 
 def test_taps_of_doubling_by_hand():

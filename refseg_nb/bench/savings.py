@@ -136,7 +136,7 @@ def _decode(self: AsPublished, x: Tensor) -> Tensor:
         if i < len(d.convs) - 1:
             x = d.dropout(x)
         if i < d.doublings:
-            x = double(x)
+            x = double(x, d.align_corners)
     return d.last(x).squeeze(1)
 
 

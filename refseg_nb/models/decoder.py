@@ -121,7 +121,7 @@ class ASPP(nn.Module):
         self,
         channels: int,  # C, in and out and of each branch
         rates: tuple[int, ...] = (6, 12, 24),  # dilations of the 3x3 branches
-        dropout: float = 0.25,  # after the projection
+        dropout: float = 0.25,  # of whole channels, after the projection (released: Dropout2d)
     ) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
@@ -132,7 +132,7 @@ class ASPP(nn.Module):
         )
         self.pool = conv_bn_relu(channels, channels, 1)
         self.project = nn.Sequential(
-            conv_bn_relu((len(rates) + 2) * channels, channels, 1), nn.Dropout(dropout)
+            conv_bn_relu((len(rates) + 2) * channels, channels, 1), nn.Dropout2d(dropout)
         )
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -148,22 +148,22 @@ class ASPP(nn.Module):
 # %% ../../nbs/08_baseline.ipynb #037
 def double(
     x: Float[Tensor, "B C H W"],
+    align_corners: bool = False,  # the outermost positions stay at the edge (released)
 ) -> Float[Tensor, "B C 2H 2W"]:
     "The map with twice as many positions per side, bilinear."
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=align_corners)
 
 
 def doubling_taps(
     n: int,  # positions per side
     device: str | torch.device = "cpu",
+    align_corners: bool = False,  # see `double`
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "3 2n n"]:  # R_0, R_1, R_2
     "What double does to a side of n positions, read one position before, at and after each of the 2n."
-    twice = F.pad(
-        F.interpolate(torch.eye(n, device=device)[None], scale_factor=2, mode="linear", align_corners=False)[
-            0
-        ].T,
-        (0, 0, 1, 1),
-    )
+    one = torch.eye(n, device=device, dtype=dtype)[None]
+    twice = F.interpolate(one, scale_factor=2, mode="linear", align_corners=align_corners)[0].T
+    twice = F.pad(twice, (0, 0, 1, 1))
     return torch.stack([twice[k : k + 2 * n] for k in range(3)])
 
 # %% ../../nbs/08_baseline.ipynb #041
@@ -174,14 +174,14 @@ def doubled_conv(
     x: Float[Tensor, "B C H W"],  # a map before it is doubled
     weight: Float[Tensor, "O C 3 3"],  # of a 3x3 convolution with padding 1
     bias: Float[Tensor, " O"] | None = None,
+    align_corners: bool = False,  # see `double`
 ) -> Float[Tensor, "B O 2H 2W"]:
     """conv(double(x)) with a quarter of the products between channels: they are mixed on the small map, then
     positions are."""
     (b, c, h, w), o = x.shape, len(weight)
-    rows, columns = (
-        doubling_taps(h, x.device).to(x.dtype),
-        doubling_taps(w, x.device).to(x.dtype).permute(1, 2, 0).reshape(2 * w, 3 * w),
-    )
+    exact = torch.promote_types(x.dtype, torch.float32)
+    rows, columns = (doubling_taps(n, x.device, align_corners, exact).to(x.dtype) for n in (h, w))
+    columns = columns.permute(1, 2, 0).reshape(2 * w, 3 * w)
     positions, taps, out = (
         x.permute(0, 2, 3, 1).reshape(-1, c),
         weight.permute(2, 1, 3, 0).reshape(3, c, 3 * o),
@@ -209,13 +209,14 @@ class UpsampleDecoder(nn.Module):
         doublings: int = 2,  # how many of the first convolutions are followed by a doubling
         dropout: float = 0.1,  # Dropout2d, after all hidden convolutions but the last
         prior: float | None = None,  # share of foreground that the untrained decoder predicts; None: one half
+        align_corners: bool = False,  # of the doublings (released)
     ) -> None:
         super().__init__()
         if doublings > len(widths):
             raise InputError(
                 f"{doublings} doublings need at least as many widths, but there are {len(widths)}"
             )
-        self.doublings = doublings
+        self.doublings, self.align_corners = doublings, align_corners
         self.convs = nn.ModuleList(conv_bn_relu(i, o) for i, o in zip((channels, *widths), widths))
         self.dropout = nn.Dropout2d(dropout)
         self.last = nn.Conv2d(widths[-1], 1, 3, padding=1)
@@ -228,13 +229,13 @@ class UpsampleDecoder(nn.Module):
             if not 0 < i <= self.doublings:
                 x = conv(x)
             elif conv[0].in_channels < WIDE:
-                x = conv(double(x))
+                x = conv(double(x, self.align_corners))
             else:
-                x = conv[2](conv[1](doubled_conv(x, conv[0].weight, conv[0].bias)))
+                x = conv[2](conv[1](doubled_conv(x, conv[0].weight, conv[0].bias, self.align_corners)))
             if i < len(self.convs) - 1:
                 x = self.dropout(x)
         if 0 < self.doublings == len(self.convs):
-            x = double(x)
+            x = double(x, self.align_corners)
         return self.last(x).squeeze(1)
 
 # %% ../../nbs/08_baseline.ipynb #051

@@ -17,11 +17,14 @@ def training_target(
     masks: Float[Tensor, "B H0 W0"] | Bool[Tensor, "B H0 W0"],  # masks at their original resolution
     size: int,  # pixels per side of the target
     policy: str = "soft",  # a recipe's `target`: "soft", "hard" or "dilated"
+    align_corners: bool = False,  # of the bilinear step of "dilated" (SHNet's released code: yes)
 ) -> Float[Tensor, "B size size"]:  # in [0, 1]
     "The mask that the loss compares with, by the recipe's policy."
     masks = masks.float()[:, None]
     if policy == "dilated":
-        return (F.interpolate(masks, (size, size), mode="bilinear", align_corners=False) > 0).float()[:, 0]
+        return (F.interpolate(masks, (size, size), mode="bilinear", align_corners=align_corners) > 0).float()[
+            :, 0
+        ]
     if policy not in ("soft", "hard"):
         raise InputError(f"target must be 'soft', 'hard' or 'dilated', not {policy!r}")
     soft = F.adaptive_avg_pool2d(masks, size)[:, 0]

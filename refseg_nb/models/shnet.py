@@ -83,7 +83,7 @@ class SHNetConfig(ModelConfig):
     # a convolution for each Lambda_ij ("pair"), for each level i ("level", released), or "one" for all
     hcam_gates: str = "pair"
     hcam_norm: bool = False  # BatchNorm in the gates and after the Conv3d, then LeakyReLU: released
-    hcam_dropout: float = 0.0  # Dropout2d in the gates: released, its rate is not known to us
+    hcam_dropout: float = 0.0  # Dropout2d in the gates; released: 0.2 (README)
     # without HCAM: "concat" (1x1 convolution; the paper does not say), "convlstm", "conv3d" (Table 2, rows 4
     # and 5), or "mgate", "tgfe", "gbfm" (Table 4)
     level_fusion: str = "concat"
@@ -93,7 +93,10 @@ class SHNetConfig(ModelConfig):
     aspp_dropout: float = 0.25
     decoder_widths: tuple[int, ...] = (512, 512, 512, 256)
     decoder_doublings: int = 2  # the logits have grid * 2**decoder_doublings pixels a side
-    decoder_dropout: float = 0.1  # Dropout2d; the rate is not known to us
+    decoder_dropout: float = 0.2  # Dropout2d; released (README)
+    # every bilinear step: the decoder's doublings, logits to the mask's size in training, the "dilated" target.
+    # The paper does not say; released: True
+    align_corners: bool = False
     # GroupNorm of so many groups in the place of each BatchNorm outside the backbone; 0: BatchNorm, as published
     norm_groups: int = 0
     prior: float | None = None  # foreground share that the untrained decoder predicts; None: one half
@@ -130,7 +133,8 @@ PRESETS: dict[str, SHNetConfig] = {
         sfm_positions="qk",
         hcam_gates="level",
         hcam_norm=True,
-        hcam_dropout=0.1,
+        hcam_dropout=0.2,
+        align_corners=True,
     ),
     "refshapes": SHNetConfig(
         backbone="refshapes",
@@ -159,7 +163,7 @@ PRESETS: dict[str, SHNetConfig] = {
     ),
 }
 # fields that begin so are of what comes behind SFM: `SHNet.pointing` does not depend on them
-BEHIND_SFM = ("use_hcam", "hcam_", "level_fusion", "aspp_", "decoder_", "prior")
+BEHIND_SFM = ("use_hcam", "hcam_", "level_fusion", "aspp_", "decoder_", "align_", "prior")
 RECIPES: dict[str, Recipe] = {
     "paper": Recipe(),
     "released": Recipe(
@@ -284,6 +288,7 @@ class SHNet(RISModel):
             doublings=config.decoder_doublings,
             dropout=config.decoder_dropout,
             prior=config.prior,
+            align_corners=config.align_corners,
         )
         self.pointer = nn.Linear(c, 2) if config.pointer else None  # referent, anchor
         if config.norm_groups:

@@ -105,9 +105,8 @@ class Objective(nn.Module):
                 else loss
             )
         if logits.shape != targets.shape:
-            logits = F.interpolate(logits[:, None], targets.shape[-2:], mode="bilinear", align_corners=False)[
-                :, 0
-            ]
+            corners, size = getattr(self.model.config, "align_corners", False), targets.shape[-2:]
+            logits = F.interpolate(logits[:, None], size, mode="bilinear", align_corners=corners)[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, targets)
         return loss + self.dice_weight * dice_loss(logits, targets) if self.loss == "bce+dice" else loss
 
@@ -133,10 +132,16 @@ class Objective(nn.Module):
 class TargetDataset(RISDataset):
     "A split whose targets follow a recipe's policy."
 
-    # `policy`: "soft", "hard" or "dilated"; `anchors`: batches have the anchors' masks; the rest as for `RISDataset`
-    def __init__(self, *args: Any, policy: str = "soft", anchors: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,  # as for `RISDataset`
+        policy: str = "soft",  # "soft", "hard" or "dilated", see `training_target`
+        align_corners: bool = False,  # the same
+        anchors: bool = False,  # whether batches have the anchors' masks
+        **kwargs: Any,  # as for `RISDataset`
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.policy, self.anchors, self._anchors = policy, anchors, {}
+        self.policy, self.align_corners, self.anchors, self._anchors = policy, align_corners, anchors, {}
 
     def __getitem__(
         self,
@@ -166,7 +171,7 @@ class TargetDataset(RISDataset):
         target = self._targets.get(ann_id)
         if target is None:
             mask = torch.from_numpy((self.refer if self.store is None else self.store).mask(ann_id))
-            target = training_target(mask[None], self.target_size, self.policy)[0].half()
+            target = training_target(mask[None], self.target_size, self.policy, self.align_corners)[0].half()
             if self.cached:
                 self._targets[ann_id] = target
         return target
@@ -383,6 +388,7 @@ class RunData:
                 store=self.store,
                 sentence=c.sentence,
                 policy=c.targets,
+                align_corners=getattr(model, "align_corners", False),
                 anchors=c.objective == "pointing",
             )
 

@@ -93,7 +93,7 @@ def test_presets_differ_one_field_at_a_time():
     for name, (_, value) in changes.items():  # each difference can be turned alone, and gives a model
         with torch.device("meta"):
             create_model("shnet", "paper", vocab_size=10, backbone_weights="none", **{name: value})
-    assert {"schedule", "target", "threshold", "keep_digits", "grayscale", "batch_size"} <= set(
+    assert {"schedule", "target", "threshold", "letters_only", "grayscale", "batch_size"} <= set(
         differences(RECIPES["paper"], RECIPES["released"])
     )
 

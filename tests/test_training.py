@@ -28,6 +28,7 @@ from toy_refer import SMALL, make_toy
 from refseg_nb import files
 from refseg_nb.data.batches import make_loader
 from refseg_nb.data.words import Vocabulary
+from refseg_nb.errors import InputError
 from refseg_nb.files import atomic_folder
 from refseg_nb.models.backbones import Backbone
 from refseg_nb.models.base import ModelConfig, Recipe, RISModel
@@ -665,6 +666,9 @@ def test_presets_bring_their_recipe():
         "grayscale",
         "threshold",
         "batch_size",
+        "patience",
+        "keep",
+        "drop_last",
     ):
         assert getattr(released, name) == getattr(recipe, name)
     assert (
@@ -693,13 +697,61 @@ def test_the_plateau_follows_the_validation_loss(root, whole_released):
     lr, best, rates = 0.02, math.inf, []
     for row in whole_released.history:
         rates.append(lr)
-        if row["val_loss"] < best * (1 - 1e-4):
+        if row["val_loss"] < best * (1 - 1e-3):
             best = row["val_loss"]
         else:
             lr *= 0.7
     assert [r["lr"] for r in whole_released.history] == pytest.approx(rates) and 1 < len(set(rates)) < len(
         rates
     )
+
+
+def test_the_plateau_ends_at_its_floor(root, tmp_path):
+    "The rate does not fall below 1e-8, and a gain of less than a thousandth is none: as released."
+    run = Run(config(root, tmp_path / "run", **RELEASED | {"lr": 1e-4}))
+    for loss in (1.0, 0.9995, 0.9995, 0.9995, 0.9995, 0.9995, 0.9995):
+        run.learner.plateau.step(loss)
+    assert run.learner.plateau.get_last_lr()[0] == pytest.approx(0.7 * 0.7 * 1e-4)
+    for _ in range(200):
+        run.learner.plateau.step(1.0)
+    # PyTorch leaves out a step of less than 1e-8, so the floor itself is not reached
+    assert run.learner.plateau.min_lrs == [1e-8] and 1e-8 <= run.learner.plateau.get_last_lr()[0] < 5e-8
+
+
+def test_patience_ends_a_run_and_the_best_epoch_stays(root, tmp_path, monkeypatch):
+    scores, seen = [10.0, 12.0, 11.0, 12.0, 11.5, 30.0], []
+
+    def scripted(self, by_kind=False):
+        seen.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        return {"overall_iou": scores[len(seen) - 1], "mean_iou": 0.0}
+
+    monkeypatch.setattr(Learner, "evaluate", scripted)
+    c = config(root, tmp_path / "run", epochs=10, patience=3, keep="best", lr=0.01)
+    done = train(c)
+    assert [row["epoch"] for row in done.history] == [1, 2, 3, 4, 5], "three epochs without more than 12"
+    assert done.best["epoch"] == 2 and same(weights(c.out), {k: seen[1][k] for k in weights(c.out)})
+    assert not same(weights(c.out), {k: seen[4][k] for k in weights(c.out)})
+    again = train(config(root, tmp_path / "run", epochs=10, patience=3, keep="best", lr=0.01))
+    assert again.steps == done.steps and len(seen) == 5, "a second call has nothing left to do"
+    with pytest.raises(InputError, match="patience needs a val_split"):
+        config(root, tmp_path / "x", patience=2, val_split=None)
+    with pytest.raises(InputError, match="patience must be 0 or more"):
+        config(root, tmp_path / "x", patience=-1)
+
+
+@pytest.mark.parametrize("how", [{"batch_size": 5, "images_per_batch": None}, {"images_per_batch": 5}])
+def test_a_short_last_batch_is_left_out_if_asked(root, tmp_path, how):
+    kept, left = (
+        Run(config(root, tmp_path / "x", drop_last=drop, **how)).learner.data for drop in (False, True)
+    )
+    size = lambda batch: sum(len(s) for _, s in batch) if how.get("batch_size") else len(batch)
+    whole, full = kept.plan(0), left.plan(0)
+    number = sum(map(size, whole))
+    assert number % 5, "the toy does not divide"
+    assert [size(batch) for batch in full] == [5] * (number // 5) and len(whole) == len(full) + 1
+    taken = [(g, i) for batch in full for g, indices in batch for i in indices]
+    assert set(taken) < {(g, i) for batch in whole for g, indices in batch for i in indices}
+    assert len(taken) == len(set(taken))
 
 
 def test_the_validation_loss_is_that_of_the_answers(root, whole_released, tmp_path):

@@ -44,6 +44,34 @@ def test_tokens_keep_digits_and_hyphens():
     assert tokenize("  ") == tokenize('""') == []
 
 
+def test_words_of_letters_alone(tmp_path):
+    "SHNet's released split: at everything that is no letter, digit or underscore; then letters alone stay."
+    assert tokenize("The 2nd T-shirt, #33!", letters_only=True) == ["the", "t", "shirt"]
+    assert tokenize("black-haired woman's under_score É", letters_only=True) == [
+        "black",
+        "haired",
+        "woman",
+        "s",
+        "é",
+    ]
+    assert tokenize("160", letters_only=True) == []
+    phrases = ["the 2nd black-haired man", "black cat"]
+    usual, letters = (Vocabulary.build(phrases, letters_only=only) for only in (False, True))
+    assert "2nd" in usual and "black-haired" in usual and "haired" not in usual
+    assert sorted(letters.itos[2:]) == ["black", "cat", "haired", "man", "the"] and letters.itos[2] == "black"
+    assert letters.decode(letters.encode("The BLACK-haired 2nd cat")) == "the black haired cat"
+    assert letters.encode_all(["2nd"])[1].empty == 1 and letters.encode("2nd") == [UNK]
+    back = Vocabulary.from_json(letters.to_json())
+    assert (
+        back == letters
+        and back.letters_only
+        and back.encode("black-haired") == letters.encode("black-haired")
+    )
+    assert "letters_only" not in usual.to_json() and not Vocabulary.from_json(usual.to_json()).letters_only
+    same = Vocabulary.build(["black cat"]), Vocabulary.build(["black cat"], letters_only=True)
+    assert same[0].itos == same[1].itos and same[0] != same[1], "they read 'black-cat' differently"
+
+
 def test_order_and_specials():
     vocabulary = small()
     assert vocabulary.itos[:4] == ["<pad>", "<unk>", "the", "man"] and (PAD, UNK) == (0, 1)

@@ -8,6 +8,7 @@ __all__ = ['PAD', 'UNK', 'tokenize', 'EncodingReport', 'Vocabulary', 'pad_words'
 # %% ../../nbs/04_words.ipynb #002
 import hashlib
 import json
+import re
 import tempfile
 import urllib.error
 import zipfile
@@ -36,8 +37,12 @@ _SPECIALS = ["<pad>", "<unk>"]
 
 def tokenize(
     text: str,  # an expression, as typed
-) -> list[str]:  # its tokens, in lower case; digits and hyphens are kept
-    "Split an expression into tokens: torchtext's `basic_english`."
+    letters_only: bool = False,  # split at all that is no letter, digit or underscore, and keep letters alone
+) -> list[str]:  # its tokens, in lower case
+    """Split an expression into tokens: torchtext's `basic_english`, which keeps digits and hyphens, or as SHNet's
+    released code does."""
+    if letters_only:
+        return [token for token in re.split(r"\W+", text.lower()) if token.isalpha()]
     return get_tokenizer("basic_english")(text)
 
 # %% ../../nbs/04_words.ipynb #018
@@ -68,8 +73,9 @@ class Vocabulary:
         self,
         counts: Counter,  # how often each token occurs in the training expressions
         min_freq: int = 1,  # rarer tokens are left out
+        letters_only: bool = False,  # how expressions are split, see `tokenize`
     ):
-        self.min_freq = min_freq
+        self.min_freq, self.letters_only = min_freq, letters_only
         self.vocab = Vocab(counts, min_freq=min_freq, specials=_SPECIALS)
 
     @classmethod
@@ -77,9 +83,18 @@ class Vocabulary:
         cls,
         sentences: Iterable[str],  # expressions
         min_freq: int = 1,  # rarer tokens are left out
+        letters_only: bool = False,  # how expressions are split, see `tokenize`
     ) -> "Vocabulary":
         "Count the tokens of the expressions; the most frequent word gets number 2, ties go by the alphabet."
-        return cls(Counter(token for sentence in sentences for token in tokenize(sentence)), min_freq)
+        tokens = (token for sentence in sentences for token in tokenize(sentence, letters_only))
+        return cls(Counter(tokens), min_freq, letters_only)
+
+    def tokens(
+        self,
+        text: str,  # an expression
+    ) -> list[str]:  # known or not
+        "The words of an expression, split as those that were counted."
+        return tokenize(text, self.letters_only)
 
     @property
     def itos(self) -> list[str]:
@@ -93,7 +108,8 @@ class Vocabulary:
         return token in self.vocab.stoi and token not in _SPECIALS
 
     def __eq__(self, other):
-        return isinstance(other, Vocabulary) and self.itos == other.itos
+        same = isinstance(other, Vocabulary) and self.itos == other.itos
+        return same and self.letters_only == other.letters_only
 
     __hash__ = None
 
@@ -107,7 +123,7 @@ class Vocabulary:
         max_words: int = 25,  # longer ones are cut
     ) -> list[int]:  # between 1 and `max_words` numbers, none of them PAD
         "The numbers of an expression's words; an empty expression is one unknown word."
-        return [self.number(token) for token in tokenize(text)[:max_words]] or [UNK]
+        return [self.number(token) for token in self.tokens(text)[:max_words]] or [UNK]
 
     def encode_all(
         self,
@@ -115,7 +131,7 @@ class Vocabulary:
         max_words: int = 25,  # longer ones are cut
     ) -> tuple[list[list[int]], EncodingReport]:  # their numbers, and what was unknown, empty or cut
         "Encode many expressions and say what was lost."
-        tokens = [tokenize(text) for text in texts]
+        tokens = [self.tokens(text) for text in texts]
         lengths = [len(t) for t in tokens]
         report = EncodingReport(
             expressions=len(texts),
@@ -138,10 +154,12 @@ class Vocabulary:
     def to_json(self) -> str:
         "The vocabulary as JSON: the words in order, and how often each occurred."
         words = self.itos[len(_SPECIALS) :]
-        return json.dumps(
-            {"words": words, "counts": [self.vocab.freqs[word] for word in words], "min_freq": self.min_freq},
-            ensure_ascii=False,
-        )
+        found = {
+            "words": words,
+            "counts": [self.vocab.freqs[word] for word in words],
+            "min_freq": self.min_freq,
+        }
+        return json.dumps(found | ({"letters_only": True} if self.letters_only else {}), ensure_ascii=False)
 
     @classmethod
     def from_json(
@@ -152,7 +170,8 @@ class Vocabulary:
         try:
             data = json.loads(text)
             words, counts, min_freq = data["words"], data["counts"], data["min_freq"]
-            vocabulary = cls(Counter(dict(zip(words, counts, strict=True))), min_freq)
+            split = bool(data.get("letters_only", False))
+            vocabulary = cls(Counter(dict(zip(words, counts, strict=True))), min_freq, split)
         except Exception as error:
             raise InputError(
                 f"not a vocabulary as to_json writes it ({type(error).__name__}: {error})"
@@ -201,19 +220,21 @@ def vocabulary_for(
     refer: Refer,  # the data set
     split: str = "train",  # whose expressions are counted
     min_freq: int = 1,  # rarer tokens are left out
+    letters_only: bool = False,  # how expressions are split, see `tokenize`
 ) -> Vocabulary:  # the same for the same expressions
     """The vocabulary of a data set: built once, kept beside it as `vocabulary(<partition>,<split>).json`,
     and built anew when the expressions change."""
     texts = [sample.sentence.sent for sample in refer.samples(split)]
-    key = hashlib.sha256(json.dumps([min_freq, texts]).encode()).hexdigest()
-    path = refer.folder / f"vocabulary({refer.split_by},{split}).json"
+    told = [min_freq, texts, *(["letters only"] if letters_only else [])]
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    path = refer.folder / f"vocabulary({refer.split_by},{split}{',letters' * letters_only}).json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["of"] == key:
             return Vocabulary.from_json(json.dumps(data["vocabulary"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or not readable: it is built anew
-    vocabulary = Vocabulary.build(texts, min_freq)
+    vocabulary = Vocabulary.build(texts, min_freq, letters_only)
     _store(
         path,
         json.dumps({"of": key, "vocabulary": json.loads(vocabulary.to_json())}, ensure_ascii=False).encode(

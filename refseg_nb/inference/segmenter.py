@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..data.images import read_image, resize_square
-from ..data.words import Vocabulary, pad_words, tokenize
+from ..data.words import Vocabulary, pad_words
 from ..errors import InputError
 from ..evaluation.evaluator import probability_at
 from .domain import Domain, domain_of
@@ -205,7 +205,11 @@ class Segmenter:
         if self.sentence == "raw":
             words = phrase.split() if any(c.isalnum() for c in phrase) else []
         else:
-            words = [w for w in tokenize(phrase) if w in self.vocabulary or any(c.isalnum() for c in w)]
+            words = [
+                w
+                for w in self.vocabulary.tokens(phrase)
+                if w in self.vocabulary or any(c.isalnum() for c in w)
+            ]
         if not words:
             raise InputError(f"the phrase {phrase!r} has no word: {example}")
         return words

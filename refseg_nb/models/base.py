@@ -107,6 +107,11 @@ class Recipe:
     power: float = 0.7  # of the polynomial decay; section 4.2
     plateau_factor: float = 0.7  # released
     plateau_patience: int = 2  # released
+    plateau_threshold: float = 1e-3  # share of the loss that counts as less; released
+    plateau_floor: float = 1e-8  # the learning rate does not fall below; released
+    patience: int = 0  # epochs without a better overall IoU on val that end a run; 0: none do. Released: 6
+    keep: str = "last"  # the epoch whose weights stay; released: "best", by overall IoU on val
+    drop_last: bool = False  # whether a short last batch of an epoch is left out; released: yes
     # "soft": area-averaged mask (this course); "hard": its threshold at one half; "dilated": bilinear, then
     # > 0 (released)
     target: str = "soft"
@@ -115,7 +120,7 @@ class Recipe:
     threshold: float = 0.5  # of the probability; the paper does not say. Released: 0.40
     # resolution of the measurement: "original", or "mask" (released: at mask_size, against the dilated mask)
     evaluate_at: str = "original"
-    keep_digits: bool = True  # released: words with a digit are dropped
+    letters_only: bool = False  # how phrases are split into words, see `tokenize`; released: yes
     grayscale: float = 0.0  # chance that a training image loses its colours: none in the paper; released: 0.3
     optimizer: str = "adamw"  # or "adam": the weight decay is an L2 penalty in the gradient
     end_lr: float = 0.0  # where the polynomial decay ends

@@ -198,7 +198,10 @@ _IN_TRAINING = {  # fields of the recipe -> fields of `TrainConfig`, (paper, rel
 }
 NOT_TRAINED = {  # the other differences, and why they are no run of their own
     "max_words": "no phrase of RefShapes is cut by either length",
-    "keep_digits": "no phrase of RefShapes has a digit",
+    "letters_only": "no phrase of RefShapes has a digit, a hyphen or an apostrophe",
+    "patience": "the budget decides how long a run is",
+    "keep": "the budget's runs end where their learning rate is zero",
+    "drop_last": "one batch an epoch, and a budget has a few epochs",
     "epochs": "the paper gives none; the budget decides",
     "mask_size": "a matter of measuring: chapter 13c reads both protocols from the same predictions",
     "threshold": "a matter of measuring: chapter 13c",

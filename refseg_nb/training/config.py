@@ -54,6 +54,7 @@ class TrainConfig:
     # (the others)
     batch_size: int | None = None
     expressions_per_image: int | None = None  # at most so many, drawn anew each epoch; None: all
+    drop_last: bool | None = None  # recipe; whether a short last batch of an epoch is left out
     accumulate: int = 1  # batches per optimizer step
     lr: float | None = None  # recipe; the paper's is 1.2e-4
     weight_decay: float | None = None  # recipe; the paper's is 9e-5
@@ -95,11 +96,15 @@ class TrainConfig:
     checkpoint_every: int | None = None  # steps; there is always one at the end of an epoch
     threshold: float | None = None  # recipe; of the probability, while training and stored with the model
     eval_every: int = 1  # epochs; "plateau" looks at the loss as often
+    # recipe. Epochs without a better overall IoU on val_split after which the run ends; 0: it runs to its end
+    patience: int | None = None
     eval_limit: int | None = None  # images of the validation split scored while training
     score_every: int | None = (
         None  # steps; score it so often, too, by kind of expression, into <out>/scores.jsonl
     )
-    keep: str = "last"  # which weights <out>/model gets: "last" or "best" (overall IoU on val_split)
+    keep: str | None = (
+        None  # recipe; which weights <out>/model gets: "last" or "best" (overall IoU on val_split)
+    )
     tracker: str | None = None  # "tensorboard" or "wandb"
     quiet: bool = False  # no progress bar
 
@@ -126,6 +131,9 @@ class TrainConfig:
         "mask_size",
         "grayscale",
         "threshold",
+        "patience",
+        "keep",
+        "drop_last",
         "sentence",
         "unit",
         "class_weights",
@@ -162,8 +170,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.root, self.out = str(data_root() if self.root is None else self.root), str(self.out)
         self.cache_folder, self.pieces = (p and str(p) for p in (self.cache_folder, self.pieces))
-        if self.objective == "pointing":
-            self.val_split = self.score_every = None
+        if self.objective == "pointing":  # there is nothing to evaluate
+            self.val_split, self.score_every, self.patience, self.keep = None, None, 0, "last"
         self._fill_from_recipe()
         if self.class_weights is not None:
             if len(self.class_weights) != 2 or min(self.class_weights) <= 0:
@@ -213,6 +221,8 @@ class TrainConfig:
         for name in self.COUNTS_OR_NONE:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1 or None, got {getattr(self, name)}")
+        if self.patience < 0:
+            raise InputError(f"patience must be 0 or more epochs, got {self.patience}")
         if self.images_per_batch and self.batch_size:
             raise InputError(
                 "images_per_batch and batch_size exclude each other: a batch is counted in images or in"
@@ -243,6 +253,8 @@ class TrainConfig:
             raise InputError("score_every needs a val_split")
         if self.keep == "best" and self.val_split is None:
             raise InputError("keep='best' needs a val_split")
+        if self.patience and self.val_split is None:
+            raise InputError("patience needs a val_split, whose overall IoU it waits for; or patience=0")
         if self.cache_features is True and self.train_backbone:
             raise InputError(
                 "cache_features=True and train_backbone=True exclude each other: a trained backbone's outputs"

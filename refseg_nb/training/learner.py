@@ -225,6 +225,7 @@ def expression_batches(
     seed: int = 0,
     epoch: int = 0,
     unit: str = "sentence",  # as for `epoch_batches`
+    drop_last: bool = False,  # each has exactly so many, and the rest is left out (released)
 ) -> list[
     list[tuple[int, list[int]]]
 ]:  # for each batch, its (group, indices of samples), as `epoch_batches` gives them
@@ -243,7 +244,9 @@ def expression_batches(
         for i in indices
     ]
     order, batches = np.random.default_rng([seed, epoch, 1]).permutation(len(pairs)), []
-    for part in np.array_split(order, math.ceil(len(pairs) / batch_size)):  # even sizes: no last batch of one
+    if drop_last and len(pairs) > batch_size:
+        order = order[: len(pairs) // batch_size * batch_size]
+    for part in np.array_split(order, math.ceil(len(order) / batch_size)):  # even sizes: no last batch of one
         groups = {}
         for g, i in (pairs[k] for k in part):
             groups.setdefault(g, []).append(i)
@@ -355,7 +358,7 @@ class RunData:
                     f"pieces={c.pieces!r}: this model reads the words of {c.data}, not BERT's pieces; lavt's"
                     " and crossvlt's base do"
                 )
-            return vocabulary_for(self.refer, c.train_split)
+            return vocabulary_for(self.refer, c.train_split, letters_only=c.recipe().letters_only)
         if c.vectors:
             raise InputError(
                 f"vectors={c.vectors!r}: a model that reads with BERT has BERT's own vectors; leave it away"
@@ -402,20 +405,17 @@ class RunData:
         """The batches of an epoch, of several processes this one's part of each, as groups and samples: a
         pure function of seed and epoch."""
         c = self.config
+        common = {"seed": c.seed, "epoch": epoch, "unit": c.unit}
         if c.batch_size:
             batches = expression_batches(
-                self.train, c.batch_size, c.expressions_per_image, seed=c.seed, epoch=epoch, unit=c.unit
+                self.train, c.batch_size, c.expressions_per_image, drop_last=c.drop_last, **common
             )
         else:
             batches = epoch_batches(
-                self.train,
-                c.images_per_batch,
-                c.expressions_per_image,
-                shuffle=True,
-                seed=c.seed,
-                epoch=epoch,
-                unit=c.unit,
+                self.train, c.images_per_batch, c.expressions_per_image, shuffle=True, **common
             )
+            if c.drop_last and len(batches) > 1 and len(batches[-1]) < c.images_per_batch:
+                batches.pop()
         if self.world == 1:
             return batches
         parts, shares = zip(*(share_of_batch(batch, self.rank, self.world) for batch in batches))
@@ -570,7 +570,11 @@ class Learner:
         self.plateau = None
         if c.schedule == "plateau":
             self.plateau = ReduceLROnPlateau(
-                optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience
+                optimizer,
+                factor=recipe.plateau_factor,
+                patience=recipe.plateau_patience,
+                threshold=recipe.plateau_threshold,
+                min_lr=recipe.plateau_floor,
             )
         objective = Objective(
             self.model,
@@ -959,7 +963,7 @@ class Run:
             learner.objective.train()
             start, before = time.perf_counter(), self.seconds
             clock = lambda: before + time.perf_counter() - start
-            while learner.step < learner.total:
+            while learner.step < learner.total and not self._waited_in_vain():
                 epoch, done = divmod(learner.step, data.steps_per_epoch)
                 if done == 0:
                     self.epoch_loss = [0.0, 0]
@@ -1017,6 +1021,12 @@ class Run:
         if learner.main:
             with open(self.out / "scores.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def _waited_in_vain(self) -> bool:
+        "Whether an epoch has just ended, and too many of them have brought no better score."
+        epoch, more = divmod(self.learner.step, self.learner.data.steps_per_epoch)
+        wait = self.config.patience
+        return bool(wait and self.best and not more and epoch - self.best["epoch"] >= wait)
 
     def _checkpoint_is_due(self) -> bool:
         "Whether it is time for a checkpoint within an epoch."

@@ -198,6 +198,8 @@ class TrainConfig:
         defaults = {name: of_recipe[name] for name in self.FROM_RECIPE}
         defaults |= {"epochs": 10**6 if steps else recipe.epochs or 30, "max_steps": steps}
         defaults["targets"] = recipe.target
+        if self.val_split is None:  # what a recipe does with scores needs some
+            defaults |= {"patience": 0, "keep": "last"}
         if self.images_per_batch is None and self.batch_size is None:
             if self.preset == "refshapes":
                 defaults["images_per_batch"] = 8

@@ -161,7 +161,7 @@ def naive(arrays, levels, numbers):
         for i in range(3):
             of = f"exchange.rounds.{n}.{i}."
             look = softmax((dense(of + "key", maps[i]) @ dense(of + "query", s) / math.sqrt(4)).ravel())
-            context = unit(dense(of + "context", np.concatenate([s, look @ maps[i].reshape(16, 4)])))
+            context = unit(dense(of + "context", np.concatenate([look @ maps[i].reshape(16, 4), s])))
             total = maps[i].copy()
             for k, j in enumerate([j for j in range(3) if j != i]):
                 total += relu(dense(f"{of}features.{k}", maps[j])) * sigmoid(dense(f"{of}gates.{k}", context))

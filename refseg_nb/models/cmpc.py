@@ -697,7 +697,10 @@ def load_published(
             continue
         # a linear layer was a 1x1 convolution
         if kind == "kernel":
-            put(f"{path}.weight", a.permute(3, 2, 0, 1).reshape(own[f"{path}.weight"].shape), name)
+            weight = a.permute(3, 2, 0, 1)
+            if path.endswith(".context"):  # theirs reads the summary of the map before the sentence
+                weight = weight.roll(config.channels, 1)
+            put(f"{path}.weight", weight.reshape(own[f"{path}.weight"].shape), name)
         else:
             put(f"{path}.{ {'gamma': 'weight', 'beta': 'bias'}.get(kind, kind) }", a, name)
     # i, j, f, o -> i, f, j, o

@@ -245,6 +245,8 @@ def figure_kinds(
     axes[0].set_yticks(range(len(rows)), list(rows), fontsize=8.5)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     fig.supxlabel(f"overall IoU, % ({_measured_on(summary)}, 95 % intervals)", fontsize=8.5)
+    if title := summary.get("title"):
+        fig.suptitle(f"{title}: by kind of expression", fontsize=9)
     return fig
 
 # %% ../../nbs/20c_figures.ipynb #021
@@ -270,8 +272,8 @@ def figure_curves(
             lw=1.4,
             ls=("-", "--", ":")[used[colors[label]] % 3 - 1],
         )
-    ax.set_xlabel("step")
-    ax.set_ylabel("training loss")
+    ax.set(xlabel="step", ylabel="training loss")
+    ax.set_title("Training loss, the mean over 2 % of a run", fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     fig.legend(frameon=False, fontsize=8, loc="outside right center")
     return fig

@@ -467,7 +467,7 @@ def _missing(data_root: Path | None) -> list[str]:
         if not (Path(data_root or default_root()) / folder).is_dir()
     ]
 
-# %% ../../nbs/20d_reproduction.ipynb #061
+# %% ../../nbs/20d_reproduction.ipynb #064
 def _shipped_table(folder: Path) -> list[str]:
     "The shipped model on each split and under each control, as lines of markdown."
     from refseg_nb.evaluation.evaluator import load_record
@@ -542,7 +542,7 @@ def readme_results(
     ]
     return "\n".join(out).rstrip() + "\n"
 
-# %% ../../nbs/20d_reproduction.ipynb #065
+# %% ../../nbs/20d_reproduction.ipynb #068
 def figure_overview(
     segmenter: "Segmenter",  # from `refseg_nb.load`
     refer: "Refer",  # an open RefShapes data set

@@ -718,6 +718,35 @@ def test_the_recorded_models_are_blind_without_words_or_picture():
         assert min(r.metrics["mean_iou"]["value"] for r in runs[f"shnet{tag}", split]) > 30
 
 
+@recorded
+def test_the_recorded_core_rows_are_six_seeds_of_the_budget_of_make_reproduce():
+    """Each row of the argument six times, with today's settings; SHNet learns relations with each seed, and rows that
+    begin with one run of pointing say so."""
+    runs, b = T.load_runs(REPO / "results" / "quick"), E.BUDGETS["quick"]
+    named = {job["experiment"]: job for job in E.plan(Path("x"), "core", "quick")}
+    for name, job in named.items():
+        records = runs[name, "val"]
+        assert sorted(r.seeds["training"] for r in records) == list(range(6)), name
+        for r in records:
+            told = r.config["training"]
+            told = {k: v for k, v in told.items() if k not in ("seed", "mixed_precision")}  # the machine's
+            assert (
+                told == {k: v for k, v in job["config"].items() if k in told}
+                and r.config["budget"] == "quick"
+            )
+            assert (
+                r.config["pointing"]["max_steps"] == b.pointing["max_steps"] and told["max_steps"] == b.steps
+            )
+            assert len(r.config["scores"]) == 5 and r.config["cost"]["seconds of pointing"] > 0
+    score = lambda r: r.metrics["overall_iou"]["value"]
+    relation = lambda r: r.groups["kind"]["relation"]["overall_iou"]["value"]
+    whole = [score(r) for r in runs["shnet", "val"]]
+    assert min(whole) >= 58 and sum(whole) / 6 >= 62 and min(map(relation, runs["shnet", "val"])) >= 50
+    for a, b in (("shnet", "only-sfm"), ("baseline", "only-hcam")):
+        pairs = zip(runs[a, "val"], runs[b, "val"])
+        assert all(x.config["pointing"] == y.config["pointing"] for x, y in pairs)
+
+
 def test_a_job_waits_for_the_run_that_it_shares(tmp_path):
     "Two rows that begin with one run are not started together; a row that begins with another one is not held up."
     code = (

@@ -86,6 +86,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.loss, self.dice_weight = model, loss, dice_weight
         self.pointing = pointing
+        self.align_corners = getattr(getattr(model, "config", None), "align_corners", False)
         self.class_weights = (
             None if class_weights is None or tuple(class_weights) == (1, 1) else class_weights
         )
@@ -105,8 +106,9 @@ class Objective(nn.Module):
                 else loss
             )
         if logits.shape != targets.shape:
-            corners, size = getattr(self.model.config, "align_corners", False), targets.shape[-2:]
-            logits = F.interpolate(logits[:, None], size, mode="bilinear", align_corners=corners)[:, 0]
+            logits = F.interpolate(
+                logits[:, None], targets.shape[-2:], mode="bilinear", align_corners=self.align_corners
+            )[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, targets)
         return loss + self.dice_weight * dice_loss(logits, targets) if self.loss == "bce+dice" else loss
 

@@ -13,7 +13,6 @@ import csv
 import io
 import json
 import re
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -441,7 +440,10 @@ def reproduce(
     draw_data(todo, say)
     if todo:
         run_jobs(todo, n_jobs, say)
-        shutil.rmtree(out / "features", ignore_errors=True)  # can be made again, and are large
+    if kept := sum(f.stat().st_size for f in (out / "features").rglob("*") if f.is_file()):
+        say(
+            f"{kept / 1e9:.1f} GB of features stay in {out / 'features'} for the next run; they can be deleted."
+        )
     if target in ("core", "figures", "table2", "all"):
         draw_pictures(jobs, out)
     found = report(out)

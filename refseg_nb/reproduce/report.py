@@ -552,22 +552,32 @@ def figure_overview(
     right: bool = True,  # show right answers, or wrong ones
 ) -> "Figure":
     """A relation, a superlative and a composition: the scene above, the answer below; where it is wrong, the truth is
-    outlined in white. The first ones of the split, see above."""
+    outlined in white. The first ones of the split, see above; a kind without one is left out."""
     import textwrap
 
     import matplotlib.pyplot as plt
 
     shown = {
         kind: next(
-            (s, answer)
-            for s in refer.samples(split)
-            if s.kind == kind and len(s.text.split()) > 4
-            for answer, score in [_answered(segmenter, refer, s)]
-            if (score > 0.7 if right else score <= 0.1)
+            (
+                (s, answer)
+                for s in refer.samples(split)
+                if s.kind == kind and len(s.text.split()) > 4
+                for answer, score in [_answered(segmenter, refer, s)]
+                if (score > 0.7 if right else score <= 0.1)
+            ),
+            None,
         )
         for kind in ("relation", "superlative", "composition")
     }
-    fig, axes = plt.subplots(2, 3, figsize=(9, 6.6), layout="constrained")
+    shown = {kind: found for kind, found in shown.items() if found}
+    if not shown:
+        raise InputError(
+            f"{split} of {refer.name} has no such phrase that is answered {'right' if right else 'wrong'}ly"
+        )
+    fig, axes = plt.subplots(
+        2, len(shown), figsize=(3 * len(shown), 6.6), layout="constrained", squeeze=False
+    )
     for column, (s, answer) in zip(axes.T, shown.values()):
         scene = _sharp(refer, s.image_id)
         soft = _at_size(answer.probability, scene.shape[:2])

@@ -232,7 +232,7 @@ def test_fields_behind_sfm_do_not_reach_what_points():
     other = (
         {"use_hcam": False, "hcam_gates": "one", "hcam_norm": False, "hcam_dropout": 0.5}
         | {"level_fusion": "conv3d", "aspp_rates": (1,), "aspp_dropout": 0.5, "decoder_widths": (8, 8)}
-        | {"decoder_doublings": 1, "decoder_dropout": 0.5, "prior": 0.5}
+        | {"decoder_doublings": 1, "decoder_dropout": 0.5, "align_corners": True, "prior": 0.5}
     )
     assert set(other) == {name for name in there if name.startswith(BEHIND_SFM)}
     for name, value in other.items():

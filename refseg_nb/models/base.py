@@ -180,6 +180,7 @@ class RISModel(nn.Module):
     smallest_batch: ClassVar[int] = 2  # expressions; with BatchNorm one alone cannot be normalised
     points: bool = False  # whether it has `pointing_losses`
     pointing_parts: ClassVar[tuple[str, ...]] = ()  # its children that they reach
+    align_corners: bool = False  # of bilinear steps between its logits and the targets of training
 
     config: ModelConfig
     backbone: nn.Module  # the image encoder: images [K, 3, S, S] -> a list of raw levels

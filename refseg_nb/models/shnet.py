@@ -300,6 +300,11 @@ class SHNet(RISModel):
                     use_group_norm(part, config.norm_groups)
 
     @property
+    def align_corners(self) -> bool:
+        "Whether its bilinear steps align the corners."
+        return self.config.align_corners
+
+    @property
     def points(self) -> bool:
         "Whether the model has a pointer."
         return self.pointer is not None

@@ -533,8 +533,8 @@ def readme_results(
         "",
         verdict_table(recorded_verdict(results)),
         (
-            "**All tables** of the paper beside ours, the differences between paper and released code, cheaper models and"
-            " the training aids: in the [report](results/reproduction/report.md) and [chapter"
+            "**All tables** of the paper beside ours, the differences between paper and released code, cheaper models"
+            " and the training aids: in the [report](results/reproduction/report.md) and [chapter"
             " 20d](nbs/20d_reproduction.ipynb)."
         ),
         "",
@@ -573,7 +573,7 @@ def figure_overview(
     shown = {kind: found for kind, found in shown.items() if found}
     if not shown:
         raise InputError(
-            f"{split} of {refer.name} has no such phrase that is answered {'right' if right else 'wrong'}ly"
+            f"{split} of {refer.name} has no such phrase with {'a right' if right else 'a wrong'} answer"
         )
     fig, axes = plt.subplots(
         2, len(shown), figsize=(3 * len(shown), 6.6), layout="constrained", squeeze=False

@@ -82,11 +82,11 @@ class Objective(nn.Module):
         # of background and referent in the cross-entropy; None: equal
         class_weights: tuple[float, float] | None = None,
         pointing: bool = False,  # ask where the referent and the anchor are, and for no mask
+        align_corners: bool = False,  # where logits are brought to the targets' size
     ) -> None:
         super().__init__()
         self.model, self.loss, self.dice_weight = model, loss, dice_weight
-        self.pointing = pointing
-        self.align_corners = getattr(getattr(model, "config", None), "align_corners", False)
+        self.pointing, self.align_corners = pointing, align_corners
         self.class_weights = (
             None if class_weights is None or tuple(class_weights) == (1, 1) else class_weights
         )
@@ -378,6 +378,7 @@ class RunData:
         model: ModelConfig,  # of the model that is trained
         target_size: int,  # pixels a side of the targets
         vocabulary: Vocabulary | WordPieces,
+        align_corners: bool = False,  # of the targets, see `training_target`
     ) -> None:
         "Open the splits at the model's sizes, and plan the first epoch."
         c = self.config
@@ -393,7 +394,7 @@ class RunData:
                 store=self.store,
                 sentence=c.sentence,
                 policy=c.targets,
-                align_corners=getattr(model, "align_corners", False),
+                align_corners=align_corners,
                 anchors=c.objective == "pointing",
             )
 
@@ -552,7 +553,7 @@ class Learner:
                     c.store,
                     progress=self.main and not c.quiet,
                 )
-        self.data.open_splits(self.model.config, self.target_size, self.vocabulary)
+        self.data.open_splits(self.model.config, self.target_size, self.vocabulary, self.model.align_corners)
         self.total = min(c.max_steps or math.inf, c.epochs * self.data.steps_per_epoch)
 
     def _make_optimizer(self) -> None:
@@ -584,6 +585,7 @@ class Learner:
             dice_weight=c.dice_weight,
             class_weights=c.class_weights,
             pointing=c.objective == "pointing",
+            align_corners=self.model.align_corners,
         )
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
 

@@ -31,6 +31,7 @@ class TrainConfig:
     # an epoch has all sentences ("sentence"), or one random sentence of each ref ("ref"); recipe; the paper's
     # is "sentence"
     unit: str | None = None
+    drop_last: bool | None = None  # recipe; whether a short last batch of an epoch is left out
     num_workers: int = 0  # processes that read images
     # folder of image stores (chapter 06b): images, targets and masks are read from there; built at the
     # first use
@@ -54,7 +55,6 @@ class TrainConfig:
     # (the others)
     batch_size: int | None = None
     expressions_per_image: int | None = None  # at most so many, drawn anew each epoch; None: all
-    drop_last: bool | None = None  # recipe; whether a short last batch of an epoch is left out
     accumulate: int = 1  # batches per optimizer step
     lr: float | None = None  # recipe; the paper's is 1.2e-4
     weight_decay: float | None = None  # recipe; the paper's is 9e-5

@@ -474,6 +474,13 @@ class WordPieces:
             ) from error
         return cls(sorted(vocab, key=vocab.get), protocol)
 
+    def tokens(
+        self,
+        text: str,  # an expression
+    ) -> list[str]:
+        "The words of an expression, before they are cut into pieces."
+        return tokenize(text)
+
     def __len__(self) -> int:
         return len(self.itos)
 

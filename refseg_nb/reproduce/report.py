@@ -534,7 +534,7 @@ def readme_results(
         verdict_table(recorded_verdict(results)),
         (
             "**All tables** of the paper beside ours, the differences between paper and released code, cheaper models"
-            " and the training aids: in the [report](results/reproduction/report.md) and [chapter"
+            " and the training aids: in `results/reproduction/report.md` and [chapter"
             " 20d](nbs/20d_reproduction.ipynb)."
         ),
         "",

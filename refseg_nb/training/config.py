@@ -102,9 +102,8 @@ class TrainConfig:
     score_every: int | None = (
         None  # steps; score it so often, too, by kind of expression, into <out>/scores.jsonl
     )
-    keep: str | None = (
-        None  # recipe; which weights <out>/model gets: "last" or "best" (overall IoU on val_split)
-    )
+    # recipe; which weights <out>/model gets: "last" or "best" (overall IoU on val_split)
+    keep: str | None = None
     tracker: str | None = None  # "tensorboard" or "wandb"
     quiet: bool = False  # no progress bar
 

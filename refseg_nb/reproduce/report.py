@@ -348,9 +348,9 @@ def _core(results: Path) -> list[str]:
     pairs = tuple(pair for pair in table.pairs if set(pair) <= set(ROWS))
     core = replace(table, rows={row: table.rows[row] for row in ROWS}, pairs=pairs)
     summary = summarise(load_runs(results / RECORDED["quick"]), core)
-    said = "**`make reproduce`** trains the four rows of Table 2 that carry the argument, one seed each. These are the"
+    said = "**`make reproduce`** trains the four rows of Table 2 that carry the argument, one seed each."
     return [
-        f"{said} recorded runs of the same budget. {recorded_seeds('quick', results)}",
+        f"{said} {recorded_seeds('quick', results)}",
         "",
         markdown_table(summary).rstrip(),
         "",

@@ -145,16 +145,17 @@ def save_model(
     vocabulary: Vocabulary | WordPieces,
     meta: dict | None = None,  # plain data: name of the architecture, training, threshold
     dtype: torch.dtype | None = None,  # torch.float16 halves the file; None keeps float32
+    backbone: bool
+    | None = None,  # store the backbone's weights too; None: unless its own are fetched once a machine
 ) -> Path:
     "Write `model.safetensors` and `config.json`: all that `load_model` needs, in one folder."
     folder, config = Path(folder), model.config.to_dict()
-    # small ones are stored with the model; the others are fetched once a machine
-    fetched = (
-        config["backbone"] not in SHIPPED_BACKBONES
-        and config["backbone_weights"] != "none"
-        and model.backbone.frozen
-    )
-    backbone = not fetched
+    if backbone is None:  # small ones are stored with the model
+        backbone = (
+            config["backbone"] in SHIPPED_BACKBONES
+            or config["backbone_weights"] == "none"
+            or not model.backbone.frozen
+        )
     tensors = model_tensors(model, backbone)
     if dtype is not None:
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}

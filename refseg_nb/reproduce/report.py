@@ -18,12 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .. import files
 from ..errors import InputError
 from ..files import write_file
-from ..outline import outlined
+from ..outline import enlarged, outlined
 from refseg_nb.reproduce.experiments import (
     BUDGETS,
     ROWS,
@@ -557,6 +555,8 @@ def figure_overview(
 
     import matplotlib.pyplot as plt
 
+    from refseg_nb.refshapes.anchors import redrawn
+
     shown = {
         kind: next(
             (
@@ -579,12 +579,12 @@ def figure_overview(
         2, len(shown), figsize=(3 * len(shown), 6.6), layout="constrained", squeeze=False
     )
     for column, (s, answer) in zip(axes.T, shown.values()):
-        scene = _sharp(refer, s.image_id)
-        soft = _at_size(answer.probability, scene.shape[:2])
+        scene = redrawn(refer, s.image_id)
+        soft = enlarged(answer.probability, scene.shape[:2])
         found = outlined(scene, soft if answer.found else soft > 1)
         if not right:
             found = outlined(
-                found, _at_size(refer.mask(s.ann_id), scene.shape[:2]), color="#ffffff", tint=0.0
+                found, enlarged(refer.mask(s.ann_id), scene.shape[:2]), color="#ffffff", tint=0.0
             )
         for ax, image in zip(column, (scene, found)):
             ax.imshow(image)
@@ -602,20 +602,3 @@ def _answered(segmenter: "Segmenter", refer: "Refer", sample: "Sample") -> "tupl
 
     answer = segmenter.segment(refer.load_image(sample.image_id), sample.text)
     return answer, float(iou(torch.from_numpy(answer.mask), torch.from_numpy(refer.mask(sample.ann_id))))
-
-
-def _sharp(refer: "Refer", image_id: int, side: int = 512) -> np.ndarray:
-    "The scene of an image, drawn again with more pixels."
-    from refseg_nb.refshapes.anchors import scene_of
-    from refseg_nb.refshapes.scenes import render
-
-    seed = json.loads((refer.folder / "refshapes.json").read_text(encoding="utf-8"))["seed"]
-    return render(scene_of(seed, image_id), side).image
-
-
-def _at_size(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    "A mask or its probabilities with more pixels, smooth between them."
-    from PIL import Image
-
-    small = Image.fromarray(mask.astype(np.float32))
-    return np.clip(np.asarray(small.resize(size[::-1], Image.Resampling.BICUBIC)), 0, 1)

@@ -799,6 +799,8 @@ class Run:
         "What is stored with the model."
         of_this_machine = ("root", "out", "store", "pieces", "cache_folder")
         learner, training = self.learner, asdict(self.config)
+        if training["start"]:  # its name, not where it lay
+            training["start"] = [p for p in Path(training["start"]).parts if p != "model"][-1]
         return {
             "model": self.config.model,
             "threshold": self.config.threshold,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..data.refer import Refer
-from ..outline import enlarged, outlined
+from ..outline import outlined
 from ..refshapes.anchors import anchors_of, redrawn
 from ..refshapes.dataset import tiny_data
 from ..viz import show_images
@@ -91,7 +91,7 @@ def show_pair(
         columns = {f"“{phrase}”": pair.masks[k]}
         columns |= {f"{title}: IoU {iou[k]:.2f}": soft[k] for title, (soft, iou) in answers.items()}
         for title, mask in columns.items():
-            images.append(outlined(pair.sharp, enlarged(mask, pair.sharp.shape[:2])))
+            images.append(outlined(pair.sharp, mask))
             titles.append(title)
     show_images(images, titles, ncols=1 + len(models), size=size, titlesize=9)
     return {title: [round(x, 2) for x in iou] for title, (_, iou) in answers.items()}

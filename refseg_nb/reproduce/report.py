@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from .. import files
 from ..errors import InputError
 from ..files import write_file
-from ..outline import enlarged, outlined
+from ..outline import outlined
 from refseg_nb.reproduce.experiments import (
     BUDGETS,
     ROWS,
@@ -580,12 +580,10 @@ def figure_overview(
     )
     for column, (s, answer) in zip(axes.T, shown.values()):
         scene = redrawn(refer, s.image_id)
-        soft = enlarged(answer.probability, scene.shape[:2])
+        soft = answer.probability
         found = outlined(scene, soft if answer.found else soft > 1)
         if not right:
-            found = outlined(
-                found, enlarged(refer.mask(s.ann_id), scene.shape[:2]), color="#ffffff", tint=0.0
-            )
+            found = outlined(found, refer.mask(s.ann_id), color="#ffffff", tint=0.0)
         for ax, image in zip(column, (scene, found)):
             ax.imshow(image)
             ax.set(xticks=[], yticks=[])

@@ -9,7 +9,10 @@ __all__ = ['check_receptive_field', 'check_fold']
 import torch
 from torch import nn
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch05.ipynb #004
+@exercise
 def check_receptive_field(fn):
     "Compare with the pixels whose gradient is not zero."
     for layers in (
@@ -27,9 +30,9 @@ def check_receptive_field(fn):
         true = int(seen.max() - seen.min()) + 1
         got = fn(layers)
         assert got == true, f"receptive_field({layers}) is {got}, but {true} pixels reach one output"
-    return "check_receptive_field: correct"
 
 # %% ../../../nbs/exercises/ch05.ipynb #006
+@exercise
 def check_fold(fn):
     "Compare with the convolution and the BatchNorm one after the other."
     torch.manual_seed(0)
@@ -51,4 +54,3 @@ def check_fold(fn):
     assert torch.allclose(got, true, atol=1e-4), (
         "the weight is right but the bias is not: the running mean is scaled too"
     )
-    return "check_fold: correct"

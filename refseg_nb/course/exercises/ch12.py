@@ -11,8 +11,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch12.ipynb #005
-def check_cosine_decay(fn: Callable) -> str:
+@exercise
+def check_cosine_decay(fn: Callable) -> None:
     "Compare at every step of three schedules."
     for total, warmup in [(100, 0), (50, 10), (7, 3)]:
         for step in range(total):
@@ -26,10 +29,10 @@ def check_cosine_decay(fn: Callable) -> str:
                 f"step {step} of {total} with {warmup} steps of rise: expected {0.3 * want:.5f}, got {got}"
             )
     assert np.isclose(fn(0, 10, 1.0), 1), "without a rise, the first step has the full rate"
-    return "check_cosine_decay: correct"
 
 # %% ../../../nbs/exercises/ch12.ipynb #008
-def check_clip_norm(fn: Callable) -> str:
+@exercise
+def check_clip_norm(fn: Callable) -> None:
     "Compare with `torch.nn.utils.clip_grad_norm_`."
     generator = torch.Generator().manual_seed(0)
     for largest in (0.1, 1.0, 100.0):
@@ -48,10 +51,10 @@ def check_clip_norm(fn: Callable) -> str:
             )
     clipped, found = fn([torch.zeros(3)], 1.0)
     assert found == 0 and torch.equal(clipped[0], torch.zeros(3)), "gradients of zero stay zero"
-    return "check_clip_norm: correct"
 
 # %% ../../../nbs/exercises/ch12.ipynb #011
-def check_batches_left(fn: Callable) -> str:
+@exercise
+def check_batches_left(fn: Callable) -> None:
     "Compare with a run that is counted through step by step."
     for batches, accumulate in [(6, 1), (6, 2), (7, 3), (1, 4)]:
         step = 0
@@ -64,4 +67,3 @@ def check_batches_left(fn: Callable) -> str:
                     f" {got}"
                 )
                 step += 1
-    return "check_batches_left: correct"

@@ -10,8 +10,11 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch16.ipynb #004
-def check_controller(fn: Callable) -> str:
+@exercise
+def check_controller(fn: Callable) -> None:
     "Compare with the sum written out; each level has its own gate and its own gamma."
     torch.manual_seed(0)
     maps, memory, gamma = (
@@ -35,10 +38,10 @@ def check_controller(fn: Callable) -> str:
             "gamma is missing"
         )
         assert torch.allclose(got[i], want, atol=1e-5), f"G of level {i + 2} differs"
-    return "check_controller: correct"
 
 # %% ../../../nbs/exercises/ch16.ipynb #006
-def check_peephole_step(fn: Callable) -> str:
+@exercise
+def check_peephole_step(fn: Callable) -> None:
     "Compare with the step computed number by number."
     from math import exp, tanh
 
@@ -59,4 +62,3 @@ def check_peephole_step(fn: Callable) -> str:
             "the output gate has seen the old memory; it sees the new one"
         )
         assert abs(float(answer[0][b, c, y, x]) - state) < 1e-4, "the state differs"
-    return "check_peephole_step: correct"

@@ -10,8 +10,11 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch17.ipynb #004
-def check_sentence_vector(fn: Callable) -> str:
+@exercise
+def check_sentence_vector(fn: Callable) -> None:
     "Compare with a loop over phrases and words."
     torch.manual_seed(0)
     words, types = torch.randn(3, 4, 5), torch.randn(3, 4, 4).softmax(-1)
@@ -30,10 +33,10 @@ def check_sentence_vector(fn: Callable) -> str:
             assert torch.allclose(got[b], total / total.norm(), atol=1e-5), (
                 f"the vector for kinds {wanted} differs"
             )
-    return "check_sentence_vector: correct"
 
 # %% ../../../nbs/exercises/ch17.ipynb #006
-def check_gather(fn: Callable) -> str:
+@exercise
+def check_gather(fn: Callable) -> None:
     "Compare with the built graph on few positions, then count operations on many."
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,4 +60,3 @@ def check_gather(fn: Callable) -> str:
     assert spent <= limit, (
         f"{spent:,} operations where {limit:,} are enough: a matrix of size positions x positions was built"
     )
-    return "check_gather: correct"

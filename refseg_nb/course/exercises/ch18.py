@@ -10,8 +10,11 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch18.ipynb #005
-def check_padded_sides(fn: Callable) -> str:
+@exercise
+def check_padded_sides(fn: Callable) -> None:
     "Compare with maps that are really merged, 2 x 2 positions at a time, and cut into windows."
     for image_size, window in ((480, 12), (384, 12), (224, 7), (448, 7), (96, 6), (200, 7), (36, 4)):
         side, want = image_size // 4, []
@@ -27,10 +30,10 @@ def check_padded_sides(fn: Callable) -> str:
         assert got == want, (
             f"at {image_size} px with windows of {window} the sides are {want}, you gave {got}"
         )
-    return "check_padded_sides: correct"
 
 # %% ../../../nbs/exercises/ch18.ipynb #008
-def check_word_weights(fn: Callable) -> str:
+@exercise
+def check_word_weights(fn: Callable) -> None:
     "Compare with a loop over expressions, heads, positions and words."
     torch.manual_seed(0)
     for heads in (1, 2, 4):
@@ -61,4 +64,3 @@ def check_word_weights(fn: Callable) -> str:
         assert torch.allclose(got, want, atol=1e-5), (
             f"with {heads} heads the weights are off by up to {(got - want).abs().max():.3f}"
         )
-    return "check_word_weights: correct"

@@ -12,8 +12,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch19.ipynb #005
-def check_floor(fn: Callable) -> str:
+@exercise
+def check_floor(fn: Callable) -> None:
     "Compare with the best of all similarities on a fine grid."
     tried = torch.linspace(-1, 1, 401)
     for temperature in (1.0, 0.5, 0.2, 2.0):
@@ -33,10 +36,10 @@ def check_floor(fn: Callable) -> str:
             assert abs(got - want) < 1e-4, (
                 f"temperature {temperature}, {share:.0%} foreground: {got:.4f} instead of {want:.4f}"
             )
-    return "check_floor: correct"
 
 # %% ../../../nbs/exercises/ch19.ipynb #008
-def check_ask_twice(fn: Callable) -> str:
+@exercise
+def check_ask_twice(fn: Callable) -> None:
     "Compare with the steps written out."
     torch.manual_seed(0)
     positions, words = torch.randn(2, 8, 4), torch.randn(2, 3, 4)
@@ -67,4 +70,3 @@ def check_ask_twice(fn: Callable) -> str:
     assert torch.allclose(answer[1], merged + torch.tanh(second @ d) * second, atol=1e-5), (
         "the next stage's positions differ"
     )
-    return "check_ask_twice: correct"

@@ -78,6 +78,16 @@ SLIPS = {
         ("all(part", "any(part", "one is not enough"),
         ("if token not in known and", "if", "a known token stays as it is"),
     ],
+    "05-receptive_field": [
+        ("(kernel - 1)", "kernel", "a kernel of k adds k - 1 pixels"),
+        (" * dilation", "", "the dilation is missing"),
+        ("j * stride", "j", "the stride is missing"),
+    ],
+    "05-fold": [
+        (" + norm.eps", "", "eps is missing"),
+        ("norm.running_mean * scale", "norm.running_mean", "the running mean is scaled too"),
+        (".sqrt()", "", "the root is missing"),
+    ],
     "06-exact_target": [
         ("np.arange(size)[:, None] * n", "(np.arange(size)[:, None] + 1) * n", "cell i begins at i H / h"),
         (" * size / n\n", "\n", "divide by the area of a cell"),
@@ -160,6 +170,65 @@ SLIPS = {
         ("differences(a, b).items()}", "list(differences(a, b).items())[:-1]}", "the last difference is left out"),
         ("replace(a,", "replace(b,", "all are the second configuration"),
         ("(_, value)", "(value, _)", "nothing was changed"),
+    ],
+    "12-cosine_decay": [
+        ("(step + 1) / warmup", "step / warmup", "step 0 of the rise"),
+        ("(step - warmup) / (total - warmup)", "step / total", "runs over the steps after the rise"),
+        ("math.pi", "2 * math.pi", "this one comes up again"),
+    ],
+    "12-clip_norm": [
+        ("for g in gradients]).sum().sqrt()", "for g in gradients[:-1]]).sum().sqrt()", "the last gradient is left out"),
+        ("min(1., largest / float(norm))", "largest / float(norm)", "the scale is at most 1"),
+        (".sqrt()", "", "the root is missing"),
+    ],
+    "12-batches_left": [
+        ("return epoch,", "return epoch + 1,", "epochs are counted from 0"),
+        ("-(-batches // accumulate)", "batches // accumulate", "round up"),
+        ("done * accumulate", "done", "a step takes `accumulate` batches"),
+    ],
+    "16-controller": [
+        ("for j in range(3) if j != i", "for j in [(i + 1) % 3]", "not from the next one only"),
+        ("[g * m * x for", "[m * x for", "gamma is missing"),
+        ("(1 - memory[i])", "memory[i]", "1 - m, not m"),
+    ],
+    "16-peephole_step": [
+        ("    memory = f * memory + i * g.tanh()\n    return (o + w_o * memory)",
+         "    before, memory = memory, f * memory + i * g.tanh()\n    return (o + w_o * before)",
+         "the output gate has seen the old memory"),
+        (" * memory.tanh()", " * memory", "tanh is missing"),
+        ("f * memory + i * g", "i * memory + f * g", "input and forget gate are swapped"),
+    ],
+    "17-sentence_vector": [
+        ("types[..., wanted]", "types[..., [(n + 1) % 4 for n in wanted]]", "kinds are counted from 0"),
+        ("total / total.norm(dim=1, keepdim=True)", "total", "not scaled to length 1"),
+        ("norm(dim=1, keepdim=True)", "norm()", "for the whole batch"),
+    ],
+    "17-gather": [
+        ("p @ passed_on", "p @ found", "the messages were sent once"),
+        ("return p @ passed_on", "return p @ found + p @ passed_on", "only the second is wanted"),
+        (None, "def gather(p, q, x):\n    graph = p @ q.transpose(1, 2)\n    return graph @ (graph @ x)",
+         "positions x positions was built"),
+    ],
+    "18-padded_sides": [
+        ("(sides[-1] + 1) // 2", "sides[-1] // 2", "its half is rounded up"),
+        ("n + -n % window", "(n // window + 1) * window", "whole windows is not padded"),
+        ("image_size // 4", "image_size // 8", "stage 1 comes before the first merging"),
+    ],
+    "18-word_weights": [
+        ("    scores = q", "    mask = mask & torch.nn.functional.pad(mask[:, 1:], (0, 1))\n    scores = q",
+         "the last real word is masked as well"),
+        ("(heads * q.shape[-1])", "q.shape[-1]", "not of one head's"),
+        ('.masked_fill(~mask[:, None, None], float("-inf"))', "", "the mask is missing"),
+    ],
+    "19-floor": [
+        ("share * foreground + (1 - share) * background", "foreground + background", "the mean over the positions"),
+        ("math.log1p(math.exp(-1 / temperature))", "math.log(2)", "the loss of a similarity of zero"),
+        ("-1 / temperature", "-temperature", "the temperature divides"),
+    ],
+    "19-ask_twice": [
+        ("return f,", "return again,", "the first F, not the second"),
+        ("return f, merged + merged_gate(again) * again", "return f, merged", "have not asked the words again"),
+        ("merge(positions + gate(f) * f)", "merge(positions)", "before F was added"),
     ],
 }  # fmt: skip
 CASES = [(key, n, *slip) for key, slips in SLIPS.items() for n, slip in enumerate(slips)]
@@ -275,7 +344,7 @@ def test_difference_finds_the_one_value_that_differs(x, data):
     y[at] += 1
     found = difference(y, x)
     assert found and (x.size == 1 or f"at {list(at)} stands" in found and f"1 of {x.size}" in found)
-    assert difference({"k": (y, 0)}, {"k": (x, 0)}).startswith("entry ['k']: entry [0]: ")
+    assert difference({"k": (y, 0)}, {"k": (x, 0)}).startswith("entry ['k'][0]: ")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ __all__ = ['MARKS', 'Verdict', 'Slip', 'describe', 'shown', 'values_differ', 'ar
 # %% ../../nbs/library/checks.ipynb #he-checks-02
 import copy
 import functools
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable
@@ -53,13 +54,15 @@ def describe(
     if isinstance(value, np.ndarray):
         return f"an array {list(value.shape)} of {value.dtype}"
     if isinstance(value, tuple | list | dict | set):
-        return f"a {type(value).__name__} with {len(value)} entries"
+        return f"a {type(value).__name__} with {len(value)} {'entry' if len(value) == 1 else 'entries'}"
     return repr(value) if value is None else f"{value!r} ({type(value).__name__})"
 
 # %% ../../nbs/library/checks.ipynb #he-checks-10
 def shown(number: Any) -> str:
-    "A number with four digits."
-    return str(number) if isinstance(number, bool | np.bool_ | str) else f"{number:.4g}"
+    "A whole number, a truth value, or four digits."
+    if isinstance(number, bool | np.bool_):
+        return str(number)
+    return f"{number:.0f}" if float(number).is_integer() and abs(number) < 1e9 else f"{number:.4g}"
 
 
 def values_differ(
@@ -108,7 +111,9 @@ def entries_differ(got: Any, want: Any, close: float, nans: bool) -> str | None:
             return f"the answer is {describe(got)}, where {describe(want)} is wanted"
         pairs = [(i, g, w) for i, (g, w) in enumerate(zip(got, want))]
     found = ((key, difference(g, w, close, nans)) for key, g, w in pairs)
-    return next((f"entry [{key!r}]: {text}" for key, text in found if text), None)
+    key, text = next(((key, text) for key, text in found if text), (None, ""))
+    inner = text.removeprefix("entry ")  # of an entry of an entry
+    return f"entry [{key!r}]{inner if inner != text else f': {text}'}" if text else None
 
 
 def difference(
@@ -153,7 +158,7 @@ class Answer:
         "What the function raised, and in which of its lines."
         file = getattr(getattr(self.fn, "__code__", None), "co_filename", None)
         lines = [f.line for f in traceback.extract_tb(error.__traceback__) if f.filename == file and f.line]
-        where = f" in the line `{lines[-1]}`" if lines else ""
+        where = f" in the line `{textwrap.shorten(lines[-1], 70, placeholder=' …')}`" if lines else ""
         return f"your function raises {type(error).__name__}{where}{self.case}: {error}"
 
 # %% ../../nbs/library/checks.ipynb #he-checks-20
@@ -212,7 +217,7 @@ def compare(
     close: float = 1e-5,  # floats may differ by so much, relative or absolute
 ) -> None:
     "Raise a `Slip` if a function does not give what the reference gives."
-    answer.case = f" {case}" if case else ""
+    answer.case = f" ({case})" if case else ""
     given, want = copy.deepcopy(arguments), reference(*copy.deepcopy(arguments))
     got = answer(*given)
     for before, after in zip(arguments, given):

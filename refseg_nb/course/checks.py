@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'Verdict', 'Slip', 'describe', 'shown', 'values_differ', 'arrays_differ', 'entries_differ', 'difference',
-           'Answer', 'exercise', 'agrees', 'compare']
+           'Answer', 'told', 'judged', 'exercise', 'agrees', 'compare']
 
 # %% ../../nbs/library/checks.ipynb #he-checks-02
 import copy
@@ -40,11 +40,11 @@ class Verdict:
         more = f": {self.message}" if self.message else ""
         return f"{MARKS[self.state]} {self.name} · {self.state}{more}"
 
-
+# %% ../../nbs/library/checks.ipynb #he-checks-06
 class Slip(AssertionError):
     "An answer is wrong; the message says how."
 
-# %% ../../nbs/library/checks.ipynb #he-checks-07
+# %% ../../nbs/library/checks.ipynb #he-checks-10
 def describe(
     value: Any,
 ) -> str:  # kind, shape and type of its numbers
@@ -57,14 +57,14 @@ def describe(
         return f"a {type(value).__name__} with {len(value)} {'entry' if len(value) == 1 else 'entries'}"
     return repr(value) if value is None else f"{value!r} ({type(value).__name__})"
 
-# %% ../../nbs/library/checks.ipynb #he-checks-10
+# %% ../../nbs/library/checks.ipynb #he-checks-14
 def shown(number: Any) -> str:
     "A whole number, a truth value, or four digits."
     if isinstance(number, bool | np.bool_):
         return str(number)
     return f"{number:.0f}" if float(number).is_integer() and abs(number) < 1e9 else f"{number:.4g}"
 
-
+# %% ../../nbs/library/checks.ipynb #he-checks-16
 def values_differ(
     got: np.ndarray,
     want: np.ndarray,  # of the same shape
@@ -81,7 +81,7 @@ def values_differ(
     one = f"at {list(at)} stands {shown(got[at])} instead of {shown(want[at])}"
     return f"{wrong.sum()} of {wrong.size} values differ: {one}"
 
-# %% ../../nbs/library/checks.ipynb #he-checks-12
+# %% ../../nbs/library/checks.ipynb #he-checks-18
 def arrays_differ(got: Any, want: Any, close: float, nans: bool) -> str | None:
     "Numbers, arrays and tensors: kind, shape, type of the numbers, values."
     if isinstance(want, torch.Tensor) and not isinstance(got, torch.Tensor):
@@ -98,13 +98,13 @@ def arrays_differ(got: Any, want: Any, close: float, nans: bool) -> str | None:
         return f"the answer is of type {g.dtype}, not {w.dtype}"
     return values_differ(g, w, close, nans)
 
-# %% ../../nbs/library/checks.ipynb #he-checks-15
+# %% ../../nbs/library/checks.ipynb #he-checks-22
 def entries_differ(got: Any, want: Any, close: float, nans: bool) -> str | None:
     "Lists, tuples and dicts: their number of entries or their keys, then each entry."
     if isinstance(want, dict):
         if not isinstance(got, dict) or set(got) != set(want):
-            keys = f"with the keys {', '.join(map(str, got))}" if isinstance(got, dict) else describe(got)
-            return f"the answer is a dict {keys}, where the keys {', '.join(map(str, want))} are wanted"
+            is_ = f"a dict with {', '.join(map(str, got))}" if isinstance(got, dict) else describe(got)
+            return f"the answer is {is_}, where a dict with {', '.join(map(str, want))} is wanted"
         pairs = [(key, got[key], want[key]) for key in want]
     else:
         if not isinstance(got, tuple | list) or len(got) != len(want):
@@ -115,7 +115,7 @@ def entries_differ(got: Any, want: Any, close: float, nans: bool) -> str | None:
     inner = text.removeprefix("entry ")  # of an entry of an entry
     return f"entry [{key!r}]{inner if inner != text else f': {text}'}" if text else None
 
-
+# %% ../../nbs/library/checks.ipynb #he-checks-24
 def difference(
     got: Any,
     want: Any,
@@ -131,7 +131,7 @@ def difference(
         return f"the answer is {describe(got)}, where {describe(want)} is wanted"
     return None if got == want else f"the answer is {got!r}, not {want!r}"
 
-# %% ../../nbs/library/checks.ipynb #he-checks-18
+# %% ../../nbs/library/checks.ipynb #he-checks-28
 class Answer:
     "The reader's function while it is checked."
 
@@ -154,45 +154,56 @@ class Answer:
     def __getattr__(self, name: str) -> Any:  # what else a function has: its code, its name
         return getattr(self.fn, name)
 
-    def told(self, error: Exception) -> str:
-        "What the function raised, and in which of its lines."
-        file = getattr(getattr(self.fn, "__code__", None), "co_filename", None)
-        lines = [f.line for f in traceback.extract_tb(error.__traceback__) if f.filename == file and f.line]
-        where = f" in the line `{textwrap.shorten(lines[-1], 70, placeholder=' …')}`" if lines else ""
-        return f"your function raises {type(error).__name__}{where}{self.case}: {error}"
+# %% ../../nbs/library/checks.ipynb #he-checks-30
+def told(
+    error: Exception,
+    answer: Answer,  # that raised it
+) -> str:
+    "What the reader's function raised, and in which of its lines."
+    file = getattr(getattr(answer.fn, "__code__", None), "co_filename", None)
+    lines = [f.line for f in traceback.extract_tb(error.__traceback__) if f.filename == file and f.line]
+    where = f" in the line `{textwrap.shorten(lines[-1], 70, placeholder=' …')}`" if lines else ""
+    return f"your function raises {type(error).__name__}{where}{answer.case}: {error}"
 
-# %% ../../nbs/library/checks.ipynb #he-checks-20
+# %% ../../nbs/library/checks.ipynb #he-checks-34
+def judged(
+    check: Callable,  # raises an AssertionError where an answer is wrong; may return a remark
+    answer: Answer,
+) -> Verdict:
+    "Run a check on the reader's function."
+    name = check.__name__.removeprefix("check_")
+    if not callable(answer.fn):
+        return Verdict(name, "not yet", f"give the check the function itself, not {describe(answer.fn)}")
+    try:
+        return Verdict(name, "correct", check(answer) or "")
+    except NotImplementedError:
+        return Verdict(name, "your turn", "fill in the function above and run its cell again")
+    except AssertionError as error:
+        return Verdict(name, "not yet", str(error))
+    except Exception as error:
+        if answer.raised is error:
+            return Verdict(name, "not yet", told(error, answer))
+        if not answer.called:
+            raise
+        return Verdict(name, "not yet", f"the check cannot compare {describe(answer.gave)}: {error}")
+
+# %% ../../nbs/library/checks.ipynb #he-checks-36
 def exercise(
     check: Callable | None = None,  # raises an AssertionError where an answer is wrong; may return a remark
     *,
     may_be_none: bool = False,  # whether None is an answer
 ) -> Callable:  # the check: function -> `Verdict`
-    "Turn a function that compares into a check that never raises for a wrong answer."
+    "Turn a function that compares into a check that gives a verdict."
     if check is None:
         return functools.partial(exercise, may_be_none=may_be_none)
 
     @functools.wraps(check)
     def run(fn: Callable) -> Verdict:
-        name, answer = check.__name__.removeprefix("check_"), Answer(fn, may_be_none)
-        if not callable(fn):
-            return Verdict(name, "not yet", f"give the check the function itself, not {describe(fn)}")
-        try:
-            remark = check(answer)
-        except NotImplementedError:
-            return Verdict(name, "your turn", "fill in the function above and run its cell again")
-        except AssertionError as error:
-            return Verdict(name, "not yet", str(error))
-        except Exception as error:
-            if answer.raised is error:
-                return Verdict(name, "not yet", answer.told(error))
-            if not answer.called:
-                raise
-            return Verdict(name, "not yet", f"the check cannot compare {describe(answer.gave)}: {error}")
-        return Verdict(name, "correct", remark or "")
+        return judged(check, Answer(fn, may_be_none))
 
     return run
 
-# %% ../../nbs/library/checks.ipynb #he-checks-24
+# %% ../../nbs/library/checks.ipynb #he-checks-42
 def agrees(
     wrong: Callable,  # the function with a mistake
     seen: list[tuple[tuple, Any]],  # arguments, and what the reader's function gave
@@ -207,7 +218,7 @@ def agrees(
         return False
     return all(difference(got, would_give, close, nans=True) is None for got, would_give in pairs)
 
-# %% ../../nbs/library/checks.ipynb #he-checks-25
+# %% ../../nbs/library/checks.ipynb #he-checks-46
 def compare(
     answer: Answer,  # the reader's function, as a check gets it
     reference: Callable,  # what it should give for the same arguments

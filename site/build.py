@@ -274,6 +274,7 @@ def prepare(
     ):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
+    shutil.copytree(nbs / "images", source / "images")
     known = {s.name: f"{c.name}.html#{s.name}" for c in chapters for s in c.symbols}
     known["refseg_nb.load"] = known["refseg_nb.inference.segmenter.load"]
     (source / "symbols.json").write_text(

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch00.ipynb #005
 class TableScene:
     "Answers as `refseg_nb.inference.segmenter.EncodedScene` does, from a table: phrase -> (mask, score)."
@@ -32,6 +34,7 @@ class TableScene:
         return self.segment_all([phrase])[0]
 
 # %% ../../../nbs/exercises/ch00.ipynb #008
+@exercise
 def check_best_phrase(fn):
     "Compare with the largest score of a random table."
     rng = np.random.default_rng(0)
@@ -48,9 +51,9 @@ def check_best_phrase(fn):
         assert scene.calls == 1, f"one pass is enough: you asked {scene.calls} times"
     empty = TableScene({"a": (np.zeros((2, 2), bool), 0.0), "b": (np.zeros((2, 2), bool), 0.0)})
     assert fn(empty, ["a", "b"]) == (None, 0.0), "nothing was found for any phrase: return (None, 0.0)"
-    return "check_best_phrase: correct"
 
 # %% ../../../nbs/exercises/ch00.ipynb #011
+@exercise
 def check_word_effects(fn):
     "Compare with IoUs of random masks, some of them empty."
     rng = np.random.default_rng(0)
@@ -71,4 +74,3 @@ def check_word_effects(fn):
             assert np.allclose(got, want), (
                 f"for {phrase!r} the effects are {np.round(want, 2).tolist()}, not {np.round(got, 2).tolist()}"
             )
-    return "check_word_effects: correct"

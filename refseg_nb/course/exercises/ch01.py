@@ -11,61 +11,113 @@ from collections.abc import Callable
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ..checks import compare, exercise
 from ...refshapes.scenes import occlude
 
 # %% ../../../nbs/exercises/ch01.ipynb #005
-def check_visible_share(fn: Callable) -> str:
+@exercise
+def check_visible_share(fn: Callable) -> None:
     "Compare with `occlude` on random silhouettes, one of them empty."
+
+    def share(seen: np.ndarray, full: np.ndarray) -> np.ndarray:
+        return seen.sum((1, 2)) / np.maximum(full.sum((1, 2)), 1)
+
+    def neighbour(full: np.ndarray) -> np.ndarray:
+        return share(full & ~np.append(full[1:], [full[0] & False], axis=0), full)
+
+    slips = {
+        "front and back are swapped: the last object is the one in front": (
+            lambda full: share(occlude(full[::-1])[::-1], full)
+        ),
+        "one object is left out: begin with the last, len(full) - 1, and end with 0": (
+            lambda full: np.append(0.0, share(occlude(full), full)[1:])
+        ),
+        "the object in front is left out: begin with the last one, len(full) - 1": (
+            lambda full: np.append(share(occlude(full[:-1]), full[:-1]), 0.0)
+        ),
+        "only the next object is compared: keep one mask of all that is covered so far": neighbour,
+        "an empty silhouette has share 0, not a division by zero": (
+            lambda full: occlude(full).sum((1, 2)) / full.sum((1, 2))
+        ),
+        "that is the share that is covered: 1 minus what is wanted": (
+            lambda full: 1 - share(occlude(full), full)
+        ),
+        "these are numbers of pixels: divide each by the pixels of the whole silhouette": (
+            lambda full: occlude(full).sum((1, 2))
+        ),
+    }
     rng = np.random.default_rng(0)
-    for n in (1, 2, 5):
+    for n in (3, 1, 2, 5):
         full = rng.random((n, 12, 9)) < 0.4
         if n == 5:
             full[2] = False
-        wanted, got = (
-            occlude(full).sum((1, 2)) / np.maximum(full.sum((1, 2)), 1),
-            np.asarray(fn(full.copy()), float),
-        )
-        assert got.shape == (n,), f"give one share a thing: {n} numbers, not shape {got.shape}"
-        assert np.isfinite(got).all(), "an empty silhouette has share 0, not a division by zero"
-        behind = occlude(full[::-1])[::-1].sum((1, 2)) / np.maximum(full.sum((1, 2)), 1)
-        if n > 1 and np.allclose(got, behind):
-            raise AssertionError("front and back are swapped: the last thing is the one in front")
-        assert np.allclose(got, wanted), f"shares {got.round(3)} should be {wanted.round(3)}"
-    return "check_visible_share: correct"
+        compare(fn, lambda f: share(occlude(f), f), full, slips=slips, case=f"for {n} silhouettes")
 
 # %% ../../../nbs/exercises/ch01.ipynb #008
-def check_tight_box(fn: Callable) -> str:
+@exercise
+def check_tight_box(fn: Callable) -> None:
     "Compare with pycocotools on random rectangles and on an empty mask."
+
+    def box(mask: np.ndarray) -> tuple:
+        found = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+        return tuple(int(n) for n in found)
+
+    def changed(how: Callable) -> Callable:
+        return lambda mask: how(*box(mask))
+
+    slips = {
+        "the last two numbers are width and height, not the right bottom corner": (
+            changed(lambda x, y, w, h: (x, y, x + w, y + h))
+        ),
+        "the last two numbers are width and height, not the last pixel": (
+            changed(lambda x, y, w, h: (x, y, x + w - 1, y + h - 1))
+        ),
+        "one pixel short: a box around one pixel has width 1 and height 1": (
+            changed(lambda x, y, w, h: (x, y, w - 1, h - 1))
+        ),
+        "x and y are swapped: x counts columns, so it comes from mask.any(axis=0)": (
+            changed(lambda x, y, w, h: (y, x, h, w))
+        ),
+        "one pixel too far: the first true pixel is in the box": (
+            changed(lambda x, y, w, h: (x + 1, y + 1, w, h))
+        ),
+    }
     rng = np.random.default_rng(1)
     for _ in range(20):
         mask = np.zeros((15, 22), bool)
-        x0, y0 = rng.integers(0, 20), rng.integers(0, 13)
-        mask[y0 : y0 + rng.integers(1, 9), x0 : x0 + rng.integers(1, 9)] = True
-        x, y, w, h = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
-        got = tuple(fn(mask.copy()))
-        if got == (x, y, x + w, y + h):
-            raise AssertionError("the last two numbers are width and height, not the right bottom corner")
-        if got == (x, y, w - 1, h - 1):
-            raise AssertionError("one pixel short: a box around one pixel has width 1 and height 1")
-        assert got == (x, y, w, h), f"the box is {(int(x), int(y), int(w), int(h))}, not {got}"
-    assert tuple(fn(np.zeros((4, 5), bool))) == (0, 0, 0, 0), "an empty mask has the box (0, 0, 0, 0)"
-    return "check_tight_box: correct"
+        x, y = rng.integers(1, 20), rng.integers(1, 13)
+        mask[y : y + rng.integers(1, 9), x : x + rng.integers(1, 9)] = True
+        compare(fn, box, mask, slips=slips)
+    compare(fn, lambda _: (0, 0, 0, 0), np.zeros((4, 5), bool), case="for an empty mask")
 
 # %% ../../../nbs/exercises/ch01.ipynb #011
-def check_octaves(fn: Callable) -> str:
+@exercise
+def check_octaves(fn: Callable) -> None:
     "Compare with counted areas; some masks are empty."
+
+    def span(masks: np.ndarray, log: Callable = np.log2, least: int = 2, drop: int = 0) -> float:
+        areas = [int(m.sum()) for m in masks[: len(masks) - drop] if m.any()]
+        return float(log(max(areas) / min(areas))) if len(areas) >= least else 0.0
+
+    slips = {
+        "an octave is a factor of two: take the logarithm to base 2": lambda m: span(m, np.log),
+        "an octave is a factor of two: take the logarithm to base 2, not to base 10": (
+            lambda m: span(m, np.log10)
+        ),
+        "that is the factor itself: an octave is its logarithm to base 2": lambda m: span(m, lambda x: x),
+        "leave out masks without any pixel": (
+            lambda m: float(np.log2(m.sum((1, 2)).max() / m.sum((1, 2)).min()))
+        ),
+        "two masks are enough: only with fewer is the answer 0": lambda m: span(m, least=3),
+        "the last mask is left out": lambda m: span(m, drop=1),
+        "the answer is never negative: the largest area stands above": lambda m: -span(m),
+    }
     rng = np.random.default_rng(2)
-    for n in (2, 4, 7):
-        areas = rng.integers(1, 150, n)
-        masks = np.zeros((n + 1, 12, 13), bool)
-        for m, a in zip(masks, areas):
-            m.ravel()[:a] = True
-        wanted, got = np.log2(areas.max() / areas.min()), float(fn(masks.copy()))
-        assert np.isfinite(got), "leave out masks without any pixel"
-        if areas.max() > areas.min() and np.isclose(got, wanted * np.log(2)):
-            raise AssertionError("an octave is a factor of two: take the logarithm to base 2")
-        assert np.isclose(got, wanted), (
-            f"areas {sorted(areas.tolist())} span {wanted:.3f} octaves, not {got:.3f}"
-        )
-    assert fn(np.zeros((3, 4, 4), bool)) == 0, "with fewer than two masks left the answer is 0"
-    return "check_octaves: correct"
+    for n, empty in ((2, 0), (4, 0), (2, 1), (4, 1), (7, 1)):
+        masks = np.zeros((n + empty, 12, 13), bool)
+        areas = rng.permutation(np.linspace(5, 150, n).astype(int))
+        for m, area in zip(masks[::-1], areas):
+            m.ravel()[:area] = True
+        masks[-1].ravel()[:155] = True
+        compare(fn, span, masks, slips=slips, case=f"for {n} masks and {empty} empty ones")
+    compare(fn, span, np.zeros((3, 4, 4), bool), case="for three empty masks: with fewer than two, 0")

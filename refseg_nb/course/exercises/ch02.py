@@ -9,10 +9,12 @@ __all__ = ['check_right_of', 'check_count_words', 'check_anchor_flips']
 import random
 from collections.abc import Callable
 
+from ..checks import exercise
 from ...refshapes.expressions import enumerate_programs, parse_program
 from ...refshapes.scenes import sample_scene
 
 # %% ../../../nbs/exercises/ch02.ipynb #005
+@exercise(may_be_none=True)
 def check_right_of(fn: Callable) -> str:
     "Compare with a count on drawn scenes, and show that every answer is the rightmost object."
     answers = 0
@@ -38,7 +40,7 @@ def check_right_of(fn: Callable) -> str:
                 ]
                 assert all(x < scene.objects[got].x for x in others), "this answer is not the rightmost one"
                 answers += 1
-    return f"check_right_of: correct; all {answers} answers were the rightmost of their category"
+    return f"all {answers} answers were the rightmost of their category"
 
 # %% ../../../nbs/exercises/ch02.ipynb #008
 def _words_in(text: str) -> int:
@@ -57,7 +59,8 @@ def _words_in(text: str) -> int:
     return total
 
 
-def check_count_words(fn: Callable) -> str:
+@exercise
+def check_count_words(fn: Callable) -> None:
     "Compare on programs of drawn scenes."
     rng = random.Random(0)
     programs = [
@@ -77,10 +80,10 @@ def check_count_words(fn: Callable) -> str:
     for p in programs:
         wanted, got = _words_in(str(p)), fn(p)
         assert got == wanted, f"{p} has {wanted} content words, not {got}"
-    return "check_count_words: correct"
 
 # %% ../../../nbs/exercises/ch02.ipynb #011
-def check_anchor_flips(fn: Callable) -> str:
+@exercise
+def check_anchor_flips(fn: Callable) -> None:
     "Compare with a count over random answers."
     rng = random.Random(1)
     for n in (0, 1, 2, 3, 6, 9):
@@ -97,4 +100,3 @@ def check_anchor_flips(fn: Callable) -> str:
             assert abs(got - wanted) < 1e-9, (
                 f"for the answers {answers} the share is {wanted:.3f}, not {got:.3f}"
             )
-    return "check_anchor_flips: correct"

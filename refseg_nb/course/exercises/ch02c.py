@@ -10,8 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch02c.ipynb #005
-def check_bits_iou(fn: Callable) -> str:
+@exercise
+def check_bits_iou(fn: Callable) -> None:
     "Compare with masks that are made of random atoms."
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -29,10 +32,10 @@ def check_bits_iou(fn: Callable) -> str:
             f"areas {areas}, regions {a:06b} and {b:06b}: the IoU is {want:.4f}, not {got:.4f}"
         )
     assert fn([1, 2], 0, 0) == 0, "two empty regions have the IoU 0"
-    return "check_bits_iou: correct"
 
 # %% ../../../nbs/exercises/ch02c.ipynb #008
-def check_differ_in_one_word(fn: Callable) -> str:
+@exercise
+def check_differ_in_one_word(fn: Callable) -> None:
     "Try pairs whose answer is known."
     cases = {
         ("all(dog)", "all(cat)"): True,
@@ -51,4 +54,3 @@ def check_differ_in_one_word(fn: Callable) -> str:
         got = fn(a, b)
         assert got is want or got == want, f"{a} and {b}: the answer is {want}, you said {got}"
         assert fn(b, a) == want, f"{b} and {a}: the order of the two must not matter"
-    return "check_differ_in_one_word: correct"

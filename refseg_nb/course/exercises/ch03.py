@@ -12,8 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch03.ipynb #005
-def check_run_lengths(fn: Callable) -> str:
+@exercise
+def check_run_lengths(fn: Callable) -> None:
     "Compare with pycocotools, which must decode the runs to the mask they came from."
     rng = np.random.default_rng(0)
     for share in (0, 0.3, 0.5, 1):
@@ -41,10 +44,10 @@ def check_run_lengths(fn: Callable) -> str:
                 f"these runs are of another mask: {mask.astype(int).tolist()} became"
                 f" {back.astype(int).tolist()}"
             )
-    return "check_run_lengths: correct"
 
 # %% ../../../nbs/exercises/ch03.ipynb #008
-def check_lost_pixels(fn: Callable) -> str:
+@exercise
+def check_lost_pixels(fn: Callable) -> None:
     "Compare with a count on the decoded planes of random, overlapping polygons."
     rng = np.random.default_rng(1)
     for n in (1, 2, 3, 4):
@@ -54,10 +57,10 @@ def check_lost_pixels(fn: Callable) -> str:
         if n > 2 and got == int((planes == 2).sum()) != want:
             raise AssertionError("where three polygons overlap, the sum is 3: these pixels are lost as well")
         assert got == want, f"{n} polygons lose {want} pixels, you counted {got}"
-    return "check_lost_pixels: correct"
 
 # %% ../../../nbs/exercises/ch03.ipynb #011
-def check_leaked_images(fn: Callable) -> str:
+@exercise
+def check_leaked_images(fn: Callable) -> None:
     "Compare with sets on made-up splits."
     rng = np.random.default_rng(2)
     for _ in range(5):
@@ -68,4 +71,3 @@ def check_leaked_images(fn: Callable) -> str:
         want, got = set(ids["train"]) & set(ids["val"]), fn(refer, "train", "val")
         assert set(got) == want, f"{sorted(want)} are in both splits, you found {sorted(got)}"
         assert len(list(got)) == len(want), "name each image once, also where it has several sentences"
-    return "check_leaked_images: correct"

@@ -11,8 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch03b.ipynb #005
-def check_lossy_queries(fn: Callable) -> str:
+@exercise
+def check_lossy_queries(fn: Callable) -> None:
     "Compare with counts on queries that are made of words which a tokenizer keeps and words which it drops."
     tokenize = lambda query: [token for token in re.split(r"\W+", query.lower()) if token.isalpha()]
     rng = np.random.default_rng(0)
@@ -30,10 +33,10 @@ def check_lossy_queries(fn: Callable) -> str:
             "an empty query has no word that could be lost"
         )
         assert got == want, f"{want[0]} queries lose a word and {want[1]} lose all; you counted {got}"
-    return "check_lossy_queries: correct"
 
 # %% ../../../nbs/exercises/ch03b.ipynb #008
-def check_is_inverted(fn: Callable) -> str:
+@exercise
+def check_is_inverted(fn: Callable) -> None:
     "Regions are stripes of random widths that overlap a little; they are shown as they are and inverted."
     rng = np.random.default_rng(1)
     for n in (3, 4, 7):
@@ -54,4 +57,3 @@ def check_is_inverted(fn: Callable) -> str:
             )
             assert not fn(masks.copy()), f"{n} regions as they should be were called inverted: {why}"
             assert fn(~masks), f"{n} inverted regions were not noticed: {why}"
-    return "check_is_inverted: correct"

@@ -11,11 +11,13 @@ from collections.abc import Callable
 import numpy as np
 from jsonschema import Draft202012Validator
 
+from ..checks import exercise
 from ...data.convert import SCHEMA
 from ...data.refer import decode_segmentation
 
 # %% ../../../nbs/exercises/ch03c.ipynb #005
-def check_line_of_box(fn: Callable) -> str:
+@exercise
+def check_line_of_box(fn: Callable) -> None:
     "The line must fit the schema, and its mask must have the pixels of the box."
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -36,10 +38,10 @@ def check_line_of_box(fn: Callable) -> str:
             f"the box {(x, y, w, h)} has {want.sum()} pixels, your polygon {got.sum()}, of which"
             f" {(got & want).sum()} are in the box"
         )
-    return "check_line_of_box: correct"
 
 # %% ../../../nbs/exercises/ch03c.ipynb #008
-def check_split_of(fn: Callable) -> str:
+@exercise
+def check_split_of(fn: Callable) -> None:
     "One answer for each image, about a fifth of them val, and the same on every computer."
     images = [f"photos/{i:05d}.jpg" for i in range(2000)]
     first = [fn(image) for image in images]
@@ -57,4 +59,3 @@ def check_split_of(fn: Callable) -> str:
     assert 0.15 < share < 0.25, f"{share:.0%} of the images are in val, not about 20 %"
     uses_hash = "hash" in getattr(getattr(fn, "__code__", None), "co_names", ())
     assert not uses_hash, "Python's hash() of a string differs from run to run: use a digest from hashlib"
-    return "check_split_of: correct"

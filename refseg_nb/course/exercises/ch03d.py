@@ -10,8 +10,11 @@ import random
 import re
 from collections.abc import Callable
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch03d.ipynb #005
-def check_missing_ranges(fn: Callable) -> str:
+@exercise(may_be_none=True)
+def check_missing_ranges(fn: Callable) -> None:
     "Compare with a set of all bytes, on random pieces."
     rng = random.Random(0)
     for trial in range(200):
@@ -36,10 +39,10 @@ def check_missing_ranges(fn: Callable) -> str:
         assert set(asked) <= want and len(asked) == len(want), (
             f"{where}: {got} asks for bytes that are there, or for some twice"
         )
-    return "check_missing_ranges: correct"
 
 # %% ../../../nbs/exercises/ch03d.ipynb #008
-def check_link_stays_inside(fn: Callable) -> str:
+@exercise
+def check_link_stays_inside(fn: Callable) -> None:
     "Compare with a walk along the target that counts the depth below the folder."
 
     def walk(name, target):
@@ -75,4 +78,3 @@ def check_link_stays_inside(fn: Callable) -> str:
         assert got == want, (
             f"a link at {name!r} to {target!r} {'stays inside' if want else 'leads out'}, you say the opposite"
         )
-    return "check_link_stays_inside: correct"

@@ -10,8 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch03e.ipynb #005
-def check_leaves_box(fn: Callable) -> str:
+@exercise
+def check_leaves_box(fn: Callable) -> None:
     "Compare with a walk over all pixels, on random masks and boxes."
     rng = np.random.default_rng(0)
     for n in range(40):
@@ -33,10 +36,10 @@ def check_leaves_box(fn: Callable) -> str:
             f"this mask leaves its box {[x, y, w, h]} by {want:.1f} pixels, you say {got:.1f}:"
             f" {mask.astype(int).tolist()}"
         )
-    return "check_leaves_box: correct"
 
 # %% ../../../nbs/exercises/ch03e.ipynb #008
-def check_clean_train(fn: Callable) -> str:
+@exercise
+def check_clean_train(fn: Callable) -> None:
     "Compare with a search through all refs, for each ref, on made-up data sets."
     rng = np.random.default_rng(1)
     splits = {"a": ["train", "val", "testA", "testB"], "b": ["train", "val", "test"], "c": ["train", "val"]}
@@ -74,4 +77,3 @@ def check_clean_train(fn: Callable) -> str:
                     f"{name}: image {ref['image_id']} is held out by {min(elsewhere)}; look into all data sets"
                 )
             assert kept == want, f"{name}: the refs {want} may be trained on, you kept {kept}"
-    return "check_clean_train: correct"

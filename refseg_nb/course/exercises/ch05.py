@@ -9,46 +9,101 @@ __all__ = ['check_receptive_field', 'check_fold']
 import torch
 from torch import nn
 
+from ..checks import compare, exercise
+
 # %% ../../../nbs/exercises/ch05.ipynb #004
+@exercise
 def check_receptive_field(fn):
     "Compare with the pixels whose gradient is not zero."
+
+    def measured(layers):
+        net = nn.Sequential(*(nn.Conv1d(1, 1, k, s, dilation=d, bias=False) for k, s, d in layers))
+        for conv in net:
+            nn.init.ones_(conv.weight)
+        x = torch.zeros(1, 1, 300, requires_grad=True)
+        net(x)[0, 0, 5].backward()
+        seen = x.grad[0, 0].nonzero().flatten()
+        return int(seen.max() - seen.min()) + 1
+
+    def grown(grow, step=lambda k, s, d: s, begin=1):
+        def wrong(layers):
+            r, j = begin, 1
+            for k, s, d in layers:
+                r, j = r + grow(k, s, d) * j, j * step(k, s, d)
+            return r
+
+        return wrong
+
+    right = lambda k, s, d: (k - 1) * d
+    slips = {
+        "the dilation is missing: it spreads the taps": grown(lambda k, s, d: k - 1),
+        "the stride is missing: behind a stride of 2 each position counts for two pixels": (
+            grown(right, lambda k, s, d: 1)
+        ),
+        "a layer's stride counts for the layers behind it, not for its own": grown(
+            lambda k, s, d: (k - 1) * d * s
+        ),
+        "off by one: a kernel of k adds k - 1 pixels": grown(lambda k, s, d: k * d),
+        "off by one: begin with the one pixel that the output itself is": grown(right, begin=0),
+        "the layers are read from the last to the first": lambda layers: grown(right)(layers[::-1]),
+        "the last layer is left out": lambda layers: grown(right)(layers[:-1]),
+    }
     for layers in (
+        [(3, 2, 1), (3, 1, 3)],
         [(3, 1, 1)],
         [(3, 2, 1), (3, 1, 1)],
         [(5, 1, 1), (3, 2, 1), (3, 1, 2)],
         [(3, 2, 1), (3, 2, 1), (1, 1, 1), (5, 1, 2)],
     ):
-        net = nn.Sequential(*(nn.Conv1d(1, 1, k, s, dilation=d, bias=False) for k, s, d in layers))
-        for conv in net:
-            nn.init.ones_(conv.weight)
-        x = torch.zeros(1, 1, 200, requires_grad=True)
-        net(x)[0, 0, 5].backward()
-        seen = x.grad[0, 0].nonzero().flatten()
-        true = int(seen.max() - seen.min()) + 1
-        got = fn(layers)
-        assert got == true, f"receptive_field({layers}) is {got}, but {true} pixels reach one output"
-    return "check_receptive_field: correct"
+        compare(fn, measured, layers, slips=slips, case=f"for {layers}")
 
 # %% ../../../nbs/exercises/ch05.ipynb #006
+@exercise
 def check_fold(fn):
-    "Compare with the convolution and the BatchNorm one after the other."
+    "Compare with the convolution and the BatchNorm one after the other, on random input."
+
+    def scale(norm, eps=True):
+        return norm.weight / (norm.running_var + norm.eps * eps).sqrt()
+
+    def folded(weight, norm):
+        # read from the layers' answers: to each single input, and to none
+        conv = lambda x: nn.functional.conv2d(x, weight)
+        size = weight.shape[1:]
+        bias = norm(conv(torch.zeros(1, *size)))[0, :, 0, 0]
+        taps = torch.eye(size.numel(), dtype=weight.dtype).view(-1, *size)
+        return (norm(conv(taps))[..., 0, 0] - bias).T.reshape(weight.shape), bias
+
+    def wrong(factor=scale, bias=lambda n, s: n.bias - n.running_mean * s):
+        return lambda w, n: (w * factor(n)[:, None, None, None], bias(n, factor(n)))
+
+    slips = {
+        "eps is missing: BatchNorm divides by sqrt(running_var + eps)": wrong(lambda n: scale(n, eps=False)),
+        "the root is missing: BatchNorm divides by the standard deviation": (
+            wrong(lambda n: n.weight / (n.running_var + n.eps))
+        ),
+        "norm.weight is missing in the scale": wrong(lambda n: scale(n) / n.weight),
+        "the weight is right but the bias is not: the running mean is scaled too": (
+            wrong(bias=lambda n, s: n.bias - n.running_mean)
+        ),
+        "the weight is right but the bias is not: the running mean is subtracted": (
+            wrong(bias=lambda n, s: n.bias + n.running_mean * s)
+        ),
+        "the weight is right but the bias is not: norm.bias is missing": (
+            wrong(bias=lambda n, s: -n.running_mean * s)
+        ),
+        "the weight is right but the bias is not: norm.bias is not scaled": (
+            wrong(bias=lambda n, s: (n.bias - n.running_mean) * s)
+        ),
+        "the weight is right but the running mean is missing in the bias": wrong(bias=lambda n, s: n.bias),
+    }
     torch.manual_seed(0)
-    conv, norm, x = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
-        for t in (norm.weight, norm.bias, norm.running_mean):
-            t.normal_()
-        norm.running_var.uniform_(0.5, 2)
-        norm.eps = 0.1
-        weight, bias = fn(conv.weight, norm.eval())
-        assert weight.shape == conv.weight.shape and bias.shape == (5,), (
-            f"weight {list(weight.shape)} and bias {list(bias.shape)}; wanted [5, 3, 3, 3] and [5]"
-        )
-        got, true = torch.nn.functional.conv2d(x, weight, bias), norm(conv(x))
-    apart = got - true
-    assert torch.allclose(apart, apart[:1, :, :1, :1], atol=1e-4), (
-        "the weight is wrong: scale it by weight / sqrt(running_var + eps), for each output channel"
-    )
-    assert torch.allclose(got, true, atol=1e-4), (
-        "the weight is right but the bias is not: the running mean is scaled too"
-    )
-    return "check_fold: correct"
+    for inputs, outputs, kernel in ((3, 5, 3), (4, 2, 1)):
+        norm = nn.BatchNorm2d(outputs, eps=0.1).eval()
+        with torch.no_grad():
+            for t in (norm.weight, norm.bias, norm.running_mean):
+                t.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            weight = torch.randn(outputs, inputs, kernel, kernel)
+            compare(
+                fn, folded, weight, norm, slips=slips, close=1e-4, case=f"for {inputs} to {outputs} channels"
+            )

@@ -6,55 +6,125 @@
 __all__ = ['check_exact_target', 'check_take_expressions', 'check_flip_words']
 
 # %% ../../../nbs/exercises/ch06.ipynb #002
+import random
+
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+from ..checks import compare, exercise
 
 # %% ../../../nbs/exercises/ch06.ipynb #005
+@exercise
 def check_exact_target(fn):
     "Compare with a mask that was blown up until every cell is a whole number of pixels."
+
+    def shares(mask, size):
+        (h, w), one = mask.shape, np.ones((size, size))
+        return np.kron(mask, one).reshape(size, h, size, w).mean((1, 3))
+
+    def whole_pixels(mask, size):
+        edges = [np.arange(size + 1) * n // size for n in mask.shape]
+        rows, columns = (list(zip(e, np.maximum(e[1:], e[:-1] + 1))) for e in edges)
+        return np.array([[mask[a:b, c:d].mean() for c, d in columns] for a, b in rows])
+
+    def pooled(mask, size):
+        return F.adaptive_avg_pool2d(torch.from_numpy(mask).float()[None, None], size)[0, 0].numpy()
+
+    def covered(mask, size):
+        return shares(mask, size) * mask.size / size**2
+
+    def nearest(mask, size):
+        rows, columns = (((np.arange(size) + 0.5) * n / size).astype(int) for n in mask.shape)
+        return mask[np.ix_(rows, columns)].astype(float)
+
+    slips = {
+        "this is adaptive_avg_pool2d: its cells overlap by a pixel, yours must share it": pooled,
+        "cells are cut at whole pixels: pixel y counts with the length of [y, y + 1) inside the cell": whole_pixels,
+        "these are covered areas in pixels: divide by the area of a cell, H / h times W / h": covered,
+        "each cell is one pixel's value: take the share of the cell that is covered": nearest,
+        "rows and columns are swapped": lambda mask, size: shares(mask, size).T,
+        "off by one: cell i begins at i H / h, not at (i + 1) H / h": (
+            lambda mask, size: np.pad(shares(mask, size)[1:, 1:], ((0, 1), (0, 1)))
+        ),
+    }
     rng = np.random.default_rng(0)
-    for H, W, h in [(8, 8, 4), (9, 6, 4), (5, 7, 3), (3, 4, 6)]:
-        mask = rng.random((H, W)) < 0.5
-        want = np.kron(mask, np.ones((h, h))).reshape(h, H, h, W).mean((1, 3))
-        got = np.asarray(fn(mask, h), dtype=float)
-        assert got.shape == (h, h), f"the target must be {h} x {h}, not {got.shape}"
-        assert abs(got.mean() - mask.mean()) < 1e-6, (
-            f"the mean must stay {mask.mean():.4f}, yours is {got.mean():.4f}: "
-            "each row of the weights sums to 1, and each column to h / H"
-        )
-        assert np.allclose(got, want, atol=1e-6), "a cell is not the share of it that the mask covers"
-    return "check_exact_target: correct"
+    for h, w, size in [(9, 6, 4), (5, 7, 3), (3, 4, 6), (8, 8, 4)]:
+        mask = rng.random((h, w)) < 0.5
+        compare(fn, shares, mask, size, slips=slips, case=f"for a mask of {h} x {w} and {size} cells a side")
 
 # %% ../../../nbs/exercises/ch06.ipynb #008
+@exercise
 def check_take_expressions(fn):
     "Compare with a loop over the expressions."
+
+    def by_image(logits, index, K, shift=0, most=None):
+        return [logits[[b for b in range(len(logits)) if index[b] == k + shift][:most]] for k in range(K)]
+
+    slips = {
+        "logits[k] is the k-th expression: take those whose image is k": lambda x, index, K: [
+            x[k] for k in range(K)
+        ],
+        "off by one: images are counted from 0": lambda x, index, K: by_image(x, index, K, shift=1),
+        "off by one: the last image, K - 1, is left out": lambda x, index, K: by_image(x, index, K - 1),
+        "only the first expression of each image is taken": lambda x, index, K: by_image(x, index, K, most=1),
+        "an image without expressions has an empty entry: do not leave it out": (
+            lambda x, index, K: [part for part in by_image(x, index, K) if len(part)]
+        ),
+        "the index leads from expression to image: look for the expressions whose entry is k": (
+            lambda x, index, K: list(x[index])
+        ),
+        "the expressions of an image stay in their order": (
+            lambda x, index, K: [part.flip(0) for part in by_image(x, index, K)]
+        ),
+    }
     generator = torch.Generator().manual_seed(0)
-    for K, B in [(1, 3), (3, 5), (4, 4)]:
-        logits = torch.randn(B, 2, 2, generator=generator)
-        index = torch.randint(0, K, (B,), generator=generator)
-        got = fn(logits, index, K)
-        assert len(got) == K, f"one entry for each of the {K} images, not {len(got)}"
-        for k in range(K):
-            want = logits[[b for b in range(B) if index[b] == k]]
-            assert torch.equal(got[k], want), (
-                f"image {k} has the expressions {[b for b in range(B) if index[b] == k]}, in this order"
-            )
-    return "check_take_expressions: correct"
+    for index in ([1, 0, 1, 2, 0], [0, 0, 0], [3, 0, 3, 0], [2, 1, 0, 2, 1, 0]):
+        logits, K = torch.randn(len(index), 2, 2, generator=generator), max(index) + 1
+        compare(fn, by_image, logits, torch.tensor(index), K, slips=slips, case=f"for the index {index}")
 
 # %% ../../../nbs/exercises/ch06.ipynb #011
+@exercise
 def check_flip_words(fn):
-    "Compare with the swapped sentences."
-    pairs = {
-        "the man on the left": "the man on the right",
-        "leftmost car right of the tree": "rightmost car left of the tree",
-        "red ball": "red ball",
-        "the bright light": "the bright light",
-        "": "",
+    "Compare with the swapped sentences, chosen and random."
+    swap = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
+
+    def flip(text, swap=swap):
+        return " ".join(swap.get(word, word) for word in text.split(" "))
+
+    def without(*words):
+        return lambda text: flip(text, {a: b for a, b in swap.items() if a not in words})
+
+    slips = {
+        "the second replacement undoes the first: after left has become right, all are right": (
+            lambda text: text.replace("left", "right").replace("right", "left")
+        ),
+        "only whole words: 'bright' has a 'right' in it": (
+            lambda text: text.replace("left", "\0").replace("right", "left").replace("\0", "right")
+        ),
+        "right has to become left as well": without("right", "rightmost"),
+        "left has to become right as well": without("left", "leftmost"),
+        "leftmost and rightmost are exchanged too": without("leftmost", "rightmost"),
+        "the last word is not looked at": lambda text: (
+            f"{flip(text.rpartition(' ')[0])} {text.rpartition(' ')[2]}"
+        ),
+        "the first word is not looked at": lambda text: (
+            f"{text.partition(' ')[0]} {flip(text.partition(' ')[2])}"
+        ),
+        "a sentence is wanted, not a list of words": lambda text: flip(text).split(" "),
+        "the spaces between the words are lost": lambda text: flip(text).replace(" ", ""),
+        "nothing was exchanged": lambda text: text,
     }
-    for text, want in pairs.items():
-        got = fn(text)
-        if text == "the bright light" and got != want:
-            raise AssertionError("only whole words: 'bright' has a 'right' in it")
-        assert got == want, f"{text!r} should become {want!r}, not {got!r}"
-        assert fn(got) == text, "two flips must give the first sentence back"
-    return "check_flip_words: correct"
+    texts = [
+        "right car left of the tree",
+        "the man on the left",
+        "leftmost car right of the tree",
+        "the rightmost bright light",
+        "red ball",
+        "the bright light",
+        "",
+    ]
+    rng = random.Random(0)
+    texts += [" ".join(rng.choices([*swap, "bright", "dog", "the"], k=rng.randint(1, 6))) for _ in range(20)]
+    for text in texts:
+        compare(fn, flip, text, slips=slips, case=f"for {text!r}")

@@ -10,8 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch06b.ipynb #005
-def check_bit_iou(fn: Callable) -> str:
+@exercise
+def check_bit_iou(fn: Callable) -> None:
     "Compare with the IoU of the masks themselves."
     rng = np.random.default_rng(0)
     for h, w in [(1, 1), (3, 5), (8, 8), (31, 17)]:
@@ -30,10 +33,10 @@ def check_bit_iou(fn: Callable) -> str:
             )
     empty = np.zeros(3, np.uint8)
     assert fn(empty, empty) == 0, "two empty masks should give 0"
-    return "check_bit_iou: correct"
 
 # %% ../../../nbs/exercises/ch06b.ipynb #008
-def check_reads(fn: Callable) -> str:
+@exercise
+def check_reads(fn: Callable) -> None:
     "Compare with the borders of the set of rows."
     rng = np.random.default_rng(1)
     for n in (0, 1, 2, 8, 20, 30):
@@ -54,4 +57,3 @@ def check_reads(fn: Callable) -> str:
         )
         assert len(got) == len(want), f"{len(want)} pieces are enough for {sorted(rows)}, you have {len(got)}"
         assert got == want, "give the pieces in the order of the file"
-    return "check_reads: correct"

@@ -7,60 +7,107 @@ __all__ = ['check_dice_from_iou', 'check_precision_curve', 'check_boundary_iou']
 
 # %% ../../../nbs/exercises/ch07.ipynb #002
 import numpy as np
+from scipy import ndimage
+
+from ..checks import compare, exercise
 
 # %% ../../../nbs/exercises/ch07.ipynb #005
+@exercise
 def check_dice_from_iou(fn):
-    "Compare with Dice counted on masks."
+    "Compare with Dice counted on random masks."
+    slips = {
+        "the 2 is missing: Dice counts the intersection twice": lambda iou: iou / (1 + iou),
+        "that is IoU from Dice: solve it for Dice": lambda iou: iou / (2 - iou),
+        "off by one: below stands 1 + IoU": lambda iou: 2 * iou / (2 + iou),
+        "below stands 1 + IoU, not IoU alone or 1": lambda iou: 2 * iou,
+        "Dice is not IoU: a mask with IoU 1/2 has Dice 2/3": lambda iou: iou,
+        "that is in percent: Dice is between 0 and 1": lambda iou: 200 * iou / (1 + iou),
+    }
     rng = np.random.default_rng(0)
-    for share in (0.1, 0.5, 0.9):
+    for share in (0.5, 0.1, 0.3, 0.9):
         p, y = rng.random((2, 20, 30)) < share
-        i, u = (p & y).sum(), (p | y).sum()
-        want, got = 2 * i / (p.sum() + y.sum()), fn(i / u)
-        assert np.isclose(got, want), f"masks with IoU {i / u:.4f} have Dice {want:.4f}, not {got}"
-    assert fn(1.0) == 1 and fn(0.0) == 0, "a perfect mask has Dice 1, a disjoint one 0"
-    return "check_dice_from_iou: correct"
+        counted = 2 * (p & y).sum() / (p.sum() + y.sum())
+        iou = float((p & y).sum() / (p | y).sum())
+        compare(fn, lambda _: counted, iou, slips=slips, case=f"for masks with IoU {iou:.4f}")  # noqa: B023
+    for same in (1.0, 0.0):
+        compare(fn, lambda iou: iou, same, case=f"for IoU {same:.0f}")
 
 # %% ../../../nbs/exercises/ch07.ipynb #008
+@exercise
 def check_precision_curve(fn):
     "Compare with a loop; IoUs that are exactly X are no hits."
+
+    def curve(iou, xs):
+        return np.array([100 * sum(v > x for v in iou.tolist()) / len(iou) for x in xs.tolist()])
+
+    slips = {
+        "an IoU that is exactly X is no hit: > and not >=": lambda i, x: 100 * (i[:, None] >= x).mean(0),
+        "that is a share: precision@X is in percent": lambda i, x: curve(i, x) / 100,
+        "the mean is over the samples: one number for each threshold": (
+            lambda i, x: 100 * (i[:, None] > x[None]).mean(1)
+        ),
+        "these are the samples below X": lambda i, x: 100 - curve(i, x),
+        "these are the samples below X, in percent": lambda i, x: 100 * (i[:, None] < x).mean(0),
+        "off by one: divide by the number of samples": lambda i, x: curve(i, x) * len(i) / (len(i) - 1),
+        "these are numbers of samples: divide by how many there are": lambda i, x: curve(i, x) * len(i) / 100,
+        "one number came out: each threshold has its own": lambda i, x: curve(i, x).mean(),
+        "off by one: the last threshold is left out": lambda i, x: curve(i, x[:-1]),
+    }
     rng = np.random.default_rng(0)
     xs = np.array([0.5, 0.6, 0.7, 0.8, 0.9])
-    iou = np.concatenate([rng.random(200), xs])
-    got = np.asarray(fn(iou, xs))
-    assert got.shape == xs.shape, f"one value a threshold: expected shape {xs.shape}, got {got.shape}"
-    for x, g in zip(xs, got):
-        want = 100 * sum(v > x for v in iou.tolist()) / len(iou)
-        assert np.isclose(g, want), (
-            f"precision@{x:g} is {want:.3f} %, not {g:.3f}; is it percent, and > rather than >= ?"
+    for n in (40, 200, 7):
+        compare(
+            fn,
+            curve,
+            np.concatenate([rng.random(n) ** 0.5, xs]),
+            xs,
+            slips=slips,
+            case=f"for {n + 5} samples",
         )
-    return "check_precision_curve: correct"
 
 # %% ../../../nbs/exercises/ch07.ipynb #011
+@exercise
 def check_boundary_iou(fn):
-    "Compare with a loop over the neighbours of each pixel."
+    "Compare with a look at the neighbourhood of each pixel, on random shapes and at the image's edge."
 
-    def border(m, d):
-        padded = np.pad(m, d)
-        inner = np.array(
-            [
-                [padded[r : r + 2 * d + 1, c : c + 2 * d + 1].all() for c in range(m.shape[1])]
-                for r in range(m.shape[0])
-            ]
-        )
-        return m & ~inner
+    def inner(mask, d):
+        padded, side = np.pad(mask, d), 2 * d + 1
+        around = np.lib.stride_tricks.sliding_window_view(padded, (side, side))
+        return mask & ~around.all((2, 3))
 
-    rng = np.random.default_rng(0)
-    for d in (1, 2):
-        p, y = np.zeros((2, 24, 20), bool)
-        r, c = rng.integers(0, 8, 2)
-        p[r : r + 12, c : c + 10] = True
-        y[r + 1 : r + 14, c : c + 11] = True
-        a, b = border(p, d), border(y, d)
-        want, got = (a & b).sum() / (a | b).sum(), fn(p, y, d)
-        assert np.isclose(got, want), f"with d = {d} the boundary IoU is {want:.4f}, not {got}"
-    full = np.ones((9, 9), bool)
-    assert fn(full, full, 1) == 1, (
-        "a mask has boundary IoU 1 with itself, also where it fills the image: outside counts as background"
-    )
-    assert fn(~full, ~full, 1) == 1, "two empty boundaries give 1"
-    return "check_boundary_iou: correct"
+    def iou(a, b):
+        return float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0
+
+    def eroded(square=True, border=0, more=0):
+        shape = np.ones((3, 3)) if square else ndimage.generate_binary_structure(2, 1)
+
+        def border_of(mask, d):
+            times = dict(iterations=d + more, border_value=border)
+            return mask & ~ndimage.binary_erosion(mask, shape, **times) if d + more else mask & False
+
+        return lambda p, y, d: iou(border_of(p, d), border_of(y, d))
+
+    wanted = lambda p, y, d: iou(inner(p, d), inner(y, d))
+    slips = {
+        "erode with a 3 x 3 square, corners included: SciPy's default is a cross": eroded(square=False),
+        "pixels outside the image are background: border_value is 0": eroded(border=1),
+        "erode d times, not once": lambda p, y, d: eroded()(p, y, 1),
+        "off by one: you erode d + 1 times": eroded(more=1),
+        "off by one: you erode d - 1 times": eroded(more=-1),
+        "that is the IoU of the whole masks: take each without its erosion": lambda p, y, d: iou(p, y),
+        "that is the IoU of the eroded masks: take what the erosion removes": (
+            lambda p, y, d: iou(p & ~inner(p, d), y & ~inner(y, d))
+        ),
+        "two empty boundaries give 1, not a division by zero": (
+            lambda p, y, d: wanted(p, y, d) if p.any() else float("nan")
+        ),
+        "two empty boundaries give 1, not 0": lambda p, y, d: wanted(p, y, d) if p.any() else 0.0,
+    }
+    rng, full = np.random.default_rng(0), np.ones((9, 9), bool)
+    for d in (2, 1, 3):
+        points = ndimage.gaussian_filter(rng.random((2, 34, 30)), (0, 3, 3))
+        p, y = points > np.median(points)
+        compare(fn, wanted, p, y, d, slips=slips, case=f"with d = {d}")
+    half = full & (np.arange(9) < 6)
+    compare(fn, wanted, full, half, 1, slips=slips, case="for masks that reach the image's edge")
+    compare(fn, wanted, ~full, ~full, 1, slips=slips, case="for two empty masks")

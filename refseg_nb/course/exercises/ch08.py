@@ -11,39 +11,89 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..checks import compare, exercise
+
 # %% ../../../nbs/exercises/ch08.ipynb #004
-def check_last_state(fn: Callable) -> str:
+@exercise
+def check_last_state(fn: Callable) -> None:
     "Compare with a loop over the phrases."
+
+    def wanted(states: torch.Tensor, words: torch.Tensor, shift: int = 0) -> torch.Tensor:
+        rows = []
+        for s, w in zip(states, words):
+            n = int((w != 0).sum())
+            rows.append(s[min(max(n - 1 + shift, 0), len(s) - 1)] if n else torch.zeros_like(s[0]))
+        return torch.stack(rows)
+
+    def no_zeros(states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        return states[range(len(words)), (words != 0).sum(1) - 1]
+
+    slips = {
+        "that is the state at the last column, which has read padding": lambda s, w: s[:, -1],
+        "off by one: a phrase of n words ends at column n - 1": lambda s, w: wanted(s, w, 1),
+        "off by one: that is the state before the last word": lambda s, w: wanted(s, w, -1),
+        "an empty phrase gives zeros: column -1 is the last one": no_zeros,
+        "an empty phrase gives zeros, not its first state": (
+            lambda s, w: s[range(len(w)), ((w != 0).sum(1) - 1).clamp(min=0)]
+        ),
+        "that is the first state: it has read one word": lambda s, w: s[:, 0],
+        "that is the mean of the states: pick one": (
+            lambda s, w: (s * (w != 0)[..., None]).sum(1) / (w != 0).sum(1, keepdim=True).clamp(min=1)
+        ),
+        "that is one state for all phrases": lambda s, w: s[0],
+    }
     torch.manual_seed(0)
-    states, words = torch.randn(5, 6, 3), torch.randint(1, 9, (5, 6))
-    lengths = [6, 3, 1, 0, 4]
-    for b, n in enumerate(lengths):
-        words[b, n:] = 0
-    got = fn(states, words)
-    assert got.shape == (5, 3), f"the answer is {list(got.shape)}, not [5, 3]"
-    assert not torch.equal(got, states[:, -1]), "that is the state at the last column, which has read padding"
-    for b, n in enumerate(lengths):
-        want = states[b, n - 1] if n else torch.zeros(3)
-        assert torch.allclose(got[b], want), (
-            f"phrase {b} has {n} words; its state is not the one after word {n}"
-            if n
-            else "an empty phrase should give zeros"
-        )
-    return "check_last_state: correct"
+    for lengths in ([4, 3, 1, 2], [6, 3, 2, 0, 4], [0, 2]):
+        words = torch.randint(1, 9, (len(lengths), max(lengths) + 1))
+        words[torch.arange(words.shape[1]) >= torch.tensor(lengths)[:, None]] = 0
+        states = torch.randn(*words.shape, 3)
+        compare(fn, wanted, states, words, slips=slips, case=f"for phrases of {lengths} words")
 
 # %% ../../../nbs/exercises/ch08.ipynb #006
-def check_project(fn: Callable) -> str:
-    "Compare with the tiled concatenation, and see that nothing was tiled."
+@exercise
+def check_project(fn: Callable) -> None:
+    "Compare with the tiled concatenation, then count operations: nothing needs to be tiled."
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def tiled(maps: list, pooled: torch.Tensor, weight: torch.Tensor, first: bool = False) -> torch.Tensor:
+        vector = pooled[:, :, None, None].expand(-1, -1, *maps[0].shape[2:])
+        return F.conv2d(torch.cat([vector, *maps] if first else [*maps, vector], 1), weight)
+
+    def parts(maps: list, pooled: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        none = torch.zeros_like(pooled)
+        return tiled(maps, none, weight), tiled([torch.zeros_like(m) for m in maps], pooled, weight)
+
+    def corner(maps: list, pooled: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y, v = parts(maps, pooled, weight)
+        y[..., 0, 0] += v[..., 0, 0]
+        return y
+
+    slips = {
+        "the vector's weights are the last input channels, not the first": (
+            lambda m, p, w: tiled(m, p, w, first=True)
+        ),
+        "the vector is missing": lambda m, p, w: parts(m, p, w)[0],
+        "the maps are missing": lambda m, p, w: parts(m, p, w)[1],
+        "the vector counts at every position, not at the first one": corner,
+        "off by one: the vector's weights begin at the channel -n": (
+            lambda m, p, w: tiled(m, p, torch.cat([w[:, : -p.shape[1]], w[:, -p.shape[1] - 1 : -1]], 1))
+        ),
+        "only the first of the maps is used": (lambda m, p, w: tiled([m[0], *(0 * x for x in m[1:])], p, w)),
+        "the answer is the sum over the maps and the vector, not the vector's share for each channel": (
+            lambda m, p, w: parts(m, p, w)[0] + parts(m, p, w)[1].mean(1, keepdim=True)
+        ),
+    }
     torch.manual_seed(0)
-    maps, pooled, weight = (
-        [torch.randn(2, 4, 5, 6) for _ in range(3)],
-        torch.randn(2, 4),
-        torch.randn(7, 16, 1, 1),
+    for n, c in ((3, 4), (1, 2), (4, 3)):
+        arguments = (
+            [torch.randn(2, c, 5, 6) for _ in range(n)],
+            torch.randn(2, c),
+            torch.randn(7, (n + 1) * c, 1, 1),
+        )
+        compare(fn, tiled, *arguments, slips=slips, case=f"for {n} maps of {c} channels", close=1e-4)
+    with FlopCounterMode(display=False) as counter:
+        fn([torch.randn(1, 8, 20, 20) for _ in range(2)], torch.randn(1, 8), torch.randn(4, 24, 1, 1))
+    limit, spent = 2 * 4 * (16 * 400 + 8), counter.get_total_flops()
+    assert spent <= limit, (
+        f"{spent:,} operations where {limit:,} are enough: the vector was tiled over the map"
     )
-    want = F.conv2d(torch.cat([*maps, pooled[:, :, None, None].expand(-1, -1, 5, 6)], 1), weight)
-    got = fn(maps, pooled, weight)
-    assert got.shape == want.shape, f"the answer is {list(got.shape)}, not {list(want.shape)}"
-    assert torch.allclose(got, want, atol=1e-4), (
-        "the values differ: the vector's weights are the last input channels"
-    )
-    return "check_project: correct"

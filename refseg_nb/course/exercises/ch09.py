@@ -10,37 +10,97 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import compare, exercise
+
 # %% ../../../nbs/exercises/ch09.ipynb #004
-def check_masked_weights(fn: Callable) -> str:
+@exercise
+def check_masked_weights(fn: Callable) -> None:
     "Compare with the weights over the real keys alone."
+
+    def weights(
+        q: torch.Tensor, k: torch.Tensor, real: torch.Tensor, scale: float | None = None
+    ) -> torch.Tensor:
+        out = torch.zeros(len(q), q.shape[1], k.shape[1])
+        for b, keys in enumerate(real):
+            scores = q[b] @ k[b, keys].T * (q.shape[-1] ** -0.5 if scale is None else scale)
+            out[b, :, keys] = scores.softmax(-1)
+        return out
+
+    plain = lambda q, k: q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    shorter = lambda real: (
+        torch.cat([real[:, 1:], real[:, :1] & False], 1) | (torch.arange(real.shape[1]) == 0)
+    )
+    slips = {
+        "the weights were masked after the softmax, so the rows do not sum to one: mask the scores before": (
+            lambda q, k, real: plain(q, k).softmax(-1) * real[:, None]
+        ),
+        "a padded key has the score 0 and is still looked at: its score is minus infinity": (
+            lambda q, k, real: (plain(q, k) * real[:, None]).softmax(-1)
+        ),
+        "the mask is missing: padded keys are looked at": lambda q, k, real: plain(q, k).softmax(-1),
+        "the mask is the wrong way round: True where a key may be looked at": (
+            lambda q, k, real: plain(q, k).masked_fill(real[:, None], float("-inf")).softmax(-1)
+        ),
+        "divide the scores by the square root of the channels": lambda q, k, real: weights(q, k, real, 1.0),
+        "divide by the square root of the channels, not by their number": (
+            lambda q, k, real: weights(q, k, real, 1 / q.shape[-1])
+        ),
+        "the scores are multiplied by the square root of the channels: divide": (
+            lambda q, k, real: weights(q, k, real, q.shape[-1] ** 0.5)
+        ),
+        "off by one: the last real key is masked as well": lambda q, k, real: weights(q, k, shorter(real)),
+        "the softmax runs over the queries: it has to run over the keys, the last axis": (
+            lambda q, k, real: plain(q, k).masked_fill(~real[:, None], float("-inf")).softmax(1)
+        ),
+        "the axes are swapped: queries are rows, keys are columns": (
+            lambda q, k, real: weights(q, k, real).transpose(1, 2)
+        ),
+        "these are scores: the softmax is missing": (
+            lambda q, k, real: plain(q, k).masked_fill(~real[:, None], float("-inf"))
+        ),
+    }
     torch.manual_seed(0)
-    q, k, real = (
-        torch.randn(3, 4, 8),
-        torch.randn(3, 6, 8),
-        torch.arange(6)[None] < torch.tensor([[6], [4], [1]]),
-    )
-    a = fn(q, k, real)
-    assert a.shape == (3, 4, 6), f"the weights are {list(a.shape)}, not [3, 4, 6]: queries x keys"
-    assert (a[~real[:, None].expand_as(a)] == 0).all(), "a padded key is looked at"
-    assert torch.allclose(a.sum(-1), torch.ones(3, 4), atol=1e-5), (
-        "the rows do not sum to one: mask before the softmax"
-    )
-    for b, n in enumerate((6, 4, 1)):
-        want = (q[b] @ k[b, :n].T / 8**0.5).softmax(-1)
-        assert torch.allclose(a[b, :, :n], want, atol=1e-5), (
-            "the weights of real keys differ; did you divide by the square root of the channels?"
-        )
-    return "check_masked_weights: correct"
+    for lengths in ([6, 4, 2], [5, 3], [2, 7, 7, 1]):
+        q, k = torch.randn(len(lengths), 4, 8), torch.randn(len(lengths), max(lengths), 8)
+        real = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        compare(fn, weights, q, k, real, slips=slips, case=f"for {lengths} real keys")
 
 # %% ../../../nbs/exercises/ch09.ipynb #006
-def check_position_product(fn: Callable) -> str:
+@exercise
+def check_position_product(fn: Callable) -> None:
     "Compare with the products of the positions themselves."
-    for channels, base in ((4, 100.0), (16, 10_000.0)):
-        angles = torch.arange(20.0)[:, None] / base ** (2 * torch.arange(channels // 2) / channels)
+
+    def product(distance: int, channels: int, base: float) -> float:
+        angles = torch.tensor([[3.0], [3.0 + distance]]) / base ** (
+            2 * torch.arange(channels // 2) / channels
+        )
         p = torch.cat([angles.sin(), angles.cos()], 1)
-        for n, s in ((0, 0), (3, 5), (11, 5), (7, 12)):
-            got, want = float(fn(s, channels, base)), float(p[n] @ p[n + s])
-            assert abs(got - want) < 1e-3, (
-                f"distance {s}, {channels} channels, base {base:.0f}: {got:.4f} instead of {want:.4f}"
-            )
-    return "check_position_product: correct"
+        return float(p[0] @ p[1])
+
+    def total(wave: Callable, power: Callable, count: Callable = lambda c: range(c // 2)) -> Callable:
+        return lambda s, c, base: float(sum(wave(torch.tensor(s / base ** power(k, c))) for k in count(c)))
+
+    cos, sin, pair = torch.cos, torch.sin, lambda k, c: 2 * k / c
+    slips = {
+        "the exponent is 2k / channels: channels come in pairs": total(cos, lambda k, c: k / c),
+        "the sum runs over the pairs of channels, of which there are channels / 2": total(cos, pair, range),
+        "off by one: the last pair of channels is left out": total(cos, pair, lambda c: range(c // 2 - 1)),
+        "off by one: the pairs are counted from 0": total(cos, pair, lambda c: range(1, c // 2 + 1)),
+        "off by one: the first pair of channels, k = 0, is left out": total(
+            cos, pair, lambda c: range(1, c // 2)
+        ),
+        "sin a sin b + cos a cos b is the cosine of a - b, not its sine": total(sin, pair),
+        "that is the mean over the pairs: a scalar product is a sum": (
+            lambda s, c, base: product(s, c, base) / (c // 2)
+        ),
+        "the base is missing: wave k is base ** (2k / channels) times slower": (
+            lambda s, c, base: float(sum(torch.tensor(s * 1.0).cos() for _ in range(c // 2)))
+        ),
+        "the frequency is upside down: divide the distance by base ** (2k / channels)": (
+            lambda s, c, base: float(sum(torch.tensor(s * base ** (2 * k / c)).cos() for k in range(c // 2)))
+        ),
+    }
+    for channels, base in ((16, 10_000.0), (4, 100.0), (8, 50.0)):
+        for distance in (5, 0, 1, 12):
+            case = f"for distance {distance}, {channels} channels, base {base:.0f}"
+            compare(fn, product, distance, channels, base, slips=slips, case=case, close=1e-4)

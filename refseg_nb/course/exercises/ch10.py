@@ -11,43 +11,94 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..checks import compare, exercise
+
 # %% ../../../nbs/exercises/ch10.ipynb #004
-def check_exchange(fn: Callable) -> str:
+@exercise
+def check_exchange(fn: Callable) -> None:
     "Compare with the sum written out; every gate has its own value."
+    others = ((1, 2), (0, 2), (0, 1))
+
+    def wanted(maps: list, gates: dict) -> list:
+        return [maps[i] + gates[i, j] * maps[j] + gates[i, k] * maps[k] for i, (j, k) in enumerate(others)]
+
+    def changed(term: Callable, own: float = 1.0) -> Callable:
+        return lambda m, g: [own * m[i] + sum(term(m, g, i, j) for j in others[i]) for i in range(3)]
+
+    slips = {
+        "did you forget f_i? g_i begins with the level's own map": changed(
+            lambda m, g, i, j: g[i, j] * m[j], 0.0
+        ),
+        "the gates' indices are swapped: Lambda_ij belongs to g_i": changed(
+            lambda m, g, i, j: g[j, i] * m[j]
+        ),
+        "the gate multiplies the other level's map, f_j, not the level's own": (
+            changed(lambda m, g, i, j: g[i, j] * m[i])
+        ),
+        "the gates are missing": changed(lambda m, g, i, j: m[j]),
+        "the gate is added: it has to multiply f_j": changed(lambda m, g, i, j: g[i, j] + m[j]),
+        "off by one: each level takes from both others, not from the next one only": (
+            lambda m, g: [m[i] + g[i, (i + 1) % 3] * m[(i + 1) % 3] for i in range(3)]
+        ),
+        "each level takes from both others, not only from those above it": (
+            lambda m, g: [m[i] + sum(g[i, j] * m[j] for j in others[i] if j > i) for i in range(3)]
+        ),
+        "each level takes from both others, not only from those below it": (
+            lambda m, g: [m[i] + sum(g[i, j] * m[j] for j in others[i] if j < i) for i in range(3)]
+        ),
+        "g_i is not counted twice: the sum runs over the others, j != i": (
+            lambda m, g: [x + y for x, y in zip(wanted(m, g), m)]
+        ),
+        "off by one: three maps are wanted, the last is left out": lambda m, g: wanted(m, g)[:-1],
+        "a list of three maps is wanted, not one stack": lambda m, g: torch.stack(wanted(m, g)),
+    }
     torch.manual_seed(0)
-    maps = [torch.randn(2, 3, 4, 4) for _ in range(3)]
-    gates = {(i, j): torch.rand(2, 3, 4, 4) for i in range(3) for j in range(3) if i != j}
-    kept = [m.clone() for m in maps]
-    got = fn(maps, gates)
-    assert len(got) == 3, f"three maps are wanted, not {len(got)}"
-    assert all(torch.equal(m, k) for m, k in zip(maps, kept)), (
-        "the input maps were changed: `+=` works in place"
-    )
-    for i, (j, k) in enumerate(((1, 2), (0, 2), (0, 1))):
-        want = maps[i] + gates[i, j] * maps[j] + gates[i, k] * maps[k]
-        assert not torch.allclose(
-            got[i], maps[i] + gates.get((j, i)) * maps[j] + gates.get((k, i)) * maps[k]
-        ), "the gates' indices are swapped: Lambda_ij belongs to g_i"
-        assert torch.allclose(got[i], want, atol=1e-5), f"g of level {i + 2} differs"
-    return "check_exchange: correct"
+    for shape in ((2, 3, 4, 4), (1, 2, 3, 5)):
+        maps = [torch.randn(shape) for _ in range(3)]
+        gates = {(i, j): torch.rand(shape) for i in range(3) for j in others[i]}
+        compare(fn, wanted, maps, gates, slips=slips)
 
 # %% ../../../nbs/exercises/ch10.ipynb #006
-def check_constant_conv1d(fn: Callable) -> str:
+@exercise
+def check_constant_conv1d(fn: Callable) -> None:
     "Compare with the convolution of the tiled vector."
+
+    def wanted(weight: torch.Tensor, vector: torch.Tensor, length: int) -> torch.Tensor:
+        return F.conv1d(vector[:, :, None].expand(-1, -1, length), weight, padding=1)
+
+    def cases(first: slice, inner: slice, last: slice, count: Callable = lambda n: n - 2) -> Callable:
+        def wrong(weight: torch.Tensor, vector: torch.Tensor, length: int) -> torch.Tensor:
+            a, b, c = (vector @ weight[:, :, taps].sum(-1).T for taps in (first, inner, last))
+            return torch.stack([a] + [b] * count(length) + [c], -1)
+
+        return wrong
+
+    begin, all_, end = slice(1, 3), slice(0, 3), slice(0, 2)
+    slips = {
+        "the two ends are swapped: at the first position the first tap falls outside": cases(
+            end, all_, begin
+        ),
+        "the ends are wrong: there one tap falls outside and reads zero": cases(all_, all_, all_),
+        "the first position is wrong: which tap falls outside?": cases(all_, all_, end),
+        "the last position is wrong: which tap falls outside?": cases(begin, all_, all_),
+        "off by one: an inner position too many; there are length - 2": (
+            cases(begin, all_, end, lambda n: n - 1)
+        ),
+        "off by one: an inner position is missing; there are length - 2": (
+            cases(begin, all_, end, lambda n: max(n - 3, 0))
+        ),
+        "one tap too few is left at the ends: two of three fall inside": (
+            cases(slice(2, 3), all_, slice(0, 1))
+        ),
+        "the inner positions see all three taps": cases(begin, slice(1, 2), end),
+        "the axes are swapped: [B, O, length] is wanted": lambda w, v, n: wanted(w, v, n).transpose(1, 2),
+        "the taps are averaged: a convolution sums over them": (
+            lambda w, v, n: torch.stack(
+                [v @ w[:, :, t].mean(-1).T for t in (begin, *[all_] * (n - 2), end)], -1
+            )
+        ),
+    }
     torch.manual_seed(0)
-    weight, vector = torch.randn(5, 4, 3), torch.randn(2, 4)
-    for length in (2, 3, 7):
-        want, got = (
-            F.conv1d(vector[:, :, None].expand(-1, -1, length), weight, padding=1),
-            fn(weight, vector, length),
-        )
-        assert got.shape == want.shape, (
-            f"length {length}: the answer is {list(got.shape)}, not {list(want.shape)}"
-        )
-        assert torch.allclose(got[..., 1:-1], want[..., 1:-1], atol=1e-4), (
-            f"length {length}: the inner positions differ"
-        )
-        assert torch.allclose(got, want, atol=1e-4), (
-            f"length {length}: an end is wrong; which tap does it miss?"
-        )
-    return "check_constant_conv1d: correct"
+    for length in (5, 2, 3, 7):
+        weight, vector = torch.randn(5, 4, 3), torch.randn(2, 4)
+        compare(fn, wanted, weight, vector, length, slips=slips, case=f"for length {length}", close=1e-4)

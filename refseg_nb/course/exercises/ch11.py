@@ -7,36 +7,80 @@ __all__ = ['check_sfm_parameters', 'check_one_at_a_time']
 
 # %% ../../../nbs/exercises/ch11.ipynb #002
 from collections.abc import Callable
+from dataclasses import replace
 
+from ..checks import compare, exercise
 from ...models.sfm import SFM
 from ...models.shnet import PRESETS, differences
 
 # %% ../../../nbs/exercises/ch11.ipynb #004
-def check_sfm_parameters(fn: Callable) -> str:
+@exercise
+def check_sfm_parameters(fn: Callable) -> None:
     "Compare with the module itself."
-    for c, layers, ffn, final in ((16, 1, 0, False), (16, 2, 24, True), (32, 3, 8, False), (8, 1, 0, True)):
-        want = sum(p.numel() for p in SFM(c, 3, layers, heads=2, ffn=ffn, final_norm=final).parameters())
-        got = fn(c, layers, ffn, final)
-        assert got == want, (
-            f"C = {c}, {layers} layers, feed-forward {ffn}, final norm {final}: {got} instead of {want}"
-        )
-    return "check_sfm_parameters: correct"
+
+    def counted(c: int, layers: int, ffn: int, final: bool) -> int:
+        return sum(p.numel() for p in SFM(c, 3, layers, heads=2, ffn=ffn, final_norm=final).parameters())
+
+    def less(each: Callable, end: Callable = lambda c: 0) -> Callable:
+        return lambda c, n, f, final: counted(c, n, f, final) - n * each(c, f) - (end(c) if final else 0)
+
+    slips = {
+        "the biases of the four matrices of attention are missing": less(lambda c, f: 4 * c),
+        "attention has four matrices, not three: the output has one too": less(lambda c, f: c * c + c),
+        "each layer has a LayerNorm before attention: 2C parameters": less(lambda c, f: 2 * c),
+        "the feed-forward part has a LayerNorm of its own: 2C parameters": less(
+            lambda c, f: 2 * c if f else 0
+        ),
+        "the biases of the feed-forward part are missing: F and C": less(lambda c, f: f + c if f else 0),
+        "the feed-forward part has two matrices": less(lambda c, f: c * f),
+        "there is one final norm, not one for each layer": (
+            lambda c, n, f, final: counted(c, n, f, final) + (2 * c * (n - 1) if final else 0)
+        ),
+        "a LayerNorm has a scale and a shift: 2C parameters": less(
+            lambda c, f: c + (c if f else 0), end=lambda c: c
+        ),
+        "the final norm is missing": less(lambda c, f: 0, end=lambda c: 2 * c),
+        "the final norm has a scale and a shift: 2C parameters": less(lambda c, f: 0, end=lambda c: c),
+        "off by one: a layer is missing": lambda c, n, f, final: counted(c, n - 1, f, final),
+        "that is one layer: multiply by their number": lambda c, n, f, final: counted(c, 1, f, final),
+    }
+    for case in ((32, 3, 8, True), (16, 2, 24, True), (16, 1, 0, False), (32, 3, 8, False), (8, 1, 0, True)):
+        c, layers, ffn, final = case
+        said = f"for C = {c}, {layers} layers, feed-forward {ffn}, final norm {final}"
+        compare(fn, counted, *case, slips=slips, case=said)
 
 # %% ../../../nbs/exercises/ch11.ipynb #006
-def check_one_at_a_time(fn: Callable) -> str:
+@exercise
+def check_one_at_a_time(fn: Callable) -> None:
     "Each configuration must differ from the first only in its own field, where it has the second's value."
+
+    def wanted(a: object, b: object) -> dict:
+        return {name: replace(a, **{name: value}) for name, (_, value) in differences(a, b).items()}
+
+    def cumulative(a: object, b: object) -> dict:
+        out = {}
+        for name, (_, value) in differences(a, b).items():
+            a = out[name] = replace(a, **{name: value})
+        return out
+
+    slips = {
+        "each configuration is one change away from the first: do not keep the changes before": cumulative,
+        "the first configuration gets the second's values: here they are exchanged": lambda a, b: wanted(
+            b, a
+        ),
+        "nothing was changed: `replace` returns a new configuration": (
+            lambda a, b: dict.fromkeys(differences(a, b), a)
+        ),
+        "all are the second configuration: change one field of the first": (
+            lambda a, b: dict.fromkeys(differences(a, b), b)
+        ),
+        "a dict is wanted: field -> configuration": lambda a, b: list(wanted(a, b).values()),
+        "off by one: the last difference is left out": lambda a, b: dict(list(wanted(a, b).items())[:-1]),
+        "off by one: the first difference is left out": lambda a, b: dict(list(wanted(a, b).items())[1:]),
+        "configurations are wanted, not values": lambda a, b: {
+            n: v for n, (_, v) in differences(a, b).items()
+        },
+        "configurations are wanted, not the two values": differences,
+    }
     for first, second in (("paper", "released"), ("released", "refshapes"), ("paper", "paper")):
-        a, b = PRESETS[first], PRESETS[second]
-        got, wanted = fn(a, b), differences(a, b)
-        assert set(got) == set(wanted), (
-            f"{first} -> {second}: missing {sorted(set(wanted) - set(got))}, too many"
-            f" {sorted(set(got) - set(wanted))}"
-        )
-        for name, config in got.items():
-            assert set(differences(a, config)) == {name}, (
-                f"{name}: the configuration differs from {first} in {sorted(differences(a, config))}"
-            )
-            assert getattr(config, name) == getattr(b, name), (
-                f"{name} is {getattr(config, name)!r}, not {getattr(b, name)!r}"
-            )
-    return "check_one_at_a_time: correct"
+        compare(fn, wanted, PRESETS[first], PRESETS[second], slips=slips, case=f"for {first} and {second}")

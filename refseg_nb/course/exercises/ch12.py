@@ -11,57 +11,159 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..checks import compare, exercise
+
 # %% ../../../nbs/exercises/ch12.ipynb #005
-def check_cosine_decay(fn: Callable) -> str:
+@exercise
+def check_cosine_decay(fn: Callable) -> None:
     "Compare at every step of three schedules."
+
+    def rate(step: int, total: int, lr: float, warmup: int, turns: float = 0.5, early: int = 1) -> float:
+        if step < warmup:
+            return lr * (step + early) / warmup
+        return lr * (1 + np.exp(2j * np.pi * turns * (step - warmup) / (total - warmup)).real) / 2
+
+    def late(step: int, total: int, lr: float, warmup: int) -> float:
+        return rate(step, total, lr, warmup) if step < warmup else rate(step, total, lr, 0)
+
+    slips = {
+        "off by one: step 0 of the rise has lr / warmup, not 0": (
+            lambda step, total, lr, warmup: rate(step, total, lr, warmup, early=0)
+        ),
+        "the cosine runs over the steps after the rise: (step - warmup) / (total - warmup)": late,
+        "the cosine runs over the steps after the rise, of which there are total - warmup": (
+            lambda step, total, lr, warmup: (
+                rate(step, total, lr, warmup) if step < warmup else rate(step - warmup, total, lr, 0)
+            )
+        ),
+        "the rise is missing": lambda step, total, lr, warmup: rate(step, total, lr, 0),
+        "half a cosine goes down to zero; this one comes up again": (
+            lambda step, total, lr, warmup: rate(step, total, lr, warmup, turns=1)
+        ),
+        "a quarter of a cosine goes down to one half; take half of it": (
+            lambda step, total, lr, warmup: rate(step, total, lr, warmup, turns=0.25)
+        ),
+        "the half is missing: 1 + cos begins at 2": (
+            lambda step, total, lr, warmup: rate(step, total, lr, warmup) * (1 if step < warmup else 2)
+        ),
+        "that is a straight line: the decay is a cosine": (
+            lambda step, total, lr, warmup: (
+                rate(step, total, lr, warmup) if step < warmup else lr * (total - step) / (total - warmup)
+            )
+        ),
+        "lr is missing": lambda step, total, lr, warmup: rate(step, total, 1.0, warmup),
+    }
     for total, warmup in [(100, 0), (50, 10), (7, 3)]:
         for step in range(total):
-            want = (
-                (step + 1) / warmup
-                if step < warmup
-                else (1 + np.exp(1j * np.pi * (step - warmup) / (total - warmup)).real) / 2
-            )
-            got = fn(step, total, 0.3, warmup)
-            assert np.isclose(got, 0.3 * want), (
-                f"step {step} of {total} with {warmup} steps of rise: expected {0.3 * want:.5f}, got {got}"
-            )
-    assert np.isclose(fn(0, 10, 1.0), 1), "without a rise, the first step has the full rate"
-    return "check_cosine_decay: correct"
+            case = f"for step {step} of {total} with {warmup} steps of rise"
+            compare(fn, rate, step, total, 0.3, warmup, slips=slips, case=case)
+    compare(fn, lambda step, total, lr: 1.0, 0, 10, 1.0, case="for the first step, with no warmup given")
 
 # %% ../../../nbs/exercises/ch12.ipynb #008
-def check_clip_norm(fn: Callable) -> str:
+@exercise
+def check_clip_norm(fn: Callable) -> None:
     "Compare with `torch.nn.utils.clip_grad_norm_`."
-    generator = torch.Generator().manual_seed(0)
-    for largest in (0.1, 1.0, 100.0):
-        gradients = [torch.randn(s, generator=generator) for s in [(3, 4), (5,), (2, 2, 2)]]
+
+    def clipped(gradients: list, largest: float) -> tuple[list, float]:
         parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients]
         for p, g in zip(parameters, gradients):
             p.grad = g.clone()
         norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
-        clipped, found = fn([g.clone() for g in gradients], largest)
-        assert np.isclose(found, norm.item(), rtol=1e-4), (
-            f"the norm over all gradients was {norm.item():.4f}, not {found}"
-        )
-        for c, p in zip(clipped, parameters):
-            assert torch.allclose(c, p.grad, rtol=1e-3, atol=1e-6), (
-                f"with largest={largest} they should have a norm of {min(largest, norm.item()):.4f}"
-            )
-    clipped, found = fn([torch.zeros(3)], 1.0)
-    assert found == 0 and torch.equal(clipped[0], torch.zeros(3)), "gradients of zero stay zero"
-    return "check_clip_norm: correct"
+        return [p.grad for p in parameters], float(norm)
+
+    def alone(gradients: list, largest: float) -> tuple[list, float]:
+        return [clipped([g], largest)[0][0] for g in gradients], clipped(gradients, largest)[1]
+
+    def always(gradients: list, largest: float) -> tuple[list, float]:
+        norm = clipped(gradients, largest)[1]
+        return [g * largest / norm for g in gradients], norm
+
+    def with_norm(norm: Callable) -> Callable:
+        def wrong(gradients: list, largest: float) -> tuple[list, float]:
+            n = float(norm(gradients))
+            return [g * min(1.0, largest / n) for g in gradients], n
+
+        return wrong
+
+    slips = {
+        "the norm is that of all gradients together, not of each alone": alone,
+        "gradients that are short already stay as they are: the scale is at most 1": always,
+        "the norm is that of all gradients together: the root of the sum of their squares, not the sum of norms": (
+            with_norm(lambda gs: sum(g.norm() for g in gs))
+        ),
+        "the root is missing: a norm is the root of the sum of squares": (
+            with_norm(lambda gs: sum(g.pow(2).sum() for g in gs))
+        ),
+        "the norm is that of all gradients, not of the first": with_norm(lambda gs: gs[0].norm()),
+        "off by one: the last gradient is left out of the norm": (
+            with_norm(lambda gs: torch.cat([g.flatten() for g in gs[:-1]]).norm())
+        ),
+        "that is the largest number, not the Euclidean norm": with_norm(
+            lambda gs: max(g.abs().max() for g in gs)
+        ),
+        "return the norm that the gradients had, not the one that they have now": (
+            lambda gs, largest: (clipped(gs, largest)[0], min(largest, clipped(gs, largest)[1]))
+        ),
+        "each number was cut off at `largest`: scale them all, so that the direction stays": (
+            lambda gs, largest: ([g.clamp(-largest, largest) for g in gs], clipped(gs, largest)[1])
+        ),
+    }
+    generator = torch.Generator().manual_seed(0)
+    for largest in (1.0, 0.1, 100.0, 3.0):
+        gradients = [torch.randn(s, generator=generator) for s in [(3, 4), (5,), (2, 2, 2)]]
+        compare(fn, clipped, gradients, largest, slips=slips, close=1e-3, case=f"for largest = {largest}")
+    compare(fn, clipped, [torch.zeros(3)], 1.0, close=1e-3, case="for gradients of zero, which stay zero")
 
 # %% ../../../nbs/exercises/ch12.ipynb #011
-def check_batches_left(fn: Callable) -> str:
+@exercise
+def check_batches_left(fn: Callable) -> None:
     "Compare with a run that is counted through step by step."
-    for batches, accumulate in [(6, 1), (6, 2), (7, 3), (1, 4)]:
-        step = 0
-        for epoch in range(3):
+
+    def counted(step: int, batches: int, accumulate: int) -> tuple[int, list[int]]:
+        done, epoch = 0, 0
+        while True:
             for first in range(0, batches, accumulate):
-                got = fn(step, batches, accumulate)
-                want = (epoch, list(range(first, batches)))
-                assert (got[0], list(got[1])) == want, (
-                    f"after {step} steps with {batches} batches, {accumulate} to a step: expected {want}, got"
-                    f" {got}"
-                )
-                step += 1
-    return "check_batches_left: correct"
+                if done == step:
+                    return epoch, list(range(first, batches))
+                done += 1
+            epoch += 1
+
+    def parts(step: int, batches: int, accumulate: int) -> tuple[int, int]:
+        return divmod(step, -(-batches // accumulate))
+
+    def floor(step: int, batches: int, accumulate: int) -> tuple[int, list[int]]:
+        epoch, done = divmod(step, batches // accumulate)
+        return epoch, list(range(done * accumulate, batches))
+
+    def begun(step: int, batches: int, accumulate: int) -> tuple[int, list[int]]:
+        epoch, done = parts(step, batches, accumulate)
+        return epoch, list(range(done, batches))
+
+    def changed(epochs: int = 0, first: int = 0) -> Callable:
+        def wrong(step: int, batches: int, accumulate: int) -> tuple[int, list[int]]:
+            epoch, left = counted(step, batches, accumulate)
+            return epoch + epochs, list(range(left[0] + first, batches))
+
+        return wrong
+
+    slips = {
+        "the last step of an epoch may have fewer batches: round up when counting an epoch's steps": floor,
+        "a step takes `accumulate` batches: as many are done for each step of the epoch": begun,
+        "these are steps, but an epoch is counted in batches": (
+            lambda step, batches, accumulate: (step // batches, list(range(step % batches, batches)))
+        ),
+        "off by one: epochs are counted from 0": changed(epochs=1),
+        "off by one: the next batch is still to come": changed(first=1),
+        "off by one: that batch was already done": changed(first=-1),
+        "the numbers of the batches that are still to come are wanted, not how many": (
+            lambda *given: (counted(*given)[0], len(counted(*given)[1]))
+        ),
+        "the batches that are still to come are wanted, not those that are done": (
+            lambda *given: (counted(*given)[0], list(range(counted(*given)[1][0])))
+        ),
+    }
+    for batches, accumulate in [(7, 3), (6, 1), (6, 2), (1, 4), (9, 4)]:
+        for step in range(1, 3 * -(-batches // accumulate)):
+            case = f"after {step} steps with {batches} batches, {accumulate} to a step"
+            compare(fn, counted, step, batches, accumulate, slips=slips, case=case)
+    compare(fn, counted, 0, 5, 2, slips=slips, case="before the first step")

@@ -9,7 +9,10 @@ __all__ = ['check_word_share', 'check_jump']
 import numpy as np
 import torch
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch12b.ipynb #005
+@exercise
 def check_word_share(fn):
     "Compare with a softmax over random numbers of positions and words."
     rng = np.random.default_rng(0)
@@ -24,9 +27,9 @@ def check_word_share(fn):
         assert abs(got - want) < 1e-6, (
             f"{positions} positions, {words} words, bias {bias:.2f}: {want:.4f}, not {got:.4f}"
         )
-    return "check_word_share: correct"
 
 # %% ../../../nbs/exercises/ch12b.ipynb #008
+@exercise(may_be_none=True)
 def check_jump(fn):
     "Compare with a search over all windows, on random curves."
     rng = np.random.default_rng(1)
@@ -39,4 +42,3 @@ def check_jump(fn):
         got = fn(steps, right, level, run)
         shown = [round(x, 2) for x in right]
         assert got == want, f"{shown} with level {level:.2f} and {run} in a row: {want}, not {got}"
-    return "check_jump: correct"

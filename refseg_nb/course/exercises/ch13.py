@@ -8,7 +8,10 @@ __all__ = ['check_design_effect', 'check_what_if', 'check_sign_flip_p']
 # %% ../../../nbs/exercises/ch13.ipynb #002
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch13.ipynb #005
+@exercise
 def check_design_effect(fn):
     "Compare with a loop over the clusters, and with the two cases that are known."
     rng = np.random.default_rng(0)
@@ -24,9 +27,9 @@ def check_design_effect(fn):
     assert np.isclose(fn(np.repeat(x, 4), np.repeat(np.arange(50), 4)), 4), (
         "four copies of each value are worth one: the effect is 4"
     )
-    return "check_design_effect: correct"
 
 # %% ../../../nbs/exercises/ch13.ipynb #008
+@exercise
 def check_what_if(fn):
     "Compare with a loop, border included."
     rng = np.random.default_rng(0)
@@ -45,9 +48,9 @@ def check_what_if(fn):
             assert np.isclose(got[k], want[k]), (
                 f"{k}: expected {want[k]:.2f}, got {got[k]}; an IoU of exactly 0.1 is on the right object"
             )
-    return "check_what_if: correct"
 
 # %% ../../../nbs/exercises/ch13.ipynb #011
+@exercise
 def check_sign_flip_p(fn):
     "Compare with a loop over the rows of signs; with all sign patterns the p-value is exact."
     rng = np.random.default_rng(0)
@@ -65,4 +68,3 @@ def check_sign_flip_p(fn):
     assert fn(np.zeros(10), signs) == 1, (
         "no difference at all: every row is as far from zero as the observed sum"
     )
-    return "check_sign_flip_p: correct"

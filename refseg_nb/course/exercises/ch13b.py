@@ -13,6 +13,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch13b.ipynb #005
 def _problem(seed: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     "Probabilities, marginals and a symmetric matrix of weights."
@@ -22,7 +24,8 @@ def _problem(seed: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return P, Q, (k + k.T).fill_diagonal_(0)
 
 
-def check_update(fn: Callable) -> str:
+@exercise
+def check_update(fn: Callable) -> None:
     "Compare with the two-label formula, pixel by pixel, and with the pixel that was done by hand."
     P, k = torch.tensor([0.9, 0.4, 0.2]), 1 - torch.eye(3)
     got, want = float(fn(P, P, k)[1]), 1 / (1 + math.exp(-(math.log(0.4 / 0.6) + 0.2)))
@@ -53,10 +56,10 @@ def check_update(fn: Callable) -> str:
         assert torch.allclose(got, want, atol=1e-5), (
             f"pixel 0 of {n}: expected {float(want[0]):.4f}, got {float(got[0]):.4f}; a vote is 2Q - 1"
         )
-    return "check_update: correct"
 
 # %% ../../../nbs/exercises/ch13b.ipynb #008
-def check_exact_marginals(fn: Callable) -> str:
+@exercise
+def check_exact_marginals(fn: Callable) -> None:
     "Compare with loops over labellings and pairs."
     for seed, n in enumerate((1, 2, 3, 5)):
         P, _, k = _problem(seed, n)
@@ -79,4 +82,3 @@ def check_exact_marginals(fn: Callable) -> str:
             f"{n} pixels: expected {[round(v, 4) for v in want.tolist()]}, got"
             f" {[round(v, 4) for v in got.tolist()]}"
         )
-    return "check_exact_marginals: correct"

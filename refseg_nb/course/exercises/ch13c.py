@@ -8,7 +8,10 @@ __all__ = ['check_by_policy', 'check_overall_interval']
 # %% ../../../nbs/exercises/ch13c.ipynb #002
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch13c.ipynb #005
+@exercise
 def check_by_policy(fn):
     "Compare with a loop over the refs, on shuffled lines."
     rng = np.random.default_rng(0)
@@ -40,13 +43,13 @@ def check_by_policy(fn):
             assert np.isclose(got[k], want[k]), (
                 f"{k}: expected {want[k]:.2f}, got {got[k]:.2f}; order by sent_id, not by line"
             )
-    return "check_by_policy: correct"
 
 # %% ../../../nbs/exercises/ch13c.ipynb #008
 def _half(surplus, total):
     return 196 * (len(surplus) / (len(surplus) - 1) * sum(e**2 for e in surplus)) ** 0.5 / total
 
 
+@exercise
 def check_overall_interval(fn):
     "Compare with a loop over the images."
     rng = np.random.default_rng(0)
@@ -70,4 +73,3 @@ def check_overall_interval(fn):
         assert np.isclose((high - low) / 2, want), (
             f"expected a half-width of {want:.3f} for {images} images, got {(high - low) / 2:.3f}"
         )
-    return "check_overall_interval: correct"

@@ -11,6 +11,8 @@ from itertools import product
 
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch14.ipynb #005
 def _by_paths(steps: list[np.ndarray]) -> np.ndarray:
     "The product of the matrices [L, N, N] as a sum over all paths from token to token."
@@ -21,7 +23,8 @@ def _by_paths(steps: list[np.ndarray]) -> np.ndarray:
     return total
 
 
-def check_rolled(fn: Callable) -> str:
+@exercise
+def check_rolled(fn: Callable) -> None:
     "Compare with the sum over all paths, on random attention."
     rng = np.random.default_rng(0)
     for layers, heads, n in [(1, 1, 2), (1, 3, 4), (2, 2, 3), (3, 2, 3)]:
@@ -42,10 +45,10 @@ def check_rolled(fn: Callable) -> str:
             f"{layers} layer(s): the rollout differs from the sum over all paths by up to"
             f" {np.abs(got - want).max():.2g}"
         )
-    return "check_rolled: correct"
 
 # %% ../../../nbs/exercises/ch14.ipynb #008
-def check_lift(fn: Callable) -> str:
+@exercise
+def check_lift(fn: Callable) -> None:
     "Compare with a count of cells, on random maps; even maps and empty masks too."
     rng = np.random.default_rng(1)
     assert np.isclose(fn(np.full((4, 5), 3.0), np.arange(20).reshape(4, 5) < 7), 1), (
@@ -58,4 +61,3 @@ def check_lift(fn: Callable) -> str:
         want = inside / heat.sum() * 20 / mask.sum()
         assert np.isclose(fn(heat, mask), want), f"the lift is {want:.3f}, you gave {fn(heat, mask):.3f}"
     assert fn(heat, np.zeros((4, 5), bool)) == 1, "an empty mask has the lift 1"
-    return "check_lift: correct"

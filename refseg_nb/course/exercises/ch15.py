@@ -8,7 +8,10 @@ __all__ = ['check_cell_at']
 # %% ../../../nbs/exercises/ch15.ipynb #002
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch15.ipynb #005
+@exercise
 def check_cell_at(fn):
     "Compare with a search over the borders of all cells, inside, on the border and outside."
     rng = np.random.default_rng(0)
@@ -33,4 +36,3 @@ def check_cell_at(fn):
             assert got == want, (
                 f"a point on the border or outside belongs to the nearest cell, {want}, not to {got}"
             )
-    return "check_cell_at: correct"

@@ -10,53 +10,86 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import compare, exercise
+
 # %% ../../../nbs/exercises/ch16.ipynb #004
-def check_controller(fn: Callable) -> str:
+@exercise
+def check_controller(fn: Callable) -> None:
     "Compare with the sum written out; each level has its own gate and its own gamma."
+    others = ((1, 2), (0, 2), (0, 1))
+
+    def wanted(maps: list, memory: list, gamma: list) -> list:
+        out = []
+        for i, (j, k) in enumerate(others):
+            given = gamma[j] * memory[j] * maps[j] + gamma[k] * memory[k] * maps[k]
+            out.append((1 - memory[i]) * maps[i] + given)
+        return out
+
+    def changed(term: Callable, own: Callable = lambda x, m, i: (1 - m[i]) * x[i]) -> Callable:
+        return lambda x, m, g: [own(x, m, i) + sum(term(x, m, g, i, j) for j in others[i]) for i in range(3)]
+
+    right = lambda x, m, g, i, j: g[j] * m[j] * x[j]
+    slips = {
+        "each level weighs the others with its own gate; CMSA takes the gate of the level that sends": (
+            changed(lambda x, m, g, i, j: g[j] * m[i] * x[j])
+        ),
+        "gamma is missing": changed(lambda x, m, g, i, j: m[j] * x[j]),
+        "gamma belongs to the level that sends": changed(lambda x, m, g, i, j: g[i] * m[j] * x[j]),
+        "the gates of the others are missing": changed(lambda x, m, g, i, j: g[j] * x[j]),
+        "what a level keeps of itself is 1 - m, not m": changed(right, lambda x, m, i: m[i] * x[i]),
+        "a level keeps (1 - m) of itself, not all": changed(right, lambda x, m, i: x[i]),
+        "did you forget (1 - m) of the level's own map?": changed(right, lambda x, m, i: 0 * x[i]),
+        "off by one: each level takes from both others, not from the next one only": (
+            lambda x, m, g: [(1 - m[i]) * x[i] + g[j] * m[j] * x[j] for i, j in ((0, 1), (1, 2), (2, 0))]
+        ),
+        "the sum runs over the other levels, j != i": (
+            lambda x, m, g: [y + g[i] * m[i] * x[i] for i, y in enumerate(wanted(x, m, g))]
+        ),
+        "off by one: one map per level is wanted, the last is left out": lambda *given: wanted(*given)[:-1],
+    }
     torch.manual_seed(0)
-    maps, memory, gamma = (
-        [torch.randn(2, 3, 4, 4) for _ in range(3)],
-        [torch.rand(2, 1, 4, 4) for _ in range(3)],
-        [0.5, 1.0, 2.0],
-    )
-    kept = [x.clone() for x in (*maps, *memory)]
-    got = fn(maps, memory, gamma)
-    assert len(got) == 3, f"one map per level is wanted: three, not {len(got)}"
-    assert all(torch.equal(x, k) for x, k in zip((*maps, *memory), kept)), (
-        "the input was changed: `+=` works in place"
-    )
-    for i, (j, k) in enumerate(((1, 2), (0, 2), (0, 1))):
-        own = (1 - memory[i]) * maps[i]
-        want = own + gamma[j] * memory[j] * maps[j] + gamma[k] * memory[k] * maps[k]
-        assert not torch.allclose(
-            got[i], own + memory[i] * (gamma[j] * maps[j] + gamma[k] * maps[k]), atol=1e-5
-        ), f"level {i + 2} weighs the others with its own gate; CMSA takes the gate of the level that sends"
-        assert not torch.allclose(got[i], own + memory[j] * maps[j] + memory[k] * maps[k], atol=1e-5), (
-            "gamma is missing"
-        )
-        assert torch.allclose(got[i], want, atol=1e-5), f"G of level {i + 2} differs"
-    return "check_controller: correct"
+    for shape in ((2, 3, 4, 4), (1, 2, 3, 5)):
+        maps, memory = [torch.randn(shape) for _ in range(3)], [torch.rand(shape)[:, :1] for _ in range(3)]
+        compare(fn, wanted, maps, memory, [0.5, 1.5, 2.0], slips=slips)
 
 # %% ../../../nbs/exercises/ch16.ipynb #006
-def check_peephole_step(fn: Callable) -> str:
-    "Compare with the step computed number by number."
+@exercise
+def check_peephole_step(fn: Callable) -> None:
+    "Compare with the step computed number by number, and with the steps of likely slips."
     from math import exp, tanh
 
+    def by_number(i, f, g, o, memory, w_i, w_f, w_o) -> tuple[torch.Tensor, torch.Tensor]:
+        sigmoid = lambda x: 1 / (1 + exp(-x))
+        states, memories = torch.zeros_like(memory), torch.zeros_like(memory)
+        for at in torch.cartesian_prod(*(torch.arange(n) for n in memory.shape)).tolist():
+            at, there = tuple(at), tuple(at[1:])
+            old = float(memory[at])
+            new = sigmoid(f[at] + w_f[there] * old) * old
+            new += sigmoid(i[at] + w_i[there] * old) * tanh(g[at])
+            states[at], memories[at] = sigmoid(o[at] + w_o[there] * new) * tanh(new), new
+        return states, memories
+
+    def step(see=(1.0, 1.0, 1.0), late=True, squash=torch.tanh, candidate=torch.tanh, swap=False) -> Callable:
+        def wrong(i, f, g, o, memory, w_i, w_f, w_o) -> tuple[torch.Tensor, torch.Tensor]:
+            i, f = (i + see[0] * w_i * memory).sigmoid(), (f + see[1] * w_f * memory).sigmoid()
+            new = (i * memory + f * candidate(g)) if swap else (f * memory + i * candidate(g))
+            return (o + see[2] * w_o * (new if late else memory)).sigmoid() * squash(new), new
+
+        return wrong
+
+    slips = {
+        "the output gate has seen the old memory; it sees the new one": step(late=False),
+        "the input gate does not see the memory": step(see=(0, 1, 1)),
+        "the forget gate does not see the memory": step(see=(1, 0, 1)),
+        "the output gate does not see the memory": step(see=(1, 1, 0)),
+        "the peepholes are missing": step(see=(0, 0, 0)),
+        "the state is the output gate times tanh of the memory: tanh is missing": step(squash=lambda x: x),
+        "the candidate g goes through tanh": step(candidate=lambda x: x),
+        "the candidate g goes through tanh, not through a sigmoid": step(candidate=torch.sigmoid),
+        "input and forget gate are swapped: the forget gate weighs the memory": step(swap=True),
+        "the pair is swapped: (state, memory)": lambda *given: by_number(*given)[::-1],
+    }
     torch.manual_seed(0)
-    sums, memory, peepholes = torch.randn(4, 2, 3, 2, 2), torch.randn(2, 3, 2, 2), torch.randn(3, 3, 2, 2)
-    answer = fn(*sums, memory, *peepholes)
-    assert isinstance(answer, tuple) and len(answer) == 2, "the answer is a pair: (state, memory)"
-    sigmoid = lambda x: 1 / (1 + exp(-x))
-    for b, c, y, x in torch.cartesian_prod(*(torch.arange(n) for n in (2, 3, 2, 2))).tolist():
-        i, f, g, o = (float(s[b, c, y, x]) for s in sums)
-        old, (w_i, w_f, w_o) = float(memory[b, c, y, x]), (float(w[c, y, x]) for w in peepholes)
-        new = sigmoid(f + w_f * old) * old + sigmoid(i + w_i * old) * tanh(g)
-        state, late = sigmoid(o + w_o * new) * tanh(new), sigmoid(o + w_o * old) * tanh(new)
-        assert abs(float(answer[1][b, c, y, x]) - new) < 1e-4, (
-            "the memory differs: the input and forget gates see the old memory, the candidate sees none"
-        )
-        assert abs(float(answer[0][b, c, y, x]) - late) > 1e-6, (
-            "the output gate has seen the old memory; it sees the new one"
-        )
-        assert abs(float(answer[0][b, c, y, x]) - state) < 1e-4, "the state differs"
-    return "check_peephole_step: correct"
+    for shape in ((2, 3, 2, 2), (1, 2, 3, 1)):
+        sums, memory, peepholes = torch.randn(4, *shape), torch.randn(shape), torch.randn(3, *shape[1:])
+        compare(fn, by_number, *sums, memory, *peepholes, slips=slips, close=1e-4)

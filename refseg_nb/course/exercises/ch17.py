@@ -10,51 +10,83 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import compare, exercise
+
 # %% ../../../nbs/exercises/ch17.ipynb #004
-def check_sentence_vector(fn: Callable) -> str:
+@exercise
+def check_sentence_vector(fn: Callable) -> None:
     "Compare with a loop over phrases and words."
+
+    def summed(words: torch.Tensor, types: torch.Tensor, wanted: list[int]) -> torch.Tensor:
+        total = torch.zeros(len(words), words.shape[2])
+        for b, t in torch.cartesian_prod(*(torch.arange(n) for n in words.shape[:2])).tolist():
+            for kind in wanted:
+                total[b] += types[b, t, kind] * words[b, t]
+        return total
+
+    def right(words: torch.Tensor, types: torch.Tensor, wanted: list[int]) -> torch.Tensor:
+        total = summed(words, types, wanted)
+        return total / total.norm(dim=1, keepdim=True)
+
+    slips = {
+        "the sum is right, but not scaled to length 1": summed,
+        "the sum is right, but scaled for the whole batch: each expression has the length 1": (
+            lambda w, t, k: summed(w, t, k) / summed(w, t, k).norm()
+        ),
+        "that is a weighted mean: scale the sum to length 1": (
+            lambda w, t, k: summed(w, t, k) / t[..., k].sum((1, 2))[:, None]
+        ),
+        "the shares are missing: each word counts by its share of the kinds": (
+            lambda w, t, k: torch.nn.functional.normalize((w * (t.sum(-1, keepdim=True) > 0)).sum(1), dim=1)
+        ),
+        "off by one: kinds are counted from 0": lambda w, t, k: right(w, t, [(n + 1) % 4 for n in k]),
+        "only the first of the kinds is used": lambda w, t, k: right(w, t, k[:1]),
+        "only the last of the kinds is used": lambda w, t, k: right(w, t, k[-1:]),
+        "these are all kinds but the wanted ones": lambda w, t, k: right(
+            w, t, [n for n in range(4) if n not in k]
+        ),
+        "off by one: the last word is left out": lambda w, t, k: right(w[:, :-1], t[:, :-1], k),
+    }
     torch.manual_seed(0)
     words, types = torch.randn(3, 4, 5), torch.randn(3, 4, 4).softmax(-1)
     types[1, 2:] = 0
     for wanted in ([0, 1], [0, 1, 2], [3]):
-        got = fn(words, types, wanted)
-        assert got.shape == (3, 5), f"one vector per expression is wanted: [3, 5], not {list(got.shape)}"
-        for b in range(3):
-            total = torch.zeros(5)
-            for t in range(4):
-                for kind in wanted:
-                    total += types[b, t, kind] * words[b, t]
-            assert not torch.allclose(got[b], total, atol=1e-6), (
-                "the sum is right, but not scaled to length 1"
-            )
-            assert torch.allclose(got[b], total / total.norm(), atol=1e-5), (
-                f"the vector for kinds {wanted} differs"
-            )
-    return "check_sentence_vector: correct"
+        compare(fn, right, words, types, wanted, slips=slips, case=f"for the kinds {wanted}")
 
 # %% ../../../nbs/exercises/ch17.ipynb #006
-def check_gather(fn: Callable) -> str:
+@exercise
+def check_gather(fn: Callable) -> None:
     "Compare with the built graph on few positions, then count operations on many."
     from torch.utils.flop_counter import FlopCounterMode
 
+    def graph(p: torch.Tensor, q: torch.Tensor, times: int, x: torch.Tensor) -> torch.Tensor:
+        affinity = (p[:, :, None] * q[:, None]).sum(-1)
+        for _ in range(times):
+            x = affinity @ x
+        return x
+
+    slips = {
+        "off by one: the messages were sent once; send them twice": lambda p, q, x: graph(p, q, 1, x),
+        "off by one: the messages were sent three times": lambda p, q, x: graph(p, q, 3, x),
+        "P and Q are swapped: Q gathers, P passes on": lambda p, q, x: graph(q, p, 2, x),
+        "the sum of both rounds is given: only the second is wanted": (
+            lambda p, q, x: graph(p, q, 1, x) + graph(p, q, 2, x)
+        ),
+        "the words of the first round are passed on, but not gathered again": (
+            lambda p, q, x: p @ (p.transpose(1, 2) @ (p @ (q.transpose(1, 2) @ x)))
+        ),
+        "that is what the words have gathered: pass it on to the positions": (
+            lambda p, q, x: q.transpose(1, 2) @ graph(p, q, 1, x)
+        ),
+    }
     torch.manual_seed(0)
-    p, q, x = torch.randn(2, 6, 3).softmax(2), torch.randn(2, 6, 3).softmax(1), torch.randn(2, 6, 4)
-    graph = torch.stack(
-        [
-            torch.stack([torch.stack([(p[b, i] * q[b, j]).sum() for j in range(6)]) for i in range(6)])
-            for b in range(2)
-        ]
-    )
-    got = fn(p, q, x)
-    assert got.shape == x.shape, f"one vector per position is wanted: {list(x.shape)}, not {list(got.shape)}"
-    assert not torch.allclose(got, graph @ x, atol=1e-5), "the messages were sent once; send them twice"
-    assert torch.allclose(got, graph @ (graph @ x), atol=1e-5), "the messages differ"
+    for n, t, c in ((6, 3, 4), (5, 2, 3)):
+        p, q, x = torch.randn(2, n, t).softmax(2), torch.randn(2, n, t).softmax(1), torch.randn(2, n, c)
+        compare(fn, lambda p, q, x: graph(p, q, 2, x), p, q, x, slips=slips)
     n, t, c = 500, 4, 16
     with FlopCounterMode(display=False) as counter:
         fn(torch.rand(1, n, t), torch.rand(1, n, t), torch.rand(1, n, c))
-    limit = 2 * n * t * (4 * c + t)
-    spent = counter.get_total_flops()
+    limit, spent = 2 * n * t * (4 * c + t), counter.get_total_flops()
     assert spent <= limit, (
         f"{spent:,} operations where {limit:,} are enough: a matrix of size positions x positions was built"
     )
-    return "check_gather: correct"

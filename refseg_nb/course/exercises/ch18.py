@@ -10,55 +10,96 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import compare, exercise
+
 # %% ../../../nbs/exercises/ch18.ipynb #005
-def check_padded_sides(fn: Callable) -> str:
+@exercise
+def check_padded_sides(fn: Callable) -> None:
     "Compare with maps that are really merged, 2 x 2 positions at a time, and cut into windows."
-    for image_size, window in ((480, 12), (384, 12), (224, 7), (448, 7), (96, 6), (200, 7), (36, 4)):
-        side, want = image_size // 4, []
-        for _ in range(4):
-            want.append((side, len(range(0, side, window)) * window))
-            side = len(range(0, side, 2))
-        got = [tuple(pair) for pair in fn(image_size, window)]
-        assert len(got) == 4, f"there are four stages, you gave {len(got)}"
-        assert [n for n, _ in got] == [n for n, _ in want], (
-            f"at {image_size} px the maps are {[n for n, _ in want]} a side, you gave {[n for n, _ in got]}: "
-            "an odd map is padded to an even one before it is merged"
-        )
-        assert got == want, (
-            f"at {image_size} px with windows of {window} the sides are {want}, you gave {got}"
-        )
-    return "check_padded_sides: correct"
+
+    def sides(image_size: int, patch: int = 4, step: Callable = lambda n: len(range(0, n, 2))) -> list[int]:
+        found = [image_size // patch]
+        while len(found) < 4:
+            found.append(step(found[-1]))
+        return found
+
+    def pairs(image_size: int, window: int, which: list[int] | None = None) -> list[tuple[int, int]]:
+        return [(n, len(range(0, n, window)) * window) for n in which or sides(image_size)]
+
+    slips = {
+        "an odd map is padded to an even one before it is merged: its half is rounded up": (
+            lambda s, w: pairs(s, w, sides(s, step=lambda n: n // 2))
+        ),
+        "a map of whole windows is not padded": lambda s, w: [(n, (n // w + 1) * w) for n in sides(s)],
+        "windows are padded, not cut off": lambda s, w: [(n, n // w * w) for n in sides(s)],
+        "patches have 4 pixels a side": lambda s, w: pairs(s, w, sides(s, patch=2)),
+        "off by one: stage 1 comes before the first merging": lambda s, w: pairs(s, w, sides(s, patch=8)),
+        "off by one: there are four stages, not three": lambda s, w: pairs(s, w)[:3],
+        "merging begins with the map itself, not with the padded one": (
+            lambda s, w: pairs(s, w, sides(s, step=lambda n: len(range(0, n, w)) * w // 2))
+        ),
+        "the padding is given: the padded side is wanted": lambda s, w: [(a, b - a) for a, b in pairs(s, w)],
+        "the pair is swapped: (side of the map, side after padding)": lambda s, w: [
+            p[::-1] for p in pairs(s, w)
+        ],
+    }
+    for image_size, window in ((200, 7), (480, 12), (384, 12), (224, 7), (448, 7), (96, 6), (36, 4)):
+        case = f"for {image_size} px with windows of {window}"
+        compare(fn, pairs, image_size, window, slips=slips, case=case)
 
 # %% ../../../nbs/exercises/ch18.ipynb #008
-def check_word_weights(fn: Callable) -> str:
+@exercise
+def check_word_weights(fn: Callable) -> None:
     "Compare with a loop over expressions, heads, positions and words."
+
+    def looped(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, heads: int) -> torch.Tensor:
+        c, (b_, n_, _), t_ = q.shape[-1], q.shape, k.shape[1]
+        out = torch.zeros(b_, heads, n_, t_)
+        for b, h, n in (
+            torch.cartesian_prod(*(torch.arange(m) for m in (b_, heads, n_))).reshape(-1, 3).tolist()
+        ):
+            part, words = slice(h * c // heads, (h + 1) * c // heads), mask[b].nonzero().flatten()
+            out[b, h, n, words] = torch.stack(
+                [q[b, n, part] @ k[b, t, part] / c**0.5 for t in words]
+            ).softmax(0)
+        return out
+
+    def product(scale: Callable = lambda c, heads: c**-0.5, masked: bool = True, axis: int = -1) -> Callable:
+        def wrong(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, heads: int) -> torch.Tensor:
+            split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
+            scores = split(q) @ split(k).transpose(-2, -1) * scale(q.shape[-1], heads)
+            hidden = ~mask[:, None, None] if masked else torch.zeros(1, dtype=torch.bool)
+            return scores.masked_fill(hidden, float("-inf")).softmax(axis)
+
+        return wrong
+
+    def interleaved(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, heads: int) -> torch.Tensor:
+        mixed = lambda x: x.unflatten(-1, (-1, heads)).transpose(-1, -2).flatten(-2)
+        return looped(mixed(q), mixed(k), mask, heads)
+
+    slips = {
+        "the scale is one over the root of all C channels, not of one head's": (
+            product(lambda c, heads: (c / heads) ** -0.5)
+        ),
+        "the scale is missing: divide by the root of C": product(lambda c, heads: 1),
+        "the scale is one over the root of C, not over C": product(lambda c, heads: 1 / c),
+        "padded words must get no weight: the mask is missing": product(masked=False),
+        "padded words are masked before the softmax, so that a row still sums to one": (
+            lambda q, k, m, h: product(masked=False)(q, k, m, h) * m[:, None, None]
+        ),
+        "the mask is the wrong way round: True at real words": lambda q, k, m, h: product()(q, k, ~m, h),
+        "the softmax runs over the words, the last axis": product(axis=2),
+        "one head has neighbouring channels: unflatten to (heads, C / heads)": interleaved,
+        "off by one: the last real word is masked as well": (
+            lambda q, k, m, h: looped(q, k, m & torch.nn.functional.pad(m[:, 1:], (0, 1)), h)
+        ),
+        "the heads are averaged: each has its own weights": (lambda q, k, m, h: looped(q, k, m, h).mean(1)),
+        "the axes are in another order: [B, heads, N, T]": lambda q, k, m, h: looped(q, k, m, h).transpose(
+            1, 2
+        ),
+    }
     torch.manual_seed(0)
-    for heads in (1, 2, 4):
+    for heads in (2, 1, 4):
         q, k = 3 * torch.randn(2, 5, 8), 3 * torch.randn(2, 4, 8)
-        mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
-        want = torch.zeros(2, heads, 5, 4)
-        for b in range(2):
-            for h in range(heads):
-                part = slice(h * 8 // heads, (h + 1) * 8 // heads)
-                for n in range(5):
-                    words = mask[b].nonzero().flatten()
-                    want[b, h, n, words] = torch.stack(
-                        [q[b, n, part] @ k[b, t, part] / 8**0.5 for t in words]
-                    ).softmax(0)
-        got = fn(q, k, mask, heads)
-        assert tuple(got.shape) == (
-            2,
-            heads,
-            5,
-            4,
-        ), f"with {heads} heads the weights should be [2, {heads}, 5, 4], not {list(got.shape)}"
-        assert got.isfinite().all(), "a weight is not finite"
-        assert (got[1, ..., 2:] < 1e-6).all(), "padded words must get no weight"
-        sharper = torch.allclose(got, (want.clamp(min=1e-30).log() * heads**0.5).softmax(-1), atol=1e-4)
-        assert heads == 1 or not sharper, (
-            "the scale is one over the root of all C channels, not of one head's"
-        )
-        assert torch.allclose(got, want, atol=1e-5), (
-            f"with {heads} heads the weights are off by up to {(got - want).abs().max():.3f}"
-        )
-    return "check_word_weights: correct"
+        mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
+        compare(fn, looped, q, k, mask, heads, slips=slips, case=f"with {heads} heads")

@@ -12,59 +12,103 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..checks import compare, exercise
+
 # %% ../../../nbs/exercises/ch19.ipynb #005
-def check_floor(fn: Callable) -> str:
+@exercise
+def check_floor(fn: Callable) -> None:
     "Compare with the best of all similarities on a fine grid."
     tried = torch.linspace(-1, 1, 401)
-    for temperature in (1.0, 0.5, 0.2, 2.0):
+
+    def least(temperature: float, share: float, logits: torch.Tensor = tried) -> float:
+        losses = lambda kind: F.binary_cross_entropy_with_logits(
+            logits / temperature, torch.full_like(logits, kind), reduction="none"
+        )
+        return float((share * losses(1.0)[:, None] + (1 - share) * losses(0.0)).min())
+
+    slips = {
+        "the loss cannot reach zero: the logit is at most 1 / temperature": lambda temperature, share: 0.0,
+        "log 2 is the loss of a similarity of zero: the referent may be more alike than that": (
+            lambda temperature, share: math.log(2)
+        ),
+        "only the referent counts here: the background has a loss too": (
+            lambda temperature, share: share * least(temperature, share)
+        ),
+        "only the background counts here: the referent has a loss too": (
+            lambda temperature, share: (1 - share) * least(temperature, share)
+        ),
+        "the temperature divides: a small one makes large logits": (
+            lambda temperature, share: least(1 / temperature, share)
+        ),
+        "the temperature is missing": lambda temperature, share: least(1.0, share),
+        "the background's similarity may go down to -1, not only to 0": (
+            lambda temperature, share: share * least(temperature, share) + (1 - share) * math.log(2)
+        ),
+        "that is the largest loss: the referent is alike, the background is not": (
+            lambda temperature, share: math.log1p(math.exp(1 / temperature))
+        ),
+        "the logarithm is missing": lambda temperature, share: 1 / (1 + math.exp(1 / temperature)),
+        "the sum of both is given: the mean over the positions weighs them by the share": (
+            lambda temperature, share: 2 * least(temperature, share)
+        ),
+    }
+    for temperature in (0.5, 1.0, 0.2, 2.0):
         for share in (0.05, 0.3, 0.5):
-            foreground, background = (
-                F.binary_cross_entropy_with_logits(
-                    tried / temperature, torch.full((401,), kind), reduction="none"
-                )
-                for kind in (1.0, 0.0)
-            )
-            want = float((share * foreground[:, None] + (1 - share) * background).min())
-            got = float(fn(temperature, share))
-            assert abs(got) > 1e-9, "the loss cannot reach zero: the logit is at most 1 / temperature"
-            assert abs(got - math.log(2)) > 1e-4, (
-                "log 2 is the loss of a similarity of zero: the referent may be more alike than that"
-            )
-            assert abs(got - want) < 1e-4, (
-                f"temperature {temperature}, {share:.0%} foreground: {got:.4f} instead of {want:.4f}"
-            )
-    return "check_floor: correct"
+            case = f"for temperature {temperature} and {share:.0%} foreground"
+            compare(fn, least, temperature, share, slips=slips, case=case, close=1e-4)
 
 # %% ../../../nbs/exercises/ch19.ipynb #008
-def check_ask_twice(fn: Callable) -> str:
+@exercise
+def check_ask_twice(fn: Callable) -> None:
     "Compare with the steps written out."
+
+    def steps(x, l, fusion, gate, merge, merged_fusion, merged_gate) -> dict[str, torch.Tensor]:
+        f = fusion(x, l)
+        merged = merge(x + gate(f) * f)
+        again = merged_fusion(merged, l)
+        return dict(x=x, f=f, gated=gate(f) * f, merged=merged, again=again, more=merged_gate(again) * again)
+
+    def built(first: Callable, second: Callable) -> Callable:
+        def made(*given: object) -> tuple[torch.Tensor, torch.Tensor]:
+            s = steps(*given)
+            return first(s), second(s)
+
+        return made
+
+    f, end = lambda s: s["f"], lambda s: s["merged"] + s["more"]
+
+    def ungated(x, l, fusion, gate, merge, merged_fusion, merged_gate) -> tuple[torch.Tensor, torch.Tensor]:
+        answer = steps(x, l, fusion, lambda f: torch.ones_like(f), merge, merged_fusion, merged_gate)
+        return answer["f"], end(answer)
+
+    def early(x, l, fusion, gate, merge, merged_fusion, merged_gate) -> tuple[torch.Tensor, torch.Tensor]:
+        merged = merge(x)
+        again = merged_fusion(merged, l)
+        return fusion(x, l), merged + merged_gate(again) * again
+
+    def same_gate(x, l, fusion, gate, merge, merged_fusion, merged_gate) -> tuple[torch.Tensor, torch.Tensor]:
+        answer = steps(x, l, fusion, gate, merge, merged_fusion, gate)
+        return answer["f"], end(answer)
+
+    slips = {
+        "the decoder gets F as it is, not gated": built(lambda s: s["gated"], end),
+        "the decoder gets F, not the positions that F was added to": built(
+            lambda s: s["x"] + s["gated"], end
+        ),
+        "off by one: the decoder gets the first F, not the second": built(lambda s: s["again"], end),
+        "the merged positions have not asked the words again": built(f, lambda s: s["merged"]),
+        "the second fusion is not gated": built(f, lambda s: s["merged"] + s["again"]),
+        "the second F is added to the merged positions": built(f, lambda s: s["more"]),
+        "the first fusion is not gated: the next stage gets positions + gate(F) * F": ungated,
+        "what was merged are the positions before F was added": early,
+        "the second fusion has a gate of its own, merged_gate": same_gate,
+        "the pair is swapped: (F for the decoder, the next stage's positions)": built(end, f),
+    }
+    right = built(f, end)
     torch.manual_seed(0)
-    positions, words = torch.randn(2, 8, 4), torch.randn(2, 3, 4)
-    a, b, c, d = torch.randn(4, 4, 4)
-    fusion, merged_fusion = (lambda x, l, w=w: torch.tanh(x @ w + l.sum(1, keepdim=True)) for w in (a, b))
-    gate, merged_gate = (lambda f, w=w: torch.tanh(f @ w) for w in (c, d))
-    merge = lambda x: x[:, ::2] - 2 * x[:, 1::2]
-    kept = positions.clone()
-    answer = fn(positions, words, fusion, gate, merge, merged_fusion, merged_gate)
-    assert isinstance(answer, tuple) and len(answer) == 2, (
-        "the answer is a pair: (F for the decoder, the next stage's positions)"
-    )
-    assert torch.equal(positions, kept), "the positions were changed: `+=` works in place"
-    first = torch.tanh(positions @ a + words.sum(1, keepdim=True))
-    weights = torch.tanh(first @ c)
-    assert not torch.allclose(answer[0], weights * first), "the decoder gets F as it is, not gated"
-    assert not torch.allclose(answer[0], positions + weights * first), (
-        "the decoder gets F, not the positions that F was added to"
-    )
-    assert torch.allclose(answer[0], first, atol=1e-5), "F for the decoder differs"
-    middle = positions + weights * first
-    merged = middle[:, ::2] - 2 * middle[:, 1::2]
-    second = torch.tanh(merged @ b + words.sum(1, keepdim=True))
-    assert answer[1].shape == merged.shape, (
-        f"the next stage's positions should be {list(merged.shape)}, not {list(answer[1].shape)}"
-    )
-    assert not torch.allclose(answer[1], merged), "the merged positions have not asked the words again"
-    assert torch.allclose(answer[1], merged + torch.tanh(second @ d) * second, atol=1e-5), (
-        "the next stage's positions differ"
-    )
-    return "check_ask_twice: correct"
+    for n, c in ((8, 4), (4, 3)):
+        weights = torch.randn(4, c, c)
+        a, b = (lambda x, l, w=w: torch.tanh(x @ w + l.sum(1, keepdim=True)) for w in weights[:2])
+        p, q = (lambda f, w=w: torch.tanh(f @ w) for w in weights[2:])
+        merge = lambda x: x[:, ::2] - 2 * x[:, 1::2]
+        compare(fn, right, torch.randn(2, n, c), torch.randn(2, 3, c), a, p, merge, b, q, slips=slips)

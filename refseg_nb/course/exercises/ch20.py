@@ -8,7 +8,10 @@ __all__ = ['check_schedule']
 # %% ../../../nbs/exercises/ch20.ipynb #002
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch20.ipynb #005
+@exercise
 def check_schedule(fn):
     "Compare with a plain simulation, for random lengths and numbers of processes."
     rng = np.random.default_rng(0)
@@ -22,4 +25,3 @@ def check_schedule(fn):
         got = fn(list(lengths), n)
         assert got == max(ends), f"{lengths} on {n} processes are done after {max(ends)}, not {got}"
         assert sum(lengths) / n <= got <= sum(lengths)
-    return "check_schedule: correct"

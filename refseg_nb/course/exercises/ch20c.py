@@ -10,10 +10,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch20c.ipynb #005
+@exercise
 def check_anchor_hits(
     fn: Callable[[dict], tuple[int, float]],  # `anchor_hits`
-) -> str:
+) -> None:
     "Compare with a plain loop, on random tables."
     rng, names = (
         np.random.default_rng(0),
@@ -43,4 +46,3 @@ def check_anchor_hits(
             f"by chance it would be {expected:.3f} times, not {got[1]:.3f}: one wrong object answered, and an"
             " anchor named"
         )
-    return "check_anchor_hits: correct"

@@ -8,7 +8,10 @@ __all__ = ['check_amdahl']
 # %% ../../../nbs/exercises/ch21.ipynb #002
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch21.ipynb #005
+@exercise
 def check_amdahl(fn):
     "Compare with the sum of the shares that are left, for random parts."
     rng = np.random.default_rng(0)
@@ -26,4 +29,3 @@ def check_amdahl(fn):
         assert abs(got * left - 1) < 1e-9, (
             f"{seconds} with {factors} becomes {1 / left:.3f} times as fast, not {got}"
         )
-    return "check_amdahl: correct"

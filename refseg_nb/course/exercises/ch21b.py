@@ -8,7 +8,10 @@ __all__ = ['check_mean_and_variance', 'check_steps_per_second']
 # %% ../../../nbs/exercises/ch21b.ipynb #002
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch21b.ipynb #005
+@exercise
 def check_mean_and_variance(fn):
     "Compare with NumPy on all values, in uneven parts."
     rng = np.random.default_rng(0)
@@ -22,9 +25,9 @@ def check_mean_and_variance(fn):
         assert np.isclose(variance, all_values.var(), rtol=1e-6), (
             f"the variance of parts of {counts} values is {all_values.var():.6f}, not {variance}"
         )
-    return "check_mean_and_variance: correct"
 
 # %% ../../../nbs/exercises/ch21b.ipynb #008
+@exercise
 def check_steps_per_second(fn):
     "Play a step through: compute, then twice `gpus - 1` pieces around the ring."
     for compute, size, bandwidth, gpus in (
@@ -41,4 +44,3 @@ def check_steps_per_second(fn):
             f"{gpus} GPUs, {size:g} bytes over {bandwidth:g} bytes/s: {1 / clock:.4f} steps a second, not"
             f" {got}"
         )
-    return "check_steps_per_second: correct"

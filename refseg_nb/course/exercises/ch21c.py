@@ -9,10 +9,13 @@ __all__ = ['check_regroup']
 import random
 from collections.abc import Callable
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch21c.ipynb #005
+@exercise
 def check_regroup(
     fn: Callable[[list, Callable], list],  # `regroup`
-) -> str:
+) -> None:
     "Random requests; each image may be asked once, with rising numbers."
     rng = random.Random(0)
     for n in (0, 1, 5, 40):
@@ -36,4 +39,3 @@ def check_regroup(
         assert list(got) == [(image, i) for i, image in enumerate(images)], (
             "the answers should be in the order of the requests"
         )
-    return "check_regroup: correct"

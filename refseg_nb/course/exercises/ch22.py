@@ -6,6 +6,10 @@
 __all__ = ['check_call']
 
 # %% ../../../nbs/exercises/ch22.ipynb #004
+from ..checks import exercise
+
+
+@exercise
 def check_call(fn):
     "Try every way in which a function can end."
 
@@ -36,4 +40,3 @@ def check_call(fn):
         except type(bug):
             continue
         raise AssertionError(f"{type(bug).__name__} is a bug: it must come through, not be swallowed")
-    return "check_call: correct"

@@ -338,11 +338,19 @@ def data_fetch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be fetched, from where, and how large it is.")
     ] = False,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another list of files and addresses (TOML) than the package's: a mirror of your own."
+        ),
+    ] = None,
 ):
     "Download a real data set, word vectors or weights. What cannot be had is said, with what to do by hand."
     from refseg_nb.data.fetch import fetch
 
-    report = fetch(name, _root(root, name), images=images, dry_run=dry_run, progress=sys.stderr.isatty())
+    report = fetch(
+        name, _root(root, name), images, manifest=manifest, dry_run=dry_run, progress=sys.stderr.isatty()
+    )
     print(report)
     if not report.ok:
         raise typer.Exit(1)

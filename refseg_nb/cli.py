@@ -242,7 +242,7 @@ SplitBy = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 Size = Annotated[str, typer.Option(help="RefShapes size, where --root is not given.")]
-Workers = Annotated[int | None, typer.Option(help="Processes; default: one a core.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
 DATA_SETS = (
     "refshapes (or refshapes+, -g, -stuff), refcoco, refcoco+, refcocog, refclef, referit, or a set of your"
     " own."
@@ -669,7 +669,7 @@ def evaluate(
         typer.Option(help="Give the model other words: shuffled, none, or other (another object's)."),
     ] = None,
     image_control: Annotated[str | None, typer.Option(help="none: give the model a grey image.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the record. Default: the model's folder.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The record to write. Default: runs/records/….json.")

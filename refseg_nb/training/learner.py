@@ -51,6 +51,8 @@ from ..files import atomic_folder, clean_up, write_file, write_json
 from ..models.base import ModelConfig, RISModel
 from refseg_nb.models.hub import (
     CheckpointError,
+    build_blank,
+    check_run,
     find_model,
     fingerprint,
     load_model,
@@ -527,6 +529,8 @@ class Learner:
         made = model_config(c.model, c.preset, **c.overrides) if model is None else model.config
         with self.accelerator.main_process_first():
             self.vocabulary = self.data.read_vocabulary(made)
+        if model is None:  # too large, or one that cannot run: said before memory is taken
+            check_run(build_blank(c.model, made, len(self.vocabulary), "--set"), "--set")
         torch.manual_seed(c.seed)
         self.model = self.create_model() if model is None else model
         if c.start:

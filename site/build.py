@@ -34,6 +34,7 @@ PARTS = {
     20: "Reproduction",
     21: "Scaling",
     22: "Command line",
+    23: "Photographs",
     90: "Behind the course",
 }  # a part begins with the chapter of this number
 LIBRARY = "Library"  # the part of the notebooks in nbs/library

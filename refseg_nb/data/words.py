@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchtext.data import get_tokenizer
 from torchtext.vocab import GloVe, Vectors, Vocab
 
+from .packaged import PACKAGED, copy_packaged_vectors, packaged_path
 from .refer import Refer
 from ..errors import InputError
 from ..files import write_file
@@ -286,13 +287,16 @@ def _open_vectors(path: Path, member: str) -> Iterator:
 
 
 def filter_vectors(
-    # word vectors in GloVe's text format, a word and D numbers a line: .txt, or .zip that holds it
+    # word vectors in GloVe's text format, a word and D numbers a line: .txt, or .zip that holds it; or an
+    # array that a package carries: .npy
     path: str | Path,
     wanted: set[str],  # the words to keep
     out: str | Path,  # where the kept lines go
     member: str | None = None,  # which text file of a zip; by default the one of the same name
 ) -> int:  # how many were kept
     "Copy the lines of the wanted words, in one pass that holds one line at a time in memory."
+    if Path(path).suffix == ".npy":
+        return copy_packaged_vectors(Path(path), wanted, out)
     keys, kept = {word.encode("utf-8", "surrogatepass") for word in wanted}, 0
     with _open_vectors(Path(path), member or f"{Path(path).stem}.txt") as lines, open(out, "wb") as file:
         for line in lines:
@@ -331,13 +335,17 @@ def _locate(name: str, cache: Path) -> Path:
     for path in (cache / f"{name}.txt", cache / f"{name}.zip", archive):
         if path.is_file():
             return path
+    packaged = packaged_path(name) if name in PACKAGED else None
+    if packaged:
+        return packaged
     cache.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(archive), progress=True)
     except (OSError, RuntimeError, urllib.error.URLError) as error:
+        package = " (pip install 'refseg_nb[photos]' brings these vectors, too)" * (name in PACKAGED)
         raise VectorsError(
             f"{name} could not be downloaded ({error}). Fetch {url} by other means and put it, zipped or not,"
-            f" into {cache}"
+            f" into {cache}{package}"
         ) from error
     return archive
 
@@ -412,6 +420,7 @@ def load_vectors(
     return vectors, coverage
 
 # %% ../../nbs/18_lavt.ipynb #007
+from .packaged import PACKAGED, require_packaged
 from ..errors import InputError, NotFoundError, require
 
 # %% ../../nbs/18_lavt.ipynb #008
@@ -461,7 +470,9 @@ class WordPieces:
         name: str = "bert-base-uncased",  # as transformers knows it
         protocol: str = "refseg",
     ) -> "WordPieces":
-        "The vocabulary of a published BERT; needs a connection once."
+        "The vocabulary of a published BERT: needs a connection once, unless a package carries it."
+        if name in PACKAGED:
+            return cls.from_file(require_packaged(name) / "vocab.txt", protocol)
         require("transformers", "BERT's WordPieces")
         from transformers import AutoTokenizer
 

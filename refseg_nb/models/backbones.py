@@ -8,6 +8,7 @@ __all__ = ['VOC_CHECKPOINT', 'SHIPPED_BACKBONES', 'BACKBONES', 'Backbone', 'ResN
 
 # %% ../../nbs/05_pictures.ipynb #002
 import warnings
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -245,7 +246,7 @@ SHIPPED_BACKBONES = {
     "refshapes": "refshapes-backbone.safetensors",
     "refshapes-classifier": "refshapes-classifier.safetensors",
 }
-BACKBONES = (*SHIPPED_BACKBONES, "resnet101", "deeplabv3plus-resnet101")
+BACKBONES = (*SHIPPED_BACKBONES, "resnet101", "deeplabv3plus-resnet101", "efficientnet-lite0")
 
 
 def _hub(file: str) -> Path:
@@ -285,6 +286,9 @@ def create_backbone(
     if name not in BACKBONES:
         raise InputError(f"no backbone called {name!r}; there are {', '.join(BACKBONES)}")
     random = weights is not None and str(weights) == "none"
+    if name == "efficientnet-lite0":  # a module of its own, since only photographs need it
+        made = import_module("refseg_nb.models.efficientnet").efficientnet_backbone(weights)
+        return made.freeze(frozen)
     if name in SHIPPED_BACKBONES:
         net = RefShapesBackbone()
         if not random:

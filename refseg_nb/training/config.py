@@ -6,6 +6,7 @@
 __all__ = ['TrainConfig']
 
 # %% ../../nbs/library/train_config.ipynb #002
+import math
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
@@ -166,6 +167,16 @@ class TrainConfig:
         "decay_steps",
     )
 
+    LIMITS: ClassVar[tuple[tuple[str, float, float], ...]] = (  # least and largest value
+        ("num_workers", 0, 256),
+        ("threads", 1, 1024),
+        ("mask_size", 1, 4096),
+        ("warmup", 0, 10**9),
+        ("weight_decay", 0, 100),
+        ("power", 0, 100),
+        ("dice_weight", 0, 10**6),
+    )
+
     def __post_init__(self) -> None:
         self.root, self.out = str(data_root() if self.root is None else self.root), str(self.out)
         self.cache_folder, self.pieces = (p and str(p) for p in (self.cache_folder, self.pieces))
@@ -173,7 +184,9 @@ class TrainConfig:
             self.val_split, self.score_every, self.patience, self.keep = None, None, 0, "last"
         self._fill_from_recipe()
         if self.class_weights is not None:
-            if len(self.class_weights) != 2 or min(self.class_weights) <= 0:
+            if len(self.class_weights) != 2 or not all(
+                0 < weight < math.inf for weight in self.class_weights
+            ):
                 raise InputError(
                     "class_weights must be two positive numbers, of background and referent, got"
                     f" {self.class_weights}"
@@ -181,6 +194,7 @@ class TrainConfig:
             self.class_weights = tuple(map(float, self.class_weights))
         self._check_choices()
         self._check_counts()
+        self._check_limits()
         self._check_rates()
         self._check_together()
 
@@ -234,8 +248,17 @@ class TrainConfig:
             why = " (one expression alone cannot be normalised)" if least > 1 else ""
             raise InputError(f"batch_size must be at least {least}{why}, got {self.batch_size}")
 
+    def _check_limits(self) -> None:
+        "What would take the machine down, or the run to nowhere, before it could say why."
+        for name, least, most in self.LIMITS:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise InputError(f"{name} must be between {least:g} and {most:g}, got {value}")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise InputError(f"clip must be positive, got {self.clip}")
+
     def _check_rates(self) -> None:
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise InputError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.end_lr <= self.lr:
             raise InputError(f"end_lr must be between 0 and lr = {self.lr}, got {self.end_lr}")

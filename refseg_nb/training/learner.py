@@ -13,6 +13,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -50,6 +51,8 @@ from ..files import atomic_folder, clean_up, write_file, write_json
 from ..models.base import ModelConfig, RISModel
 from refseg_nb.models.hub import (
     CheckpointError,
+    build_blank,
+    check_run,
     find_model,
     fingerprint,
     load_model,
@@ -60,6 +63,7 @@ from ..models.losses import aligned, dice_loss, mean_weight, training_target, we
 from ..models.registry import create_model, model_config
 from ..system import available_memory, git_commit, peak_memory, versions
 from refseg_nb.training.checkpoint import (
+    last_checkpoint,
     load_checkpoint,
     load_optimizer,
     load_rng,
@@ -525,6 +529,8 @@ class Learner:
         made = model_config(c.model, c.preset, **c.overrides) if model is None else model.config
         with self.accelerator.main_process_first():
             self.vocabulary = self.data.read_vocabulary(made)
+        if model is None:  # too large, or one that cannot run: said before memory is taken
+            check_run(build_blank(c.model, made, len(self.vocabulary), "--set"), "--set")
         torch.manual_seed(c.seed)
         self.model = self.create_model() if model is None else model
         if c.start:
@@ -934,6 +940,8 @@ class Run:
             raise CheckpointError(
                 f"{self.out.name} has no checkpoint to go on from: begin with resume='auto'"
             )
+        for reason in found["passed_over"] if found and main else ():
+            print(f"refseg: warning: {reason}; going on from step {found['state']['step']}", file=sys.stderr)
         if main:
             write_json(self.out / "config.json", asdict(self.config))
             for name in ("history.jsonl", "losses.jsonl", "scores.jsonl"):
@@ -1012,7 +1020,10 @@ class Run:
         "A line for the loss of a step; a loss that is not finite ends the run."
         learner = self.learner
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at step {learner.step}: lower lr, or set clip")
+            raise DivergedError(
+                f"the loss is {loss} at step {learner.step}: lower lr, or set clip;"
+                f" {last_checkpoint(self.out / 'checkpoint')}"
+            )
         log.write(json.dumps({"step": learner.step, "loss": round(loss, 5)}) + "\n")
         self.epoch_loss = [self.epoch_loss[0] + loss, self.epoch_loss[1] + 1]
         if self.config.tracker:

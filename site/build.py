@@ -261,7 +261,7 @@ def prepare(
         for part, names in parts.items()
     ]
     home = (
-        readme_from(nbs / "index.ipynb")
+        re.sub(r"\[([^\]]+)\]\((results/[^)]+\.md)\)", r"\1 (`\2`)", readme_from(nbs / "index.ipynb"))
         .replace("](nbs/", "](")
         .replace("](data_setup/README.md)", "](real_data.md)")
     )
@@ -271,7 +271,9 @@ def prepare(
         encoding="utf-8",
     )
     for name in set(
-        re.findall(r"\]\((?:\.\./)?((?:results/|LICENSE)[^){]*)\)", home + "".join(texts.values()))
+        re.findall(
+            r"\]\((?:\.\./)?((?:results/|LICENSE|CITATION.cff)[^){]*)\)", home + "".join(texts.values())
+        )
     ):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_CAPTION', 'FAMILY_NOTE', 'VERDICT_NOTE', 'PAGE', 'RECORDED', 'JUMPED', 'summaries', 'report_text', 'html_page',
            'curves_of', 'report', 'draw_pictures', 'recorded_seeds', 'recorded_verdict', 'results_csv', 'reproduce',
-           'readme_results', 'figure_overview']
+           'results_page', 'readme_results', 'figure_overview']
 
 # %% ../../nbs/20d_reproduction.ipynb #003
 import base64
@@ -510,10 +510,10 @@ def _shipped_table(folder: Path) -> list[str]:
     return [*out, "", "The last columns are the overall IoU of each kind of expression."]
 
 
-def readme_results(
+def results_page(
     results: Path,  # the repository's results/ folder
 ) -> str:  # markdown
-    "The results of the README, from the records alone."
+    "All results at a glance, from the records alone: `results/overview.md`."
     out = [
         (
             "**The shipped SHNet** (`shnet-refshapes`) on RefShapes, 95 % intervals from a bootstrap over"
@@ -532,8 +532,7 @@ def readme_results(
         verdict_table(recorded_verdict(results)),
         (
             "**All tables** of the paper beside ours, the differences between paper and released code, cheaper models"
-            " and the training aids: in `results/reproduction/report.md` and [chapter"
-            " 20d](nbs/20d_reproduction.ipynb)."
+            " and the training aids: in [the report](reproduction/report.md)."
         ),
         "",
         f"**The family.** {FAMILY_NOTE} Scores are overall IoU with 95 % intervals.",
@@ -541,6 +540,52 @@ def readme_results(
         family_table(load_runs(results / RECORDED["plain"])),
     ]
     return "\n".join(out).rstrip() + "\n"
+
+
+def readme_results(
+    results: Path,  # the repository's results/ folder
+) -> str:  # markdown
+    "The results of the README, from the records alone: one table, and what it says in a few sentences."
+    from refseg_nb.evaluation.evaluator import load_record
+
+    said = lambda m: f"{m['value']:.1f} [{m['low']:.1f}, {m['high']:.1f}]"
+    table = tables()["table2"]
+    core = summarise(
+        load_runs(results / RECORDED["quick"]),
+        replace(table, rows={row: table.rows[row] for row in ROWS}, pairs=()),
+    )
+    out = [
+        "| | the paper, RefCOCO val | here, RefShapes val | on relations | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        found = core["rows"][row]
+        cell = found["cells"][core["key"]]
+        out.append(
+            f"| {row} | {cell['paper']:.1f} | {said(cell)} | {said(found['by kind']['relation'])} | {len(cell['seeds'])} |"
+        )
+    lines = recorded_verdict(results)
+    count = {v: sum(line["said"] == v for line in lines) for v in ("holds", "does not hold", "undecided")}
+    by_claim = {line["claim"]: line for line in lines}
+    step = lambda claim: f"{by_claim[claim]['ours']['value']:+.1f} (paper {by_claim[claim]['paper']:+.1f})"
+    val, shuffled = (
+        load_record(results / "shnet-refshapes" / f"{name}.json") for name in ("val", "val-shuffled")
+    )
+    return "\n".join(
+        [
+            *out,
+            "",
+            "Overall IoU with 95 % intervals over images; the data differ, so compare the steps. SFM brings"
+            f" {step('SFM helps')}, HCAM {step('HCAM helps')} alone and {step('HCAM helps beside SFM')} beside SFM."
+            f" Verdicts on {len(lines)} claims of the papers: {count['holds']} hold, {count['does not hold']} not,"
+            f" {count['undecided']} undecided. [All results](results/overview.md) · [the"
+            " report](results/reproduction/report.md) · [the chapter](nbs/20d_reproduction.ipynb)",
+            "",
+            f"The SHNet in the package, trained longer, has {said(val.metrics['overall_iou'])}, on relations"
+            f" {val.groups['kind']['relation']['overall_iou']['value']:.1f}; with the phrases shuffled between samples"
+            f" {said(shuffled.metrics['overall_iou'])}.",
+        ]
+    )
 
 # %% ../../nbs/20d_reproduction.ipynb #068
 def figure_overview(

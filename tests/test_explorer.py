@@ -11,6 +11,7 @@ import pytest
 import test_browser
 import torch
 import traitlets
+from scipy.ndimage import binary_erosion
 
 import refseg_nb
 from refseg_nb.attention.explorer import (
@@ -277,7 +278,7 @@ def test_the_page_computes_what_python_computes(explorer, page_of):
     page = page_of(explorer)
     for i, what in enumerate(LOCKS):
         for kind in ("raw", "rollout", "relevance"):
-            for direction in ("looks", "is looked at"):
+            for direction in ("looks", "is looked at", "reads"):
                 level, layer, head = (
                     (2, 3, 4)[i % 3],
                     i % 2,
@@ -302,7 +303,7 @@ def test_the_page_computes_what_python_computes(explorer, page_of):
                     np.concatenate([got["words"], got["pixels"]]),
                 )
                 # the bytes of a column are steps of other rows' largest weights
-                step = 0.01 if direction == "looks" else 0.03
+                step = 0.01 if direction == "looks" or (direction == "reads" and "word" not in what) else 0.03
                 assert np.abs(np.sqrt(theirs) - np.sqrt(mine)).max() < step * np.sqrt(mine.max()), where
 
 
@@ -389,7 +390,7 @@ def test_the_keyboard_alone(explorer, page_of):
     page.keyboard.press("ArrowDown")
     assert shown(page)["from"] == "pixel row 7, column 7"
     page.wait_for_function(
-        "() => document.querySelector('[aria-live]').textContent.startsWith('pixel row 7, column 7:')"
+        "() => document.querySelector('.hidden[aria-live]').textContent.startsWith('pixel row 7, column 7:')"
     )
     page.keyboard.press("Enter")
     assert locked(page) == {"panel": 0, "pixel": [7, 7], "grid": [12, 12]}
@@ -428,6 +429,7 @@ def test_side_by_side_with_other_grids_and_one_way_attention(page_of):
     left.panels = [left.panels[0], right.panels[0]]
     left.data = left._pack(10**7)
     page = page_of(left)
+    put(page, layer=1)
     assert (
         page.locator(".panel").count() == 2
         and page.locator(".word .text >> nth=1").inner_text() == "</script>"
@@ -440,6 +442,7 @@ def test_side_by_side_with_other_grids_and_one_way_attention(page_of):
     assert shown(page, 1)["pixels"] is None and np.allclose(
         shown(page, 1)["words"], right.panels[0].maps["raw"].levels[1].weights[1, 0, 23], atol=5e-3
     )
+    put(page, direction="looks")
     page.locator(".panel").nth(1).locator(".word").nth(2).click()
     settle(page)
     assert "no attention in the chosen direction" in page.locator(".says").nth(1).inner_text()
@@ -456,7 +459,10 @@ def seen(page, points, panel=0):
     settle(page)
     return np.array(
         page.evaluate(
-            """([points, k]) => { const c = document.querySelectorAll('.stage canvas')[k], g = c.getContext('2d');
+            """([points, k]) => { const c = document.querySelectorAll('.stage canvas')[k], copy = document.createElement('canvas');
+            copy.width = c.width; copy.height = c.height;
+            const g = copy.getContext('2d', {willReadFrequently: true});
+            g.drawImage(c, 0, 0);
             return points.map(([x, y]) => [...g.getImageData(Math.floor(x * c.width), Math.floor(y * c.height), 1, 1).data].slice(0, 3)); }""",
             [points, panel],
         )
@@ -488,7 +494,8 @@ def boat():
 @drives
 def test_a_green_boat_is_green(boat, page_of):
     page, picture = page_of(boat), boat._picture
-    yy, xx = np.nonzero(boat.panels[0].predicted & boat._truth)
+    masks = (boat.panels[0].predicted, boat._truth)  # away from their outlines, which are white and orange
+    yy, xx = np.nonzero(np.logical_and(*(binary_erosion(mask, iterations=10) for mask in masks)))
     lead, strength = hues(picture[yy, xx])
     sure = np.flatnonzero((lead == 1) & (strength > 0.35))[::40]
     assert len(sure) > 20  # the boat's own green
@@ -509,14 +516,14 @@ def test_opacity_carries_the_weight_and_no_colour_is_added(page_of):
     a[0, 0, 65, [9, 14]] = 0.4, 0.2  # the second word looks at row 1, columns 1 and 6
     a[0, 0, 65] /= a[0, 0, 65].sum()
     page = page_of(Explorer.from_arrays(picture, ["a", "b"], a, (8, 8)))
-    put(page, locked={"panel": 0, "word": 1}, scale="linear")
+    put(page, locked={"panel": 0, "word": 1}, scale="linear", direction="looks")
     centre = lambda row, column: [(column + 0.5) / 8, (row + 0.5) / 8]
     bright, left, half, right = seen(page, [centre(1, 1), centre(6, 1), centre(1, 6), centre(6, 6)])
     assert np.abs(bright - picture[0, 0]).max() <= 3  # full weight: the picture as it is
-    # no weight: the same colour, a quarter as bright; half the weight: between the two
-    assert np.abs(left - 0.25 * picture[0, 0].astype(float)).max() <= 3
-    assert np.abs(right - 0.25 * picture[0, 40].astype(float)).max() <= 3
-    assert np.abs(half - 0.625 * picture[0, 40].astype(float)).max() <= 4
+    # no weight: the same colour, three tenths as bright; half the weight: between the two
+    assert np.abs(left - 0.3 * picture[0, 0].astype(float)).max() <= 3
+    assert np.abs(right - 0.3 * picture[0, 40].astype(float)).max() <= 3
+    assert np.abs(half - 0.65 * picture[0, 40].astype(float)).max() <= 4
 
 
 @drives
@@ -568,7 +575,7 @@ def test_one_bright_cell_does_not_blank_the_map(page_of):
     a /= a.sum(-1, keepdims=True)
     explorer = Explorer.from_arrays(np.full((96, 96, 3), 230, np.uint8), ["the", "red", "ball"], a, (12, 12))
     page = page_of(explorer)
-    put(page, locked={"panel": 0, "word": 1})
+    put(page, locked={"panel": 0, "word": 1}, direction="looks")
     dim, bright = seen(page, [[0.5 / 12, 0.5 / 12], [11.5 / 12, 11.5 / 12]]).max(-1)
     assert bright - dim > 60 and bright > 200  # 0.2 % and 0.6 % differ, although one cell has 38 %
     assert "98th percentile" in page.locator(".scale .unit").inner_text()
@@ -602,6 +609,12 @@ def test_the_word_matrix_is_that_of_figure_7_and_can_be_clicked(explorer, page_o
         assert np.abs(texts - 100 * want / want.sum(-1, keepdims=True)).max() < 2
     page.locator(".matrix tbody td").nth(2 * T + 3).click()
     settle(page)
+    # a word is shown by who reads it: the word of the column
+    assert locked(page) == {"panel": 0, "word": 3} and page.locator(".matrix td.here").count() == T
+    page.keyboard.press("Escape")
+    put(page, direction="looks")
+    page.locator(".matrix tbody td").nth(2 * T + 3).click()
+    settle(page)
     assert locked(page) == {"panel": 0, "word": 2}
     says = page.locator(".matrix .unit").inner_text()
     assert f"“{maps.words[2]}” looks at “{maps.words[3]}”" in says and "of what it gives to words" in says
@@ -631,7 +644,8 @@ def test_a_model_whose_words_do_not_look_has_no_matrix(page_of):
 
 
 # A page's own model: what it would answer is handed over as plain arrays, in JSON
-HOOK = """answers => {
+HOOK = """text => {
+    const answers = JSON.parse(text);
     window.asked = [];
     document.querySelector('[data-state]').explorer.set('segment', async phrase => {
         window.asked.push(phrase);
@@ -675,9 +689,8 @@ def test_the_phrase_can_be_changed_where_the_page_has_a_model(explorer, page_of)
     page = page_of(explorer)
     assert page.get_by_role("button", name="Segment").is_hidden()  # no dead button
     assert phrase in page.locator(".fixed").inner_text() and page.locator("input[type=text]").is_hidden()
-    page.evaluate(
-        HOOK, {"the ball": plain(other, "found"), "slow": plain(other), phrase: plain(explorer.panels[0])}
-    )
+    answers = {"the ball": plain(other, "found"), "slow": plain(other), phrase: plain(explorer.panels[0])}
+    page.evaluate(HOOK, json.dumps(answers))
     settle(page)
     box = page.get_by_label("Phrase", exact=True)
     box.fill("the ball")
@@ -689,7 +702,15 @@ def test_the_phrase_can_be_changed_where_the_page_has_a_model(explorer, page_of)
     # the panel that the page made is the one that Python makes, in every kind that needs no gradient
     for kind, level, layer, head in (("raw", 2, 0, 1), ("raw", 3, 1, "mean"), ("rollout", 4, 1, "mean")):
         for what in ({"pixel": [3, 4], "grid": [12, 12]}, {"word": 1}, {"mask": "predicted"}):
-            put(page, locked={"panel": 1} | what, kind=kind, level=str(level), layer=layer, head=str(head))
+            put(
+                page,
+                locked={"panel": 1} | what,
+                kind=kind,
+                level=str(level),
+                layer=layer,
+                head=str(head),
+                direction="looks",
+            )
             pixels, words = view(other, what, level, layer, head, kind)
             got = shown(page, 1)
             mine, theirs = np.r_[words, pixels.ravel()], np.r_[got["words"], got["pixels"]]
@@ -758,23 +779,23 @@ def test_plain_arrays_need_no_python(browser, tmp_path, explorer):
     page.goto((tmp_path / "page.html").as_uri())
     page.wait_for_function("() => window.explore")
     page.evaluate(
-        "([image, answer]) => { window.mine = explore(document.getElementById('here'), {image, answer, level: '3'}); }",
-        [image, plain(panel)],
+        """text => { const given = JSON.parse(text);
+        window.mine = explore(document.getElementById('here'), {...given, level: '3'}); }""",
+        json.dumps({"image": image, "answer": plain(panel)}),
     )
     put_ = "traits => { for (const [k, v] of Object.entries(traits)) mine.model.set(k, v); }"
-    page.evaluate(put_, {"locked": {"panel": 0, "word": 1}, "layer": 0, "head": "1"})
+    page.evaluate(put_, {"locked": {"panel": 0, "word": 1}, "layer": 0, "head": "1", "direction": "looks"})
     pixels, words = view(panel, {"word": 1}, 3, 0, 1)
     got = shown(page)
     assert np.allclose(np.sqrt(got["pixels"]), np.sqrt(pixels.ravel()), atol=0.01)
     assert page.get_by_role("button", name="Segment").is_hidden()
     answer = plain(Explorer("shnet-refshapes", explorer._picture, "the ball").panels[0])
-    page.evaluate("answer => mine.show({answer})", answer)  # a new answer in the same place
+    show = "text => mine.show({answer: JSON.parse(text)})"
+    page.evaluate(show, json.dumps(answer))  # a new answer in the same place
     assert page.locator(".panel").count() == 1 and shown(page)["from"] == "“ball”"
+    bad = answer | {"attention": [answer["attention"][0] | {"weights": [0] * 5}]}
     with pytest.raises(Exception, match="level 2: 5 weights, but 2 layers x 2 heads x"):
-        page.evaluate(
-            "answer => mine.show({answer})",
-            answer | {"attention": [answer["attention"][0] | {"weights": [0] * 5}]},
-        )
+        page.evaluate(show, json.dumps(bad))
     page.evaluate("() => mine.close()")
     assert page.trouble == []
     page.context.close()
@@ -837,7 +858,7 @@ def test_the_tour(boat, page_of, width):
     page.get_by_role("button", name="Next").click()
     assert "lock the word “green”" in says()
     page.locator(".word").nth(1).click()  # the reader does it, and the tour goes on
-    assert says().startswith("The picture is lit where “green” looks") and step() == "3 of 7"
+    assert says().startswith("The picture is lit where pixels read “green”") and step() == "3 of 7"
     assert locked(page) == {"panel": 0, "word": 1} and "of the light lies inside the answer" in says()
     page.get_by_role("button", name="Next").click()
     assert "In the row of “green”" in says()
@@ -857,19 +878,15 @@ def test_the_tour(boat, page_of, width):
     assert page.locator(".spot").count() == 0
 
 
-def test_it_opens_in_the_layer_whose_words_differ(explorer):
-    maps = explorer.panels[0].maps["raw"]
-    level = maps.levels[3]
-    alike = word_likeness(level)
-    for layer in range(2):
-        maps_of_words = level.block("words", "pixels")[layer].mean(0)
-        pairs = [
-            np.corrcoef(maps_of_words[i], maps_of_words[j])[0, 1]
-            for i in range(len(maps.words))
-            for j in range(i)
-        ]
-        assert np.isclose(alike[layer], np.mean(pairs), atol=1e-4)
-    assert explorer.level == "3" and explorer.layer == alike.argmin()
+def test_it_opens_where_words_differ_most(explorer):
+    maps, likeness = explorer.panels[0].maps["raw"], {}
+    for name, level in maps.levels.items():
+        for layer in range(2):
+            heat = level.block("words", "pixels")[layer].mean(0)
+            pairs = [np.corrcoef(heat[i], heat[j])[0, 1] for i in range(len(heat)) for j in range(i)]
+            likeness[str(name), layer] = np.mean(pairs)
+            assert np.isclose(word_likeness(level)[layer], likeness[str(name), layer], atol=1e-4)
+    assert (explorer.level, explorer.layer) == min(likeness, key=likeness.get)
     assert Explorer("shnet-refshapes", explorer._picture, "the ball", layer=1).layer == 1
     one_way = AttentionMaps.from_arrays(
         rows((2, 1, 6, 3)), ["a", "b", "c"], (2, 3), "pixels", "words"
@@ -904,7 +921,7 @@ def test_another_image_in_the_same_explorer(explorer, boat):
 
 def unfold(page, **traits):
     page.evaluate("() => document.querySelectorAll('details').forEach(d => { d.open = true; })")
-    put(page, **traits)
+    put(page, **{"direction": "looks"} | traits)
     return shown(page)["steps"]
 
 

@@ -247,7 +247,7 @@ class Panel:
         }
 
 # %% ../../nbs/15_explorer.ipynb #026
-DIRECTIONS = ("looks", "is looked at")
+DIRECTIONS = ("looks", "is looked at", "reads")  # "reads": what pixels look at, and who looks at a word
 KIND_NAMES = {"raw": "raw attention", "rollout": "attention rollout", "relevance": "gradient relevance"}
 
 
@@ -281,11 +281,11 @@ def view(
     layer: int,
     head: int | str = "mean",  # a number, "mean" or "max"
     kind: str = "raw",
-    direction: str = "looks",  # or "is looked at"
+    direction: str = "looks",  # one of `DIRECTIONS`
 ) -> tuple[np.ndarray | None, np.ndarray | None]:  # [H, W]; [T]
     "What a token has with each pixel and each word; None where the model has no such attention."
     a, token = panel.maps[kind].levels[level], "words" if "word" in what else "pixels"
-    looks = direction == "looks"
+    looks = direction == "looks" or (direction == "reads" and token == "pixels")
     found = []
     for other in ("pixels", "words"):
         b = a.block(token, other) if looks else a.block(other, token)
@@ -436,7 +436,7 @@ class _State(anywidget.AnyWidget):
     # see `view`; and "panel", which one was pointed at
     locked = t.Dict(default_value=None, allow_none=True).tag(sync=True)
     kind = t.Enum(tuple(KINDS), "raw").tag(sync=True)
-    direction = t.Enum(DIRECTIONS, "looks").tag(sync=True)
+    direction = t.Enum(DIRECTIONS, "reads").tag(sync=True)
     scale = t.Enum(tuple(SCALES), "percentile").tag(sync=True)  # of the light
     level = t.Unicode().tag(sync=True)
     layer = t.Int(-1).tag(sync=True)
@@ -749,7 +749,8 @@ def _draw_panel(state: "_State", k: int, above: "Axes", ax: "Axes") -> None:
                 linewidth=1.5,
             )
         )
-    ax.set_title(f"{_name(what, panel)} {state.direction}", fontsize=8)
+    way = {"reads": "is looked at" if "word" in what else "looks"}.get(state.direction, state.direction)
+    ax.set_title(f"{_name(what, panel)} {way}", fontsize=8)
 
 # %% ../../nbs/15_explorer.ipynb #033
 def _check_masks(panels: list[Panel]) -> None:
@@ -765,11 +766,15 @@ def _check_masks(panels: list[Panel]) -> None:
 
 
 def _first_view(maps: AttentionMaps, given: dict) -> dict:
-    "The level in the middle and the layer whose words differ most, where they are not given."
-    names = {str(name): name for name in maps.levels}
-    level = given.get("level", list(names)[len(names) // 2])
-    alike = word_likeness(maps.levels[names[level]]) if level in names else None
-    return {"level": level, "layer": -1 if alike is None else int(alike.argmin())} | given
+    "The level and the layer whose words differ most, as far as they are not given; without words, the last layer."
+    names = [str(name) for name in maps.levels]
+    wanted = [given["level"]] if given.get("level") in names else names
+    alike = {}
+    for name, held in zip(names, maps.levels.values()):
+        if name in wanted and (found := word_likeness(held)) is not None:
+            alike |= {(name, layer): v for layer, v in enumerate(found)}
+    level, layer = min(alike, key=alike.get) if alike else (wanted[len(wanted) // 2], -1)
+    return {"level": level, "layer": layer} | given
 
 
 class Explorer(_Pages):

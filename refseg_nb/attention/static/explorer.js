@@ -3,7 +3,7 @@
 
 const SQUARE = Float32Array.from({ length: 256 }, (_, i) => (i / 255) ** 2);
 const KINDS = { raw: "raw attention", rollout: "attention rollout", relevance: "gradient relevance" };
-const DIRECTIONS = { "looks": "what it looks at", "is looked at": "who looks at it" };
+const DIRECTIONS = { "reads": "pixels reading words", "looks": "what it looks at", "is looked at": "who looks at it" };
 const SCALES = { percentile: "98th percentile", log: "logarithm", linear: "linear" };
 const DECADES = 3;  // of the logarithmic scale
 const ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"];
@@ -264,7 +264,7 @@ function picker(label, options, value, onpick) {
 
 export function render({ model, el }) {
   const root = make("section", { class: "refseg-explorer", "aria-label": "Attention explorer", "data-lm-suppress-shortcuts": "true" });
-  const S = { hover: null, locked: null, cursor: null, anchor: null, pair: null, boxing: false, smooth: false, shared: false, alpha: .75, readout: "", busy: false, turn: 0, own: null, tour: null };
+  const S = { hover: null, locked: null, cursor: null, anchor: null, pair: null, boxing: false, smooth: false, shared: false, alpha: .7, readout: "", busy: false, turn: 0, own: null, tour: null };
   const inks = new Uint32Array(256), veils = new Uint32Array(256), images = new WeakMap();
   let panels = [], palette = null, colours = [], picture = null, dark = false, pending = 0, speakLater = 0;
 
@@ -296,7 +296,7 @@ export function render({ model, el }) {
     else answerHere(phrase);
   });
   const kind = picker("Show", KINDS, "raw", v => put("kind", v));
-  const direction = picker("Direction", DIRECTIONS, "looks", v => put("direction", v));
+  const direction = picker("Direction", DIRECTIONS, "reads", v => put("direction", v));
   const scale = picker("Scale of the light", SCALES, "percentile", v => put("scale", v));
   const toggle = (text, title, flip) => {
     const button = make("button", { type: "button", "aria-pressed": "false", title, onclick: () => { button.setAttribute("aria-pressed", String(flip())); schedule(); } }, text);
@@ -308,7 +308,7 @@ export function render({ model, el }) {
   const ofMask = make("button", { type: "button", title: "The mean over the pixels of the answer", onclick: () => lock({ panel: 0, mask: "predicted" }) }, "the answer");
   const ofTruth = make("button", { type: "button", title: "The mean over the pixels of the true mask", onclick: () => lock({ panel: panels.find(panel => panel.masks.truth)?.index ?? 0, mask: "truth" }) }, "the true mask");
   const unlock = make("button", { type: "button", title: "Unlock, and point again (Esc)", onclick: () => lock(null) }, "Unlock");
-  const alpha = make("input", { type: "range", min: "0", max: "95", value: "75", oninput: () => { S.alpha = alpha.value / 100; schedule(); } });
+  const alpha = make("input", { type: "range", min: "0", max: "95", value: "70", oninput: () => { S.alpha = alpha.value / 100; schedule(); } });
   const controls = make("div", { class: "controls" }, kind.field, direction.field, scale.field,
     make("label", { class: "field" }, make("span", {}, "Shade"), alpha),
     make("div", { class: "field", role: "group", "aria-label": "Look from" }, make("span", {}, "Look from"), make("div", { class: "buttons" }, ofMask, ofTruth, boxing)),
@@ -480,8 +480,8 @@ export function render({ model, el }) {
     const head = make("header", {}, make("p", { class: "title" }, packed.title || "Attention"), make("p", { class: "note" }, packed.note));
     if (panel.kinds.raw?.some(level => level.steps)) panel.made = makeSteps();
     panel.element = make("article", { class: "panel", "aria-label": packed.title || "Attention" }, head, make("div", { class: "words", role: "group", "aria-label": "Words of the phrase" }, ...panel.chips.map(c => c.chip)), panel.among,
-      make("div", { class: "left" }, panel.stage, panel.help, make("div", { class: "scale" }, panel.bar, panel.ticks, panel.unit), panel.legend),
-      make("div", { class: "right" }, panel.now, panel.says, panel.inside, panel.readout, panel.matrix.element, panel.atlas, table), ...(panel.made ? [panel.made.element] : []));
+      make("div", { class: "left" }, panel.stage, panel.help, panel.legend, make("div", { class: "scale" }, panel.bar, panel.ticks, panel.unit), panel.readout),
+      make("div", { class: "right" }, panel.now, panel.says, panel.inside, make("div", { class: "maps" }, panel.matrix.element, panel.atlas), table), ...(panel.made ? [panel.made.element] : []));
     listen(panel);
     panel.observer = new ResizeObserver(() => schedule());
     panel.observer.observe(panel.stage);
@@ -512,16 +512,16 @@ export function render({ model, el }) {
     words.forEach((word, i) => {
       const row = make("tr", {}, make("th", { scope: "row" }, word));
       words.forEach((_, j) => {
+        const mine = () => (pick("direction") === "looks" ? i : j);  // the word that looks, or the one that is looked at
         const cell = make("td", {
           tabindex: i + j ? "-1" : "0",
           onclick: () => {
-            const again = S.locked?.word === i && S.locked.panel === panel.index && !(S.pair?.[0] === i && S.pair[1] === j);
+            const word = mine(), again = S.locked?.word === word && S.locked.panel === panel.index && !(S.pair?.[0] === i && S.pair[1] === j);
             S.pair = [i, j];
-            if (pick("direction") !== "looks") put("direction", "looks");
-            if (again) schedule(true); else lock({ panel: panel.index, word: i });
+            if (again) schedule(true); else lock({ panel: panel.index, word });
           },
-          onpointerenter: event => { if (event.pointerType !== "touch" && !S.locked) { S.pair = [i, j]; point({ panel: panel.index, word: i }); } }, onpointerleave: () => { if (!S.locked) S.pair = null; leave(); },
-          onfocus: () => { if (cell.matches(":focus-visible") && !S.locked) { S.pair = [i, j]; point({ panel: panel.index, word: i }, true); } }, onblur: leave,
+          onpointerenter: event => { if (event.pointerType !== "touch" && !S.locked) { S.pair = [i, j]; point({ panel: panel.index, word: mine() }); } }, onpointerleave: () => { if (!S.locked) S.pair = null; leave(); },
+          onfocus: () => { if (cell.matches(":focus-visible") && !S.locked) { S.pair = [i, j]; point({ panel: panel.index, word: mine() }, true); } }, onblur: leave,
         });
         cells.push(cell);
         row.append(cell);
@@ -561,7 +561,7 @@ export function render({ model, el }) {
     const rows = matrixOf(panel), { matrix, words } = panel, T = words.length;
     matrix.element.hidden = !rows || T < 2;
     if (!rows || T < 2) { matrix.of = null; return; }
-    const word = panel.token?.word, down = pick("direction") !== "looks";
+    const word = panel.token?.word, down = !panel.looks;
     if (matrix.of !== rows) {
       const top = Math.max(...rows.flatMap(row => row.among)) || 1;
       matrix.of = rows;
@@ -569,16 +569,16 @@ export function render({ model, el }) {
         const cell = matrix.cells[i * T + j], c = Math.round(255 * v / top);
         cell.textContent = (100 * v).toFixed(0);
         cell.style.background = colours[c]; cell.style.color = luminance(c) > .18 ? "#000" : "#fff";
-        cell.setAttribute("aria-label", `“${words[i]}” looks at “${words[j]}”: ${percent(v)} among the words`);
+        cell.setAttribute("aria-label", `${cell.textContent} %: “${words[i]}” looks at “${words[j]}”`);
       }));
     }
-    const pair = S.pair && word === S.pair[0] ? S.pair : null;
+    const pair = S.pair && word === S.pair[down ? 1 : 0] ? S.pair : null;
     matrix.cells.forEach((cell, k) => {
       cell.classList.toggle("here", word !== undefined && (down ? k % T : Math.floor(k / T)) === word);
       cell.setAttribute("aria-selected", String(Boolean(pair && k === pair[0] * T + pair[1])));
     });
     matrix.text.textContent = pair ? `“${words[pair[0]]}” looks at “${words[pair[1]]}”: ${percent(rows[pair[0]].among[pair[1]])} of what it gives to words, ${percent(rows[pair[0]].all[pair[1]])} of all.`
-      : word !== undefined && !down ? `“${words[word]}” gives ${percent(total(rows[word].all))} of its weight to words.` : "Each row is a word that looks. Click a cell to lock its word.";
+      : word !== undefined && !down ? `“${words[word]}” gives ${percent(total(rows[word].all))} of its weight to words.` : "Each row is a word that looks, each column a word that is looked at. Click a cell to lock its word.";
   }
 
   // One small map for each level and layer (rows), and head (columns), and the mean and the largest over heads
@@ -714,7 +714,7 @@ export function render({ model, el }) {
     if (panel.atlasOf !== levels) buildAtlas(panel);
     panel.views = new Map(); panel.token = resolve(panel, what, now.level); panel.flipped = false;
     if (!panel.token) return;
-    let looks = pick("direction") === "looks";
+    let looks = pick("direction") === "reads" ? panel.token.word === undefined : pick("direction") === "looks";
     const has = (level, looks) => panel.token.word === undefined ? (looks ? level.pw || level.pp : level.wp || level.pp) : (looks ? level.wp || level.ww : level.pw || level.ww);
     if (!has(now.level, looks) && has(now.level, !looks)) { looks = !looks; panel.flipped = true; }
     panel.looks = looks;
@@ -739,7 +739,9 @@ export function render({ model, el }) {
     panel.steps = panel.made?.element.open ? follow(panel) : null;
     paintStage(panel, view, level, top);
     // the middle of the words' scale is the even share: a word that gets less than that is not bright
-    const among = shares(view.words), wordTop = Math.max(largest(among), 2 / panel.words.length), word = panel.token?.word, both = Boolean(view.words && view.pixels);
+    // (a column has no sum to be a share of: there each word's own weight stands alone)
+    const rows = panel.looks || kindOf(panel) === "relevance", among = rows ? shares(view.words) : view.words && Array.from(view.words);
+    const wordTop = Math.max(largest(among), rows ? 2 / panel.words.length : 1e-12), word = panel.token?.word, both = Boolean(rows && view.words && view.pixels);
     panel.chips.forEach(({ chip, value, all }, i) => {
       const v = among ? among[i] : null, c = v === null ? null : clamp(Math.round(255 * v / wordTop), 0, 255);
       chip.style.background = c === null ? "" : colours[c];
@@ -872,7 +874,8 @@ export function render({ model, el }) {
     const { token, looks } = panel, T = panel.words.length, n = level.of.length, name = kindOf(panel);
     const kinds = levelsOf(panel);
     panel.now.textContent = `Shown: ${KINDS[name]}, ${whereWords(level, layer, kinds)}${level.heads > 1 ? `, ${headWords(level, head)}` : ""} (${level.grid[0]} × ${level.grid[1]} pixels)`;
-    panel.among.textContent = !view.words ? "" : `Large: the share among the ${T} words${view.pixels ? "; small: the share of all tokens, pixels and words" : ""}.`;
+    panel.among.textContent = !view.words || !token ? "" : looks || name === "relevance" ? `Large: the share among the ${T} words${view.pixels ? "; small: the share of all tokens, pixels and words" : ""}.`
+      : `What each word itself gives to ${token.name}.`;
     if (!token) { panel.says.textContent = "This word is not in this phrase."; panel.inside.textContent = panel.readout.textContent = panel.unit.textContent = ""; panel.rows.replaceChildren(); return; }
     const toWords = total(view.words), toPixels = total(view.pixels), sum = toWords + toPixels;
     const over = level.keys === "both" ? `${n} pixels and ${T} words` : level.keys === "words" ? `${T} words` : `${n} pixels`;
@@ -919,24 +922,42 @@ export function render({ model, el }) {
     return lengths.indexOf(Math.max(...lengths));
   }
 
+  // Of all levels, layers, and both directions: where the light of a word lies most on the answer
+  function bestView(panel, word) {
+    let best = null;
+    for (const level of panel.kinds.raw) {
+      const cover = panel.masks.predicted?.cover[level.grid.join("x")];
+      if (!cover || !total(cover)) continue;
+      for (const direction of ["reads", "looks"]) for (let layer = 0; layer < level.layers; layer++) {
+        const views = Array.from({ length: level.heads }, (_, h) => oneHead(level, layer * level.heads + h, { word }, direction === "looks", panel.words.length));
+        const { pixels } = level.heads > 1 ? combine(views).mean : views[0];
+        const inside = pixels ? cover.reduce((sum, v, k) => sum + v * pixels[k], 0) / (total(pixels) || 1) : 0;
+        if (inside > (best?.inside ?? 0)) best = { inside, direction, level: String(level.name), layer, head: "mean" };
+      }
+    }
+    return best;
+  }
+
   function tourSteps() {
     const panel = () => panels[0], i = tellingWord(panel()), word = panel().words[i], viewed = () => { const { l, layer, head } = selected(panel()); return panel().views.get(`${l}/${layer}/${head}`); };
+    const best = bestView(panel(), i);
     const steps = [{ at: () => panel().stage, text: () => `This is what the model answers to “${panel().phrase}”: the white outline.${panel().masks.truth ? " The dashed one is the true mask." : ""}` }];
     steps.push({
       at: () => panel().chips[i].chip, text: () => `Your turn: lock the word “${word}” by clicking it.`, button: "Do it for me",
+      enter: () => { if (best) { put("direction", best.direction); put("kind", "raw"); select(best.level, best.layer, best.head); } },
       done: () => S.locked?.word === i && S.locked.panel === 0, act: () => lock({ panel: 0, word: i }),
     });
     steps.push({
       at: () => panel().stage, text: () => {
         const level = selected(panel()).level, mask = panel().masks.predicted, cover = mask?.cover[level.grid.join("x")], pixels = viewed()?.pixels;
         const inside = cover && pixels ? ` ${percent(cover.reduce((sum, v, k) => sum + v * pixels[k], 0) / (total(pixels) || 1))} of the light lies inside the answer, which covers ${percent(mask.area)} of the picture.` : "";
-        return pixels ? `The picture is lit where ${panel().looks ? `“${word}” looks` : `the pixels look at “${word}”`}, and keeps its colours.${inside}` : `Here “${word}” looks only at words: no light.`;
+        return pixels ? `The picture is lit ${panel().looks ? `where “${word}” looks` : `where pixels read “${word}”`}, and keeps its colours.${inside}` : `Here “${word}” looks only at words: no light.`;
       },
     });
     if (selected(panel()).level.ww && panel().words.length > 1) steps.push({
       at: () => panel().matrix.element, text: () => {
-        const row = matrixOf(panel())?.[i].among ?? [0], best = row.indexOf(Math.max(...row));
-        return `Words look at words, too. In the row of “${word}”, “${panel().words[best]}” gets most: ${percent(row[best])} of what it gives to words. Every cell can be clicked.`;
+        const row = matrixOf(panel())?.[i].among ?? [0], most = row.indexOf(Math.max(...row));
+        return `Words look at words, too. In the row of “${word}”, “${panel().words[most]}” gets most: ${percent(row[most])} of what it gives to words. Every cell can be clicked.`;
       },
     });
     steps.push({
@@ -949,7 +970,7 @@ export function render({ model, el }) {
     if (panel().cells.length > 1) {
       const now = () => { const { l, layer, head } = selected(panel()); return `${l}/${layer}/${head}`; }, before = { at: null };
       steps.push({
-        at: () => panel().atlas, enter: () => { before.at = now(); }, text: () => "Your turn: the small maps are the same view in every level, layer and head. Click another one.", button: "Do it for me",
+        at: () => panel().atlas, enter: () => { before.at = now(); }, text: () => `Your turn: the small maps are the same view in every level, layer and head.${best ? ` The tour began in the one whose light for “${word}” lies most on the answer; not all do.` : ""} Click another one.`, button: "Do it for me",
         done: () => before.at !== null && now() !== before.at, act: () => { const other = panel().cells.filter(c => `${c.l}/${c.layer}/${c.head}` !== before.at).pop(); other.cell.click(); },
       });
     }
@@ -1034,7 +1055,7 @@ export function localModel(state) {
 export function explore(el, { image, answer, segment = null, ...traits }) {
   const first = packAnswer(answer), levels = first.kinds.raw;
   const model = localModel({
-    live: false, can_keep: false, error: "", answered: 0, locked: null, kind: "raw", direction: "looks", scale: "percentile", level: levels[levels.length >> 1].name, layer: 0, head: "mean",
+    live: false, can_keep: false, error: "", answered: 0, locked: null, kind: "raw", direction: "reads", scale: "percentile", level: levels[levels.length >> 1].name, layer: 0, head: "mean",
     segment, ...traits, phrase: first.phrase, data: { image, panels: [first] },
   });
   const close = render({ model, el });

@@ -531,7 +531,7 @@ export function render({ model, el }) {
     const table = make("table", { role: "grid", "aria-label": "Word to word: each row is a word that looks, each column a word that is looked at" },
       make("thead", {}, make("tr", {}, make("td", {}, "looks at →"), ...words.map(word => make("th", { scope: "col" }, make("span", {}, word))))), body);
     body.addEventListener("keydown", event => {
-      const now = cells.indexOf(document.activeElement), step = { ArrowUp: -T, ArrowDown: T, ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      const now = cells.indexOf(event.target.closest("td")), step = { ArrowUp: -T, ArrowDown: T, ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (now < 0 || (step === undefined && event.key !== "Enter" && event.key !== " ")) return;
       event.preventDefault();
       if (step === undefined) cells[now].click();
@@ -664,7 +664,7 @@ export function render({ model, el }) {
       }
     });
     panel.atlas.addEventListener("keydown", event => {
-      const now = panel.cells.findIndex(c => c.cell === document.activeElement);
+      const now = panel.cells.findIndex(c => c.cell === event.target.closest("button"));
       const step = { ArrowUp: -panel.columns, ArrowDown: panel.columns, ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (step === undefined || now < 0) return;
       event.preventDefault();

@@ -638,9 +638,10 @@ class _Pages(_State):
 
         from refseg_nb.files import write_file
 
-        buffer = io.BytesIO()
+        # the first figure of a notebook turns its interactive mode on, which must not happen inside `rc_context`
+        buffer, figure = io.BytesIO(), self.figure()
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "refseg"}):
-            self.figure().savefig(buffer, **options)
+            figure.savefig(buffer, **options)
         if path is not None:
             write_file(Path(path), buffer.getvalue())
         return buffer.getvalue()

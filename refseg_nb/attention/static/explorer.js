@@ -587,7 +587,7 @@ export function render({ model, el }) {
     panel.atlasOf = levels; panel.cells = [];
     const heads = Math.max(...levels.map(level => level.heads));
     const columns = heads > 1 ? ["mean", "max", ...Array.from({ length: heads }, (_, i) => String(i))] : ["0"];
-    const short = c => (c === "mean" ? "mean" : c === "max" ? "strongest" : +c < 3 ? ["1st", "2nd", "3rd"][c] : `${+c + 1}th`);
+    const short = c => (c === "mean" ? "mean" : c === "max" ? "max" : +c < 3 ? ["1st", "2nd", "3rd"][c] : `${+c + 1}th`);
     panel.atlas.style.setProperty("--columns", columns.length);
     panel.atlas.replaceChildren(make("span", { class: "corner", "aria-hidden": "true" }, heads > 1 ? "heads:" : ""),
       ...columns.map(c => make("span", { class: "column", "aria-hidden": "true" }, heads > 1 ? short(c) : "")));

@@ -693,27 +693,30 @@ def _name(what: dict, panel: Panel) -> str:
     return f"pixel {what['pixel'][0]}, {what['pixel'][1]}" if "pixel" in what else "the box"
 
 
-def _draw_words(ax: "Axes", panel: Panel, words: np.ndarray | None, both: bool) -> None:
-    """The words in a row, each with its share among the words, and where the row has pixels too its share of all. The
-    middle of the colours is the even share."""
+def _draw_words(ax: "Axes", words: list[str], row: np.ndarray | None, shares: bool, all_too: bool) -> None:
+    """The words in a row, each with its weight; with `shares` with its share among the words, whose even share is the
+    middle of the colours, and with `all_too` the share of all tokens below it."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     ax.set_axis_off()
-    ax.set_xlim(0, len(panel.words))
+    ax.set_xlim(0, len(words))
     ax.set_ylim(0, 1)
-    among = None if words is None else words / (words.sum() or 1)
-    for i, word in enumerate(panel.words):
+    said = row / (row.sum() or 1) if shares and row is not None else row
+    for i, word in enumerate(words):
         colour, ink, text = "none", "k", word
-        if among is not None:
-            colour = colormaps["viridis"](float(among[i] / max(among.max(), 2 / len(words))))
+        if said is not None:
+            top = max(said.max(), 2 / len(words)) if shares else said.max() or 1
+            colour = colormaps["viridis"](float(said[i] / top))
             ink = "k" if (np.array(colour[:3]) ** 2.2) @ [0.2126, 0.7152, 0.0722] > 0.18 else "w"
-            text += f"\n{100 * among[i]:.{int(among[i] < 0.0995)}f} %"
-            text += f"\n({100 * words[i]:.2g} % of all)" if both else ""
+            text += f"\n{100 * said[i]:.{int(said[i] < 0.0995)}f} %"
+            text += f"\n({100 * row[i]:.1g} %)" if all_too else ""
         ax.add_patch(Rectangle((i + 0.03, 0.02), 0.94, 0.96, facecolor=colour))
-        ax.text(
-            i + 0.5, 0.5, text, ha="center", va="center", fontsize=min(7, 48 / len(panel.words)), color=ink
-        )
+        size = min(7, 48 / len(words))
+        ax.text(i + 0.5, 0.5, text, ha="center", va="center", fontsize=size, color=ink)
+    if row is not None:
+        note = "share among the words" + " (of all tokens)" * all_too if shares else "weight of each word"
+        ax.text(len(words) / 2, -0.06, note, ha="center", va="top", fontsize=6)
 
 
 def _draw_panel(state: "_State", k: int, above: "Axes", ax: "Axes") -> None:
@@ -722,7 +725,9 @@ def _draw_panel(state: "_State", k: int, above: "Axes", ax: "Axes") -> None:
 
     panel, (what, kind, level, layer, head) = state.panels[k], _shown(state, k)
     pixels, words = view(panel, what, level, layer, head=head, kind=kind, direction=state.direction)
-    _draw_words(above, panel, words, both=pixels is not None)
+    way = {"reads": "is looked at" if "word" in what else "looks"}.get(state.direction, state.direction)
+    shares = way == "looks" or kind == "relevance"
+    _draw_words(above, panel.words, words, shares, all_too=shares and pixels is not None)
     said = (panel.title, KIND_NAMES[kind], in_words(panel.maps[kind], level, layer, head))
     above.set_title(" · ".join(filter(None, said)), fontsize=8)
     h, w = state._picture.shape[:2]
@@ -750,7 +755,6 @@ def _draw_panel(state: "_State", k: int, above: "Axes", ax: "Axes") -> None:
                 linewidth=1.5,
             )
         )
-    way = {"reads": "is looked at" if "word" in what else "looks"}.get(state.direction, state.direction)
     ax.set_title(f"{_name(what, panel)} {way}", fontsize=8)
 
 # %% ../../nbs/15_explorer.ipynb #033

@@ -290,7 +290,7 @@ export function render({ model, el }) {
   form.addEventListener("submit", event => {
     event.preventDefault();
     const phrase = input.value.trim();
-    if (!editable() || (phrase === pick("phrase") && !pick("error"))) return;
+    if (!editable() || (phrase === pick("phrase") && (pick("live") || !pick("error")))) return;
     S.busy = true;
     if (pick("live")) put("phrase", phrase);
     else answerHere(phrase);
@@ -355,7 +355,7 @@ export function render({ model, el }) {
       const answers = [await pick("segment")(phrase)].flat();
       if (turn !== S.turn) return;  // a later phrase was asked for
       const fresh = answers.map(answer => withTruth(packAnswer({ phrase, ...answer }))), data = pick("data"), [old] = data.panels;
-      S.name ??= old.title;
+      S.name ??= old.title.replace(/: (before|after)$/, "");
       const beside = (panel, when) => ({ ...panel, title: [S.name, when].filter(Boolean).join(": ") });
       S.busy = false; S.pair = null;
       model.set("error", ""); model.set("locked", null); model.set("phrase", phrase); model.set("can_keep", fresh.length === 1);
@@ -436,7 +436,8 @@ export function render({ model, el }) {
       schedule();
     };
     image.src = data.image.url;
-    S.hover = S.cursor = S.anchor = null;
+    S.hover = S.cursor = S.anchor = S.pair = null;
+    if (S.tour?.steps && S.tour.at + 1 < S.tour.steps.length) { S.tour = null; tour.bar.hidden = true; spot(null); }  // it was about other words
     for (const panel of panels) panel.observer.disconnect();
     panels = data.panels.map((packed, index) => buildPanel(packed, index, data.image));
     holder.replaceChildren(...panels.map(panel => panel.element));
@@ -517,11 +518,11 @@ export function render({ model, el }) {
           tabindex: i + j ? "-1" : "0",
           onclick: () => {
             const word = mine(), again = S.locked?.word === word && S.locked.panel === panel.index && !(S.pair?.[0] === i && S.pair[1] === j);
-            S.pair = [i, j];
+            S.pair = [i, j, panel.index];
             if (again) schedule(true); else lock({ panel: panel.index, word });
           },
-          onpointerenter: event => { if (event.pointerType !== "touch" && !S.locked) { S.pair = [i, j]; point({ panel: panel.index, word: mine() }); } }, onpointerleave: () => { if (!S.locked) S.pair = null; leave(); },
-          onfocus: () => { if (cell.matches(":focus-visible") && !S.locked) { S.pair = [i, j]; point({ panel: panel.index, word: mine() }, true); } }, onblur: leave,
+          onpointerenter: event => { if (event.pointerType !== "touch" && !S.locked) { S.pair = [i, j, panel.index]; point({ panel: panel.index, word: mine() }); } }, onpointerleave: () => { if (!S.locked) S.pair = null; leave(); },
+          onfocus: () => { if (cell.matches(":focus-visible") && !S.locked) { S.pair = [i, j, panel.index]; point({ panel: panel.index, word: mine() }, true); } }, onblur: leave,
         });
         cells.push(cell);
         row.append(cell);
@@ -572,7 +573,7 @@ export function render({ model, el }) {
         cell.setAttribute("aria-label", `${cell.textContent} %: “${words[i]}” looks at “${words[j]}”`);
       }));
     }
-    const pair = S.pair && word === S.pair[down ? 1 : 0] ? S.pair : null;
+    const pair = S.pair?.[2] === panel.index && word === S.pair[down ? 1 : 0] ? S.pair : null;
     matrix.cells.forEach((cell, k) => {
       cell.classList.toggle("here", word !== undefined && (down ? k % T : Math.floor(k / T)) === word);
       cell.setAttribute("aria-selected", String(Boolean(pair && k === pair[0] * T + pair[1])));

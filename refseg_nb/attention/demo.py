@@ -82,7 +82,7 @@ Another scene: <code>refseg demo --seed {next}</code></p>
 <div class="answers">
 {answers}</div>
 <h2>Where does the model look?</h2>
-<p>Point at a word or at the image: what is bright attends to it.</p>
+<p>Press “One-minute tour”; or point at a word, or at the image. The image is lit where the weights are.</p>
 {fragment}</main>
 </html>
 """
@@ -124,7 +124,8 @@ def demo_page(
         )
         for e, answer in zip(demo.expressions, answers)
     )
-    explorer = Explorer(segmenter, demo.image, phrases[0])
+    truth = demo.masks[demo.expressions[0].referent]
+    explorer = Explorer(segmenter, demo.image, phrases[0], truth=truth, names=(model,))
     return _PAGE.format(
         policy=POLICY,
         model=html.escape(model),

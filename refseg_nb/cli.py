@@ -679,8 +679,8 @@ def evaluate(
         str | None,
         typer.Option(
             help=(
-                "Score as another program does, such as lavt (CrossVLT's too) or cmpc. Default: original"
-                " size."
+                "Score as another program does, such as lavt (CrossVLT's too), lavt-cat, lavt-avg or cmpc."
+                " Default: original size."
             )
         ),
     ] = None,
@@ -703,6 +703,7 @@ def evaluate(
     from refseg_nb.evaluation.evaluator import evaluate as run
     from refseg_nb.evaluation.evaluator import save_record
     from refseg_nb.evaluation.protocols import (
+        at_own_threshold,
         choose_threshold,
         evaluate_protocols,
         find_protocols,
@@ -768,6 +769,11 @@ def evaluate(
             crf=CrfConfig() if crf else None,
             **usual,
         )[rule.name]
+    own = None
+    if (text_control or image_control) and rule is None and not crf and "val" in refer.splits:
+        how = {"limit": limit, "seed": seed, "ignore": left_out, "progress": bar}
+        own = at_own_threshold(seg.model, data_of(split), data_of("val"), text_control, image_control, **how)
+        record.protocol["own_threshold"] = own
     if not first_process():
         return
     file = save_record(
@@ -776,6 +782,12 @@ def evaluate(
     if samples:
         write_samples(record, samples)
     print_record(record)
+    if own:
+        fixed = record.metrics["overall_iou"]["value"]
+        print(
+            f"overall IoU at the fixed threshold, {threshold:g}: {fixed:.1f}; at the control's own best,"
+            f" {own['threshold']:g} (chosen on {own['chosen_on']}): {own['overall_iou']:.1f}"
+        )
     print(f"record: {file}")
 
 

@@ -58,7 +58,7 @@ def read_published(
         raise InputError(f"{path}: holds a {type(found).__name__}, not a table of weights")
     return found
 
-# %% ../../nbs/library/published.ipynb #ha-published-11
+# %% ../../nbs/library/published.ipynb #ha-published-12
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "module")  # names under which weights are kept
 
 
@@ -78,7 +78,7 @@ def weights_in(
     others = content.keys() - {inner, "bert_model"} - weights.keys()
     return weights, left | {str(k): "of the training run, not of the model" for k in others}
 
-# %% ../../nbs/library/published.ipynb #ha-published-13
+# %% ../../nbs/library/published.ipynb #ha-published-14
 def clean_weights(
     weights: dict[str, Tensor],  # of `weights_in`
     what: str | Path,  # the file, for the error
@@ -96,7 +96,7 @@ def clean_weights(
             raise InputError(f"{what}: {name} has values that are not finite")
     return weights
 
-# %% ../../nbs/library/published.ipynb #ha-published-16
+# %% ../../nbs/library/published.ipynb #ha-published-18
 @dataclass
 class Account:
     "What became of every key of a published file."
@@ -120,7 +120,7 @@ class Account:
         counts = f"{len(self.used)} used, {len(self.ignored)} ignored, {len(self.missing)} missing"
         return "\n".join([*lines, f"{len(self.used) + len(self.ignored)} keys in the file: {counts}"])
 
-# %% ../../nbs/library/published.ipynb #ha-published-19
+# %% ../../nbs/library/published.ipynb #ha-published-22
 class Published(NamedTuple):
     "Weights under our names, and the account of where they come from."
 
@@ -132,7 +132,7 @@ def _shortened(message: str, longest: int = 400) -> str:
     "An error with a list of names, cut to one line that can be read."
     return message if len(message) <= longest else message[:longest].rsplit(", ", 1)[0] + ", …"
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-24
 def _by_name(module: Any, weights: dict[str, Tensor], config: ModelConfig, vocab_size: int) -> Published:
     "LAVT's or CrossVLT's weights, by the table of names of its module."
     try:
@@ -148,7 +148,7 @@ def _by_name(module: Any, weights: dict[str, Tensor], config: ModelConfig, vocab
     account.missing = {name: "1: it was never trained" for name in tensors if name not in ours}
     return Published(tensors, account)
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-26
 def _read_lavt(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int) -> Published:
     from refseg_nb.models import lavt
 
@@ -160,7 +160,7 @@ def _read_crossvlt(weights: dict[str, Tensor], config: ModelConfig, vocab_size: 
 
     return _by_name(crossvlt, weights, config, vocab_size)
 
-# %% ../../nbs/library/published.ipynb #ha-published-21
+# %% ../../nbs/library/published.ipynb #ha-published-28
 def tensorflow_scopes(
     rounds: int = 2,  # of the exchange
 ) -> dict[str, str]:  # scope under text_objseg/ -> our path
@@ -183,7 +183,7 @@ def tensorflow_scopes(
     cell = "rnn/conv_lstm_cell/LayerNorm"
     return scopes | {f"{cell}{f'_{n}' * (n > 0)}": f"exchange.fuse.norms.{n}" for n in range(5)}
 
-# %% ../../nbs/library/published.ipynb #ha-published-24
+# %% ../../nbs/library/published.ipynb #ha-published-32
 _KINDS = {"DW": "kernel", "biases": "bias", "gamma": "gamma", "beta": "beta"}
 _TRAINING = r".*/Adam(_1)?|(.*/)?beta[12]_power(_\d+)?|(text_objseg/)?Variable_\d+|global_step"
 
@@ -206,7 +206,7 @@ def layout_name(
         return f"levels.{int(level) - 3}.fusion.{which}.{_KINDS.get(kind, kind)}", int(number) - 1
     return (f"{scopes[path]}.{_KINDS.get(kind, kind)}", 0) if path in scopes else None
 
-# %% ../../nbs/library/published.ipynb #ha-published-27
+# %% ../../nbs/library/published.ipynb #ha-published-36
 _BATCH_NORM = {
     "gamma": "weight",
     "beta": "bias",
@@ -230,7 +230,7 @@ def caffe_name(
     part = f"downsample.{int(norm)}" if branch == "1" else f"{'bn' if norm else 'conv'}{number}"
     return f"layer{int(stage) - 1}.{block}.{part}.{_BATCH_NORM.get(leaf) if norm else 'weight'}"
 
-# %% ../../nbs/library/published.ipynb #ha-published-30
+# %% ../../nbs/library/published.ipynb #ha-published-40
 def _backbone_arrays(weights: dict[str, Tensor], config: ModelConfig, account: Account) -> dict[str, Tensor]:
     "DeepLab's ResNet under our names, taken out of CMPC's variables; empty if the file has none."
     found = {}
@@ -247,7 +247,7 @@ def _backbone_arrays(weights: dict[str, Tensor], config: ModelConfig, account: A
             account.used[name] = [f"backbone.body.{ours}"]
     return found
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-42
 def _head_arrays(weights: dict[str, Tensor], config: ModelConfig, account: Account) -> dict[str, Any]:
     "CMPC's head as `cmpc.published_layout` names it: name -> published name and array of each part."
     scopes, parts = tensorflow_scopes(config.rounds), {}
@@ -260,7 +260,7 @@ def _head_arrays(weights: dict[str, Tensor], config: ModelConfig, account: Accou
             parts.setdefault(found[0], {})[found[1]] = name, value
     return parts
 
-# %% ../../nbs/library/published.ipynb #ha-published-32
+# %% ../../nbs/library/published.ipynb #ha-published-44
 def _read_cmpc(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int) -> Published:
     "CMPC's variables under our names."
     from refseg_nb.models import cmpc
@@ -284,7 +284,7 @@ def _read_cmpc(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int)
             account.missing[key] = "the constant forget bias, which TensorFlow adds itself"
     return Published(tensors | backbone, account)
 
-# %% ../../nbs/library/published.ipynb #ha-published-34
+# %% ../../nbs/library/published.ipynb #ha-published-46
 class Unit(NamedTuple):
     "A module of a state dict: its name and the shapes of its leaves."
 
@@ -301,13 +301,13 @@ class Unit(NamedTuple):
         "Whether it is a BatchNorm."
         return "running_mean" in dict(self.shapes)
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-48
 def _path(key: str) -> tuple[str, str]:
     "The module and the leaf of a key."
     path, _, leaf = re.sub(r"\bin_proj_(weight|bias)$", r"in_proj.\1", key).rpartition(".")
     return path, leaf
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-50
 def units(
     state: dict[str, Tensor],  # in the order of the file
 ) -> list[Unit]:
@@ -322,7 +322,7 @@ def units(
     }
     return [Unit(path, tuple(sorted(leaves.items()))) for path, leaves in shapes.items()]
 
-# %% ../../nbs/library/published.ipynb #ha-published-36
+# %% ../../nbs/library/published.ipynb #ha-published-52
 Group = tuple[Unit, ...]  # a module, or a convolution and its BatchNorm
 
 
@@ -342,12 +342,12 @@ def with_norms(
             waiting = [g for g in waiting if g is not of]
     return [tuple(group) for group in groups]
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-54
 def _kind(group: Group) -> tuple:
     "What makes two modules the same kind: their shapes."
     return tuple(unit.shapes for unit in group)
 
-# %% ../../nbs/library/published.ipynb #ha-published-39
+# %% ../../nbs/library/published.ipynb #ha-published-58
 def head_parts(
     state: dict[str, Tensor],  # of our SHNet, without backbone and word vectors
 ) -> list[list[Group]]:
@@ -356,7 +356,7 @@ def head_parts(
     groups = with_norms(units(state))
     return [[g for g in groups if name(g) == part] for part in dict.fromkeys(map(name, groups))]
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-60
 def windows(
     groups: list[Group],  # of the file
     parts: list[list[Group]],  # of `head_parts`
@@ -372,7 +372,7 @@ def windows(
             for rest in windows(groups[len(part) :], parts[:k] + parts[k + 1 :]):
                 yield [(window, part), *rest]
 
-# %% ../../nbs/library/published.ipynb #ha-published-41
+# %% ../../nbs/library/published.ipynb #ha-published-62
 def _in_order(groups: list[Group]) -> list[Group]:
     "Modules of one kind: by the numbers in their names, if these differ in numbers alone."
     names = [group[0].name for group in groups]
@@ -380,7 +380,7 @@ def _in_order(groups: list[Group]) -> list[Group]:
         return groups
     return sorted(groups, key=lambda group: [int(n) for n in re.findall(r"\d+", group[0].name)])
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-64
 def _by_kind(theirs: list[Group], ours: list[Group]) -> list[tuple[Group, Group]]:
     "Pairs of modules of the same kind."
     pairs = []
@@ -389,7 +389,7 @@ def _by_kind(theirs: list[Group], ours: list[Group]) -> list[tuple[Group, Group]
         pairs += zip(_in_order(alike[0]), alike[1])
     return pairs
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-66
 def _by_layer(theirs: list[Group], ours: list[Group]) -> list[tuple[Group, Group]]:
     "The same for SFM: each layer with its layer."
     layer = lambda group, at: ([*re.findall(r"\d+", group[0].name), *[None] * 9])[at]
@@ -403,7 +403,7 @@ def _by_layer(theirs: list[Group], ours: list[Group]) -> list[tuple[Group, Group
             return [pair for a, b in zip(cut, own) for pair in _by_kind(a, b)]
     return _by_kind(theirs, ours)
 
-# %% ../../nbs/library/published.ipynb #ha-published-43
+# %% ../../nbs/library/published.ipynb #ha-published-68
 def _backbone_in(weights: dict[str, Tensor], body: dict[str, Tensor]) -> dict[str, str]:
     "Published names of a whole backbone -> ours; empty if it is not in the file."
     names = {k.removeprefix("body."): k for k in body}
@@ -416,7 +416,7 @@ def _backbone_in(weights: dict[str, Tensor], body: dict[str, Tensor]) -> dict[st
     whole = [keys for keys in found.values() if needed <= keys.keys()]
     return {key: f"backbone.{names[short]}" for short, key in whole[0].items()} if whole else {}
 
-# %% ../../nbs/library/published.ipynb #ha-published-45
+# %% ../../nbs/library/published.ipynb #ha-published-70
 def match_head(
     weights: dict[str, Tensor],  # of the file's head, in its order
     own: dict[str, Tensor],  # of our head, without backbone and word vectors
@@ -436,7 +436,7 @@ def match_head(
         )
     return {key: f"{readings[0][_path(key)[0]]}.{_path(key)[1]}" for key in weights}
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-72
 def _what_differs(groups: list[Group], parts: list[list[Group]]) -> str:
     "Which modules have no counterpart, in a few words."
     ours = [group for part in parts for group in part]
@@ -451,7 +451,7 @@ def _what_differs(groups: list[Group], parts: list[list[Group]]) -> str:
         f"{count}; not expected: {', '.join(extra) or 'none'}; not found: {', '.join(gone) or 'none'}"
     )
 
-# %% ../../nbs/library/published.ipynb #ha-published-47
+# %% ../../nbs/library/published.ipynb #ha-published-74
 def _read_shnet(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int) -> Published:
     "SHNet's weights by structure."
     with torch.device("meta"):
@@ -472,7 +472,7 @@ def _read_shnet(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int
     account.used = {key: [names[key]] for key in weights if key in names}
     return Published({names[key]: value for key, value in weights.items() if key in names}, account)
 
-# %% ../../nbs/library/published.ipynb #ha-published-51
+# %% ../../nbs/library/published.ipynb #ha-published-78
 def read_words(
     path: str | Path,  # a text file with a word a line, in the order of the published table
     letters_only: bool = False,  # how phrases are split, see `tokenize`
@@ -496,7 +496,7 @@ def read_words(
     line = {word: i for i, word in enumerate(lines)}
     return vocabulary, [line.get(word, -1) for word in vocabulary.itos]
 
-# %% ../../nbs/library/published.ipynb #ha-published-54
+# %% ../../nbs/library/published.ipynb #ha-published-82
 def _sort_words(
     weights: dict[str, Tensor], lines: list[int], words: int, dim: int, what: str
 ) -> dict[str, Tensor]:
@@ -513,7 +513,7 @@ def _sort_words(
             return weights | {key: rows}
     return weights
 
-# %% ../../nbs/library/published.ipynb #ha-published-56
+# %% ../../nbs/library/published.ipynb #ha-published-84
 PUBLISHED: dict[str, str] = {"shnet": "released", "lavt": "base", "crossvlt": "base", "cmpc": "published"}
 _READERS: dict[str, Callable[[dict[str, Tensor], ModelConfig, int], Published]] = {
     "shnet": _read_shnet,
@@ -522,7 +522,7 @@ _READERS: dict[str, Callable[[dict[str, Tensor], ModelConfig, int], Published]] 
     "cmpc": _read_cmpc,
 }
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-86
 def load_into(
     model: RISModel,  # with whatever weights the file lacks
     published: Published,
@@ -542,7 +542,7 @@ def load_into(
     rest = [name for name in lacking if not name.startswith("backbone.")]
     published.account.missing |= dict.fromkeys(rest, "the word vectors")
 
-# %% ../../nbs/library/published.ipynb #ha-published-58
+# %% ../../nbs/library/published.ipynb #ha-published-88
 def _words_for(
     config: ModelConfig, protocol: str, letters_only: bool, vocabulary: Any
 ) -> tuple[Vocabulary | WordPieces, list[int]]:
@@ -565,7 +565,7 @@ def _words_for(
         )
     return vocabulary, list(range(len(vocabulary)))
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-90
 def convert_published(
     file: str | Path,  # of weights
     name: str,  # of `PUBLISHED`
@@ -598,7 +598,7 @@ def convert_published(
     save_model(out, model.eval(), words, meta, overwrite=overwrite)
     return published.account
 
-# %% ../../nbs/library/published.ipynb #ha-published-60
+# %% ../../nbs/library/published.ipynb #ha-published-92
 def _built(
     name: str, config: ModelConfig, words: Vocabulary | WordPieces, vectors: Any, published: Published
 ) -> RISModel:

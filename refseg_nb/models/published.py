@@ -50,10 +50,12 @@ def read_published(
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = _read_checkpoint(path)
-    except (InputError, NotFoundError):
+    except NotFoundError:
         raise
-    except Exception as error:  # what safetensors says of a damaged file
-        raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch's word for a damaged file is a page, and advises to run what is in it
+        strange = re.search(r"GLOBAL ([\w.]+)", str(error.__cause__ or error))
+        why = f"it holds a {strange[1]}" if strange else "it is damaged, or no file of weights"
+        raise InputError(f"{path}: not a checkpoint that can be read safely: {why}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds a {type(found).__name__}, not a table of weights")
     return found
@@ -61,7 +63,7 @@ def read_published(
 # %% ../../nbs/library/published.ipynb #ha-published-12
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "module")  # names under which weights are kept
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-14
 def weights_in(
     content: dict[str, Any],  # of `read_published`
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # name -> weights; name of what is left out -> why
@@ -78,7 +80,7 @@ def weights_in(
     others = content.keys() - {inner, "bert_model"} - weights.keys()
     return weights, left | {str(k): "of the training run, not of the model" for k in others}
 
-# %% ../../nbs/library/published.ipynb #ha-published-14
+# %% ../../nbs/library/published.ipynb #ha-published-16
 def clean_weights(
     weights: dict[str, Tensor],  # of `weights_in`
     what: str | Path,  # the file, for the error
@@ -96,7 +98,7 @@ def clean_weights(
             raise InputError(f"{what}: {name} has values that are not finite")
     return weights
 
-# %% ../../nbs/library/published.ipynb #ha-published-18
+# %% ../../nbs/library/published.ipynb #ha-published-20
 @dataclass
 class Account:
     "What became of every key of a published file."
@@ -120,7 +122,7 @@ class Account:
         counts = f"{len(self.used)} used, {len(self.ignored)} ignored, {len(self.missing)} missing"
         return "\n".join([*lines, f"{len(self.used) + len(self.ignored)} keys in the file: {counts}"])
 
-# %% ../../nbs/library/published.ipynb #ha-published-22
+# %% ../../nbs/library/published.ipynb #ha-published-24
 class Published(NamedTuple):
     "Weights under our names, and the account of where they come from."
 
@@ -132,7 +134,7 @@ def _shortened(message: str, longest: int = 400) -> str:
     "An error with a list of names, cut to one line that can be read."
     return message if len(message) <= longest else message[:longest].rsplit(", ", 1)[0] + ", …"
 
-# %% ../../nbs/library/published.ipynb #ha-published-24
+# %% ../../nbs/library/published.ipynb #ha-published-26
 def _by_name(module: Any, weights: dict[str, Tensor], config: ModelConfig, vocab_size: int) -> Published:
     "LAVT's or CrossVLT's weights, by the table of names of its module."
     try:
@@ -148,7 +150,7 @@ def _by_name(module: Any, weights: dict[str, Tensor], config: ModelConfig, vocab
     account.missing = {name: "1: it was never trained" for name in tensors if name not in ours}
     return Published(tensors, account)
 
-# %% ../../nbs/library/published.ipynb #ha-published-26
+# %% ../../nbs/library/published.ipynb #ha-published-28
 def _read_lavt(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int) -> Published:
     from refseg_nb.models import lavt
 
@@ -160,7 +162,17 @@ def _read_crossvlt(weights: dict[str, Tensor], config: ModelConfig, vocab_size: 
 
     return _by_name(crossvlt, weights, config, vocab_size)
 
-# %% ../../nbs/library/published.ipynb #ha-published-28
+# %% ../../nbs/library/published.ipynb #ha-published-30
+def _exchange_scopes(level: str, path: str) -> dict[str, str]:
+    "The scopes of one level in one round of the exchange."
+    scopes = {f"spa_graph_key_{level}gv_f1": f"{path}.key", f"lang_query_{level}gv_f1": f"{path}.query"}
+    scopes |= {f"gv_lang_{level}gv_f1": f"{path}.context"}
+    for k in range(2):
+        scopes |= {f"trans_feat_{level}_f{k + 1}": f"{path}.features.{k}"}
+        scopes |= {f"lang_feat_{level}_f{k + 1}": f"{path}.gates.{k}"}
+    return scopes
+
+# %% ../../nbs/library/published.ipynb #ha-published-32
 def tensorflow_scopes(
     rounds: int = 2,  # of the exchange
 ) -> dict[str, str]:  # scope under text_objseg/ -> our path
@@ -174,20 +186,16 @@ def tensorflow_scopes(
         scopes |= {f"gconv_update_spa_graph_{c}": f"{at}.graph.out"}
         scopes |= {f"gconv_update_ln_spa_graph_{c}": f"{at}.graph.norm2"}
         for n in range(rounds):
-            level, at = c if n == 0 else f"{c}_{n + 1}", f"exchange.rounds.{n}.{i}"
-            scopes |= {f"spa_graph_key_{level}gv_f1": f"{at}.key", f"lang_query_{level}gv_f1": f"{at}.query"}
-            scopes |= {f"gv_lang_{level}gv_f1": f"{at}.context"}
-            for k in range(2):
-                scopes |= {f"trans_feat_{level}_f{k + 1}": f"{at}.features.{k}"}
-                scopes |= {f"lang_feat_{level}_f{k + 1}": f"{at}.gates.{k}"}
+            scopes |= _exchange_scopes(c if n == 0 else f"{c}_{n + 1}", f"exchange.rounds.{n}.{i}")
     cell = "rnn/conv_lstm_cell/LayerNorm"
     return scopes | {f"{cell}{f'_{n}' * (n > 0)}": f"exchange.fuse.norms.{n}" for n in range(5)}
 
-# %% ../../nbs/library/published.ipynb #ha-published-32
+# %% ../../nbs/library/published.ipynb #ha-published-36
+# what the last part of a variable's name means
 _KINDS = {"DW": "kernel", "biases": "bias", "gamma": "gamma", "beta": "beta"}
 _TRAINING = r".*/Adam(_1)?|(.*/)?beta[12]_power(_\d+)?|(text_objseg/)?Variable_\d+|global_step"
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-38
 def layout_name(
     name: str,  # a variable's, such as text_objseg/score/DW
     scopes: dict[str, str],  # of `tensorflow_scopes`
@@ -206,7 +214,7 @@ def layout_name(
         return f"levels.{int(level) - 3}.fusion.{which}.{_KINDS.get(kind, kind)}", int(number) - 1
     return (f"{scopes[path]}.{_KINDS.get(kind, kind)}", 0) if path in scopes else None
 
-# %% ../../nbs/library/published.ipynb #ha-published-36
+# %% ../../nbs/library/published.ipynb #ha-published-42
 _BATCH_NORM = {
     "gamma": "weight",
     "beta": "bias",
@@ -214,7 +222,7 @@ _BATCH_NORM = {
     "moving_variance": "running_var",
 }
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-44
 def caffe_name(
     name: str,  # such as res4b22_branch2c/weights
 ) -> str | None:  # such as layer3.22.conv3.weight; None: not of a ResNet
@@ -230,7 +238,7 @@ def caffe_name(
     part = f"downsample.{int(norm)}" if branch == "1" else f"{'bn' if norm else 'conv'}{number}"
     return f"layer{int(stage) - 1}.{block}.{part}.{_BATCH_NORM.get(leaf) if norm else 'weight'}"
 
-# %% ../../nbs/library/published.ipynb #ha-published-40
+# %% ../../nbs/library/published.ipynb #ha-published-48
 def _backbone_arrays(weights: dict[str, Tensor], config: ModelConfig, account: Account) -> dict[str, Tensor]:
     "DeepLab's ResNet under our names, taken out of CMPC's variables; empty if the file has none."
     found = {}
@@ -247,7 +255,7 @@ def _backbone_arrays(weights: dict[str, Tensor], config: ModelConfig, account: A
             account.used[name] = [f"backbone.body.{ours}"]
     return found
 
-# %% ../../nbs/library/published.ipynb #ha-published-42
+# %% ../../nbs/library/published.ipynb #ha-published-50
 def _head_arrays(weights: dict[str, Tensor], config: ModelConfig, account: Account) -> dict[str, Any]:
     "CMPC's head as `cmpc.published_layout` names it: name -> published name and array of each part."
     scopes, parts = tensorflow_scopes(config.rounds), {}
@@ -260,7 +268,17 @@ def _head_arrays(weights: dict[str, Tensor], config: ModelConfig, account: Accou
             parts.setdefault(found[0], {})[found[1]] = name, value
     return parts
 
-# %% ../../nbs/library/published.ipynb #ha-published-44
+# %% ../../nbs/library/published.ipynb #ha-published-52
+def _stacked(parts: dict[str, Any]) -> dict[str, Tensor]:
+    "The arrays of `_head_arrays`, MUTAN's heads along their last axis."
+    return {
+        ours: torch.cat([heads[k][1] for k in sorted(heads)], -1)
+        if len(heads) > 1
+        else next(iter(heads.values()))[1]
+        for ours, heads in parts.items()
+    }
+
+# %% ../../nbs/library/published.ipynb #ha-published-54
 def _read_cmpc(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int) -> Published:
     "CMPC's variables under our names."
     from refseg_nb.models import cmpc
@@ -268,13 +286,8 @@ def _read_cmpc(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int)
     weights, account = {name.removesuffix(":0"): value for name, value in weights.items()}, Account()
     backbone = _backbone_arrays(weights, config, account)
     parts = _head_arrays(weights, config, account)
-    arrays = {
-        ours: torch.cat([heads[k][1] for k in sorted(heads)], -1) if len(heads) > 1 else heads[0][1]
-        for ours, heads in parts.items()
-        if len(heads) > 1 or 0 in heads
-    }
     try:
-        tensors, report = cmpc.load_published(arrays, vocab_size, config)
+        tensors, report = cmpc.load_published(_stacked(parts), vocab_size, config)
     except InputError as error:
         raise InputError(_shortened(str(error))) from error
     for key, sources in report.items():
@@ -284,7 +297,7 @@ def _read_cmpc(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int)
             account.missing[key] = "the constant forget bias, which TensorFlow adds itself"
     return Published(tensors | backbone, account)
 
-# %% ../../nbs/library/published.ipynb #ha-published-46
+# %% ../../nbs/library/published.ipynb #ha-published-56
 class Unit(NamedTuple):
     "A module of a state dict: its name and the shapes of its leaves."
 
@@ -301,13 +314,13 @@ class Unit(NamedTuple):
         "Whether it is a BatchNorm."
         return "running_mean" in dict(self.shapes)
 
-# %% ../../nbs/library/published.ipynb #ha-published-48
+# %% ../../nbs/library/published.ipynb #ha-published-58
 def _path(key: str) -> tuple[str, str]:
     "The module and the leaf of a key."
     path, _, leaf = re.sub(r"\bin_proj_(weight|bias)$", r"in_proj.\1", key).rpartition(".")
     return path, leaf
 
-# %% ../../nbs/library/published.ipynb #ha-published-50
+# %% ../../nbs/library/published.ipynb #ha-published-60
 def units(
     state: dict[str, Tensor],  # in the order of the file
 ) -> list[Unit]:
@@ -322,10 +335,10 @@ def units(
     }
     return [Unit(path, tuple(sorted(leaves.items()))) for path, leaves in shapes.items()]
 
-# %% ../../nbs/library/published.ipynb #ha-published-52
+# %% ../../nbs/library/published.ipynb #ha-published-64
 Group = tuple[Unit, ...]  # a module, or a convolution and its BatchNorm
 
-
+# %% ../../nbs/library/published.ipynb #ha-published-66
 def with_norms(
     found: list[Unit],  # of `units`
 ) -> list[Group]:
@@ -342,12 +355,12 @@ def with_norms(
             waiting = [g for g in waiting if g is not of]
     return [tuple(group) for group in groups]
 
-# %% ../../nbs/library/published.ipynb #ha-published-54
+# %% ../../nbs/library/published.ipynb #ha-published-68
 def _kind(group: Group) -> tuple:
     "What makes two modules the same kind: their shapes."
     return tuple(unit.shapes for unit in group)
 
-# %% ../../nbs/library/published.ipynb #ha-published-58
+# %% ../../nbs/library/published.ipynb #ha-published-72
 def head_parts(
     state: dict[str, Tensor],  # of our SHNet, without backbone and word vectors
 ) -> list[list[Group]]:
@@ -356,7 +369,7 @@ def head_parts(
     groups = with_norms(units(state))
     return [[g for g in groups if name(g) == part] for part in dict.fromkeys(map(name, groups))]
 
-# %% ../../nbs/library/published.ipynb #ha-published-60
+# %% ../../nbs/library/published.ipynb #ha-published-74
 def windows(
     groups: list[Group],  # of the file
     parts: list[list[Group]],  # of `head_parts`
@@ -372,7 +385,7 @@ def windows(
             for rest in windows(groups[len(part) :], parts[:k] + parts[k + 1 :]):
                 yield [(window, part), *rest]
 
-# %% ../../nbs/library/published.ipynb #ha-published-62
+# %% ../../nbs/library/published.ipynb #ha-published-78
 def _in_order(groups: list[Group]) -> list[Group]:
     "Modules of one kind: by the numbers in their names, if these differ in numbers alone."
     names = [group[0].name for group in groups]
@@ -380,7 +393,7 @@ def _in_order(groups: list[Group]) -> list[Group]:
         return groups
     return sorted(groups, key=lambda group: [int(n) for n in re.findall(r"\d+", group[0].name)])
 
-# %% ../../nbs/library/published.ipynb #ha-published-64
+# %% ../../nbs/library/published.ipynb #ha-published-82
 def _by_kind(theirs: list[Group], ours: list[Group]) -> list[tuple[Group, Group]]:
     "Pairs of modules of the same kind."
     pairs = []
@@ -389,7 +402,7 @@ def _by_kind(theirs: list[Group], ours: list[Group]) -> list[tuple[Group, Group]
         pairs += zip(_in_order(alike[0]), alike[1])
     return pairs
 
-# %% ../../nbs/library/published.ipynb #ha-published-66
+# %% ../../nbs/library/published.ipynb #ha-published-84
 def _by_layer(theirs: list[Group], ours: list[Group]) -> list[tuple[Group, Group]]:
     "The same for SFM: each layer with its layer."
     layer = lambda group, at: ([*re.findall(r"\d+", group[0].name), *[None] * 9])[at]
@@ -403,7 +416,7 @@ def _by_layer(theirs: list[Group], ours: list[Group]) -> list[tuple[Group, Group
             return [pair for a, b in zip(cut, own) for pair in _by_kind(a, b)]
     return _by_kind(theirs, ours)
 
-# %% ../../nbs/library/published.ipynb #ha-published-68
+# %% ../../nbs/library/published.ipynb #ha-published-86
 def _backbone_in(weights: dict[str, Tensor], body: dict[str, Tensor]) -> dict[str, str]:
     "Published names of a whole backbone -> ours; empty if it is not in the file."
     names = {k.removeprefix("body."): k for k in body}
@@ -416,7 +429,7 @@ def _backbone_in(weights: dict[str, Tensor], body: dict[str, Tensor]) -> dict[st
     whole = [keys for keys in found.values() if needed <= keys.keys()]
     return {key: f"backbone.{names[short]}" for short, key in whole[0].items()} if whole else {}
 
-# %% ../../nbs/library/published.ipynb #ha-published-70
+# %% ../../nbs/library/published.ipynb #ha-published-88
 def match_head(
     weights: dict[str, Tensor],  # of the file's head, in its order
     own: dict[str, Tensor],  # of our head, without backbone and word vectors
@@ -436,7 +449,7 @@ def match_head(
         )
     return {key: f"{readings[0][_path(key)[0]]}.{_path(key)[1]}" for key in weights}
 
-# %% ../../nbs/library/published.ipynb #ha-published-72
+# %% ../../nbs/library/published.ipynb #ha-published-90
 def _what_differs(groups: list[Group], parts: list[list[Group]]) -> str:
     "Which modules have no counterpart, in a few words."
     ours = [group for part in parts for group in part]
@@ -451,7 +464,10 @@ def _what_differs(groups: list[Group], parts: list[list[Group]]) -> str:
         f"{count}; not expected: {', '.join(extra) or 'none'}; not found: {', '.join(gone) or 'none'}"
     )
 
-# %% ../../nbs/library/published.ipynb #ha-published-74
+# %% ../../nbs/library/published.ipynb #ha-published-92
+_SINUSOIDS = r"(^|[._])(pe|pos\w*)$"  # names of buffers with positions
+
+
 def _read_shnet(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int) -> Published:
     "SHNet's weights by structure."
     with torch.device("meta"):
@@ -459,20 +475,16 @@ def _read_shnet(weights: dict[str, Tensor], config: ModelConfig, vocab_size: int
     own, account = model.state_dict(), Account()
     backbone = _backbone_in(weights, model.backbone.state_dict())
     names, rest = dict(backbone), {k: v for k, v in weights.items() if k not in backbone}
-    for key, value in list(rest.items()):
-        if tuple(value.shape) == (vocab_size, config.word_dim) and key.endswith("weight"):
-            names[key] = "text.embedding.weight"
-        elif re.search(r"(^|[._])(pe|pos\w*)$", key):
-            account.ignored[key] = "sinusoids, which are computed here"
-        else:
-            continue
-        del rest[key]
+    for key in [k for k, v in rest.items() if tuple(v.shape) == (vocab_size, config.word_dim)]:
+        names[key] = "text.embedding.weight"
+    account.ignored = {k: "sinusoids, which are computed here" for k in rest if re.search(_SINUSOIDS, k)}
+    rest = {k: v for k, v in rest.items() if k not in names and k not in account.ignored}
     head = {k: v for k, v in own.items() if not k.startswith("backbone.") and k != "text.embedding.weight"}
     names |= match_head(rest, head)
     account.used = {key: [names[key]] for key in weights if key in names}
     return Published({names[key]: value for key, value in weights.items() if key in names}, account)
 
-# %% ../../nbs/library/published.ipynb #ha-published-78
+# %% ../../nbs/library/published.ipynb #ha-published-96
 def read_words(
     path: str | Path,  # a text file with a word a line, in the order of the published table
     letters_only: bool = False,  # how phrases are split, see `tokenize`
@@ -496,7 +508,7 @@ def read_words(
     line = {word: i for i, word in enumerate(lines)}
     return vocabulary, [line.get(word, -1) for word in vocabulary.itos]
 
-# %% ../../nbs/library/published.ipynb #ha-published-82
+# %% ../../nbs/library/published.ipynb #ha-published-100
 def _sort_words(
     weights: dict[str, Tensor], lines: list[int], words: int, dim: int, what: str
 ) -> dict[str, Tensor]:
@@ -513,8 +525,10 @@ def _sort_words(
             return weights | {key: rows}
     return weights
 
-# %% ../../nbs/library/published.ipynb #ha-published-84
+# %% ../../nbs/library/published.ipynb #ha-published-102
 PUBLISHED: dict[str, str] = {"shnet": "released", "lavt": "base", "crossvlt": "base", "cmpc": "published"}
+
+# %% ../../nbs/library/published.ipynb #ha-published-104
 _READERS: dict[str, Callable[[dict[str, Tensor], ModelConfig, int], Published]] = {
     "shnet": _read_shnet,
     "lavt": _read_lavt,
@@ -522,7 +536,7 @@ _READERS: dict[str, Callable[[dict[str, Tensor], ModelConfig, int], Published]] 
     "cmpc": _read_cmpc,
 }
 
-# %% ../../nbs/library/published.ipynb #ha-published-86
+# %% ../../nbs/library/published.ipynb #ha-published-106
 def load_into(
     model: RISModel,  # with whatever weights the file lacks
     published: Published,
@@ -542,7 +556,7 @@ def load_into(
     rest = [name for name in lacking if not name.startswith("backbone.")]
     published.account.missing |= dict.fromkeys(rest, "the word vectors")
 
-# %% ../../nbs/library/published.ipynb #ha-published-88
+# %% ../../nbs/library/published.ipynb #ha-published-108
 def _words_for(
     config: ModelConfig, protocol: str, letters_only: bool, vocabulary: Any
 ) -> tuple[Vocabulary | WordPieces, list[int]]:
@@ -565,7 +579,15 @@ def _words_for(
         )
     return vocabulary, list(range(len(vocabulary)))
 
-# %% ../../nbs/library/published.ipynb #ha-published-90
+# %% ../../nbs/library/published.ipynb #ha-published-110
+def _check_request(name: str, out: Path, overwrite: bool) -> None:
+    "Refuse an unknown model or a folder in use before anything is read."
+    if name not in PUBLISHED:
+        raise InputError(f"no published model called {name!r}; there are {', '.join(PUBLISHED)}")
+    if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExistsError(f"{out} is there already; choose another name or remove it")
+
+# %% ../../nbs/library/published.ipynb #ha-published-112
 def convert_published(
     file: str | Path,  # of weights
     name: str,  # of `PUBLISHED`
@@ -577,10 +599,7 @@ def convert_published(
     overwrite: bool = False,  # replace the folder if it exists
 ) -> Account:
     "Make a model folder of a published checkpoint."
-    if name not in PUBLISHED:
-        raise InputError(f"no published model called {name!r}; there are {', '.join(PUBLISHED)}")
-    if not overwrite and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise ExistsError(f"{out} is there already; choose another name or remove it")
+    _check_request(name, Path(out), overwrite)
     preset = preset or PUBLISHED[name]
     config, recipe = model_config(name, preset, **(overrides or {})), model_recipe(name, preset)
     weights, left = weights_in(read_published(file))
@@ -598,7 +617,7 @@ def convert_published(
     save_model(out, model.eval(), words, meta, overwrite=overwrite)
     return published.account
 
-# %% ../../nbs/library/published.ipynb #ha-published-92
+# %% ../../nbs/library/published.ipynb #ha-published-114
 def _built(
     name: str, config: ModelConfig, words: Vocabulary | WordPieces, vectors: Any, published: Published
 ) -> RISModel:

@@ -7,8 +7,8 @@ __all__ = ['OPTION_OF', 'ClickException', 'app', 'TRY', 'DATA', 'TRAIN', 'PAPERS
            'Size', 'Workers', 'DATA_SETS', 'Name', 'KINDS', 'Field', 'config_fields', 'in_options', 'is_users',
            'explain', 'report_bug', 'OneLineErrors', 'data_make', 'data_info', 'data_fetch', 'data_verify',
            'data_leakage', 'data_check', 'data_convert', 'data_store', 'pretrain', 'read_config', 'parse_overrides',
-           'with_config_options', 'config_values', 'train', 'evaluate', 'print_record', 'compare', 'demo', 'segment',
-           'phrase_in_name', 'explore', 'reproduce']
+           'with_config_options', 'config_values', 'train', 'evaluate', 'print_record', 'compare', 'convert', 'demo',
+           'segment', 'phrase_in_name', 'explore', 'reproduce']
 
 # %% ../nbs/22_command_line.ipynb #003
 import ast
@@ -687,8 +687,8 @@ def evaluate(
         str | None,
         typer.Option(
             help=(
-                "Score as another program does, such as lavt (CrossVLT's too) or cmpc. Default: original"
-                " size."
+                "Score as another program does, such as lavt (CrossVLT's too), lavt-cat, lavt-avg or cmpc."
+                " Default: original size."
             )
         ),
     ] = None,
@@ -711,6 +711,7 @@ def evaluate(
     from refseg_nb.evaluation.evaluator import evaluate as run
     from refseg_nb.evaluation.evaluator import save_record
     from refseg_nb.evaluation.protocols import (
+        at_own_threshold,
         choose_threshold,
         evaluate_protocols,
         find_protocols,
@@ -776,6 +777,11 @@ def evaluate(
             crf=CrfConfig() if crf else None,
             **usual,
         )[rule.name]
+    own = None
+    if (text_control or image_control) and rule is None and not crf and "val" in refer.splits:
+        how = {"limit": limit, "seed": seed, "ignore": left_out, "progress": bar}
+        own = at_own_threshold(seg.model, data_of(split), data_of("val"), text_control, image_control, **how)
+        record.protocol["own_threshold"] = own
     if not first_process():
         return
     file = save_record(
@@ -784,6 +790,12 @@ def evaluate(
     if samples:
         write_samples(record, samples)
     print_record(record)
+    if own:
+        fixed = record.metrics["overall_iou"]["value"]
+        print(
+            f"overall IoU at the fixed threshold, {threshold:g}: {fixed:.1f}; at the control's own best,"
+            f" {own['threshold']:g} (chosen on {own['chosen_on']}): {own['overall_iou']:.1f}"
+        )
     print(f"record: {file}")
 
 
@@ -829,6 +841,68 @@ def compare(
         [load_record(file) for file in sorted(path.glob("*.json"))] if path.is_dir() else load_record(path)
     )
     print(run(read(a), read(b), resamples))
+
+# %% ../nbs/22_command_line.ipynb #ha-cli-2
+@app.command(
+    rich_help_panel=TRAIN,
+    epilog="Example:  refseg convert lavt_one_refcoco.pth --model lavt --out models/lavt",
+)
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Of torch.save, .safetensors, or an .npz of a TensorFlow checkpoint's arrays.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="shnet, lavt, crossvlt or cmpc.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The model folder to be written.", show_default=False)],
+    preset: Annotated[str | None, typer.Option(help="Size of the model. Default: the published one.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the model's configuration, as FIELD=VALUE; may be repeated."),
+    ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(help="The model's words, one a line; BERT's vocab.txt for lavt and crossvlt."),
+    ] = None,
+    vectors: Annotated[
+        str | None,
+        typer.Option(
+            help="Word vectors (a file, or a name) for a file that has none. SHNet: GloVe 840B-300d."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Instead of --vocabulary, for shnet: a data set whose words are taken.")
+    ] = None,
+    root: Root = None,
+    split_by: SplitBy = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
+):
+    "Make a model folder of a published checkpoint, and print what became of each of its keys."
+    from refseg_nb.data.referit import open_data
+    from refseg_nb.data.words import vocabulary_for
+    from refseg_nb.models.published import PUBLISHED, convert_published
+
+    words = vocabulary
+    if data:
+        if vocabulary or model != "shnet":
+            raise typer.BadParameter("--data gives shnet its words, and nothing else does then")
+        words = vocabulary_for(open_data(_root(root, data), data, split_by), letters_only=True)
+    if model == "shnet" and vectors is None:
+        vectors = "glove.840B.300d"
+    account = convert_published(
+        file,
+        model,
+        out,
+        preset=preset,
+        overrides=parse_overrides(set_ or []),
+        vocabulary=words,
+        vectors=vectors,
+        overwrite=force,
+    )
+    print(account)
+    print(f"model: {out} ({PUBLISHED[model] if preset is None else preset})")
 
 # %% ../nbs/22_command_line.ipynb #052
 @app.command(rich_help_panel=TRY, epilog="Example:  refseg demo --seed 7")

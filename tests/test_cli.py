@@ -119,6 +119,7 @@ def test_help_imports_nothing_heavy():
         ["data", "check", "-h"],
         ["data", "convert", "-h"],
         ["data", "store", "-h"],
+        ["convert", "-h"],
     ],
 )
 def test_every_command_has_help(args):

@@ -227,7 +227,9 @@ def test_own_protocol_is_evaluate_and_the_model_runs_once(toy):
 def test_any_batch_size(toy):
     one, seven = (
         [
-            evaluate_protocols(Canned(), toy, resamples=2, images_per_batch=n, expressions_per_step=n),
+            evaluate_protocols(
+                Canned(), toy, [*PROTOCOLS], resamples=2, images_per_batch=n, expressions_per_step=n
+            ),
             choose_threshold(Canned(), toy, images_per_batch=n, expressions_per_step=n),
         ]
         for n in (1, 7)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WORD_TYPES', 'CMPC_PRESETS', 'CMPC_RECIPES', 'ReadWords', 'WordReader', 'coordinates', 'MUTAN', 'joint_norm',
            'RelationGraph', 'Level', 'PeepholeConvLSTM', 'WideTGFE', 'enlarge', 'pad_same', 'DeepLabResNet',
-           'CMPCConfig', 'deeplab_backbone', 'CMPCAttention', 'CMPC', 'published_layout', 'load_published']
+           'CMPCConfig', 'deeplab_backbone', 'CMPCAttention', 'start_as_published', 'CMPC', 'published_layout',
+           'load_published']
 
 # %% ../../nbs/17_cmpc.ipynb #002
 import math
@@ -344,6 +345,9 @@ class CMPCConfig(ModelConfig):
     rounds: int = 2  # of the exchange; the paper says 3
     factor: int = 8  # the logits have grid * factor pixels a side
     legacy: bool = True  # enlarge as TensorFlow 1 did
+    xavier: bool = (
+        True  # initial weights as the program's, see `start_as_published`; False: as torch has them
+    )
     auxiliary: float = 0.1  # weight of each level's own loss; the answer's is what is left to 1
     prior: float | None = None  # foreground share that the untrained scores predict; None: one half
 
@@ -373,6 +377,7 @@ CMPC_PRESETS: dict[str, CMPCConfig] = {
         fused=32,
         factor=2,
         legacy=False,
+        xavier=False,
         prior=0.05,
     ),
 }
@@ -473,6 +478,33 @@ CMPC_RECIPES: dict[str, Recipe] = {
     ),
 }
 
+# %% ../../nbs/17_cmpc.ipynb #ha-cmpc-2
+def start_as_published(
+    model: nn.Module,  # a `CMPC`; its head is drawn anew, but for the word vectors
+) -> None:
+    "The program's initial values: Xavier's uniform ones with the fans of its own kernels, and biases of zero."
+
+    def draw(weight: Tensor, fan_in: int, fan_out: int) -> None:
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        nn.init.uniform_(weight, -bound, bound)
+
+    for module in chain(*(part.modules() for name, part in model.named_children() if name != "backbone")):
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    c, d, g = model.config.channels, model.config.fused, model.config.grid
+    for level in model.levels:
+        draw(level.fusion.visual.weight, c + 8, c)
+        draw(level.fusion.language.weight, c, c)
+    lstm, cell = model.reader.encoder.lstm, model.exchange.fuse
+    for weight in (lstm.weight_ih_l0, lstm.weight_hh_l0):
+        draw(weight, model.config.word_dim + c, 4 * c)
+    nn.init.zeros_(lstm.bias_ih_l0)
+    for weight in (cell.input.weight, cell.state.weight):
+        draw(weight, 2 * d, 4 * d)
+    draw(cell.peepholes, g * g, g * d)
+
 # %% ../../nbs/17_cmpc.ipynb #067
 @register_model("cmpc")
 class CMPC(RISModel):
@@ -505,6 +537,8 @@ class CMPC(RISModel):
         self.exchange = WideTGFE(d, c, config.grid, config.rounds)
         self.score = nn.Conv2d(d, 1, 3, padding=1)
         self.register_buffer("where", coordinates(config.grid, config.grid), persistent=False)
+        if config.xavier:
+            start_as_published(self)
         if config.prior is not None:
             for score in (self.score, *(level.score for level in self.levels)):
                 nn.init.constant_(score.bias, math.log(config.prior / (1 - config.prior)))

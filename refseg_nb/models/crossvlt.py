@@ -233,6 +233,8 @@ class CrossVLTConfig(BertReaderConfig):
     text_weights: str | None = None  # of stage 1. None: the first layers of bert-base-uncased; "none": random
     # whether the table of words and positions is trained: not in the released program
     train_embeddings: bool = False
+    # whether the four temperatures are trained: in no group of the released optimizer, so they stay 1
+    train_temperature: bool = False
     begin: bool = False  # put a [CLS] before the words: needed with the course's vocabulary, which has none
     max_words: int = 21  # tokens, [CLS] and [SEP] among them
     # fusion and decoder
@@ -278,6 +280,7 @@ CROSSVLT_PRESETS: dict[str, CrossVLTConfig] = {
         text_dropout=0.0,
         text_weights="none",
         train_embeddings=True,
+        train_temperature=True,
         begin=True,
         max_words=25,
         head_width=16,
@@ -382,7 +385,7 @@ class CrossVLT(RISModel):
         self.merged_gates = nn.ModuleList(map(language_gate, channels[1:]))
         self.align_places = nn.ModuleList(nn.Linear(n, c.align_width) for n in channels)
         self.align_words = nn.ModuleList(nn.Linear(d, c.align_width) for _ in channels)
-        self.temperature = nn.Parameter(torch.ones(len(channels)))
+        self.temperature = nn.Parameter(torch.ones(len(channels)), requires_grad=c.train_temperature)
         self.decoder = TopDownDecoder(channels, c.decoder_width, c.prior)
 
     def meet(

@@ -232,8 +232,9 @@ def save_model(
     vocabulary: Vocabulary | WordPieces,
     meta: dict | None = None,  # plain data: name of the architecture, training, threshold
     dtype: torch.dtype | None = None,  # torch.float16 halves the file; None keeps float32
-    backbone: bool
-    | None = None,  # store the backbone's weights too; None: unless its own are fetched once a machine
+    # store the backbone's weights too; None: unless its own are fetched once a machine
+    backbone: bool | None = None,
+    overwrite: bool = True,  # replace a folder that is there; otherwise that is an error
 ) -> Path:
     "Write `model.safetensors` and `config.json`: all that `load_model` needs, in one folder."
     folder, config = Path(folder), model.config.to_dict()
@@ -247,7 +248,7 @@ def save_model(
     if dtype is not None:
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     meta = {"model": "shnet", "threshold": 0.5} | (meta or {})
-    with atomic_folder(folder) as new:
+    with atomic_folder(folder, overwrite) as new:
         save_file(tensors, new / "model.safetensors")
         stored = {
             "format": 1,

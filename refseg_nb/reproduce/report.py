@@ -66,6 +66,7 @@ PAPER_CAPTION = {
     "table2": "Table 2",
     "table3": "Table 3",
     "table4": "Table 4",
+    "table4+": "Table 4, with the modules of their own papers",
     "presets": "Paper or released code?",
     "family": "The family",
     "family+": "The family, without location words",

@@ -485,9 +485,14 @@ def controls_table(
     if not found:
         return ""
     title = lambda name, split: f"{runs[name, split][0].protocol['dataset']} {split}"
-    cell = lambda records: (
-        f"{np.mean([r.metrics['mean_iou']['value'] for r in records]):.1f}" if records else "–"
-    )
+
+    def cell(records: list | None) -> str:
+        if not records:
+            return "–"
+        own = [r.protocol["own_threshold"]["mean_iou"] for r in records if "own_threshold" in r.protocol]
+        text = f"{np.mean([r.metrics['mean_iou']['value'] for r in records]):.1f}"
+        return f"{text} ({np.mean(own):.1f} at its own threshold)" if len(own) == len(records) else text
+
     out = [_line("Mean IoU", *(title(*key) for key in found)), "|---|" + "---|" * len(found)]
     out += [
         _line(text, *(cell(runs[key] if not control else kept.get(control)) for key, kept in found.items()))

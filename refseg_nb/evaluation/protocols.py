@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batches import RISDataset
 from ..data.refer import Sample
@@ -28,6 +29,7 @@ from refseg_nb.evaluation.evaluator import (
     Autocast,
     Evaluator,
     Record,
+    asked,
     gather_rows,
     make_record,
     paired_groups,
@@ -38,6 +40,7 @@ from refseg_nb.evaluation.evaluator import (
     this_process,
 )
 from .metrics import COMPARATORS, intersection_union
+from .predictors import RawSplit
 from ..files import write_file
 
 # %% ../../nbs/13c_protocols.ipynb #008
@@ -235,8 +238,8 @@ def compared_masks(
 
 # %% ../../nbs/13c_protocols.ipynb #021
 def evaluate_protocols(
-    model: nn.Module,  # a `SHNet` or any model with `encode` and `segment`
-    dataset: RISDataset,  # a split
+    model: Any,  # one of our models, or whatever `as_predictor` takes
+    dataset: RISDataset | RawSplit,  # a split
     protocols: Iterable[str | Protocol] | None = None,  # names or protocols; None: all of `PROTOCOLS`
     *,
     name: str = "model",  # of the records
@@ -284,8 +287,8 @@ def evaluate_protocols(
     rows = gather_rows(
         evaluator.measure(model, names, count, features=features, autocast=autocast, progress=bar)
     )
-    config = model.config.to_dict()
-    device = next(model.parameters()).device
+    answerer = asked(model)
+    config, device = answerer.config, answerer.device
     found = {}
     for p in wanted:
         keep = np.array([p.asks(evaluator.samples[i]) for i in rows["index"]], dtype=bool)
@@ -293,7 +296,7 @@ def evaluate_protocols(
             k: rows[p.name, k] for k in ("intersection", "union")
         }
         arrays = sample_arrays(evaluator, {k: v[keep] for k, v in own.items()})
-        protocol = evaluator.stamp() | p.stamp() | {"crf": asdict(crf) if crf else False}
+        protocol = evaluator.stamp() | p.stamp() | {"crf": asdict(crf) if crf else False} | answerer.stamp
         found[p.name] = make_record(
             name,
             arrays,
@@ -325,8 +328,8 @@ class ThresholdChoice:
 
 
 def choose_threshold(
-    model: nn.Module,  # a `SHNet` or any model with `encode` and `segment`
-    dataset: RISDataset,  # validation data, not the split that is reported
+    model: Any,  # one of our models, or whatever `as_predictor` takes
+    dataset: RISDataset | RawSplit,  # validation data, not the split that is reported
     thresholds: Iterable[float] = tuple(i / 20 for i in range(1, 20)),
     *,
     limit: int | None = None,  # only so many images

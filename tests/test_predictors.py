@@ -40,6 +40,7 @@ from refseg_nb.probe.questions import (
 )
 from refseg_nb.probe.readers import READERS, Reader
 from refseg_nb.probe.run import load_result, run_probe, shares, summarise
+from refseg_nb.refshapes.expressions import execute, parse_program
 
 CONTROL = {"text_control": None, "image_control": None, "seed": 0}
 
@@ -370,11 +371,11 @@ def test_missing_masks_count_as_empty_and_are_counted(refer, shnet, split, tmp_p
 
 @pytest.fixture(scope="module")
 def probe():
+    "Images 1 to 100, each drawn once for all tests of this file."
     whole = load_probe()
-    drawn = cache(whole._draw)  # drawn once for all readers of this file
-    for p in (whole,):
-        p.drawn = drawn
-    return whole
+    own, whole.drawn = whole.drawn, cache(whole._draw)
+    yield whole.part(100)
+    whole.drawn = own
 
 
 def test_the_stored_questions_are_what_the_code_makes():
@@ -395,18 +396,25 @@ def test_a_pair_differs_in_one_slot_and_in_its_object(probe):
         assert a.pair == b.pair and a.image_id == b.image_id and a.referent != b.referent and a.text != b.text
         left, right = a.text.split(), b.text.split()
         if a.slot in ("noun", "colour", "size", "side"):
-            assert len(left) == len(right) and sum(x != y for x, y in zip(left, right)) == 1, (a.text, b.text)
+            # "the man in red", "the red ball": people wear their colour
+            one = sum(x != y for x, y in zip(left, right)) == 1 and len(left) == len(right)
+            assert (
+                one
+                or a.slot == "noun"
+                and {*left} ^ {*right} == {"in", a.program[4:].split(".")[0], b.program[4:].split(".")[0]}
+            )
         if a.slot == "anchor":
             assert left[: left.index("to")] == right[: right.index("to")]
-        if a.slot == "order":
-            assert sorted(left[:2] + left[4:]) != left and {*left} - {"a", "an"} == {*right} - {"a", "an"}
+        if a.slot == "order":  # head and anchor change places
+            assert left[2:4] == ["closest", "to"] == right[2:4]
+            assert (left[1], left[-1]) == (right[-1], right[1]) and left[-2] in ("a", "an")
     assert {q.slot for q in probe.questions} == {*SLOTS, ""}
 
 
 def test_what_a_phrase_means_by_the_drawn_pixels_alone(probe):
     "Superlatives and relations measured on the masks at 512 pixels, with code of this test's own."
     checked = 0
-    for q in (q for q in probe.questions[:400] if q.kind in ("superlative", "relation")):
+    for q in (q for q in probe.questions[:300] if q.kind in ("superlative", "relation")):
         scene, drawn = probe.drawn(q.image_id)
         boxes = np.array([[*p.min(0), *(p.max(0) + 1)] for p in map(np.argwhere, drawn.full)], float)
         y, x = (boxes[:, :2] + boxes[:, 2:]).T / 2
@@ -430,7 +438,7 @@ def test_what_a_phrase_means_by_the_drawn_pixels_alone(probe):
         best = min((value[i], i) for i, kind in enumerate(kinds) if kind == head)
         assert best[1] == q.referent, q
         checked += 1
-    assert checked > 100
+    assert checked > 80
 
 
 def test_a_phrase_that_means_nothing_names_what_is_not_there(probe):
@@ -442,18 +450,22 @@ def test_a_phrase_that_means_nothing_names_what_is_not_there(probe):
 
 
 def test_the_true_program_gets_100_everywhere(probe, tmp_path):
-    for name in ("true-program", "human-written"):
-        result = run_probe(Reader(name, probe), tmp_path / name)
+    for name, limit in (("true-program", 100), ("human-written", 30)):
+        result = run_probe(Reader(name, probe), tmp_path / name, limit=limit)
         shown = [m["value"] for part in result.kinds.values() for m in part.values()]
         shown += [m["value"] for m in result.no_target.values()]
         shown += [m["both right"]["value"] for m in result.slots.values()]
         assert set(shown) == {100.0} and result.ignored == [] and not result.notes
         assert all(m["verdict"] == "read" and m["same answer"]["value"] == 0 for m in result.slots.values())
+    whole = load_probe()
+    for q in whole.questions:  # what is not drawn here is executed
+        found = execute(q.program, whole.scene(q.image_id)) if q.kind != "absent" else None
+        assert (NOTHING if found is None else found) == q.referent
 
 
 @pytest.mark.parametrize("slot", ["colour", "anchor", "order", "side", "size"])
 def test_a_crippled_oracle_is_named_as_what_it_is(probe, tmp_path, slot):
-    result = run_probe(Reader(f"{slot}-blind", probe), tmp_path, limit=110)
+    result = run_probe(Reader(f"{slot}-blind", probe), tmp_path, limit=100)
     assert result.ignored == [slot] and result.verdict.startswith(f"It is {slot}-blind: ")
     assert (
         result.slots[slot]["both right"]["value"] == 0 and result.slots[slot]["same answer"]["value"] == 100
@@ -574,8 +586,6 @@ def test_two_probes_compare(probe, tmp_path):
 
 
 def test_words_of_a_program():
-    from refseg_nb.refshapes.expressions import parse_program
-
     for text, words in {
         "the(man.red)": "the man in red",
         "nearest(ball, a(umbrella))": "the ball closest to an umbrella",

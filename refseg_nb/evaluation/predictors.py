@@ -44,7 +44,7 @@ def as_array(value: Any) -> np.ndarray:  # of any type and shape
 def _size(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
-
+# %% ../../nbs/library/predictors.ipynb #008
 def split_answers(
     given: Any,  # what `predict` gave
     n: int,  # phrases
@@ -68,7 +68,7 @@ def split_answers(
         raise InputError(f"it returned {len(given)} answers: {one_each}")
     return [as_array(answer) for answer in given]
 
-# %% ../../nbs/library/predictors.ipynb #009
+# %% ../../nbs/library/predictors.ipynb #011
 def _as_mask(answer: np.ndarray) -> np.ndarray:  # bool where it is a mask, else as it was
     "Whole numbers of which there are only two, 0 and 1 or 0 and 255, are a mask."
     if answer.dtype.kind not in "iu":
@@ -80,7 +80,7 @@ def _as_mask(answer: np.ndarray) -> np.ndarray:  # bool where it is a mask, else
         )
     return answer > 0
 
-
+# %% ../../nbs/library/predictors.ipynb #013
 def _check_size(answer: np.ndarray, size: tuple[int, int]) -> None:
     "Whether an array has the size that its type asks for."
     if answer.ndim != 2:
@@ -95,7 +95,7 @@ def _check_size(answer: np.ndarray, size: tuple[int, int]) -> None:
             f"the mask is {_size(answer.shape)} and the image {_size(size)}: give it the image's size"
         )
 
-# %% ../../nbs/library/predictors.ipynb #011
+# %% ../../nbs/library/predictors.ipynb #015
 def _check_scores(answer: np.ndarray, scores: str) -> None:
     "Whether float values are what the predictor says that they are."
     if answer.dtype.kind != "f":
@@ -112,7 +112,7 @@ def _check_scores(answer: np.ndarray, scores: str) -> None:
         hint = "these look like logits: apply a sigmoid, or say scores = 'logit'"
     raise InputError(f"its values go from {low:.3g} to {high:.3g}, and probabilities from 0 to 1; {hint}")
 
-
+# %% ../../nbs/library/predictors.ipynb #017
 def check_answer(
     answer: np.ndarray,  # of one phrase
     size: tuple[int, int],  # (H, W) of the image
@@ -126,7 +126,7 @@ def check_answer(
     _check_scores(answer, scores)
     return answer.astype(np.float32)
 
-# %% ../../nbs/library/predictors.ipynb #014
+# %% ../../nbs/library/predictors.ipynb #020
 class Predictor:
     "What is measured: it answers phrases about an image."
 
@@ -154,7 +154,7 @@ class Predictor:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name})"
 
-# %% ../../nbs/library/predictors.ipynb #016
+# %% ../../nbs/library/predictors.ipynb #022
 class Called(Predictor):
     "A function `f(image, phrases)`, or an object with a method `predict` of this kind."
 
@@ -195,7 +195,7 @@ class Called(Predictor):
         except InputError as error:
             raise InputError(f"{self.name}: its answer to {text!r} is wrong: {error}") from None
 
-# %% ../../nbs/library/predictors.ipynb #019
+# %% ../../nbs/library/predictors.ipynb #025
 def find_function(
     name: str,  # "module:function", "package.module:object"
 ) -> Any:  # the function; a class is made into an object, without arguments
@@ -214,7 +214,7 @@ def find_function(
         sys.path.remove(here)
     return found() if isinstance(found, type) else found
 
-# %% ../../nbs/library/predictors.ipynb #022
+# %% ../../nbs/library/predictors.ipynb #028
 def read_mask_file(
     path: Path,  # PNG or any other image
     size: tuple[int, int],  # (H, W) of the image that it is about
@@ -235,7 +235,7 @@ def read_mask_file(
         return pixels > 0
     return pixels.astype(np.float32) / 255
 
-# %% ../../nbs/library/predictors.ipynb #024
+# %% ../../nbs/library/predictors.ipynb #030
 KEYS = {
     "sent_id": ("sent_id", "sentence_id", "sentid"),
     "ref_id": ("ref_id", "refid"),
@@ -250,7 +250,7 @@ def _fields(entry: dict) -> dict:
     "An entry with our names for its keys."
     return {ours: next((entry[k] for k in theirs if k in entry), None) for ours, theirs in KEYS.items()}
 
-
+# %% ../../nbs/library/predictors.ipynb #032
 def _text(phrase: str) -> str:
     return " ".join(str(phrase).lower().split())
 
@@ -259,7 +259,7 @@ def _image_key(name: Any) -> str:
     "An image by its number or by the name of its file, without folder and ending."
     return str(name) if isinstance(name, int) else Path(str(name)).stem
 
-
+# %% ../../nbs/library/predictors.ipynb #034
 def keys_of(
     entry: dict,  # of a results file, with the keys of `KEYS`
 ) -> list[tuple]:  # how it can be found again
@@ -271,7 +271,7 @@ def keys_of(
         found.append(("text", _image_key(entry["image"]), _text(entry["phrase"])))
     return found
 
-# %% ../../nbs/library/predictors.ipynb #027
+# %% ../../nbs/library/predictors.ipynb #037
 def _entries_in(value: Any, where: str) -> list[dict]:
     "The entries of a JSON value of any of the known shapes."
     if isinstance(value, dict):
@@ -285,7 +285,7 @@ def _entries_in(value: Any, where: str) -> list[dict]:
         raise InputError(f"{where}: must hold a list of results, or an object from sent_id to mask")
     return value
 
-
+# %% ../../nbs/library/predictors.ipynb #039
 def read_entries(
     path: Path,  # .json or .jsonl
 ) -> list[dict]:  # with the keys of `KEYS`
@@ -308,7 +308,7 @@ def read_entries(
         found.append(fields | {"where": f"{path}: result {number}"})
     return found
 
-# %% ../../nbs/library/predictors.ipynb #029
+# %% ../../nbs/library/predictors.ipynb #041
 def best_of(
     entries: list[dict],  # of `read_entries`
 ) -> dict[tuple, dict]:  # key -> entry
@@ -325,7 +325,7 @@ def best_of(
                 found[key] = entry
     return found
 
-
+# %% ../../nbs/library/predictors.ipynb #043
 def _mask_files(folder: Path) -> list[dict]:
     "An entry for each mask in a folder: 12.png is of sentence 12, 3-12.png of sentence 12 of ref 3."
     found = []
@@ -340,7 +340,7 @@ def _mask_files(folder: Path) -> list[dict]:
         found.append(nothing | {"ref_id": ref_id, "sent_id": sent_id, "mask": path, "where": str(path)})
     return found
 
-# %% ../../nbs/library/predictors.ipynb #031
+# %% ../../nbs/library/predictors.ipynb #045
 REQUESTS = "requests.jsonl"  # beside masks: what was asked
 
 
@@ -419,7 +419,7 @@ class StoredMasks(Predictor):
             return read_mask_file(mask, size)
         return decode_segmentation(json.loads(mask) if isinstance(mask, str) else mask, *size, entry["where"])
 
-# %% ../../nbs/library/predictors.ipynb #033
+# %% ../../nbs/library/predictors.ipynb #047
 class MaskWriter:
     "Writes the mask of every sentence: into a folder as PNG, or into one .json file as COCO's run lengths."
 
@@ -449,13 +449,13 @@ class MaskWriter:
         if self.path.suffix == ".json":
             write_file(self.path, json.dumps(self.results, separators=(",", ":")))
 
-
+# %% ../../nbs/library/predictors.ipynb #049
 def encode_mask(mask: np.ndarray) -> dict:  # {"size": [H, W], "counts": text}
     "A mask [H, W] bool as COCO's run lengths."
     runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(n) for n in runs["size"]], "counts": runs["counts"].decode()}
 
-# %% ../../nbs/library/predictors.ipynb #037
+# %% ../../nbs/library/predictors.ipynb #053
 def as_predictor(
     source: Any,  # a `Predictor`, a function, an object with `predict`, "module:function", or a path of masks
     name: str | None = None,  # in records; default: the source's own
@@ -471,7 +471,7 @@ def as_predictor(
         return StoredMasks(source, name, missing)
     return Called(source, name, scores)
 
-
+# %% ../../nbs/library/predictors.ipynb #055
 def holds_masks(path: str | Path) -> bool:
     "Whether a path is a folder of masks or a file of results, and no model."
     path = Path(path)
@@ -480,7 +480,7 @@ def holds_masks(path: str | Path) -> bool:
         return not model and any(next(path.glob(f"*{end}"), None) for end in (".png", ".json", ".jsonl"))
     return path.is_file() and path.suffix in (".json", ".jsonl")
 
-# %% ../../nbs/library/predictors.ipynb #040
+# %% ../../nbs/library/predictors.ipynb #058
 class RawSplit:
     "A split as other people's models read it: images as they are, phrases as text."
 
@@ -528,7 +528,7 @@ class RawSplit:
     def __repr__(self) -> str:
         return f"RawSplit({self.refer.name}, {self.split}: {len(self.groups):,} images, {len(self):,} expressions)"
 
-# %% ../../nbs/library/predictors.ipynb #043
+# %% ../../nbs/library/predictors.ipynb #061
 @dataclass
 class Conformance:
     "What a predictor does wrong, and what one should know about it."
@@ -547,7 +547,7 @@ class Conformance:
         lines += [f"  wrong: {text}" for text in self.problems] + [f"  note: {text}" for text in self.notes]
         return "\n".join(lines)
 
-
+# %% ../../nbs/library/predictors.ipynb #063
 def check_image(
     height: int,
     width: int,
@@ -561,9 +561,11 @@ def check_image(
 
 
 CHECK_PHRASES = ("the red rectangle", "the green rectangle in the middle", "the blue rectangle on the right")
+
+
 CHECK_SIZES = ((60, 92), (84, 52))  # height, width: one wide, one high
 
-# %% ../../nbs/library/predictors.ipynb #046
+# %% ../../nbs/library/predictors.ipynb #066
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     "Whether two answers are the same, up to rounding."
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -574,7 +576,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
         else bool(np.abs(a - b).max() <= 1e-2 * (1 + np.abs(a).max()))
     )
 
-
+# %% ../../nbs/library/predictors.ipynb #068
 def _order_problem(ask: Callable, image: np.ndarray, together: list[np.ndarray]) -> str | None:
     "What is wrong with the order of the answers, if they depend on it."
     alone = [ask(image, [phrase])[0] for phrase in CHECK_PHRASES]
@@ -584,7 +586,7 @@ def _order_problem(ask: Callable, image: np.ndarray, together: list[np.ndarray])
         return "the answers do not come in the order of the phrases: each is right, but for another phrase"
     return "a phrase gets another answer when it is asked alone than among others"
 
-
+# %% ../../nbs/library/predictors.ipynb #070
 def _value_notes(predictor: Predictor, answers: list[np.ndarray], size: tuple[int, int]) -> list[str]:
     "What is strange about valid answers."
     found, floats = [], [a for a in answers if a.dtype != bool]
@@ -604,12 +606,14 @@ def _value_notes(predictor: Predictor, answers: list[np.ndarray], size: tuple[in
         found.append("three phrases got one and the same answer: does it read the phrase?")
     return found
 
-
+# %% ../../nbs/library/predictors.ipynb #072
 def check_predictor(
     source: Any,  # whatever `as_predictor` takes, but no masks on disk
 ) -> Conformance:
     "Ask a predictor a few questions and say in words what it does wrong; this takes ten short calls."
     predictor = as_predictor(source)
+    if isinstance(predictor, StoredMasks):
+        raise InputError(f"{predictor.path}: masks on disk cannot be asked; each is checked when it is read")
     report = Conformance(predictor.name)
     ask = lambda image, phrases: predictor.ask(image, [None] * len(phrases), phrases)
     for size in CHECK_SIZES:

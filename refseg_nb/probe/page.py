@@ -26,7 +26,7 @@ def _iou(a: dict, b: dict) -> float:
     both, either = overlap(a, b)
     return both / either if either else 1.0
 
-
+# %% ../../nbs/library/probe_page.ipynb #007
 def misses(
     probe: Probe,
     answers: dict[int, dict[int, dict]],  # image_id -> sent_id -> run lengths
@@ -45,7 +45,7 @@ def misses(
                 found.append((_iou(*given) < RIGHT, image_id, pair))
     return [pair for *_, pair in sorted(found, key=lambda row: row[:2])[:most]]
 
-# %% ../../nbs/library/probe_page.ipynb #007
+# %% ../../nbs/library/probe_page.ipynb #009
 MEANT = "#00a651"  # of the ring around what was meant
 
 
@@ -60,7 +60,7 @@ def answered(
     mask = coco_mask.decode(runs).astype(bool)
     return outlined(ringed, mask, color=ACCENT, tint=0.3, line=0.008)
 
-# %% ../../nbs/library/probe_page.ipynb #010
+# %% ../../nbs/library/probe_page.ipynb #012
 STYLE = """
 :root{--ink:#16181d;--paper:#fff;--bar:#cfe1f5;--soft:#555;--line:#ddd;--bad:#b3123f;--good:#00703a}
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
@@ -75,7 +75,7 @@ figure{margin:0}img{max-width:100%;height:auto}figcaption{font-size:.9rem}
 :root{--ink:#e8eaed;--paper:#16181d;--bar:#2b4a6b;--soft:#aaa;--line:#444;--bad:#ff7aa0;--good:#5fd08f}}
 """
 
-
+# %% ../../nbs/library/probe_page.ipynb #014
 def _cell(share: dict) -> str:
     "A share with its interval, and a bar."
     value, low, high = (f"{share[k]:.1f}" for k in ("value", "low", "high"))
@@ -86,7 +86,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["".join(f"<th>{name}</th>" for name in head), *("".join(row) for row in rows)]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
-
+# %% ../../nbs/library/probe_page.ipynb #016
 def _tables(result: ProbeResult) -> str:
     "Kinds, slots and phrases without a target."
     kinds = [
@@ -117,7 +117,7 @@ def _verdict(slot: dict) -> str:
     word = slot["verdict"]
     return f'<td class="{word}">{word}</td>'
 
-# %% ../../nbs/library/probe_page.ipynb #011
+# %% ../../nbs/library/probe_page.ipynb #017
 def _figure(probe: Probe, question: Question, runs: dict) -> str:
     "An answer as a figure of HTML."
     buffer = io.BytesIO()
@@ -127,7 +127,7 @@ def _figure(probe: Probe, question: Question, runs: dict) -> str:
     text = html.escape(question.text)
     return f'<figure><img alt="{text}" src="data:image/jpeg;base64,{data}"><figcaption>“{text}”</figcaption></figure>'
 
-
+# %% ../../nbs/library/probe_page.ipynb #019
 def _pictures(probe: Probe, answers: dict) -> str:
     "The misses of every slot."
     parts = []
@@ -139,7 +139,7 @@ def _pictures(probe: Probe, answers: dict) -> str:
             parts.append(f"<div class=pair>{figures}</div>")
     return "".join(parts) or "<p>There are none.</p>"
 
-
+# %% ../../nbs/library/probe_page.ipynb #021
 def write_page(
     result: ProbeResult,
     probe: Probe,
@@ -159,7 +159,7 @@ def write_page(
     write_file(path, text)
     return Path(path)
 
-# %% ../../nbs/library/probe_page.ipynb #014
+# %% ../../nbs/library/probe_page.ipynb #024
 TONES = {"read": "#00703a", "misread": "#8a4a00", "ignored": "#b3123f", "unclear": "#555555"}
 
 
@@ -179,7 +179,7 @@ def _bars(ax, result: ProbeResult) -> None:
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.set_title("pairs of which both phrases are right, %", fontsize=14, loc="left", color="#444")
 
-
+# %% ../../nbs/library/probe_page.ipynb #026
 def _slots(ax, result: ProbeResult) -> None:
     "Each slot with its verdict."
     ax.set(xlim=(0, 1), ylim=(len(result.slots), -0.2))
@@ -190,7 +190,7 @@ def _slots(ax, result: ProbeResult) -> None:
         ax.text(0, y + 0.4, slot, fontsize=16, va="center")
         ax.text(0.45, y + 0.4, word, fontsize=16, va="center", color=TONES[word], weight="bold")
 
-
+# %% ../../nbs/library/probe_page.ipynb #028
 def write_card(
     result: ProbeResult,
     path: str | Path,  # .png

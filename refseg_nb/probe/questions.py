@@ -47,7 +47,7 @@ def noun_text(noun: Noun) -> str:  # without an article
         return f"{noun.noun} in {noun.color}"
     return f"{noun.color} {noun.noun}"
 
-
+# %% ../../nbs/library/probe_questions.ipynb #007
 def say(program: Program) -> str:
     "A program in words."
     op, args = program.op, program.args
@@ -60,7 +60,7 @@ def say(program: Program) -> str:
         return f"the {FIRST[args[0]]} {noun_text(args[2])}"
     return f"the {noun_text(args[0])} closest to {say(args[1])}"
 
-# %% ../../nbs/library/probe_questions.ipynb #008
+# %% ../../nbs/library/probe_questions.ipynb #010
 SLOTS = {  # slot -> what a model that ignores it does not read
     "noun": "the kind of object",
     "colour": "the colour",
@@ -69,9 +69,11 @@ SLOTS = {  # slot -> what a model that ignores it does not read
     "anchor": "the object behind “closest to”",
     "order": "which object is meant and which one is only named",
 }
+
+
 Pairs = Iterator[tuple[Program, Program]]
 
-
+# %% ../../nbs/library/probe_questions.ipynb #012
 def _the(noun: Noun) -> Program:
     return Program("the", (noun,))
 
@@ -86,7 +88,7 @@ def _seen(w: World) -> list[tuple[str, str]]:
     "The combinations of category and colour, each once."
     return list(dict.fromkeys((t.category, t.color) for t in w.objects))
 
-
+# %% ../../nbs/library/probe_questions.ipynb #014
 def noun_pairs(w: World) -> Pairs:
     '"the red ball", "the red car".'
     for (a, c), (b, d) in combinations(_seen(w), 2):
@@ -100,7 +102,7 @@ def colour_pairs(w: World) -> Pairs:
         if a == b:
             yield _the(Noun(a, c)), _the(Noun(a, d))
 
-
+# %% ../../nbs/library/probe_questions.ipynb #016
 def _opposites(w: World, *sides: tuple[str, str]) -> Pairs:
     for name in _counts(w):
         for one, other in sides:
@@ -116,7 +118,7 @@ def side_pairs(w: World) -> Pairs:
     '"the leftmost ball", "the rightmost ball".'
     yield from _opposites(w, ("left", "right"), ("top", "bottom"))
 
-# %% ../../nbs/library/probe_questions.ipynb #010
+# %% ../../nbs/library/probe_questions.ipynb #018
 def _near(head: Noun, anchor: Program) -> Program:
     return Program("nearest", (head, anchor))
 
@@ -133,14 +135,14 @@ def anchor_pairs(w: World) -> Pairs:
         for one, other in combinations(others, 2):
             yield _near(Noun(head), one), _near(Noun(head), other)
 
-
+# %% ../../nbs/library/probe_questions.ipynb #020
 def order_pairs(w: World) -> Pairs:
     '"the dog closest to a cat", "the cat closest to a dog".'
     several = [name for name, n in _counts(w).items() if n > 1]
     for one, other in combinations(several, 2):
         yield _near(Noun(one), _anchor(other, 2)), _near(Noun(other), _anchor(one, 2))
 
-# %% ../../nbs/library/probe_questions.ipynb #012
+# %% ../../nbs/library/probe_questions.ipynb #022
 def anchor_colour_pairs(w: World) -> Pairs:
     '"the dog closest to the blue cat", "the dog closest to the black cat".'
     for one, other in colour_pairs(w):
@@ -148,7 +150,7 @@ def anchor_colour_pairs(w: World) -> Pairs:
             if name != one.args[0].noun:
                 yield _near(Noun(name), one), _near(Noun(name), other)
 
-
+# %% ../../nbs/library/probe_questions.ipynb #024
 def coloured_anchor_pairs(w: World) -> Pairs:
     '"the red dog closest to a cat", "the red dog closest to the tree".'
     counts = _counts(w)
@@ -157,21 +159,21 @@ def coloured_anchor_pairs(w: World) -> Pairs:
         for one, other in combinations(others, 2):
             yield _near(Noun(a, c), one), _near(Noun(a, c), other)
 
-
+# %% ../../nbs/library/probe_questions.ipynb #026
 def anchor_side_pairs(w: World) -> Pairs:
     '"the dog closest to the leftmost cat", "the dog closest to the rightmost cat".'
     for a, b in permutations(_counts(w), 2):
         for sides in (("left", "right"), ("top", "bottom")):
             yield tuple(_near(Noun(a), Program("most", (side, 1, Noun(b)))) for side in sides)
 
-# %% ../../nbs/library/probe_questions.ipynb #014
+# %% ../../nbs/library/probe_questions.ipynb #028
 def held_out_pairs(w: World) -> Pairs:
     "Colour and noun pairs with a combination that no training image of RefShapes holds."
     for pair in [*colour_pairs(w), *noun_pairs(w)]:
         if any(HELDOUT[p.args[0].noun] == p.args[0].color for p in pair):
             yield pair
 
-# %% ../../nbs/library/probe_questions.ipynb #016
+# %% ../../nbs/library/probe_questions.ipynb #030
 def _missing_colours(w: World) -> Iterator[tuple[Noun, Noun]]:
     "An object that is there, and its category in a colour that only others have."
     seen = _seen(w)
@@ -179,7 +181,7 @@ def _missing_colours(w: World) -> Iterator[tuple[Noun, Noun]]:
         for d in dict.fromkeys(d for _, d in seen if (a, d) not in seen):
             yield Noun(a, c), Noun(a, d)
 
-
+# %% ../../nbs/library/probe_questions.ipynb #032
 def absent_colour_pairs(w: World) -> Pairs:
     '"the red ball", and "the blue ball" where no ball is blue.'
     for there, missing in _missing_colours(w):
@@ -193,14 +195,14 @@ def absent_head_pairs(w: World) -> Pairs:
             if name != there.noun:
                 yield tuple(_near(noun, _anchor(name, n)) for noun in (there, missing))
 
-
+# %% ../../nbs/library/probe_questions.ipynb #034
 def absent_noun_pairs(w: World) -> Pairs:
     '"the tree", and "the boat" where there is none.'
     counts = _counts(w)
     for a in [name for name, n in counts.items() if n == 1]:
         yield from ((_the(Noun(a)), _the(Noun(b))) for b in CATEGORIES if b not in counts)
 
-# %% ../../nbs/library/probe_questions.ipynb #019
+# %% ../../nbs/library/probe_questions.ipynb #037
 SORTS = {  # sort -> (function, kind, slot, pairs)
     "noun": (noun_pairs, "attribute", "noun", 60),
     "colour": (colour_pairs, "attribute", "colour", 60),
@@ -216,10 +218,14 @@ SORTS = {  # sort -> (function, kind, slot, pairs)
     "absent head": (absent_head_pairs, "", "", 25),
     "absent noun": (absent_noun_pairs, "", "", 25),
 }
+
+
 VERSION, SIDE, SEED = 1, 512, 512  # of the probe; pixels a side; of its scenes
+
+
 NOTHING = -1  # the referent of a phrase that means no object
 
-
+# %% ../../nbs/library/probe_questions.ipynb #039
 @dataclass(frozen=True)
 class Question:
     "A phrase about an image, the object that it means, and what it is there to find out."
@@ -237,7 +243,7 @@ class Question:
     def ref_id(self) -> int:
         return self.pair
 
-
+# %% ../../nbs/library/probe_questions.ipynb #041
 def _means(w: World, program: Program, scene: Scene) -> int | None:
     "The object of a program; `NOTHING` where its head is not there; None where it is not clear."
     head = next(arg for arg in program.args if isinstance(arg, Noun))
@@ -257,12 +263,12 @@ def usable(scene: Scene, sort: str) -> list[tuple[Program, Program, int, int]]:
             found.append((*pair, a, b))
     return found
 
-# %% ../../nbs/library/probe_questions.ipynb #021
+# %% ../../nbs/library/probe_questions.ipynb #043
 def scene_at(index: int, heldout: bool = False) -> Scene:
     "A scene of the probe's world."
     return sample_scene(SEED, index, heldout=heldout)
 
-
+# %% ../../nbs/library/probe_questions.ipynb #045
 def _draw_pairs(scene: Scene, index: int, heldout: bool, wanted: dict[str, int]) -> list[tuple[str, tuple]]:
     "A pair of each sort that is still wanted; of relations two, where there are two."
     rng, found = random.Random(f"refseg probe {VERSION} {index} {heldout:d}"), []
@@ -273,7 +279,7 @@ def _draw_pairs(scene: Scene, index: int, heldout: bool, wanted: dict[str, int])
                 found.append((sort, pairs.pop(int(rng.random() * len(pairs)))))
     return found
 
-# %% ../../nbs/library/probe_questions.ipynb #023
+# %% ../../nbs/library/probe_questions.ipynb #047
 def _chosen_scenes(heldout: bool, wanted: dict[str, int]) -> Iterator[tuple[int, bool, list]]:
     "Scenes in turn, each with its pairs, until nothing is wanted any more."
     mine = {sort: n for sort, n in wanted.items() if (sort == "held-out") == heldout}
@@ -286,7 +292,7 @@ def _chosen_scenes(heldout: bool, wanted: dict[str, int]) -> Iterator[tuple[int,
                 mine[sort] -= 1
         index += 1
 
-
+# %% ../../nbs/library/probe_questions.ipynb #049
 def make_questions(
     pairs: dict[str, int] | None = None,  # sort -> how many; default: those of `SORTS`
 ) -> tuple[list[dict], list[Question]]:  # images: "image_id", "index", "heldout"; questions
@@ -301,7 +307,7 @@ def make_questions(
             questions += _pair_of_questions(len(images), len(questions), sort, pair)
     return images, questions
 
-
+# %% ../../nbs/library/probe_questions.ipynb #051
 def _pair_of_questions(image_id: int, before: int, sort: str, pair: tuple) -> list[Question]:
     "The two questions of a pair, numbered after those before."
     kind, slot = SORTS[sort][1:3]
@@ -319,12 +325,12 @@ def _pair_of_questions(image_id: int, before: int, sort: str, pair: tuple) -> li
         for k in range(2)
     ]
 
-# %% ../../nbs/library/probe_questions.ipynb #025
+# %% ../../nbs/library/probe_questions.ipynb #053
 def digest_of(drawn: Rendering) -> int:
     "A number that changes with any pixel of the image or of a mask."
     return zlib.crc32(np.packbits(drawn.masks).tobytes(), zlib.crc32(drawn.image.tobytes()))
 
-
+# %% ../../nbs/library/probe_questions.ipynb #055
 class Probe:
     "The images and questions of one version."
 
@@ -363,17 +369,19 @@ class Probe:
             raise InputError(f"limit must be at least 1, not {limit}")
         kept = list(self.images.values())[:limit]
         ids = {image["image_id"] for image in kept}
-        return Probe(self.version, kept, [q for q in self.questions if q.image_id in ids])
+        part = Probe(self.version, kept, [q for q in self.questions if q.image_id in ids])
+        part.drawn, part.as_published = self.drawn, self.as_published  # an image is drawn once for both
+        return part
 
     def __repr__(self) -> str:
         return f"Probe(version {self.version}: {len(self.images)} images, {len(self.questions):,} phrases)"
 
-# %% ../../nbs/library/probe_questions.ipynb #027
+# %% ../../nbs/library/probe_questions.ipynb #057
 def probe_file(version: int) -> Path:
     "Where a version is stored."
     return Path(str(files("refseg_nb"))) / "probe" / f"questions-{version}.json"
 
-
+# %% ../../nbs/library/probe_questions.ipynb #059
 @lru_cache(2)
 def load_probe(
     version: int = VERSION,
@@ -387,7 +395,7 @@ def load_probe(
     images = [dict(zip(stored["image_fields"], row)) for row in stored["images"]]
     return Probe(version, images, [Question(**dict(zip(names, row))) for row in stored["questions"]])
 
-
+# %% ../../nbs/library/probe_questions.ipynb #061
 def store_probe(file: Path) -> None:
     "Make the probe and store it: once for each version."
     images, questions = make_questions()
@@ -404,7 +412,7 @@ def store_probe(file: Path) -> None:
     text = json.dumps(stored, separators=(",", ":")).replace("],[", "],\n[")
     write_file(file, text + "\n")
 
-# %% ../../nbs/library/probe_questions.ipynb #035
+# %% ../../nbs/library/probe_questions.ipynb #069
 def write_probe(
     folder: str | Path,  # gets images/0001.png, ... and requests.jsonl
     probe: Probe,

@@ -32,7 +32,7 @@ def largest(w: World, members: list[int]) -> int | None:  # None: there is none
     "The largest of some objects."
     return max(members, key=lambda i: w.objects[i].size, default=None)
 
-
+# %% ../../nbs/library/probe_readers.ipynb #007
 def _most(w: World, side: str, rank: int, heads: list[int]) -> int | None:
     order = sorted(heads, key=lambda i: w.key[side][i])
     return order[rank - 1] if len(order) >= rank else None
@@ -44,7 +44,7 @@ def _nearest(w: World, heads: list[int], anchors: list[int]) -> int | None:
     reach = lambda i: min((w.centre[i][j] for j in anchors if j != i), default=math.inf)
     return min(heads, key=reach, default=None) if anchors else None
 
-
+# %% ../../nbs/library/probe_readers.ipynb #009
 def guess(program: Program, w: World) -> int | None:  # index of an object; None: there is no such object
     "Execute a program without margins; where several objects are left, the largest is taken."
     op, args = program.op, program.args
@@ -59,13 +59,13 @@ def guess(program: Program, w: World) -> int | None:  # index of an object; None
     found = guess(anchor, w)
     return None if found is None else _nearest(w, heads, [found])
 
-# %% ../../nbs/library/probe_readers.ipynb #009
+# %% ../../nbs/library/probe_readers.ipynb #013
 def _everywhere(program: Program, change: Callable[[Noun], Noun]) -> Program:
     "A program with every noun changed."
     parts = {Noun: change, Program: partial(_everywhere, change=change)}
     return Program(program.op, tuple(parts.get(type(arg), lambda same: same)(arg) for arg in program.args))
 
-
+# %% ../../nbs/library/probe_readers.ipynb #015
 def without_noun(program: Program) -> Program:
     "Every kind of object becomes any object."
     return _everywhere(program, lambda noun: replace(noun, noun="any"))
@@ -75,14 +75,14 @@ def without_colour(program: Program) -> Program:
     "No colours."
     return _everywhere(program, lambda noun: replace(noun, color=""))
 
-
+# %% ../../nbs/library/probe_readers.ipynb #017
 def _without_sides(program: Program, sides: tuple[str, ...]) -> Program:
     if program.op == "most" and program.args[0] in sides:
         return Program("the", program.args[2:])
     args = (_without_sides(arg, sides) if isinstance(arg, Program) else arg for arg in program.args)
     return Program(program.op, tuple(args))
 
-
+# %% ../../nbs/library/probe_readers.ipynb #019
 def without_anchor(program: Program) -> Program:
     "Only what stands before “closest to”."
     return Program("the", program.args[:1]) if program.op == "nearest" else program
@@ -95,7 +95,7 @@ def without_order(program: Program) -> Program:
     first, second = sorted((program.args[0], program.args[1].args[0]), key=str)
     return Program("nearest", (first, Program("a", (second,))))
 
-
+# %% ../../nbs/library/probe_readers.ipynb #021
 WITHOUT = {  # slot -> the program without it
     "noun": without_noun,
     "colour": without_colour,
@@ -105,7 +105,7 @@ WITHOUT = {  # slot -> the program without it
     "order": without_order,
 }
 
-# %% ../../nbs/library/probe_readers.ipynb #012
+# %% ../../nbs/library/probe_readers.ipynb #024
 def _nouns(part: Noun | Program) -> Iterator[Noun]:
     "The nouns of a program, the head first."
     for arg in part.args:
@@ -119,7 +119,7 @@ def head_noun(program: Program, w: World) -> int | None:
     "The largest object of the category that the phrase begins with."
     return largest(w, w.members(w.words.get(next(_nouns(program)).noun, 0)))
 
-
+# %% ../../nbs/library/probe_readers.ipynb #026
 def bag_of_words(program: Program, w: World) -> int | None:
     "The object that most of the words fit; of several the largest."
     words = [word for noun in _nouns(program) for word in (noun.noun, noun.color) if word]
@@ -131,7 +131,7 @@ def central(program: Program, w: World) -> int | None:
     "The object nearest to the middle of the image."
     return min(range(w.n), key=lambda i: math.hypot(w.objects[i].x - 0.5, w.objects[i].y - 0.5))
 
-# %% ../../nbs/library/probe_readers.ipynb #014
+# %% ../../nbs/library/probe_readers.ipynb #028
 Reading = Callable[[Question, Scene, Rendering], int | None]
 
 
@@ -157,7 +157,7 @@ READERS: dict[str, Reading] = {
     "central-object": _by_program(central),
 }
 
-
+# %% ../../nbs/library/probe_readers.ipynb #030
 class Reader(Predictor):
     "A reader of `READERS`: it knows the scene, and draws perfect masks."
 

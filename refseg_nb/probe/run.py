@@ -51,7 +51,7 @@ def _head(predictor: Predictor, probe: Probe, threshold: float) -> dict:
     "The first line of a file of answers."
     return {"probe": probe.version, "predictor": predictor.name, "threshold": threshold}
 
-
+# %% ../../nbs/library/probe_run.ipynb #007
 def read_answers(
     file: Path,  # answers.jsonl
     head: dict | None = None,  # what its first line must say; None: anything
@@ -70,7 +70,7 @@ def read_answers(
         found[row["image_id"]] = {int(k): runs for k, runs in row["answers"].items()}
     return found
 
-# %% ../../nbs/library/probe_run.ipynb #006
+# %% ../../nbs/library/probe_run.ipynb #008
 def _ask_image(predictor: Predictor, probe: Probe, image_id: int, threshold: float) -> dict:
     "A line of answers."
     questions, image = probe.of_image[image_id], probe.drawn(image_id)[1].image
@@ -78,7 +78,7 @@ def _ask_image(predictor: Predictor, probe: Probe, image_id: int, threshold: flo
     masks = [to_mask(answer, predictor.scores, threshold) for answer in answers]
     return {"image_id": image_id, "answers": {q.sent_id: encode_mask(m) for q, m in zip(questions, masks)}}
 
-
+# %% ../../nbs/library/probe_run.ipynb #010
 def ask(
     predictor: Predictor,
     probe: Probe,
@@ -104,7 +104,7 @@ def ask(
             out.flush()
     return read_answers(file)
 
-# %% ../../nbs/library/probe_run.ipynb #008
+# %% ../../nbs/library/probe_run.ipynb #012
 RIGHT = SAME = 0.5  # IoU from which an answer is right, and two answers are the same
 
 
@@ -117,7 +117,7 @@ def overlap(a: dict, b: dict) -> tuple[int, int]:  # pixels in both, pixels in e
     both = int(coco_mask.area(coco_mask.merge([a, b], intersect=True)))
     return both, int(coco_mask.area(a)) + int(coco_mask.area(b)) - both
 
-
+# %% ../../nbs/library/probe_run.ipynb #014
 def count(
     probe: Probe,
     answers: dict[int, dict[int, dict]],  # of `ask`
@@ -136,7 +136,7 @@ def count(
     names = ("intersection", "union", "area", "answered", "same", "published")
     return {name: np.array(column, dtype=np.int64) for name, column in zip(names, zip(*rows))}
 
-# %% ../../nbs/library/probe_run.ipynb #010
+# %% ../../nbs/library/probe_run.ipynb #016
 def shares(
     hits: dict[
         Any, tuple[np.ndarray, np.ndarray]
@@ -158,7 +158,7 @@ def shares(
         found[name] = {"value": float(value), "low": low, "high": high, "n": int(total[2 * k + 1])}
     return found
 
-# %% ../../nbs/library/probe_run.ipynb #013
+# %% ../../nbs/library/probe_run.ipynb #019
 KINDS = ("attribute", "superlative", "relation", "composition", "held-out")
 
 
@@ -180,7 +180,7 @@ def _columns(probe: Probe, counts: dict[str, np.ndarray]) -> dict[str, np.ndarra
         "empty": empty,
     }
 
-
+# %% ../../nbs/library/probe_run.ipynb #021
 def _wanted(c: dict[str, np.ndarray]) -> dict[tuple, tuple]:
     "The shares of the report: name -> (which rows, what of them)."
     found = {}
@@ -199,7 +199,7 @@ def _wanted(c: dict[str, np.ndarray]) -> dict[tuple, tuple]:
     found["no_target", "", "gIoU"] = absent | present, c["iou"]
     return found
 
-# %% ../../nbs/library/probe_run.ipynb #015
+# %% ../../nbs/library/probe_run.ipynb #023
 VERDICTS = ("ignored", "read", "misread", "unclear")
 
 
@@ -216,7 +216,7 @@ def _listed(words: Sequence[str]) -> str:
     *first, last = words
     return f"{', '.join(first)} and {last}" if first else last
 
-
+# %% ../../nbs/library/probe_run.ipynb #025
 def verdict(slots: dict[str, dict]) -> str:  # one or two sentences
     "The report in a sentence."
     said = {kind: [s for s in slots if slots[s]["verdict"] == kind] for kind in VERDICTS}
@@ -231,7 +231,7 @@ def verdict(slots: dict[str, dict]) -> str:  # one or two sentences
     rest += [f"Unclear: {_listed(said['unclear'])}."] if said["unclear"] else []
     return " ".join([text or "It ignores none of the six slots.", *rest])
 
-# %% ../../nbs/library/probe_run.ipynb #018
+# %% ../../nbs/library/probe_run.ipynb #028
 @dataclass
 class ProbeResult:
     "What the probe found."
@@ -276,7 +276,7 @@ class ProbeResult:
         ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-# %% ../../nbs/library/probe_run.ipynb #019
+# %% ../../nbs/library/probe_run.ipynb #029
 def _record(
     name: str, probe: Probe, counts: dict[str, np.ndarray], threshold: float, seconds: float
 ) -> Record:
@@ -299,7 +299,7 @@ def _record(
     protocol |= {"threshold": threshold, "protocol": "probe"}
     return make_record(name, arrays, protocol=protocol, config={"predictor": name}, seconds=seconds)
 
-
+# %% ../../nbs/library/probe_run.ipynb #031
 def summarise(
     name: str,
     probe: Probe,
@@ -332,7 +332,7 @@ def summarise(
         record=_record(name, probe, counts, threshold, seconds),
     )
 
-# %% ../../nbs/library/probe_run.ipynb #021
+# %% ../../nbs/library/probe_run.ipynb #033
 def run_probe(
     source: Any,  # whatever `as_predictor` takes; a `Segmenter` is such an object
     out: str | Path,  # folder of answers, result and record; what is answered there is not asked again
@@ -358,7 +358,7 @@ def run_probe(
     save_result(result, out)
     return result
 
-
+# %% ../../nbs/library/probe_run.ipynb #035
 def save_result(result: ProbeResult, folder: str | Path) -> Path:  # probe.json
     "Write a result: probe.json, and the record beside it."
     folder = Path(folder)
@@ -377,7 +377,7 @@ def _rounded(value: Any) -> Any:
         return [_rounded(v) for v in value]
     return (round(value, 4) if np.isfinite(value) else None) if isinstance(value, float) else value
 
-
+# %% ../../nbs/library/probe_run.ipynb #037
 def load_result(folder: str | Path) -> ProbeResult:
     "Read a result that `save_result` wrote."
     file = Path(folder) / "probe.json"

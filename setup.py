@@ -35,6 +35,7 @@ setup(
             "weights/**/*",
             "data/manifest.toml",
             "attention/static/*",
+            "probe/*.json",
             "training/launch/*",
         ]
     },

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPTION_OF', 'ClickException', 'app', 'TRY', 'DATA', 'TRAIN', 'PAPERS', 'data_app', 'Root', 'SplitBy', 'Device',
-           'Size', 'Workers', 'DATA_SETS', 'Name', 'KINDS', 'Field', 'config_fields', 'in_options', 'is_users',
-           'explain', 'report_bug', 'OneLineErrors', 'data_make', 'data_info', 'data_fetch', 'data_verify',
+           'Size', 'Workers', 'DATA_SETS', 'Name', 'KINDS', 'Scores', 'Check', 'Field', 'config_fields', 'in_options',
+           'is_users', 'explain', 'report_bug', 'OneLineErrors', 'data_make', 'data_info', 'data_fetch', 'data_verify',
            'data_leakage', 'data_check', 'data_convert', 'data_store', 'pretrain', 'read_config', 'parse_overrides',
-           'with_config_options', 'config_values', 'train', 'evaluate', 'print_record', 'compare', 'convert', 'demo',
-           'segment', 'phrase_in_name', 'explore', 'reproduce']
+           'with_config_options', 'config_values', 'train', 'Contender', 'find_predictor', 'require_conformance',
+           'find_contender', 'evaluate', 'print_record', 'compare', 'convert', 'probe', 'demo', 'segment',
+           'phrase_in_name', 'explore', 'reproduce']
 
 # %% ../nbs/22_command_line.ipynb #003
 import ast
@@ -135,7 +136,10 @@ class OneLineErrors(TyperGroup):
     """Where a user's error becomes one line on stderr and exit code 2, and Ctrl-C exit code
     130; help begins with what people do first."""
 
-    FIRST = ("demo", "segment", "explore", "data", "train", "evaluate", "compare", "pretrain", "reproduce")
+    FIRST = (
+        *("demo", "segment", "explore", "data", "train", "evaluate", "compare", "probe"),
+        *("pretrain", "reproduce"),
+    )
 
     def list_commands(self, ctx):
         names = super().list_commands(ctx)
@@ -648,13 +652,104 @@ def train(
     )
     print(f"model: {Path(values['out']) / 'model'}")
 
+# %% ../nbs/22_command_line.ipynb #hc-cli-2
+Scores = Annotated[
+    str | None,
+    typer.Option(help="Of module:function: what its floats are, probability or logit. Default: probability."),
+]
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="Only ask a few questions, say what the predictor does wrong, and stop."),
+]
+
+
+@dataclass
+class Contender:
+    "What is measured."
+
+    model: object  # for `evaluate` and the probe: a model, a predictor or a `Segmenter`
+    data: Callable  # (data set, split) -> a `RISDataset` for a model, a `RawSplit` for a predictor
+    threshold: float
+    name: str
+
+
+def find_predictor(
+    name: str,  # of the command line
+    scores: str | None,
+    missing: str = "error",
+) -> object | None:  # a `Predictor`; None: it is a model
+    "A predictor that is not of this course."
+    from refseg_nb.evaluation.predictors import as_predictor, holds_masks
+
+    function = ":" in name and not Path(name).exists()
+    return as_predictor(name, None, scores, missing) if function or holds_masks(name) else None
+
+
+def require_conformance(
+    predictor: object,  # that can be asked
+    check: bool,  # print the report and stop
+) -> None:
+    "Ask a predictor a few questions; what it does wrong is an error."
+    from refseg_nb.evaluation.predictors import check_predictor
+
+    report = check_predictor(predictor)
+    if check:
+        print(report)
+        raise typer.Exit(0 if report.ok else 1)
+    if not report.ok:
+        raise InputError(f"{report.name} cannot be measured: {'; '.join(report.problems)}")
+
+
+def find_contender(
+    name: str, device: str, scores: str | None, missing: str = "error", check: bool = False
+) -> Contender:
+    "What a name on the command line means, ready to be evaluated."
+    from refseg_nb.data.batches import RISDataset
+    from refseg_nb.evaluation.predictors import RawSplit
+
+    predictor = find_predictor(name, scores, missing)
+    if predictor is not None:
+        if ":" in name or check:
+            require_conformance(predictor, check)
+        return Contender(predictor, RawSplit, predictor.threshold, predictor.name)
+    from refseg_nb.inference.segmenter import load
+    from refseg_nb.training.distributed import join_processes
+
+    seg = load(name, join_processes(_device(device)))
+    if check:
+        require_conformance(seg, check)
+    settings = (seg.vocabulary, seg.image_size, None, seg.max_words)
+    data = lambda refer, split: RISDataset(refer, split, *settings, sentence=seg.sentence)
+    folder = Path(name)
+    return Contender(
+        seg.model, data, seg.threshold, folder.parent.name if folder.name == "model" else folder.name
+    )
+
+
+def _write_requests(path: Path, data, text_control, image_control, limit: int | None, seed: int) -> None:
+    import json
+
+    from refseg_nb.evaluation.evaluator import Evaluator
+    from refseg_nb.files import write_file
+
+    lines = Evaluator(data, text_control, image_control, limit=limit, seed=seed).requests()
+    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    print(f"{len(lines):,} requests: {path}")
+
 # %% ../nbs/22_command_line.ipynb #044
 @app.command(
     rich_help_panel=TRAIN, epilog="Example:  refseg evaluate shnet-refshapes --split val --limit 100"
 )
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A folder that training wrote, or a shipped model.", show_default=False)
+        str,
+        typer.Argument(
+            help=(
+                "A folder that training wrote, a shipped model, anybody's predictor as module:function, a folder of"
+                " masks by sent_id, or a JSON file of results."
+            ),
+            show_default=False,
+        ),
     ],
     data: Annotated[str, typer.Option(help=DATA_SETS)] = "refshapes",
     root: Root = None,
@@ -699,13 +794,30 @@ def evaluate(
             help="Sharpen each answer with a dense CRF first, as CMPC's published numbers were (slow).",
         ),
     ] = False,
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="Write every mask: a folder for PNG by sent_id, or a .json file for run lengths."),
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            help=(
+                "Write what is asked, a JSON line for each sentence, and stop: for a model that runs elsewhere. Beside"
+                " its masks, call the file requests.jsonl."
+            )
+        ),
+    ] = None,
+    scores: Scores = None,
+    missing: Annotated[
+        str, typer.Option(help="A sentence without a mask on disk: error, or empty (an empty answer).")
+    ] = "error",
+    check: Check = False,
     device: Device = "auto",
     seed: int = 0,
 ):
     "Evaluate a model on a split, at original resolution or as another program does, and write the record."
     from dataclasses import replace
 
-    from refseg_nb.data.batches import RISDataset
     from refseg_nb.data.referit import open_data
     from refseg_nb.evaluation.crf import CrfConfig
     from refseg_nb.evaluation.evaluator import evaluate as run
@@ -718,31 +830,31 @@ def evaluate(
         read_ignore,
         write_samples,
     )
-    from refseg_nb.inference.segmenter import load
-    from refseg_nb.training.distributed import first_process, join_processes
+    from refseg_nb.training.distributed import first_process
 
     rule = find_protocols([protocol])[0] if protocol else None
-    seg = load(model, join_processes(_device(device)))
+    contender = find_contender(model, device, scores, missing=missing, check=check)
     refer = open_data(_root(root, data), data, split_by)
     if split not in refer.splits:
         raise InputError(
             f"{data} ({refer.split_by}) has no split {split!r}: it has {', '.join(refer.splits)}"
         )
-    data_of = lambda split: RISDataset(
-        refer, split, seg.vocabulary, seg.image_size, None, seg.max_words, sentence=seg.sentence
-    )
+    data_of = lambda split: contender.data(refer, split)
+    if requests:
+        return _write_requests(requests, data_of(split), text_control, image_control, limit=limit, seed=seed)
+    if masks and rule:
+        raise typer.BadParameter("--masks writes masks at the images' size: leave out --protocol")
     bar, left_out, chosen_on = (
         sys.stderr.isatty() and first_process(),
         read_ignore(ignore) if ignore else None,
         None,
     )
     if threshold is None:
-        threshold = rule.threshold if rule else seg.threshold
+        threshold = rule.threshold if rule else contender.threshold
     if tune_on:
-        choice = choose_threshold(seg.model, data_of(tune_on), limit=limit, seed=seed, progress=bar)
+        choice = choose_threshold(contender.model, data_of(tune_on), limit=limit, seed=seed, progress=bar)
         threshold, chosen_on = choice.threshold, choice.chosen_on
-    folder = Path(model)
-    name = name or (folder.parent.name if folder.name == "model" else folder.name)
+    name = name or contender.name
     controls = (
         [f"{k}-{v}" for k, v in (("text", text_control), ("image", image_control)) if v]
         + ["crf"] * crf
@@ -757,19 +869,20 @@ def evaluate(
     }
     if rule is None:
         record = run(
-            seg.model,
+            contender.model,
             data_of(split),
             threshold,
             text_control,
             image_control,
             crf=crf,
             threshold_from=chosen_on,
+            masks=masks,
             **usual,
         )
     else:
         rule = replace(rule, threshold=threshold, threshold_from=chosen_on or rule.threshold_from)
         record = evaluate_protocols(
-            seg.model,
+            contender.model,
             data_of(split),
             [rule],
             text_control=text_control,
@@ -903,6 +1016,82 @@ def convert(
     )
     print(account)
     print(f"model: {out} ({PUBLISHED[model] if preset is None else preset})")
+
+# %% ../nbs/22_command_line.ipynb #hc-cli-9
+def _probed(name: str, device: str, scores: str | None, missing: str, check: bool) -> object:
+    "What is probed: a reader, anybody's predictor, or one of our models."
+    if name.startswith("reader:"):
+        from refseg_nb.probe.readers import Reader
+
+        return Reader(name.removeprefix("reader:"))
+    predictor = find_predictor(name, scores, missing)
+    if predictor is None:
+        from refseg_nb.inference.segmenter import load
+
+        predictor = load(name, _device(device))
+    if check or ":" in name:
+        require_conformance(predictor, check)
+    return predictor
+
+
+@app.command(rich_help_panel=TRAIN, epilog="Example:  refseg probe shnet-refshapes")
+def probe(
+    predictor: Annotated[
+        str | None,
+        typer.Argument(
+            help=(
+                "A shipped model, a folder that training wrote, module:function, a folder of masks by sent_id, or"
+                " reader:NAME, such as reader:anchor-blind."
+            ),
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results. Default: runs/probe/NAME.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many images.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the results. Default: the predictor's.")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="A pixel is in the mask above this probability. Default: the predictor's."),
+    ] = None,
+    scores: Scores = None,
+    missing: Annotated[
+        str, typer.Option(help="A sentence without a mask on disk: error, or empty (an empty answer).")
+    ] = "error",
+    check: Check = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget the answers that are there.")] = False,
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the images and requests.jsonl into this folder: for a model that runs elsewhere."
+        ),
+    ] = None,
+    device: Device = "cpu",
+):
+    """Ask any predictor pairs of phrases that differ in one slot: scores, the slots it ignores, a page with its
+    misses, and a card."""
+    from refseg_nb.probe.questions import load_probe, write_probe
+
+    if write:
+        lines = write_probe(write, load_probe().part(limit))
+        print(f"images: {write / 'images'}\nwhat is asked: {lines}")
+    if predictor is None:
+        if write:
+            return
+        raise typer.BadParameter("Missing argument 'PREDICTOR': give a predictor, or --write")
+    from refseg_nb.probe.page import write_card, write_page
+    from refseg_nb.probe.run import read_answers, run_probe
+
+    asked = _probed(predictor, device, scores, missing=missing, check=check)
+    folder = out or Path("runs/probe") / (name or asked.name)
+    more = {"name": name, "limit": limit, "threshold": threshold, "scores": scores}
+    result = run_probe(asked, folder, fresh=fresh, progress=sys.stderr.isatty(), **more)
+    answers, questions = read_answers(folder / "answers.jsonl"), load_probe().part(limit)
+    page, card = folder / "index.html", folder / "card.png"
+    write_page(result, questions, answers, page)
+    write_card(result, card)
+    print(result, "", f"page: {page}", f"card: {card}", sep="\n")
 
 # %% ../nbs/22_command_line.ipynb #052
 @app.command(rich_help_panel=TRY, epilog="Example:  refseg demo --seed 7")

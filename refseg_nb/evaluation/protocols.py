@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batches import RISDataset
 from ..data.refer import Sample
@@ -32,6 +32,7 @@ from refseg_nb.evaluation.evaluator import (
     Evaluator,
     Record,
     evaluate,
+    asked,
     gather_rows,
     make_record,
     paired_groups,
@@ -42,6 +43,7 @@ from refseg_nb.evaluation.evaluator import (
     this_process,
 )
 from .metrics import COMPARATORS, intersection_union
+from .predictors import RawSplit
 from ..files import write_file
 
 # %% ../../nbs/13c_protocols.ipynb #008
@@ -341,19 +343,24 @@ def _passes(wanted: list[Protocol]) -> list[list[Protocol]]:
 
 
 def _asking(
-    protocol: Protocol, model: nn.Module, dataset: RISDataset, options: dict[str, Any]
-) -> tuple[Evaluator, nn.Module]:
+    protocol: Protocol, model: Any, dataset: RISDataset | RawSplit, options: dict[str, Any]
+) -> tuple[Evaluator, Any]:
     "The evaluator of a pass, and the model as it is asked there."
     if protocol.sentences not in ONE_ANSWER:
         return Evaluator(dataset, **options), model
+    if not isinstance(dataset, RISDataset):
+        raise InputError(
+            f"protocol {protocol.name} asks once a ref and puts its sentences together as words: that takes one of the"
+            " models of this package"
+        )
     joined = protocol.sentences == "joined"
     return RefEvaluator(dataset, joined, **options), model if joined else AveragedSentences(model)
 
 
 def _count_all(
-    asked: list[Protocol],
+    together: list[Protocol],
     evaluator: Evaluator,
-    model: nn.Module,
+    model: Any,
     crf: CrfConfig | None,
     features: Callable | None,
     autocast: Autocast | None,
@@ -363,17 +370,17 @@ def _count_all(
 
     def count(samples, logits, true):
         sharpen = crf and (lambda p: evaluator.sharpen(p, samples, crf))
-        return [n for p in asked for n in intersection_union(*compared_masks(p, logits, true, sharpen))]
+        return [n for p in together for n in intersection_union(*compared_masks(p, logits, true, sharpen))]
 
-    names = tuple((p.name, what) for p in asked for what in ("intersection", "union"))
+    names = tuple((p.name, what) for p in together for what in ("intersection", "union"))
     return gather_rows(
         evaluator.measure(model, names, count, features=features, autocast=autocast, progress=bar)
     )
 
 # %% ../../nbs/13c_protocols.ipynb #021
 def evaluate_protocols(
-    model: nn.Module,  # a `SHNet` or any model with `encode` and `segment`
-    dataset: RISDataset,  # a split
+    model: Any,  # one of our models, or whatever `as_predictor` takes
+    dataset: RISDataset | RawSplit,  # a split
     protocols: Iterable[str | Protocol] | None = None,  # see `find_protocols`
     *,
     name: str = "model",  # of the records
@@ -412,12 +419,12 @@ def evaluate_protocols(
     )
     bar = f"Evaluating {name}" if progress and rank == 0 else None
     measured = {}
-    for asked in _passes(wanted):
-        evaluator, answering = _asking(asked[0], model, dataset, options)
-        rows = _count_all(asked, evaluator, answering, crf, features, autocast, bar)
-        measured |= {p.name: (evaluator, rows) for p in asked}
-    config = model.config.to_dict()
-    device = next(model.parameters()).device
+    for together in _passes(wanted):
+        evaluator, answering = _asking(together[0], model, dataset, options)
+        rows = _count_all(together, evaluator, answering, crf, features, autocast, bar)
+        measured |= {p.name: (evaluator, rows) for p in together}
+    answerer = asked(model)
+    config, device = answerer.config, answerer.device
     found = {}
     for p in wanted:
         evaluator, rows = measured[p.name]
@@ -426,7 +433,7 @@ def evaluate_protocols(
             k: rows[p.name, k] for k in ("intersection", "union")
         }
         arrays = sample_arrays(evaluator, {k: v[keep] for k, v in own.items()})
-        protocol = evaluator.stamp() | p.stamp() | {"crf": asdict(crf) if crf else False}
+        protocol = evaluator.stamp() | p.stamp() | {"crf": asdict(crf) if crf else False} | answerer.stamp
         found[p.name] = make_record(
             name,
             arrays,
@@ -458,8 +465,8 @@ class ThresholdChoice:
 
 
 def choose_threshold(
-    model: nn.Module,  # a `SHNet` or any model with `encode` and `segment`
-    dataset: RISDataset,  # validation data, not the split that is reported
+    model: Any,  # one of our models, or whatever `as_predictor` takes
+    dataset: RISDataset | RawSplit,  # validation data, not the split that is reported
     thresholds: Iterable[float] = tuple(i / 20 for i in range(1, 20)),
     *,
     text_control: str | None = None,  # as for `evaluate`, as is the next one

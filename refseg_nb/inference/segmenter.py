@@ -231,6 +231,19 @@ class Segmenter:
         batch = resize_square(pixels, self.image_size)[None]
         return EncodedScene(self, pixels, size, self.model.encode(batch.to(self.device)))
 
+    @torch.inference_mode()
+    def predict(
+        self,
+        image: object,  # whatever `read_image` reads
+        phrases: list[str],  # N phrases
+    ) -> np.ndarray:  # [N, H, W] float32, at the image's own size
+        "Probabilities, as anybody's predictor gives them: what `evaluate` and `refseg probe` ask for."
+        scene = self.encode(image)
+        ids = [self.vocabulary.encode(phrase, self.max_words) for phrase in phrases]
+        index = torch.zeros(len(ids), dtype=torch.long, device=self.device)
+        logits = self.model.segment(scene.features, pad_words(ids).to(self.device), index)
+        return probability_at(logits, scene.size).cpu().numpy()
+
     def segment(
         self,
         image: object,  # whatever `read_image` reads

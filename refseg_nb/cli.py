@@ -893,7 +893,9 @@ def evaluate(
     own = None
     if (text_control or image_control) and rule is None and not crf and "val" in refer.splits:
         how = {"limit": limit, "seed": seed, "ignore": left_out, "progress": bar}
-        own = at_own_threshold(seg.model, data_of(split), data_of("val"), text_control, image_control, **how)
+        own = at_own_threshold(
+            contender.model, data_of(split), data_of("val"), text_control, image_control, **how
+        )
         record.protocol["own_threshold"] = own
     if not first_process():
         return

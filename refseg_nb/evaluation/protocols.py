@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batches import RISDataset
 from ..data.refer import Sample
@@ -31,8 +31,8 @@ from refseg_nb.evaluation.evaluator import (
     Autocast,
     Evaluator,
     Record,
-    evaluate,
     asked,
+    evaluate,
     gather_rows,
     make_record,
     paired_groups,
@@ -521,9 +521,9 @@ def choose_threshold(
 
 # %% ../../nbs/13c_protocols.ipynb #ha-prot-12
 def at_own_threshold(
-    model: nn.Module,  # a `SHNet` or any model with `encode` and `segment`
-    dataset: RISDataset,  # the split that is reported
-    validation: RISDataset,  # where the threshold is chosen, with the same controls
+    model: Any,  # one of our models, or whatever `as_predictor` takes
+    dataset: RISDataset | RawSplit,  # the split that is reported
+    validation: RISDataset | RawSplit,  # where the threshold is chosen, with the same controls
     text_control: str | None = None,  # as for `evaluate`, as is the next one
     image_control: str | None = None,
     *,

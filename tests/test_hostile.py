@@ -446,7 +446,10 @@ def test_a_hostile_option_of_train_is_one_line(tmp_path, name, monkeypatch):
 
 OTHERS = {
     "no phrase": (["segment", "{scene}", "  "], "phrase is empty"),
-    "a phrase of a million words": (["segment", "{scene}", "{long}"], "phrase"),
+    "a phrase of a million letters": (
+        ["segment", "{scene}", "{long}"],
+        "1,000,000 characters: give at most 10,000",
+    ),
     "a folder as image": (["segment", "{folder}", "the ball"], "is a folder"),
     "an address as image": (["segment", "http://x/a.png", "the ball"], "is a web address"),
     "a threshold of NaN": (
@@ -465,7 +468,7 @@ OTHERS = {
     "a store of -1 pixels": (["data", "store", "--root", "{root}", "--image-size", "-1"], "image.size"),
     "a scene of 10^6 pixels": (
         ["data", "make", "--root", "{folder}/d", "--size", "tiny", "--resolution", "1000000"],
-        "resolution",
+        "size is 1000000",
     ),
     "minus one process": (
         ["data", "make", "--root", "{folder}/d", "--size", "tiny", "--workers", "-1"],
@@ -512,3 +515,77 @@ def test_a_run_that_diverges_keeps_and_names_its_last_good_checkpoint(tmp_path):
     found = load_checkpoint(tmp_path / "run" / "checkpoint")
     assert found["state"]["step"] == int(kept.name[5:])
     assert all(torch.isfinite(v).all() for v in found["model"].values() if v.is_floating_point())
+
+
+# ---- no network
+
+
+def without_network(monkeypatch, look_up):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+
+
+def no_name(*args, **more):
+    import socket
+
+    raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+
+def test_fetch_without_a_network_fails_at_once_and_shows_the_way_by_hand(tmp_path, monkeypatch):
+    from refseg_nb.data.fetch import load_manifest
+
+    without_network(monkeypatch, no_name)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} seconds"))
+    result = CliRunner().invoke(
+        app, ["data", "fetch", "refcoco", "--root", str(tmp_path)], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 1 and "there is no network here" in result.stdout, result.output
+    spec = load_manifest().files["refcoco.zip"]
+    for url in spec.urls:
+        assert url in result.stdout, "a person can try the address in a browser"
+    assert str(tmp_path / spec.to) in result.stdout and "By hand:" in result.stdout
+
+
+def test_a_name_lookup_that_hangs_is_not_waited_for(monkeypatch):
+    import threading
+    import time
+
+    from refseg_nb.data.fetch import network_fault
+
+    without_network(monkeypatch, lambda *args, **more: threading.Event().wait(60))
+    start = time.monotonic()
+    assert "there is no network here" in network_fault(
+        ["https://a.invalid/x", "https://b.invalid/x"], seconds=0.2
+    )
+    assert time.monotonic() - start < 30
+    without_network(monkeypatch, lambda host, port: [host])
+    assert network_fault(["https://a.invalid/x"]) is None and network_fault(["gdrive:abc"]) is None
+
+
+def test_an_address_whose_name_is_not_found_is_asked_once(tmp_path, monkeypatch):
+    from refseg_nb.data.fetch import FileSpec, NoNetwork, RetryPolicy, Unavailable, download, receive
+
+    without_network(monkeypatch, no_name)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} seconds"))
+    spec = FileSpec("a", "a", ("https://a.invalid/a", "https://b.invalid/a"))
+    with pytest.raises(Unavailable, match="a.invalid is not found.*b.invalid is not found"):
+        download(spec, tmp_path / "a", RetryPolicy(attempts=5, pause=60))
+    assert issubclass(NoNetwork, Unavailable) and receive and list(tmp_path.iterdir()) == []
+
+
+def test_fetch_takes_a_manifest(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        '[files."a.zip"]\nto = "a.zip"\nurls = ["https://mirror.invalid/a.zip"]\nsize = 5\nlicence = "-"\n'
+        'cite = "-"\nby_hand = "Ask me for a.zip and put it at {to}."\n[sets.mine]\nfiles = ["a.zip"]\n'
+    )
+    args = ["data", "fetch", "mine", "--manifest", str(file), "--root", str(tmp_path / "data"), "--dry-run"]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 0 and "mirror.invalid" in result.stdout, result.output
+    one_line(
+        "data", "fetch", "refcoco", "--manifest", file, says="nothing is known of 'refcoco'; there are mine"
+    )
+    file.write_text("[files")
+    one_line("data", "fetch", "mine", "--manifest", file, says="not readable as TOML")

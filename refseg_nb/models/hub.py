@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'MOST_NUMBERS', 'LARGEST_MAP', 'MOST_GFLOP', 'CheckpointError', 'model_tensors', 'check_fit',
-           'load_tensors', 'fingerprint', 'read_stored', 'check_size', 'build_blank', 'check_run', 'save_model',
-           'load_model', 'read_vocabulary', 'create_stored', 'shipped', 'find_model']
+           'load_tensors', 'fingerprint', 'read_stored', 'check_size', 'build_blank', 'check_run', 'check_config',
+           'save_model', 'load_model', 'read_vocabulary', 'create_stored', 'shipped', 'find_model']
 
 # %% ../../nbs/library/hub.ipynb #002
 import hashlib
@@ -199,12 +199,10 @@ def build_blank(
 
 
 def check_run(
-    model: RISModel,  # of `build_blank`; one that is not of this package is not asked
+    model: RISModel,  # of `build_blank`
     what: str = "config.json",  # named in the error
 ) -> None:
     "Refuse a model that cannot answer a phrase, or not within reasonable memory and time."
-    if not type(model).__module__.startswith("refseg_nb."):
-        return  # its code may do what the device "meta" cannot
     from torch.utils.flop_counter import FlopCounterMode
 
     size, words = model.config.image_size, min(model.config.max_words, 64)
@@ -224,6 +222,18 @@ def check_run(
         raise CheckpointError(
             f"{what} describes a model that takes {counter.get_total_flops():.0e} operations"
         )
+
+
+def check_config(
+    name: str,  # of a registered model
+    config: ModelConfig,
+    vocab_size: int,  # V
+    what: str = "config.json",  # named in the error
+) -> None:
+    """Refuse a configuration whose model is too large or cannot run, before memory is taken. A model that is not of
+    this package is not asked: its code may do what the device "meta" cannot."""
+    if registered(name).model.__module__.startswith("refseg_nb."):
+        check_run(build_blank(name, config, vocab_size, what), what)
 
 # %% ../../nbs/library/hub.ipynb #017
 def save_model(
@@ -325,7 +335,8 @@ def create_stored(
     blank = build_blank(stored["model"], config, len(vocabulary))
     if tensors is not None:
         check_fit(blank, tensors, what, stored["backbone_stored"])
-    check_run(blank)
+    if type(blank).__module__.startswith("refseg_nb."):
+        check_run(blank)
     return create_from_config(stored["model"], bare.to_dict(), len(vocabulary)), vocabulary
 
 # %% ../../nbs/library/hub.ipynb #025

@@ -51,8 +51,7 @@ from ..files import atomic_folder, clean_up, write_file, write_json
 from ..models.base import ModelConfig, RISModel
 from refseg_nb.models.hub import (
     CheckpointError,
-    build_blank,
-    check_run,
+    check_config,
     find_model,
     fingerprint,
     load_model,
@@ -530,7 +529,7 @@ class Learner:
         with self.accelerator.main_process_first():
             self.vocabulary = self.data.read_vocabulary(made)
         if model is None:  # too large, or one that cannot run: said before memory is taken
-            check_run(build_blank(c.model, made, len(self.vocabulary), "--set"), "--set")
+            check_config(c.model, made, len(self.vocabulary), "the configuration")
         torch.manual_seed(c.seed)
         self.model = self.create_model() if model is None else model
         if c.start:

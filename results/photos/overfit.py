@@ -77,7 +77,7 @@ def score(folder: Path, root: Path, data: str, split_by: str) -> dict:
     return found
 
 
-def step_seconds(expressions: int = 64, images: int = 9, words: int = 8, repeats: int = 5) -> dict:
+def step_seconds(expressions: int = 64, images: int = 9, words: int = 8, repeats: int = 3) -> dict:
     "Processor seconds of the parts of one step of the preset on one thread: medians of several."
     torch.set_num_threads(1)
     model = create_model("shnet", "photo", vocab_size=10_000)

@@ -282,7 +282,7 @@ def _describe(segmenter: Segmenter, about: dict, seeds: list[int]) -> dict:
 
 def _make(segmenter: Segmenter, seeds: list[int]) -> LiveAssets:
     "The model and the scenes, packed."
-    halves = export_halves(segmenter.model)
+    halves = export_halves(segmenter.model).halved()
     lives = [live_scene(seed, segmenter.image_size) for seed in seeds]
     row = showcase(list(answers(segmenter, lives[:80])))
     raw = {"encoder": halves.encoder, "phrase": halves.phrase, **pack_scenes(lives, row)}

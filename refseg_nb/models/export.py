@@ -9,7 +9,7 @@ __all__ = ['DECOMPOSITIONS', 'pool_windows', 'pool_side', 'adaptive_max', 'Encod
 # %% ../../nbs/library/export.ipynb #hb-export-002
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -189,24 +189,23 @@ def _graph(
 
 # %% ../../nbs/library/export.ipynb #hb-export-026
 def halve(
-    graph: Any,  # onnx.ModelProto; is changed
+    graph: bytes,  # ONNX
     smallest: int = 256,  # tensors of fewer numbers stay as they are
-) -> None:
-    "Store the float32 weights of a graph as float16, each behind a cast."
-    from onnx import TensorProto, helper, numpy_helper
+) -> bytes:
+    "The same graph with its float32 weights stored as float16, each behind a cast."
+    from onnx import TensorProto, helper, load_from_string, numpy_helper
 
-    casts = []
-    for tensor in graph.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT:
-            continue
+    model, casts = load_from_string(graph), []
+    for tensor in model.graph.initializer:
         values = numpy_helper.to_array(tensor)
-        if values.size < smallest:
+        if tensor.data_type != TensorProto.FLOAT or values.size < smallest:
             continue
         name = tensor.name
         tensor.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}.half"))
         casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
     for at, cast in enumerate(casts):
-        graph.graph.node.insert(at, cast)
+        model.graph.node.insert(at, cast)
+    return model.SerializeToString()
 
 # %% ../../nbs/library/export.ipynb #hb-export-028
 def bias_table(
@@ -257,14 +256,15 @@ class Halves:
     phrase: bytes  # ONNX: `words` int64 [1, T] and the features -> `logits` [1, h, w], `attention_2`, ...
     about: dict[str, Any]  # plain values: image_size, max_words, features, levels
 
+    def halved(self) -> "Halves":
+        "The same with weights stored as float16."
+        return replace(self, encoder=halve(self.encoder), phrase=halve(self.phrase))
+
 
 def export_halves(
     model: RISModel,  # on the CPU
-    precision: str = "float16",  # of the stored weights; or "float32"
 ) -> Halves:
-    "Export what is done once an image, and what is done once a phrase."
-    if precision not in ("float16", "float32"):
-        raise InputError(f"precision must be 'float16' or 'float32', not {precision!r}")
+    "Export what is done once an image, and what is done once a phrase; weights are float32."
     for package in ("onnx", "onnxscript"):
         require(package, "the ONNX export")
     model, c = model.eval(), model.config
@@ -280,8 +280,6 @@ def export_halves(
         _graph(Encoder(model), (images,), ["images"], names),
         _graph(Phrase(exportable(model)), (words, features), ["words", *names], list(outputs), free),
     ]
-    for graph in graphs if precision == "float16" else ():
-        halve(graph)
     levels = {} if attention is None else attention.blocks()
     about = {
         "image_size": c.image_size,

@@ -407,7 +407,7 @@ export async function start(root) {
 
   // -- the explorer under it, a moment after the last key
   let explorer = null;
-  const traits = { data: null, phrase: "", live: true, can_keep: false, error: "", answered: 0, locked: null, kind: "raw", direction: "looks", level: "", layer: -1, head: "mean" };
+  const traits = { data: null, phrase: "", live: true, can_keep: false, error: "", answered: 0, locked: null, kind: "raw", direction: "looks", scale: "percentile", level: "", layer: -1, head: "mean" };
   const reacts = {};
   const host = {
     get: name => traits[name],
@@ -486,6 +486,7 @@ export async function start(root) {
     loading.hidden = true;
     root.dataset.ready = "true";
     await ask(S.phrase);
+    await ask(S.phrase);  // the first answer is slow: the browser was still compiling
     await model.tryGraphicsCard(imageOf(S.index), S.phrase);
   } catch (error) { fail(error); }
   return {

@@ -44,9 +44,6 @@ def segmenter():
 SMALL = replace(PRESETS["refshapes"], channels=32, word_dim=16, decoder_widths=(16, 16), grid=12, prior=0.5)
 VARIANTS = {
     "relative biases and GroupNorm": replace(SMALL, sfm_relative=True, sfm_word_bias=1.0, norm_groups=8),
-    "concatenation instead of SFM": replace(
-        SMALL, use_sfm=False, grid=7, decoder_widths=(16,), decoder_doublings=1
-    ),
 }
 
 
@@ -319,8 +316,6 @@ def site_address(assets, tmp_path_factory):
     (folder / "index.html").write_text(
         f"<!doctype html><html lang=en class=refseg-page><title>t</title><main><h1>t</h1>{body}</main>"
     )
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    handler.log_message = lambda *_: None
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -332,28 +327,50 @@ def site_address(assets, tmp_path_factory):
     server.shutdown()
 
 
-@pytest.fixture
-def opened(browser):
-    "Open an address; what the page logs, fails at or asks of another host must stay empty."
-    contexts = []
+class Opened:
+    "The page in a browser; what it logs, fails at or asks of another host is kept in `page.trouble`."
 
-    def open_page(address, **options):
-        context = browser.new_context(**{"viewport": {"width": 1400, "height": 900}} | options)
-        page = test_browser.watched(context)
-        page.own = address.split("/index.html")[0]
-        page.goto(address)
-        page.wait_for_selector(".refseg-live[data-ready]", timeout=60_000)
-        page.evaluate(
+    def __init__(self, browser, address, **options):
+        self.context = browser.new_context(viewport={"width": 1400, "height": 900}, **options)
+        self.page = test_browser.watched(self.context)
+        self.own = address.split("/index.html")[0]
+        self.page.goto(address)
+        self.page.wait_for_selector(".refseg-live[data-ready]", timeout=240_000)
+        self.page.set_default_timeout(120_000)
+        self.page.evaluate(
             "async () => { globalThis.app = await document.querySelector('.refseg-live').started; await app.settled(); }"
         )
-        contexts.append((context, page))
-        return page
 
-    yield open_page
-    for context, page in contexts:
-        trouble = [t for t in page.trouble if not t.startswith(page.own) and "No available adapters" not in t]
-        context.close()
+    def close(self):
+        # headless Chromium says that it has no graphics card
+        trouble = [
+            t for t in self.page.trouble if not t.startswith(self.own) and "No available adapters" not in t
+        ]
+        self.context.close()
         assert trouble == []
+
+
+@pytest.fixture(scope="module")
+def file_page(browser, page_file):
+    "From a file, with the network off and the page's own content security policy."
+    opened = Opened(browser, page_file.as_uri(), offline=True, device_scale_factor=2)
+    yield opened.page
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def site_page(browser, site_address):
+    "From a server, with the scripts beside the page; an address that was shared."
+    opened = Opened(browser, f"{site_address}#scene=8&phrase=the+cat")
+    yield opened.page
+    opened.close()
+
+
+def show(page, seed, phrase):
+    page.evaluate(
+        "async ([seed, phrase]) => { await app.show(seed, phrase); await app.settled(); }", [seed, phrase]
+    )
+    return page.evaluate("() => app.state()")
 
 
 def typed(page, phrase):
@@ -385,82 +402,74 @@ SCENES = {
 
 
 @drives
-def test_from_a_file_it_answers_as_pytorch_does(opened, page_file, segmenter):
-    assert page_file.stat().st_size < 25e6
-    page = opened(page_file.as_uri(), offline=True)
-    check_against_pytorch(page, segmenter, SCENES)
-    assert "Unknown to the model" in page.locator("[data-part=note]").inner_text()
-    times = [typed(page, "the ball")["milliseconds"] for _ in range(3)]
-    assert statistics.median(times) > 0  # how fast it is is printed, not asserted
-    print(f"a phrase: {statistics.median(times):.0f} ms")
-
-
-@drives
-def test_from_a_server_it_answers_as_pytorch_does(opened, site_address, segmenter):
-    page = opened(f"{site_address}#scene=8&phrase=the+cat")
-    state = page.evaluate("() => app.state()")
+def test_from_a_server_it_answers_as_pytorch_does(site_page, segmenter):
+    state = site_page.evaluate("() => app.state()")
     assert (state["seed"], state["phrase"]) == (8, "the cat"), "an address can be shared"
-    check_against_pytorch(page, segmenter, SCENES)
-    loaded = page.evaluate(
-        "() => performance.getEntriesByType('resource').reduce((sum, r) => sum + r.transferSize, 0)"
-    )
+    check_against_pytorch(site_page, segmenter, SCENES)
+    entries = "performance.getEntriesByType('resource')"
+    loaded = site_page.evaluate(f"() => {entries}.reduce((sum, r) => sum + r.transferSize, 0)")
     assert 1e6 < loaded < 25e6
-    assert page.evaluate("() => location.hash") == "#scene=8&phrase=a+helicopter"
+    assert site_page.evaluate("() => location.hash") == "#scene=8&phrase=a+helicopter"
+    site_page.evaluate("() => { location.hash = '#scene=5&phrase=ball'; }")
+    site_page.wait_for_function("() => app.state().seed === 5 && app.state().phrase === 'ball'")
 
 
 @drives
-def test_scenes_examples_and_buttons(opened, page_file):
-    page = opened(page_file.as_uri())
+def test_from_a_file_it_answers_as_pytorch_does(file_page, page_file, segmenter):
+    assert page_file.stat().st_size < 25e6
+    check_against_pytorch(file_page, segmenter, SCENES)
+    assert "Unknown to the model" in file_page.locator("[data-part=note]").inner_text()
+    times = [typed(file_page, "the ball")["milliseconds"] for _ in range(3)]
+    print(f"a phrase: {statistics.median(times):.0f} ms")  # not asserted: it is the machine's
+    assert "ms, CPU" in file_page.locator("[data-part=status]").inner_text()
+
+
+@drives
+def test_scenes_examples_and_buttons(file_page):
+    page = file_page
+    settled = lambda: page.evaluate("() => app.settled().then(() => app.state())")
     hall = page.locator("[data-part=showcase] button")
-    assert page.locator("[data-part=showcase] em", has_text="breaks it").count() == 2
-    broken = hall.filter(has_text="breaks it").first
-    broken.click()
-    page.evaluate("() => app.settled()")
-    state = page.evaluate("() => app.state()")
-    assert state["phrase"] == broken.get_attribute("data-phrase") and state["iou"] < 0.1
+    broken = hall.filter(has_text="breaks it")
+    assert broken.count() == 2 and hall.count() > 4
+    broken.first.click()
+    state = settled()
+    assert state["phrase"] == broken.first.get_attribute("data-phrase") and state["iou"] < 0.1
     assert "the wrong object" in page.locator("[data-part=status]").inner_text()
-    assert broken.get_attribute("aria-pressed") == "true"
-    right = hall.first
-    right.click()
-    page.evaluate("() => app.settled()")
-    assert page.evaluate("() => app.state()")["iou"] > 0.8
+    assert broken.first.get_attribute("aria-pressed") == "true"
+    hall.first.click()
+    assert settled()["iou"] > 0.8
     before = page.evaluate("() => app.state()")["seed"]
     page.locator("[data-part=new]").press("Enter")
-    page.evaluate("() => app.settled()")
-    state = page.evaluate("() => app.state()")
+    state = settled()
     assert state["seed"] != before and state["phrase"] == page.locator("#refseg-phrase").input_value() != ""
     assert f"number {state['seed']}" in page.locator("canvas[role=img]").get_attribute("aria-label")
     examples = page.locator("[data-part=examples] button")
-    said = [e.text for e in live.live_scene(state["seed"]).said]
-    assert examples.all_inner_texts() == said
+    assert examples.all_inner_texts() == [e.text for e in live.live_scene(state["seed"]).said]
     typed(page, "...")
     assert "no word" in page.locator("[data-part=status]").inner_text()
-    page.evaluate("() => { location.hash = '#scene=5&phrase=ball'; }")
-    page.wait_for_function("() => app.state().seed === 5 && app.state().phrase === 'ball'")
 
 
 def painted(page):
-    "Which pixels of the mask's canvas are not transparent, and the scene's colours."
+    "Of both canvases: the width, and the sum of all bytes."
     return page.evaluate(
         """() => [...document.querySelectorAll('.picture canvas')].map(c => {
-        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; return [c.width, Array.from(d.filter((_, i) => i % 4 === 3 && d[i]).slice(0, 1)), d.reduce((a, b) => a + b, 0)]; })"""
+        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; return [c.width, d.reduce((a, b) => a + b, 0)]; })"""
     )
 
 
 @drives
-def test_the_scene_is_sharp_and_the_mask_is_drawn(opened, page_file):
-    page = opened(f"{page_file.as_uri()}#scene=4&phrase=the+biggest+thing", device_scale_factor=2)
-    (scene, _, full), (over, _, marked) = painted(page)
+def test_the_scene_is_sharp_and_the_mask_is_drawn(file_page):
+    show(file_page, 4, "the biggest thing")
+    (scene, full), (over, marked) = painted(file_page)
     assert scene == over >= 1024 and full > 0 and marked > 0
-    typed(page, "...")
-    assert painted(page)[1][2] == 0, "no answer, no mask"
+    typed(file_page, "...")
+    assert painted(file_page)[1][1] == 0, "no answer, no mask"
 
 
 @drives
-def test_the_explorer_shows_the_same_attention_as_python(opened, page_file, segmenter):
-    page = opened(f"{page_file.as_uri()}#scene=4&phrase=the+thing+closest+to+the+tree")
-    page.wait_for_selector(".refseg-explorer .stage canvas")
-    packed = page.evaluate(
+def test_the_explorer_shows_the_same_attention_as_python(file_page, segmenter):
+    show(file_page, 4, "the thing closest to the tree")
+    packed = file_page.evaluate(
         """() => { const panel = app.packed(), plain = v => v instanceof Uint8Array ? {bytes: Array.from(v)} : v;
         return JSON.parse(JSON.stringify(panel, (_, v) => plain(v))); }"""
     )
@@ -468,66 +477,63 @@ def test_the_explorer_shows_the_same_attention_as_python(opened, page_file, segm
     answer, maps = look(scene, "the thing closest to the tree")
     wanted = Panel({"raw": maps}, answer.phrase, predicted=answer.mask).pack(1000)
     assert packed["words"] == wanted["words"] and set(packed) == set(wanted)
-    raw = lambda block: {
-        "codes": bytes(block["codes"]["bytes"]),
-        "scales": bytes(block["scales"]["bytes"]),
-        "shape": block["shape"],
-    }
-    for given, own in zip(packed["kinds"]["raw"], wanted["kinds"]["raw"], strict=True):
-        assert set(given) == set(own)
-        assert all(given[k] == own[k] for k in ("name", "grid", "layers", "heads", "keys", "pool"))
+    given = lambda block: {"codes": bytes(block["codes"]["bytes"]), "scales": bytes(block["scales"]["bytes"])}
+    for level, own in zip(packed["kinds"]["raw"], wanted["kinds"]["raw"], strict=True):
+        assert set(level) == set(own)
+        assert all(level[k] == own[k] for k in ("name", "grid", "layers", "heads", "keys", "pool"))
         for block in ("pp", "pw", "wp", "ww"):
-            a, b = unpack_rows(raw(given[block])), unpack_rows(own[block])
+            a, b = (
+                unpack_rows(given(level[block]) | {"shape": level[block]["shape"]}),
+                unpack_rows(own[block]),
+            )
             assert a.shape == b.shape and np.abs(a - b).max() < 5e-3
-        assert given["steps"]["width"] == own["steps"]["width"]
+        assert level["steps"]["width"] == own["steps"]["width"]
         for part in ("log_sums", "lengths"):
             for tokens, values in own["steps"][part].items():
-                found = np.frombuffer(bytes(given["steps"][part][tokens]["bytes"]), "<f4")
+                found = np.frombuffer(bytes(level["steps"][part][tokens]["bytes"]), "<f4")
                 assert np.allclose(found, np.frombuffer(values, "<f4"), rtol=0.02, atol=0.03)
     assert abs(packed["masks"]["predicted"]["area"] - wanted["masks"]["predicted"]["area"]) < 0.005
     cover = [panel["masks"]["predicted"]["cover"]["12x12"] for panel in (packed, wanted)]
     assert np.abs(np.subtract(*cover)).max() < 0.1
-    typed(page, "the biggest thing")
+    typed(file_page, "the biggest thing")
+    file_page.wait_for_function("() => document.querySelectorAll('.refseg-explorer .word').length === 3")
+
+
+@drives
+def test_everything_can_be_done_with_the_keyboard_and_is_said(file_page):
+    page = file_page
+    show(page, 4, "ball")
+    page.locator("[data-part=link]").focus()
+    reached, element = [], "document.activeElement"
+    for _ in range(22):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate(f"() => {element}.dataset.part ?? {element}.dataset.phrase ?? {element}.className")
+        )
+    assert {"new", "phrase", "scroll"} <= set(reached)
+    assert {e.text for e in live.live_scene(4).said} <= set(reached), "each example is a stop"
+    page.locator("#refseg-phrase").fill("the biggest thing")
     page.wait_for_function(
-        "() => document.querySelectorAll('.refseg-explorer .word').length === 3", timeout=10_000
+        "() => document.querySelector('[data-part=spoken]').textContent.includes('the biggest thing')"
     )
+    assert "score" in page.locator("[data-part=spoken]").text_content()
 
 
 @drives
 @pytest.mark.parametrize("scheme, width", [("light", 1400), ("dark", 1400), ("light", 390), ("dark", 390)])
-def test_axe_finds_nothing_and_nothing_overflows(opened, page_file, axe, scheme, width):
-    page = opened(
-        f"{page_file.as_uri()}#scene=4&phrase=the+biggest+helicopter",
-        color_scheme=scheme, viewport={"width": width, "height": 844}, bypass_csp=True,
-    )  # fmt: skip
+def test_axe_finds_nothing_and_nothing_overflows(site_page, axe, scheme, width):
+    page = site_page
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 844})
+    show(page, 4, "the biggest helicopter")
     page.wait_for_selector(".refseg-explorer .stage canvas")
-    page.wait_for_timeout(150)
+    page.wait_for_timeout(600)  # until the explorer has the phrase, and its colours
     page.evaluate(axe)
     found = page.evaluate(
         "async () => (await axe.run()).violations.map(v => [v.id, v.help, v.nodes.map(n => n.html + n.failureSummary).slice(0, 3)])"
     )
     assert found == []
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
-
-
-@drives
-def test_everything_can_be_done_with_the_keyboard_and_is_said(opened, page_file):
-    page = opened(f"{page_file.as_uri()}#scene=4&phrase=ball")
-    reached = []
-    for _ in range(25):
-        page.keyboard.press("Tab")
-        reached.append(
-            page.evaluate(
-                "() => document.activeElement.dataset.part ?? document.activeElement.dataset.phrase ?? document.activeElement.className"
-            )
-        )
-    assert {"link", "new", "phrase"} <= set(reached) and "scroll" in reached
-    page.locator("#refseg-phrase").fill("the biggest thing")
-    page.wait_for_function(
-        "() => document.querySelector('[data-part=spoken]').textContent.includes('the biggest thing')",
-        timeout=5000,
-    )
-    assert "score" in page.locator("[data-part=spoken]").text_content()
 
 
 # ---- what users may do wrong

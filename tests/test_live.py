@@ -314,7 +314,7 @@ def site_address(assets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     body = live.write_live_site(folder, assets)
     (folder / "index.html").write_text(
-        f"<!doctype html><html lang=en class=refseg-page><title>t</title><main><h1>t</h1>{body}</main>"
+        f"<!doctype html><html lang=en class=refseg-page><link rel=icon href=data:,><title>t</title><main><h1>t</h1>{body}</main>"
     )
 
     class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -181,18 +181,23 @@ def _graph(
             program,
             dynamo=True,
             verbose=False,
+            optimize=False,  # the runtime does that when it loads the graph
             input_names=input_names,
             output_names=output_names,
             custom_translation_table=_translations(),
         )
-    return exported.model_proto
+    graph = exported.model_proto
+    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.input, *graph.graph.output):
+        part.ClearField("metadata_props")  # where in the source, on this machine, each node comes from
+    graph.graph.ClearField("value_info")
+    return graph
 
 # %% ../../nbs/library/export.ipynb #hb-export-026
 def halve(
     graph: bytes,  # ONNX
     smallest: int = 256,  # tensors of fewer numbers stay as they are
 ) -> bytes:
-    "The same graph with its float32 weights stored as float16, each behind a cast."
+    "The same graph; weights that float16 holds exactly are stored so, each behind a cast."
     from onnx import TensorProto, helper, load_from_string, numpy_helper
 
     model, casts = load_from_string(graph), []
@@ -200,8 +205,10 @@ def halve(
         values = numpy_helper.to_array(tensor)
         if tensor.data_type != TensorProto.FLOAT or values.size < smallest:
             continue
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}.half"))
+        half, name = values.astype("float16"), tensor.name
+        if (half.astype("float32") != values).any():
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.half"))
         casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
     for at, cast in enumerate(casts):
         model.graph.node.insert(at, cast)

@@ -8,7 +8,7 @@ __all__ = ['OPTION_OF', 'ClickException', 'app', 'TRY', 'DATA', 'TRAIN', 'PAPERS
            'is_users', 'explain', 'report_bug', 'OneLineErrors', 'data_make', 'data_info', 'data_fetch', 'data_verify',
            'data_leakage', 'data_check', 'data_convert', 'data_store', 'pretrain', 'read_config', 'parse_overrides',
            'with_config_options', 'config_values', 'train', 'Contender', 'find_predictor', 'require_conformance',
-           'find_contender', 'evaluate', 'print_record', 'compare', 'convert', 'probe', 'demo', 'segment',
+           'find_contender', 'evaluate', 'print_record', 'compare', 'convert', 'probe', 'demo_live', 'demo', 'segment',
            'phrase_in_name', 'explore', 'reproduce']
 
 # %% ../nbs/22_command_line.ipynb #003
@@ -1095,6 +1095,25 @@ def probe(
     write_card(result, card)
     print(result, "", f"page: {page}", f"card: {card}", sep="\n")
 
+# %% ../nbs/22_command_line.ipynb #hb-demo-2
+def demo_live(
+    seed: int,  # of the scene that is shown first
+    out: Path,  # folder for the page
+    model: str,  # a shipped model, or a folder
+    show: bool,  # open the page in the browser
+) -> None:
+    "Write and open the page in which the model runs."
+    from refseg_nb.attention.live import SCENES, runtime_files, write_live
+    from refseg_nb.inference.segmenter import load
+
+    runtime_files()  # what is missing is said before a minute of work
+    print("making the page (a minute for a model that is new here) ...")
+    seeds = [*range(SCENES), *([seed] if seed >= SCENES else [])]
+    page = write_live(out / "live.html", load(model), seeds)
+    print(f"page:  {page} ({page.stat().st_size / 1e6:.1f} MB, works from a file and without a network)")
+    if show and not webbrowser.open(f"{page.absolute().as_uri()}#scene={seed}"):
+        print(f"Open {page} in a browser.")
+
 # %% ../nbs/22_command_line.ipynb #052
 @app.command(rich_help_panel=TRY, epilog="Example:  refseg demo --seed 7")
 def demo(
@@ -1104,9 +1123,14 @@ def demo(
         str, typer.Option(help="A shipped model, or a folder that training wrote.")
     ] = "shnet-refshapes",
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+    live: Annotated[
+        bool, typer.Option("--live", help="A page in which the model itself runs: type phrases of your own.")
+    ] = False,
     device: Device = "cpu",
 ):
     "Draw a scene, ask three phrases about it, and open a page with the answers. Needs no file."
+    if live:
+        return demo_live(seed, out, model, show)
     from PIL import Image
 
     from refseg_nb.attention.demo import demo_scene, write_demo

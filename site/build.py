@@ -241,9 +241,38 @@ def library(chapters: list[Chapter]) -> str:
     return "\n".join(lines)
 
 
+def live_section(
+    out: Path,  # the folder of the pages
+) -> str:  # HTML; empty, and a line on stderr, where it cannot be made
+    "The live page as a section of the home page; its scripts go to `out / live`."
+    from refseg_nb.attention.live import live_assets, runtime_files, write_live_site
+    from refseg_nb.errors import RefsegError
+    from refseg_nb.inference.segmenter import load
+
+    try:
+        runtime_files()
+        return write_live_site(out, live_assets(load("shnet-refshapes")))
+    except RefsegError as error:
+        print(f"the home page is built without the live page: {error}", file=sys.stderr)
+        return ""
+
+
+def with_live(
+    home: str,  # the home page in markdown
+    section: str,  # HTML, or empty
+) -> str:
+    "The home page with the live page before its first picture."
+    if not section:
+        return home
+    block = f"````{{raw}} html\n{section}````\n\n"
+    before, picture, after = home.partition("![")
+    return f"{before}{block}{picture}{after}" if picture else f"{home}\n\n{block}"
+
+
 def prepare(
     nbs: Path,  # the notebooks
     source: Path,  # an empty folder
+    live: str = "",  # HTML of the live page, for the home page
 ) -> list[Chapter]:
     "Write what Sphinx reads."
     chapters = [
@@ -265,7 +294,7 @@ def prepare(
         .replace("](nbs/", "](")
         .replace("](data_setup/README.md)", "](real_data.md)")
     )
-    (source / "index.md").write_text(home + "\n" + "\n".join(contents), encoding="utf-8")
+    (source / "index.md").write_text(with_live(home, live) + "\n" + "\n".join(contents), encoding="utf-8")
     (source / "real_data.md").write_text(
         (ROOT / "data_setup" / "README.md").read_text(encoding="utf-8").replace("](../nbs/", "]("),
         encoding="utf-8",
@@ -297,7 +326,8 @@ def build(
     for folder in (source, out):
         shutil.rmtree(folder, ignore_errors=True)
     source.mkdir(parents=True)
-    prepare(nbs, source)
+    out.mkdir(parents=True)
+    prepare(nbs, source, live_section(out))
     return build_main(
         ["-q", "-W", "--keep-going", "-c", str(HERE), "-d", str(source / ".doctrees"), str(source), str(out)]
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RegisteredModel', 'register_model', 'registered', 'list_models', 'model_class', 'model_config', 'model_recipe',
-           'create_from_config', 'create_model']
+           'create_from_config', 'create_model', 'part_of']
 
 # %% ../../nbs/library/registry.ipynb #002
 from collections.abc import Callable
@@ -152,3 +152,11 @@ def create_model(
     if vocab_size is None:
         raise InputError("vocab_size is needed: how many words the vocabulary has")
     return registered(name).model(config, vocab_size, vectors, backbone)
+
+# %% ../../nbs/library/registry.ipynb #m001
+def part_of(
+    module: str,  # of `refseg_nb.models`, such as "efficientnet"
+    name: str,  # of a function or class in it
+) -> Any:
+    "A part of a module that is imported only now."
+    return getattr(import_module(f"refseg_nb.models.{module}"), name)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,53 +46,6 @@ def watched(context):
     return page
 
 
-@contextmanager
-def served(command, home, ready="/api", **environment):
-    "A server of notebooks in a private home, without a token; yields its address. `{port}` in the command is its port."
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    private = {f"JUPYTER_{k}_DIR": str(home / f".{k.lower()}") for k in ("CONFIG", "DATA", "RUNTIME")}
-    private |= {"JUPYTERLAB_SETTINGS_DIR": str(home / ".s"), "JUPYTERLAB_WORKSPACES_DIR": str(home / ".w")}
-    log = (home / "server.log").open("w")
-    server = subprocess.Popen(
-        [sys.executable, "-m", *(part.format(port=port) for part in command)],
-        env={**os.environ, **private, **environment},
-        cwd=home,
-        stdout=log,
-        stderr=log,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(480):
-            try:
-                urllib.request.urlopen(address + ready, timeout=1)
-                break
-            except OSError:
-                time.sleep(0.25)
-        else:
-            raise AssertionError((home / "server.log").read_text()[-2000:])
-        yield address
-    finally:
-        server.terminate()
-        server.wait(20)
-        log.close()
-
-
-def jupyter(module, app, home):
-    "The command of a Jupyter server whose front end can be driven from the page."
-    return [
-        module,
-        "--no-browser",
-        "--allow-root",
-        "--port={port}",
-        "--ServerApp.port_retries=0",
-        f"--{app}.expose_app_in_browser=True",
-        "--IdentityProvider.token=",
-        f"--ServerApp.root_dir={home}",
-    ]
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "A private JupyterLab on a copy of the notebooks; yields its address."
@@ -105,8 +57,46 @@ def lab(tmp_path_factory):
             shutil.copytree(source, home / name)
         elif source.exists():
             shutil.copy(source, home / name)
-    with served(jupyter("jupyterlab", "LabApp", home), home) as address:
-        yield address
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    private = {f"JUPYTER_{k}_DIR": str(home / f".{k.lower()}") for k in ("CONFIG", "DATA", "RUNTIME")}
+    environment = {
+        **os.environ,
+        **private,
+        "JUPYTERLAB_SETTINGS_DIR": str(home / ".s"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / ".w"),
+    }
+    log = (home / "lab.log").open("w")
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            "--allow-root",
+            f"--port={port}",
+            "--ServerApp.port_retries=0",
+            "--LabApp.expose_app_in_browser=True",
+            "--IdentityProvider.token=",
+            f"--ServerApp.root_dir={home}",
+        ],
+        env=environment,
+        stdout=log,
+        stderr=log,
+    )
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{address}/api", timeout=1)
+            break
+        except OSError:
+            time.sleep(0.25)
+    else:
+        raise AssertionError((home / "lab.log").read_text()[-2000:])
+    yield address
+    server.terminate()
+    server.wait(20)
 
 
 @pytest.mark.parametrize("chapter", ["00_tour", "07_metrics", "10_hcam"])

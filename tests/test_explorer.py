@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -1133,173 +1132,64 @@ explorer""",
 ]
 
 
-PANEL = "window.jupyterapp.shell.currentWidget"
-
-
-def opened(browser, address, sources, path="lab?reset"):
-    "A page with these cells as a notebook, all of them run; what it logs as an error is kept in `.trouble`."
+@drives
+@pytest.mark.slow
+def test_jupyterlab_point_click_lock_edit(lab, browser):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.trouble = []
-    page.on("console", lambda m: page.trouble.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda error: page.trouble.append(str(error)))
-    empty = {"metadata": {}, "outputs": [], "execution_count": None}
-    cells = [{"cell_type": "code", "id": f"c{i}", "source": s, **empty} for i, s in enumerate(sources)]
+    trouble = []
+    page.on("console", lambda m: trouble.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.goto(f"{lab}/lab?reset")
+    page.wait_for_function("() => window.jupyterapp && window.jupyterapp.restored", timeout=60_000)
+    cells = [
+        {
+            "cell_type": "code",
+            "id": f"c{i}",
+            "metadata": {},
+            "outputs": [],
+            "execution_count": None,
+            "source": s,
+        }
+        for i, s in enumerate(NOTEBOOK)
+    ]
     content = {
         "cells": cells,
         "metadata": {"kernelspec": {"name": "python3", "display_name": "python3"}},
         "nbformat": 4,
         "nbformat_minor": 5,
     }
-    body = json.dumps({"type": "notebook", "format": "json", "content": content}).encode()
-    made = urllib.request.Request(f"{address}/api/contents/explore.ipynb", body, method="PUT")
-    urllib.request.urlopen(made).read()
-    page.goto(f"{address}/{path}")
-    page.wait_for_function("() => window.jupyterapp && window.jupyterapp.restored", timeout=90_000)
-    if path.startswith("lab"):
-        page.evaluate(
-            """async () => { await window.jupyterapp.restored;
-            await window.jupyterapp.commands.execute('docmanager:open', {path: 'explore.ipynb'}); }"""
-        )
-    page.wait_for_function(f"() => {PANEL}?.sessionContext?.isReady", timeout=90_000)
+    panel = "window.jupyterapp.shell.currentWidget"
     page.evaluate(
-        f"async () => {{ await {PANEL}.sessionContext.ready; await {PANEL}.sessionContext.session.kernel.info; }}"
+        """async content => { const app = window.jupyterapp; await app.restored;
+        await app.serviceManager.contents.save('explore.ipynb', {type: 'notebook', format: 'json', content});
+        await app.commands.execute('docmanager:open', {path: 'explore.ipynb'}); }""",
+        content,
+    )
+    page.wait_for_function(f"() => {panel}?.sessionContext?.isReady", timeout=60_000)
+    page.evaluate(
+        f"async () => {{ await {panel}.sessionContext.ready; await"
+        f" {panel}.sessionContext.session.kernel.info; }}"
     )
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
-    page.wait_for_selector(".jp-OutputArea .refseg-explorer .stage canvas", timeout=120_000)
+    page.wait_for_selector(".jp-OutputArea .refseg-explorer .stage canvas", timeout=90_000)
     settle(page)
-    return page
 
-
-def kernel(page, code):
-    "The value of an expression in the notebook's kernel."
-    text = page.evaluate(
-        """async code => { const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel; let text = '';
-        const future = kernel.requestExecute({code, store_history: false});
-        future.onIOPub = m => { text += m.content.text ?? (m.content.traceback ?? []).join('\\n'); };
-        await future.done; return text; }""",
-        f"import json; print(json.dumps({code}))",
-    )
-    return json.loads(text)
-
-
-def until(condition):
-    deadline = time.time() + 60
-    while not condition():
-        assert time.time() < deadline, "the kernel and the page did not agree"
-        time.sleep(0.1)
-
-
-@drives
-@pytest.mark.slow
-def test_the_sample_browser_in_jupyterlab(lab, browser, tiny_root):
-    source = f"""import warnings; warnings.simplefilter("ignore")
-from refseg_nb.attention.browser import SampleBrowser
-browser = SampleBrowser(root={str(tiny_root)!r})
-browser"""
-    page = opened(browser, lab, [source])
-    phrase = lambda: page.get_by_label("Phrase", exact=True).input_value()
-    assert (
-        phrase() == kernel(page, "browser.samples[0].text")
-        and "true mask" in page.locator(".legend").inner_text()
-    )
-    page.get_by_role("button", name="Next").click()
-    until(lambda: phrase() == kernel(page, "browser.samples[1].text"))
-    page.get_by_label("Split").select_option("testA")
-    until(
-        lambda: (
-            kernel(page, "browser.split.value") == "testA" and phrase() == kernel(page, "browser.sample.text")
+    def python(code):
+        "The value of an expression in the notebook's kernel."
+        text = page.evaluate(
+            """async code => { const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel; let text = '';
+            const future = kernel.requestExecute({code, store_history: false});
+            future.onIOPub = m => { text += m.content.text ?? (m.content.traceback ?? []).join('\\n'); };
+            await future.done; return text; }""",
+            f"import json; print(json.dumps({code}))",
         )
-    )
-    page.get_by_label("Search").fill("no such word")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("text=no sentence of this split holds")
-    assert page.trouble == []
-    page.close()
+        return json.loads(text)
 
-
-@drives
-@pytest.mark.slow
-def test_notebook_7(browser, tmp_path):
-    pytest.importorskip("notebook", reason="Notebook 7 is not installed")
-    with test_browser.served(
-        test_browser.jupyter("notebook", "JupyterNotebookApp", tmp_path), tmp_path
-    ) as address:
-        page = opened(browser, address, NOTEBOOK, "notebooks/explore.ipynb")
-        page.locator(".word").nth(2).click()
-        until(lambda: kernel(page, "explorer.locked") == {"panel": 0, "word": 2})
-        count = page.evaluate(f"() => {PANEL}.content.widgets.length")
-        page.keyboard.press("b")
-        page.keyboard.press("Escape")
-        until(lambda: kernel(page, "explorer.locked") is None)
-        page.get_by_label("Phrase", exact=True).fill("the blue ball")
-        page.keyboard.press("Enter")
-        page.wait_for_function(
-            "() => document.querySelectorAll('.refseg-explorer .panel').length === 2", timeout=60_000
-        )
-        assert page.evaluate(f"() => {PANEL}.content.widgets.length") == count
-        page.close()
-
-
-MARIMO = """import marimo
-
-app = marimo.App()
-
-
-@app.cell
-def _():
-    import marimo as mo
-    import numpy as np
-    from refseg_nb.attention.explorer import Explorer
-
-    picture = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
-    view = mo.ui.anywidget(Explorer("shnet-refshapes", picture, "the red ball"))
-    view
-    return mo, view
-
-
-@app.cell
-def _(mo, view):
-    mo.md(f"locked: {view.value['locked']}")
-    return
-
-
-if __name__ == "__main__":
-    app.run()
-"""
-
-
-@drives
-@pytest.mark.slow
-def test_marimo(browser, tmp_path):
-    pytest.importorskip("marimo", reason="marimo is not installed")
-    (tmp_path / "app.py").write_text(MARIMO)
-    command = [
-        "marimo",
-        "run",
-        "app.py",
-        "--headless",
-        "--no-token",
-        "--port",
-        "{port}",
-        "--skip-update-check",
-    ]
-    with test_browser.served(command, tmp_path, ready="/health") as address:
-        page = browser.new_page(viewport={"width": 1200, "height": 1000})
-        page.goto(address)
-        page.wait_for_selector(".refseg-explorer .stage canvas", timeout=120_000)
-        page.locator(".word").nth(1).click()
-        page.wait_for_selector("text=/locked: .*'word': 1/", timeout=60_000)
-        page.get_by_label("Phrase", exact=True).fill("the blue ball")
-        page.keyboard.press("Enter")
-        page.locator(".panel").nth(1).wait_for(timeout=60_000)
-        page.close()
-
-
-@drives
-@pytest.mark.slow
-def test_jupyterlab_point_click_lock_edit(lab, browser):
-    page, panel = opened(browser, lab, NOTEBOOK), PANEL
-    python = lambda code: kernel(page, code)
+    def until(condition):
+        deadline = time.time() + 30
+        while not condition():
+            assert time.time() < deadline, "the kernel and the page did not agree"
+            time.sleep(0.1)
 
     page.locator(".stage").scroll_into_view_if_needed()
     page.mouse.move(*cell(page, 4, 5))
@@ -1350,5 +1240,5 @@ def test_jupyterlab_point_click_lock_edit(lab, browser):
     )
     page.get_by_role("button", name="Keep the new one").click()
     page.wait_for_function("() => document.querySelectorAll('.refseg-explorer .panel').length === 1")
-    assert page.trouble == []
+    assert trouble == []
     page.close()

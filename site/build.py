@@ -261,12 +261,13 @@ def with_live(
     home: str,  # the home page in markdown
     section: str,  # HTML, or empty
 ) -> str:
-    "The home page with the live page before its first picture."
+    "The home page with the live page before its first picture that stands alone, else before its first section."
     if not section:
         return home
     block = f"````{{raw}} html\n{section}````\n\n"
-    before, picture, after = home.partition("![")
-    return f"{before}{block}{picture}{after}" if picture else f"{home}\n\n{block}"
+    place = re.search(r"^!\[|^## ", home, re.M)
+    at = place.start() if place else len(home)
+    return f"{home[:at]}\n{block}{home[at:]}"
 
 
 def prepare(

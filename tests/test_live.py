@@ -132,6 +132,8 @@ def test_half_precision_halves_the_file_and_keeps_the_masks(segmenter):
     exact = exported("shipped")[1]
     halves = exact.halved()
     assert len(halves.phrase) < 0.6 * len(exact.phrase) and len(halves.encoder) < 0.6 * len(exact.encoder)
+    for graph in (halves.encoder, halves.phrase):
+        assert b"site-packages" not in graph and b"shnet.py" not in graph, "no trace of this machine"
     graphs, same, compared = sessions(halves), [], 0
     for seed in range(8):
         image = torch.from_numpy(render(sample_scene(live.WORLD, seed), 96).image).permute(2, 0, 1)[None]
@@ -595,3 +597,19 @@ def test_the_command_writes_the_page(monkeypatch, tmp_path, segmenter):
     )
     assert done.exit_code == 0 and "live.html" in done.output, done.output
     assert asked == [("shnet-refshapes", [*range(live.SCENES), 999])]
+
+
+def test_the_home_page_has_the_section_before_its_first_picture():
+    import importlib.util
+    import sys
+
+    spec = importlib.util.spec_from_file_location(
+        "site_build_live", Path(__file__).parent.parent / "site" / "build.py"
+    )
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    home = "# t\n\n[![badge](b.svg)](x)\n\n> one sentence\n\n![hero](h.png)\n\n## More\n"
+    found = module.with_live(home, "<section></section>\n")
+    assert found.index("one sentence") < found.index("{raw} html") < found.index("![hero]")
+    assert found.count("````") == 2 and "[![badge](b.svg)](x)" in found
+    assert module.with_live(home, "") == home

@@ -8,7 +8,6 @@ __all__ = ['VOC_CHECKPOINT', 'SHIPPED_BACKBONES', 'BACKBONES', 'Backbone', 'ResN
 
 # %% ../../nbs/05_pictures.ipynb #002
 import warnings
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import InputError, NotFoundError
+from .registry import part_of
 
 # %% ../../nbs/05_pictures.ipynb #009
 class Backbone(nn.Module):
@@ -287,8 +287,7 @@ def create_backbone(
         raise InputError(f"no backbone called {name!r}; there are {', '.join(BACKBONES)}")
     random = weights is not None and str(weights) == "none"
     if name == "efficientnet-lite0":  # a module of its own, since only photographs need it
-        made = import_module("refseg_nb.models.efficientnet").efficientnet_backbone(weights)
-        return made.freeze(frozen)
+        return part_of("efficientnet", "efficientnet_backbone")(weights).freeze(frozen)
     if name in SHIPPED_BACKBONES:
         net = RefShapesBackbone()
         if not random:

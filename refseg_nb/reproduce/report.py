@@ -563,7 +563,8 @@ def readme_results(
         found = core["rows"][row]
         cell = found["cells"][core["key"]]
         out.append(
-            f"| {row} | {cell['paper']:.1f} | {said(cell)} | {said(found['by kind']['relation'])} | {len(cell['seeds'])} |"
+            f"| {row} | {cell['paper']:.1f} | {said(cell)} | {said(found['by kind']['relation'])} |"
+            f" {len(cell['seeds'])} |"
         )
     lines = recorded_verdict(results)
     count = {v: sum(line["said"] == v for line in lines) for v in ("holds", "does not hold", "undecided")}

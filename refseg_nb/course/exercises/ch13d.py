@@ -8,6 +8,8 @@ __all__ = ['check_slot_verdict', 'check_no_target']
 # %% ../../../nbs/exercises/ch13d.ipynb #002
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch13d.ipynb #005
 def _block(rng):
     mask = np.zeros((12, 12), bool)
@@ -34,6 +36,7 @@ def _pairs(rng, n=40):
     return np.array(answers), np.array(truths)
 
 # %% ../../../nbs/exercises/ch13d.ipynb #006
+@exercise
 def check_slot_verdict(fn):
     "Compare with a loop over the pairs."
     for seed in range(4):
@@ -55,6 +58,7 @@ def _masks(rng, n):
     return np.array([_block(rng) * (rng.random() < 0.67) for _ in range(n)]).astype(bool)
 
 
+@exercise
 def check_no_target(fn):
     "Compare with a loop over the phrases."
     for seed in range(4):

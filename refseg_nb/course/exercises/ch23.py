@@ -8,7 +8,10 @@ __all__ = ['check_area_under', 'check_own_threshold']
 # %% ../../../nbs/exercises/ch23.ipynb #hf-ex23-02
 import numpy as np
 
+from ..checks import exercise
+
 # %% ../../../nbs/exercises/ch23.ipynb #hf-ex23-05
+@exercise
 def check_area_under(fn):
     "Compare with all pairs, on random lists with many ties."
     assert fn([2.0], [1.0]) == 1 and fn([1.0], [2.0]) == 0, "one of each: 1 if the good one is larger, else 0"
@@ -33,6 +36,7 @@ def _overall(probabilities, masks, threshold):
     return both / either if either else 0.0
 
 
+@exercise
 def check_own_threshold(fn):
     "Compare with a count pixel by pixel, on random maps whose images differ in size of the object."
     rng = np.random.default_rng(0)

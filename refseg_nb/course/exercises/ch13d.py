@@ -68,5 +68,7 @@ def check_no_target(fn):
         n_acc = 100 * np.mean([not a.any() for a, gone in zip(answers, absent) if gone])
         t_acc = 100 * np.mean([a.any() for a, gone in zip(answers, absent) if not gone])
         giou = 100 * np.mean([_iou(a, t) for a, t in zip(answers, truths)])
-        for name, got, want in zip(("N-acc", "T-acc", "gIoU"), fn(answers, truths), (n_acc, t_acc, giou)):
+        given = fn(answers, truths)
+        assert len(given) == 3, f"give three numbers, N-acc, T-acc and gIoU, not {len(given)}"
+        for name, got, want in zip(("N-acc", "T-acc", "gIoU"), given, (n_acc, t_acc, giou)):
             assert np.isclose(got, want), f"{name} is {want:.1f} %, yours is {got:.1f}"

@@ -24,7 +24,7 @@ from refseg_nb.data.batches import RISDataset
 from refseg_nb.data.referit import open_data
 from refseg_nb.data.words import vocabulary_for
 from refseg_nb.refshapes.dataset import make_refshapes
-from refseg_nb.reproduce.report import readme_results, report_text, summaries
+from refseg_nb.reproduce.report import report_text, results_page, summaries
 from refseg_nb.reproduce.tables import conclusions, controls_table, cost_table, load_runs
 from refseg_nb.reproduce.tables import markdown_table, print_table
 from refseg_nb.models.hub import fingerprint
@@ -323,7 +323,7 @@ def texts(folder: Path) -> dict[str, str]:
     out["cost"] = cost_table(runs)
     out["report"] = report_text(found, runs)
     shutil.copytree(REPO / "results" / "shnet-refshapes", folder / "shnet-refshapes")
-    out["readme, the shipped model"] = readme_results(folder)
+    out["readme, the shipped model"] = results_page(folder)
     return out
 
 

@@ -252,3 +252,17 @@ def test_evaluate_segment_and_explore_with_real_weights(path):
     assert answer["domain"] == "photographs of refcoco" and Path(answer["mask"]).is_file()
     said("explore", image, "the man on the left", "--model", model, "--no-open", "--out", path / "page.html")
     assert (path / "page.html").stat().st_size > 50_000
+
+
+def test_the_recorded_run_has_learnt_its_phrases_by_heart():
+    record = json.loads((Path(__file__).parent.parent / "results" / "photos" / "refcoco.json").read_text())
+    scores = {name: row["overall_iou"] for name, row in record["scores"].items()}
+    assert scores["train"] > 90 and scores["train, another object's words"] < 60
+    assert record["settings"]["preset"] == "photo" and record["settings"]["vectors"] == "glove.6B.50d"
+    step = json.loads((Path(__file__).parent.parent / "results" / "photos" / "step.json").read_text())
+    assert step["expressions"] == 64 and 0 < step["seconds an expression"] < 2
+    assert step["trained parameters"] > 5e6 and step["feature numbers an image"] == 140_800
+    text = json.dumps([record, step])
+    assert ".jpg" not in text and "sent" not in text, (
+        "no image and no phrase of the real data is in the records"
+    )

@@ -686,8 +686,13 @@ def test_the_recorded_run_has_what_it_claims():
     """Every cell of every table has a record, rows of Table 2 and of the family have three seeds, and all
     are of one recipe but for what a row changes."""
     runs = T.load_runs(RESULTS)
+    # Table 4's modules as its authors ran them: not yet run, and the report says so
+    to_come = {f"{module}-released{high}" for module in ("mgate", "tgfe", "gbfm") for high in ("", "-high")}
+    assert not to_come & {name for name, _ in runs}, "they are run now: take this exception away"
     for target in set(E.TARGETS) - {"all", "aids"}:  # the recipe that is recorded has no aid to lose
         for name, splits in E.wanted(target).items():
+            if name in to_come:
+                continue
             for split in splits:
                 least = 3 if target in ("table2", "family") else 1
                 assert len(runs.get((name, split), [])) >= least, f"{name} on {split} has too few runs"

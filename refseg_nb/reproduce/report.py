@@ -549,6 +549,8 @@ def readme_results(
     "The results of the README, from the records alone: one table, and what it says in a few sentences."
     from refseg_nb.evaluation.evaluator import load_record
 
+    if not (results / RECORDED["quick"] / "records").is_dir():
+        return "Not recorded yet."
     said = lambda m: f"{m['value']:.1f} [{m['low']:.1f}, {m['high']:.1f}]"
     table = tables()["table2"]
     core = summarise(

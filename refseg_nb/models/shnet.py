@@ -105,12 +105,14 @@ class SHNetConfig(ModelConfig):
     prior: float | None = None  # foreground share that the untrained decoder predicts; None: one half
 
     def check(self) -> None:
-        "Raise an `InputError` for a backbone or a fusion of levels that does not exist."
+        "Raise an `InputError` for a backbone, a grid or a fusion of levels that does not exist."
         if self.backbone not in BACKBONES:
             raise InputError(f"no backbone called {self.backbone!r}; there are {', '.join(BACKBONES)}")
         fusions = ("concat", "conv3d", *AGGREGATIONS)
         if self.level_fusion not in fusions:
             raise InputError(f"level_fusion must be one of {', '.join(fusions)}, not {self.level_fusion!r}")
+        if not 1 <= self.grid <= 10_000:
+            raise InputError(f"grid must be between 1 and 10,000 positions a side, not {self.grid}")
         if self.pointer and self.use_sfm and not self.sfm_shared:
             raise InputError("pointer=True needs one SFM for the three levels: sfm_shared=True")
 

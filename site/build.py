@@ -176,7 +176,9 @@ def page(chapter: Chapter) -> nbformat.NotebookNode:
         if cell.cell_type == "markdown":
             cell.source = moved(cell.source, chapter)
         for made in (o.data for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})):
-            made["text/markdown"] = moved("".join(made["text/markdown"]), chapter)
+            text = moved("".join(made["text/markdown"]), chapter)
+            # Sphinx resolves links in cells, not in outputs
+            made["text/markdown"] = re.sub(r"\]\(([\w./]+)\.ipynb", r"](\1.html", text)
         out.append(cell)
     where = f"Notebook `nbs/{chapter.name}.ipynb`" + (
         f", exports [`{chapter.module}`]({chapter.up}library.md#{chapter.module.replace('.', '')})"
@@ -305,6 +307,8 @@ def prepare(
             r"\]\((?:\.\./)?((?:results/|LICENSE|CITATION.cff)[^){]*)\)", home + "".join(texts.values())
         )
     ):
+        if name.endswith(".md"):
+            continue  # named, not linked: see above
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     shutil.copytree(nbs / "images", source / "images")

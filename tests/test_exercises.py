@@ -374,7 +374,9 @@ PARTS = {
     "II The data": ("01", "02", "03", "04", "06"),
     "III Build SHNet": ("05", "08", "09", "10", "11"),
     "IV Train and judge": ("12", "12b", "13"),
+    "V Look inside": ("14", "15"),
     "VI Relatives": ("16", "17", "18", "19", "19b"),
+    "VII The reproduction": ("20", "20b", "20c", "20d"),
 }
 
 

@@ -1073,7 +1073,7 @@ def test_steps_of_arrays_pooled_or_one_way_or_without(page_of):
 @drives
 def test_the_steps_by_keyboard_and_on_a_narrow_page(explorer, page_of):
     page = page_of(explorer, viewport={"width": 390, "height": 844})
-    put(page, head="0", locked={"panel": 0, "word": 1})
+    put(page, head="0", direction="looks", locked={"panel": 0, "word": 1})
     page.locator(".made summary").focus()
     page.keyboard.press("Enter")
     settle(page)
@@ -1216,7 +1216,10 @@ def test_jupyterlab_point_click_lock_edit(lab, browser):
     page.locator(".word").nth(2).click()
     until(lambda: python("explorer.locked") == {"panel": 0, "word": 2})
 
-    python("explorer.set_trait('locked', {'word': 0}) or explorer.set_trait('kind', 'rollout')")
+    python(
+        "explorer.set_trait('direction', 'looks') or explorer.set_trait('locked', {'word': 0})"
+        " or explorer.set_trait('kind', 'rollout')"
+    )
     page.wait_for_function(
         "() => document.querySelector('.refseg-explorer .says').textContent.includes('“the”')"
     )

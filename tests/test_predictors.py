@@ -606,7 +606,7 @@ def test_the_command_line(tmp_path):
     wrong = run("mine:turned", "--limit", "2")
     assert wrong.returncode == 2 and "height and width are swapped" in wrong.stderr
     assert len(wrong.stderr.strip().splitlines()) == 1
-    right = run("mine:nothing", "--limit", "3")
+    right = run("mine:nothing", "--limit", "12")
     assert right.returncode == 0 and "N-acc 100.0" in right.stdout, right.stderr
     out = tmp_path / "runs" / "probe" / "nothing"
     assert Image.open(out / "card.png").size == (1200, 630)

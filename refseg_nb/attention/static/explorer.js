@@ -426,7 +426,7 @@ export function render({ model, el }) {
     const image = new Image();
     image.onload = () => {
       picture = image;
-      const small = make("canvas", { width: 16, height: 16 }), g = small.getContext("2d");
+      const small = make("canvas", { width: 16, height: 16 }), g = small.getContext("2d", { willReadFrequently: true });
       g.drawImage(image, 0, 0, 16, 16);
       const d = g.getImageData(0, 0, 16, 16).data;
       let sum = 0;

@@ -154,6 +154,12 @@ def moved(text: str, chapter: Chapter) -> str:
     return text.replace(f"]({chapter.up}../results/", f"]({chapter.up}results/")
 
 
+def page_link(link: re.Match, chapter: Chapter) -> str:
+    "A link to a notebook that is a page of the site; others stay as they are."
+    target = (ROOT / "nbs" / chapter.name).parent / f"{link[1]}.ipynb"
+    return f"]({link[1]}.html" if target.is_file() else link[0]
+
+
 def page(chapter: Chapter) -> nbformat.NotebookNode:
     "The notebook as Sphinx reads it."
     out = []
@@ -178,7 +184,9 @@ def page(chapter: Chapter) -> nbformat.NotebookNode:
         for made in (o.data for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})):
             text = moved("".join(made["text/markdown"]), chapter)
             # Sphinx resolves links in cells, not in outputs
-            made["text/markdown"] = re.sub(r"\]\(([\w./]+)\.ipynb", r"](\1.html", text)
+            made["text/markdown"] = re.sub(
+                r"\]\(([\w./]+)\.ipynb", lambda link: page_link(link, chapter), text
+            )
         out.append(cell)
     where = f"Notebook `nbs/{chapter.name}.ipynb`" + (
         f", exports [`{chapter.module}`]({chapter.up}library.md#{chapter.module.replace('.', '')})"

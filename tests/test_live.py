@@ -455,7 +455,9 @@ def painted(page):
     "Of both canvases: the width, and the sum of all bytes."
     return page.evaluate(
         """() => [...document.querySelectorAll('.picture canvas')].map(c => {
-        const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; return [c.width, d.reduce((a, b) => a + b, 0)]; })"""
+        const g = new OffscreenCanvas(c.width, c.height).getContext('2d', {willReadFrequently: true});
+        g.drawImage(c, 0, 0);
+        const d = g.getImageData(0, 0, c.width, c.height).data; return [c.width, d.reduce((a, b) => a + b, 0)]; })"""
     )
 
 
